@@ -1,0 +1,161 @@
+"""Flower ClientApp: answers queries about the node, and trains when asked to."""
+
+import time
+from functools import lru_cache
+from typing import cast
+
+import torch
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client_app.training import (
+    LocalObjective,
+    augmented_class_gradients,
+    train_locally,
+)
+from clip2fl_common import records
+from clip2fl_common.config import RunConfig, TeacherConfig
+from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.devices import resolve_device
+from clip2fl_common.models import build_model
+from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
+from clip2fl_common.randomness import generator
+from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say which simulated partition this node was started with."""
+    place = MetricRecord(
+        {records.PARTITION: cast(int, context.node_config["partition-id"])}
+    )
+    return Message(RecordDict({records.METRICS: place}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Compute class gradients and train the global model on one partition."""
+    config = RunConfig.from_run_config(context.run_config)
+    request = records.TrainRequest.parse(message.content)
+    _check_code(request.code_fingerprint)
+    device = resolve_device(config.device)
+    clock = _Stopwatch()
+
+    dataset = load_dataset(config.dataset)
+    indices = partition_indices(
+        config.dataset, config.partition.clients, config.partition.alpha, config.seed
+    )[request.partition]
+    loaded = dataset.train.load(indices)
+    images = dataset.normalization(loaded.images.to(device))
+    labels = loaded.labels.to(device)
+    objective = LocalObjective(
+        distillation_weight=request.distillation_weight,
+        distillation_temperature=request.distillation_temperature,
+        proximal_mu=request.proximal_mu,
+    )
+    teacher_logits = None
+    if objective.distillation_weight > 0:
+        teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
+        _check_teacher(teacher, request.teacher_fingerprint)
+        features = teacher.cached_image_features(loaded.images)
+        teacher_logits = (teacher.logit_scale * features @ prototypes.T).to(device)
+    clock.lap("data")
+
+    model = build_model(
+        config.model.name, len(dataset.class_names), config.model.feature_dim
+    )
+    records.load_arrays(model, request.model)
+    model.to(device)
+    reply = RecordDict()
+    if request.classifier is not None:
+        gradients = augmented_class_gradients(
+            model,
+            images,
+            labels,
+            *(tensor.to(device) for tensor in request.classifier),
+            draws=config.class_gradients.draws,
+            samples_per_class=config.class_gradients.samples_per_class,
+            augment=config.class_gradients.augment,
+            batch_size=config.evaluation.batch_size,
+            generator=generator(
+                config.seed, "augmentation", request.server_round, request.partition
+            ),
+        )
+        reply[records.GRADIENTS] = records.gradients_to_arrays(gradients)
+    clock.lap("gradients")
+
+    losses = train_locally(
+        model,
+        images,
+        labels,
+        teacher_logits,
+        objective,
+        epochs=config.client.epochs,
+        batch_size=config.client.batch_size,
+        learning_rate=config.client.learning_rate,
+        crop_padding=config.client.crop_padding,
+        generator=generator(
+            config.seed, "batches", request.server_round, request.partition
+        ),
+    )
+    clock.lap("training")
+    reply[records.ARRAYS] = records.model_to_arrays(model)
+    reply[records.METRICS] = MetricRecord(
+        {
+            records.PARTITION: request.partition,
+            records.NUM_EXAMPLES: len(labels),
+            "loss": losses.total,
+            "distillation-loss": losses.distillation,
+            "unreadable-images": len(loaded.unreadable),
+            **{f"seconds-{name}": value for name, value in clock.laps.items()},
+        }
+    )
+    return Message(reply, reply_to=message)
+
+
+@lru_cache(maxsize=1)
+def _teacher(
+    config: TeacherConfig, class_names: tuple[str, ...], device: torch.device
+) -> tuple[Teacher, torch.Tensor]:
+    """Return the teacher and its class prototypes [C, d], once a process."""
+    teacher = load_teacher(
+        config.model,
+        config.pretrained,
+        device,
+        prompt=config.prompt,
+        batch_size=config.batch_size,
+    )
+    return teacher, teacher.text_features(class_names)
+
+
+def _check_teacher(teacher: Teacher, expected: str) -> None:
+    if teacher.fingerprint != expected:
+        raise TeacherError(
+            f"teacher {teacher.name} has the fingerprint {teacher.fingerprint[:12]} "
+            f"here, but {expected[:12]} at the server: install the same weights on both"
+        )
+
+
+def _check_code(expected: str) -> None:
+    if code_fingerprint() != expected:
+        raise RuntimeError(
+            f"the client code in {PACKAGE_ROOT} is not the server's. Flower's local "
+            "SuperLink was started in another folder and imports its code: stop it "
+            "and run again, or use scripts/simulate.py, which starts one of its own"
+        )
+
+
+class _Stopwatch:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under ``name``."""
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

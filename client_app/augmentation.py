@@ -1,0 +1,158 @@
+"""Augmentation: differentiable Siamese for class gradients, crop and flip to train.
+
+The Siamese augmentation (DSA, Zhao and Bilen 2021) picks one of six operations and
+one set of parameters for a whole batch, as CReFF and CLIP2FL use it. Images are
+normalised; borders are filled with zero.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+MAX_SHIFT = 0.125
+CUTOUT_SIDE = 0.5
+FLIP_PROBABILITY = 0.5
+MAX_SCALE = 1.2
+MAX_ROTATION = math.radians(15)
+
+Operation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _integer(low: int, high: int, generator: torch.Generator) -> int:
+    """Draw from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _color(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shift brightness by +-0.5, scale saturation by [0, 2], contrast by [0.5, 1.5]."""
+    images = images + (_uniform(generator) - 0.5)
+    grey = images.mean(dim=1, keepdim=True)
+    images = (images - grey) * (2 * _uniform(generator)) + grey
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (images - mean) * (0.5 + _uniform(generator)) + mean
+
+
+def _crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shift by up to 12.5 % of each side."""
+    height, width = images.shape[2:]
+    pad_y, pad_x = (int(side * MAX_SHIFT + 0.5) for side in (height, width))
+    down = _integer(-pad_y, pad_y, generator)
+    right = _integer(-pad_x, pad_x, generator)
+    return _shift(images, pad_y + down, pad_x + right, pad_y, pad_x)
+
+
+def _shift(
+    images: torch.Tensor, top: int, left: int, pad_y: int, pad_x: int
+) -> torch.Tensor:
+    """Cut a window of the images' own size out of the zero-padded images."""
+    height, width = images.shape[2:]
+    padded = functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
+    return padded[:, :, top : top + height, left : left + width]
+
+
+def _cutout(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blank a square of half the side, cut off where it crosses the border."""
+    height, width = images.shape[2:]
+    mask = torch.ones(height, width, dtype=images.dtype, device=images.device)
+    size_y, size_x = (int(side * CUTOUT_SIDE + 0.5) for side in (height, width))
+    top = _integer(0, height - size_y % 2, generator) - size_y // 2
+    left = _integer(0, width - size_x % 2, generator) - size_x // 2
+    mask[max(top, 0) : max(top + size_y, 0), max(left, 0) : max(left + size_x, 0)] = 0
+    return images * mask
+
+
+def _flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mirror left and right with probability one half."""
+    return images.flip(3) if _uniform(generator) < FLIP_PROBABILITY else images
+
+
+def _scale(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Scale each axis by a factor between 1/1.2 and 1.2."""
+    low = 1 / MAX_SCALE
+    factors = [low + _uniform(generator) * (MAX_SCALE - low) for _ in range(2)]
+    return _warp(images, [[factors[0], 0, 0], [0, factors[1], 0]])
+
+
+def _rotate(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rotate by up to 15 degrees."""
+    angle = (2 * _uniform(generator) - 1) * MAX_ROTATION
+    sine, cosine = math.sin(angle), math.cos(angle)
+    return _warp(images, [[cosine, -sine, 0], [sine, cosine, 0]])
+
+
+def _warp(images: torch.Tensor, matrix: list[list[float]]) -> torch.Tensor:
+    theta = torch.tensor([matrix], dtype=images.dtype, device=images.device)
+    grid = functional.affine_grid(
+        theta.expand(len(images), 2, 3), list(images.shape), align_corners=False
+    )
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "color": _color,
+    "crop": _crop,
+    "cutout": _cutout,
+    "flip": _flip,
+    "scale": _scale,
+    "rotate": _rotate,
+}
+OPERATIONS = tuple(_OPERATIONS)
+
+
+def siamese_augment(
+    images: torch.Tensor, operation: str | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Apply one differentiable augmentation, the same to every image of the batch.
+
+    Parameters
+    ----------
+    images : Tensor, shape [N, 3, H, W]
+        Normalised images.
+    operation : str or None
+        One of `OPERATIONS`; None draws one at random.
+    generator : torch.Generator
+        CPU source of the operation and its parameters.
+
+    Returns
+    -------
+    Tensor, shape [N, 3, H, W]
+
+    Raises
+    ------
+    KeyError
+        If the operation is not one of `OPERATIONS`.
+    """
+    if operation is None:
+        operation = OPERATIONS[_integer(0, len(OPERATIONS) - 1, generator)]
+    return _OPERATIONS[operation](images, generator)
+
+
+def random_crop_flip(
+    images: torch.Tensor, padding: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Crop at a random place after zero padding and flip with probability one half.
+
+    The released code draws place and flip once per batch, and so does this.
+
+    Parameters
+    ----------
+    images : Tensor, shape [N, 3, H, W]
+        Normalised images.
+    padding : int
+        Zero pixels added on every side before the crop; 0 leaves the crop out.
+    generator : torch.Generator
+        CPU source of place and flip.
+
+    Returns
+    -------
+    Tensor, shape [N, 3, H, W]
+    """
+    top = _integer(0, 2 * padding, generator)
+    left = _integer(0, 2 * padding, generator)
+    return _flip(_shift(images, top, left, padding, padding), generator)

@@ -1,0 +1,90 @@
+"""Class gradients in closed form (CReFF, Shang et al. 2022, Eq. 4).
+
+For features f [n, d] of one class c and a linear classifier (W, b), the mean
+cross-entropy towards c has the gradient ``P^T f / n`` with respect to W and the
+mean of P's rows with respect to b, where ``P = softmax(f W^T + b) - onehot(c)``.
+No automatic differentiation is needed.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn import functional
+
+from clip2fl_common.gradients import ClassGradient
+
+__all__ = ["ClassGradient", "average_gradients", "class_gradients"]
+
+
+@torch.no_grad()
+def class_gradients(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> dict[int, ClassGradient]:
+    """Return the classifier's gradient for every class among the labels.
+
+    Parameters
+    ----------
+    features : Tensor, shape [N, d]
+        Features of the backbone (in evaluation mode).
+    labels : Tensor of int64, shape [N]
+        Class of each sample, in [0, C).
+    weight : Tensor, shape [C, d]
+        Weight of the classifier that the server sent.
+    bias : Tensor, shape [C]
+        Its bias.
+
+    Returns
+    -------
+    dict of int to ClassGradient
+        One entry per class held, in ascending order of class.
+    """
+    held, group, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    residual = torch.softmax(features @ weight.T + bias, dim=1)
+    residual -= functional.one_hot(labels, weight.shape[0])
+    # Classes hold different numbers of samples: pad them to [K, n_max, .] so that
+    # one batched product serves all; padded rows are zero and add nothing.
+    order = torch.argsort(group, stable=True)
+    ends = sizes.cumsum(0)
+    place = (
+        torch.arange(len(order), device=labels.device) - (ends - sizes)[group[order]]
+    )
+    padded_shape = (len(held), int(sizes.max()) if len(held) else 0)
+    padded_residual = residual.new_zeros(*padded_shape, weight.shape[0])
+    padded_features = features.new_zeros(*padded_shape, features.shape[1])
+    padded_residual[group[order], place] = residual[order]
+    padded_features[group[order], place] = features[order]
+    count = sizes.to(features.dtype)
+    weight_gradients = padded_residual.transpose(1, 2) @ padded_features
+    weight_gradients /= count[:, None, None]
+    bias_gradients = padded_residual.sum(1) / count[:, None]
+    return {
+        int(c): ClassGradient(weight_gradients[k], bias_gradients[k])
+        for k, c in enumerate(held)
+    }
+
+
+def average_gradients(
+    draws: Sequence[Mapping[int, ClassGradient]],
+) -> dict[int, ClassGradient]:
+    """Average the class gradients of several augmented draws of the same classes.
+
+    Parameters
+    ----------
+    draws : sequence of mapping
+        One mapping from class to gradient per draw, all with the same classes.
+
+    Returns
+    -------
+    dict of int to ClassGradient
+        The mean over the draws, class by class.
+    """
+    return {
+        c: ClassGradient(
+            torch.stack([draw[c].weight for draw in draws]).mean(0),
+            torch.stack([draw[c].bias for draw in draws]).mean(0),
+        )
+        for c in draws[0]
+    }

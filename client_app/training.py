@@ -1,0 +1,218 @@
+"""Local training: cross-entropy, distillation from the teacher, proximal term."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from client_app.augmentation import random_crop_flip, siamese_augment
+from client_app.gradients import average_gradients, class_gradients
+from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.models import ImageClassifier
+
+
+def distillation_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return ``T^2 * KL(softmax(teacher/T) || softmax(student/T))``.
+
+    Knowledge distillation (Hinton et al. 2015) as CLIP2FL uses it (Eq. 5), averaged
+    over the batch.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : Tensor, shape [N, C]
+        Logits.
+    temperature : float
+        T > 0.
+
+    Returns
+    -------
+    Tensor, scalar
+    """
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(student_logits / temperature, dim=1),
+        functional.log_softmax(teacher_logits / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+@dataclass(frozen=True)
+class LocalObjective:
+    """What is minimised besides cross-entropy.
+
+    Attributes
+    ----------
+    distillation_weight : float
+        alpha; 0 leaves distillation out.
+    distillation_temperature : float
+        T > 0.
+    proximal_mu : float
+        Weight of half the squared distance to the global model (FedProx, Li et al.
+        2020, Eq. 2); 0 leaves it out.
+    """
+
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingLosses:
+    """Mean losses over the last local epoch."""
+
+    total: float
+    distillation: float
+
+
+def train_locally(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    objective: LocalObjective,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    crop_padding: int,
+    generator: torch.Generator,
+) -> TrainingLosses:
+    """Train a model in place by plain SGD (no momentum, no decay).
+
+    Parameters
+    ----------
+    model : nn.Module
+        Global model; trained in place.
+    images : Tensor, shape [N, 3, H, W]
+        The client's normalised images.
+    labels : Tensor of int64, shape [N]
+        Their classes.
+    teacher_logits : Tensor or None, shape [N, C]
+        The teacher's logits for the un-augmented images, where it is distilled from.
+    objective : LocalObjective
+        Terms of the loss.
+    epochs, batch_size : int
+        Passes over the images and mini-batch size; the last batch may be smaller.
+    learning_rate : float
+        Step size.
+    crop_padding : int
+        Zero pixels around an image before its crop (see `random_crop_flip`).
+    generator : torch.Generator
+        CPU source of shuffling and augmentation.
+
+    Returns
+    -------
+    TrainingLosses
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite any more.
+    """
+    model.train()
+    # Parameters of the global model stay fixed while the local ones move.
+    anchors = (
+        [parameter.detach().clone() for parameter in model.parameters()]
+        if objective.proximal_mu > 0
+        else []
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    for _ in range(epochs):
+        total = distilled = torch.zeros((), device=images.device)
+        for batch in torch.randperm(len(images), generator=generator).split(batch_size):
+            chosen = batch.to(images.device)
+            augmented = random_crop_flip(images[chosen], crop_padding, generator)
+            logits = model(augmented)
+            loss = functional.cross_entropy(logits, labels[chosen])
+            if teacher_logits is not None:
+                distillation = distillation_loss(
+                    logits, teacher_logits[chosen], objective.distillation_temperature
+                )
+                loss = loss + objective.distillation_weight * distillation
+                distilled = distilled + distillation.detach() * len(batch)
+            if anchors:
+                squared = sum(
+                    (parameter - anchor).square().sum()
+                    for parameter, anchor in zip(
+                        model.parameters(), anchors, strict=True
+                    )
+                )
+                loss = loss + objective.proximal_mu / 2 * squared
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total = total + loss.detach() * len(batch)
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the local loss became {float(total / len(images))}; lower "
+                f"client.learning-rate (now {learning_rate})"
+            )
+    return TrainingLosses(float(total / len(images)), float(distilled / len(images)))
+
+
+@torch.no_grad()
+def augmented_class_gradients(
+    model: ImageClassifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    draws: int,
+    samples_per_class: int,
+    augment: bool,
+    batch_size: int,
+    generator: torch.Generator,
+) -> dict[int, ClassGradient]:
+    """Return the class gradients of a client, averaged over augmented draws.
+
+    Each draw takes up to ``samples_per_class`` random images of each class held and
+    augments each class's images by one Siamese operation (PAPER, "One round", 2).
+
+    Parameters
+    ----------
+    model : ImageClassifier
+        Global model, before local training; put into evaluation mode.
+    images : Tensor, shape [N, 3, H, W]
+        The client's normalised images.
+    labels : Tensor of int64, shape [N]
+        Their classes.
+    weight : Tensor, shape [C, d]
+        Re-trained classifier of the last round.
+    bias : Tensor, shape [C]
+        Its bias.
+    draws, samples_per_class : int
+        Number of draws, and images of a class in one draw at most.
+    augment : bool
+        Whether images are augmented.
+    batch_size : int
+        Images in one forward pass.
+    generator : torch.Generator
+        CPU source of the choice and the augmentation.
+
+    Returns
+    -------
+    dict of int to ClassGradient
+    """
+    model.eval()
+    held = torch.unique(labels.cpu()).tolist()
+    members = {c: torch.nonzero(labels.cpu() == c).flatten() for c in held}
+    results = []
+    for _ in range(draws):
+        chosen, parts = [], []
+        for indices in members.values():
+            order = torch.randperm(len(indices), generator=generator)
+            picked = indices[order[:samples_per_class]].to(images.device)
+            chosen.append(picked)
+            part = images[picked]
+            parts.append(siamese_augment(part, None, generator) if augment else part)
+        features = [model.features(x) for x in torch.cat(parts).split(batch_size)]
+        results.append(
+            class_gradients(
+                torch.cat(features), labels[torch.cat(chosen)], weight, bias
+            )
+        )
+    return average_gradients(results)

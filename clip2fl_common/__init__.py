@@ -1,0 +1,1 @@
+"""What clients and server share: configuration, models, data, teacher, messages."""

@@ -1,0 +1,490 @@
+"""Named data sets: what images there are, and how to get them as tensors."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from logging import getLogger
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import resize
+
+from clip2fl_common import demo
+from clip2fl_common.config import Dataset as DatasetConfig
+from clip2fl_common.partition import long_tail_counts, long_tail_partition
+
+logger = getLogger(__name__)
+
+LabelArray = npt.NDArray[np.int64]
+
+
+class DatasetError(ValueError):
+    """The images are not where, or not what, the configuration says."""
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """Images as they came from memory or disk.
+
+    Attributes
+    ----------
+    images : Tensor of uint8, shape [N, 3, H, W]
+        RGB images.
+    labels : Tensor of int64, shape [N]
+        Their classes.
+    unreadable : tuple of str
+        Files that were left out.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+class ImageSource(Protocol):
+    """One split of a data set: labels at hand, images on demand."""
+
+    @property
+    def labels(self) -> LabelArray:
+        """Class of each image, shape [N]."""
+
+    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the images at these indices, in their order."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory.
+
+    Attributes
+    ----------
+    images : Tensor of uint8, shape [N, 3, H, W]
+        RGB images.
+    labels : ndarray of int64, shape [N]
+        Their classes.
+    """
+
+    images: torch.Tensor
+    labels: LabelArray
+
+    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the images at these indices, in their order."""
+        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return LoadedImages(self.images[chosen], torch.from_numpy(self.labels)[chosen])
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Images read from files when they are asked for.
+
+    Attributes
+    ----------
+    paths : tuple of Path
+        N image files.
+    labels : ndarray of int64, shape [N]
+        Their classes.
+    image_size : int
+        Side in pixels: the shorter side is brought to it, the centre is kept.
+    skip_unreadable : bool
+        Leave out unreadable files instead of raising.
+    """
+
+    paths: tuple[Path, ...]
+    labels: LabelArray
+    image_size: int
+    skip_unreadable: bool
+
+    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the images at these indices, in their order.
+
+        Raises
+        ------
+        DatasetError
+            If a file is unreadable and unreadable files are not to be left out. All
+            unreadable files among the indices are counted, the first are named.
+        """
+        images, labels, unreadable = [], [], []
+        for i in indices:
+            try:
+                images.append(read_image(self.paths[i], self.image_size))
+                labels.append(int(self.labels[i]))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                unreadable.append(str(self.paths[i]))
+        if unreadable and not self.skip_unreadable:
+            raise DatasetError(
+                f"{len(unreadable)} of {len(indices)} images cannot be read: "
+                f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}; "
+                "repair or remove them, or set dataset.skip-unreadable=true"
+            )
+        for path in unreadable:
+            logger.warning("left out an unreadable image: %s", path)
+        stacked = np.stack(images) if images else np.zeros((0, 3, 1, 1), np.uint8)
+        return LoadedImages(
+            torch.from_numpy(stacked),
+            torch.tensor(labels, dtype=torch.int64),
+            tuple(unreadable),
+        )
+
+
+def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Read one image as RGB, upright, its centre square brought to ``size``.
+
+    Parameters
+    ----------
+    path : Path
+        Any format that Pillow reads.
+    size : int
+        Side in pixels.
+
+    Returns
+    -------
+    ndarray of uint8, shape [3, size, size]
+    """
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    if upright.size != (size, size):
+        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(upright).transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Channel mean and deviation of images scaled to [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return normalised float images [N, 3, H, W] of uint8 ones."""
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+
+CIFAR10_NORMALIZATION = Normalization(
+    (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+)
+CIFAR100_NORMALIZATION = Normalization(
+    (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+)
+IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set: training and test images and the names of the classes.
+
+    Attributes
+    ----------
+    name : str
+        As in the configuration.
+    class_names : tuple of str
+        C names, as they stand in the teacher's prompt.
+    train, test : ImageSource
+        The two splits.
+    normalization : Normalization
+        Of the student's input.
+    image_size : int
+        Side of the images in pixels.
+    imbalance_factor : float
+        The long tail that is still to be cut from ``train``.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource
+    normalization: Normalization
+    image_size: int
+    imbalance_factor: float = 1.0
+
+
+def load_dataset(config: DatasetConfig) -> ImageDataset:
+    """Open a data set; the last one opened by a process is kept.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+
+    Returns
+    -------
+    ImageDataset
+
+    Raises
+    ------
+    DatasetError
+        Names the folder or file, what was found there and what is expected.
+    """
+    return _load_dataset(config)
+
+
+@lru_cache(maxsize=1)
+def partition_indices(
+    config: DatasetConfig, clients: int, alpha: float, seed: int
+) -> tuple[LabelArray, ...]:
+    """Return each client's indices into the training images.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+    clients : int
+        Number of clients.
+    alpha : float
+        Concentration of the Dirichlet distribution.
+    seed : int
+        Seed of the partition.
+
+    Returns
+    -------
+    tuple of ndarray of int64
+        See `clip2fl_common.partition.long_tail_partition`.
+
+    Raises
+    ------
+    DatasetError, PartitionError
+        If the images are not there, or cannot be divided so.
+    """
+    dataset = load_dataset(config)
+    return tuple(
+        long_tail_partition(
+            dataset.train.labels,
+            len(dataset.class_names),
+            dataset.imbalance_factor,
+            clients,
+            alpha,
+            seed,
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_dataset(config: DatasetConfig) -> ImageDataset:
+    opened = {
+        "demo": _demo,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "imagenet-lt": _imagenet_lt,
+        "image-folder": _image_folder,
+    }[config.name](config)
+    if len(opened.class_names) < 2:
+        raise DatasetError(
+            f"dataset.name = {config.name!r} has {len(opened.class_names)} class "
+            f"({', '.join(opened.class_names)}); classification needs at least two"
+        )
+    return opened
+
+
+def _demo(config: DatasetConfig) -> ImageDataset:
+    # Only what the tail keeps is drawn; a partition then keeps all of it.
+    classes = len(demo.CLASS_NAMES)
+    counts = long_tail_counts(
+        config.demo_train_per_class, classes, config.imbalance_factor
+    )
+
+    def drawn(split: demo.Split, counts: Sequence[int]) -> ArraySource:
+        images, labels = demo.demo_split(split, counts)
+        return ArraySource(_resized(torch.from_numpy(images), config), labels)
+
+    return ImageDataset(
+        "demo",
+        demo.CLASS_NAMES,
+        drawn("train", counts),
+        drawn("test", [config.demo_test_per_class] * classes),
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+    )
+
+
+def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
+    if images.shape[2] == config.image_size:
+        return images
+    resized: torch.Tensor = resize(
+        images, [config.image_size, config.image_size], antialias=True
+    )
+    return resized
+
+
+def _cifar(config: DatasetConfig) -> ImageDataset:
+    kind, normalization = {
+        "cifar10": (CIFAR10, CIFAR10_NORMALIZATION),
+        "cifar100": (CIFAR100, CIFAR100_NORMALIZATION),
+    }[config.name]
+    root = Path(config.root).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        # Several clients may start at once; one of them downloads.
+        with FileLock(root / f".{config.name}.lock"):
+            splits = [
+                kind(str(root), train=train, download=True) for train in (True, False)
+            ]
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(
+            f"dataset.name = {config.name!r}: not complete in dataset.root = {root} "
+            f"and cannot be downloaded ({error}); with no network, copy the extracted "
+            f"folder {kind.base_folder} there"
+        ) from error
+    train, test = (
+        ArraySource(
+            _resized(torch.from_numpy(split.data).permute(0, 3, 1, 2), config),
+            np.asarray(split.targets, dtype=np.int64),
+        )
+        for split in splits
+    )
+    names = tuple(name.replace("_", " ") for name in splits[0].classes)
+    return ImageDataset(
+        config.name,
+        names,
+        train,
+        test,
+        normalization,
+        config.image_size,
+        config.imbalance_factor,
+    )
+
+
+def _image_folder(config: DatasetConfig) -> ImageDataset:
+    root = Path(config.root).expanduser()
+    names = _class_folders(root / "train")
+    test_names = _class_folders(root / "test")
+    if unknown := sorted(set(test_names) - set(names)):
+        raise DatasetError(
+            f"{root / 'test'} has folders that {root / 'train'} has not: "
+            f"{', '.join(unknown)}; known classes: {', '.join(names)}"
+        )
+    train = _folder_source(root / "train", names, config)
+    test = _folder_source(root / "test", names, config)
+    for label, name in enumerate(names):
+        if not (train.labels == label).any():
+            raise DatasetError(
+                f"class {name!r} would be held by nobody: {root / 'train' / name} has "
+                f"no image ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder"
+            )
+    return ImageDataset(
+        "image-folder",
+        tuple(name.replace("_", " ") for name in names),
+        train,
+        test,
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+        config.imbalance_factor,
+    )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DatasetError(
+            f"{folder} is not a folder; dataset.root must hold train/<class>/<image> "
+            "and test/<class>/<image>"
+        )
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not names:
+        raise DatasetError(
+            f"{folder} has no class folders; it must hold <class>/<image>"
+        )
+    return names
+
+
+def _folder_source(
+    folder: Path, names: Sequence[str], config: DatasetConfig
+) -> FileSource:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        if (folder / name).is_dir():
+            found = sorted(
+                path
+                for path in (folder / name).iterdir()
+                if path.suffix.lower() in IMG_EXTENSIONS
+            )
+            paths += found
+            labels += [label] * len(found)
+    if not paths:
+        raise DatasetError(
+            f"{folder} has class folders but no image ({', '.join(IMG_EXTENSIONS)})"
+        )
+    return _file_source(paths, labels, config)
+
+
+def _file_source(
+    paths: Sequence[Path], labels: Sequence[int], config: DatasetConfig
+) -> FileSource:
+    return FileSource(
+        tuple(paths),
+        np.asarray(labels, dtype=np.int64),
+        config.image_size,
+        config.skip_unreadable,
+    )
+
+
+def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DatasetError(f"dataset.root = {root} is not a folder")
+    train = _listed_source(root, Path(config.train_list).expanduser(), config)
+    test = _listed_source(root, Path(config.test_list).expanduser(), config)
+    classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
+    present = np.bincount(train.labels, minlength=classes)
+    if missing := np.flatnonzero(present == 0).tolist():
+        raise DatasetError(
+            f"dataset.train-list = {config.train_list} has no image of class "
+            f"{', '.join(map(str, missing[:10]))}, so nobody would hold it"
+        )
+    # The lists are long-tailed already: nothing more is cut from them.
+    return ImageDataset(
+        "imagenet-lt",
+        _imagenet_names(classes),
+        train,
+        test,
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+    )
+
+
+def _imagenet_names(classes: int) -> tuple[str, ...]:
+    """Return the class names that open_clip ships for ImageNet's 1,000 classes."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    if classes > len(IMAGENET_CLASSNAMES):
+        raise DatasetError(
+            f"the lists name {classes} classes, but ImageNet has "
+            f"{len(IMAGENET_CLASSNAMES)}"
+        )
+    return tuple(IMAGENET_CLASSNAMES[:classes])
+
+
+def _listed_source(root: Path, list_file: Path, config: DatasetConfig) -> FileSource:
+    """Read the public list format: ``path label`` a line, or JSON of such lines."""
+    try:
+        text = list_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DatasetError(f"cannot read the image list {list_file}: {error}") from None
+    lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    paths, labels = [], []
+    for number, line in enumerate(lines, start=1):
+        entry = " ".join(map(str, line)) if isinstance(line, list) else str(line)
+        if not entry.strip():
+            continue
+        path, _, label = entry.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise DatasetError(
+                f"{list_file}, entry {number}: expected 'path label', found {entry!r}"
+            )
+        paths.append(root / path)
+        labels.append(int(label))
+    if not paths:
+        raise DatasetError(f"the image list {list_file} is empty")
+    return _file_source(paths, labels, config)

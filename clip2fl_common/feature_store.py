@@ -1,0 +1,148 @@
+"""Teacher features on disk: each sample's are computed once and used ever after.
+
+A teacher is frozen and never sees an augmented image, so its features are a fixed
+function of teacher and sample. They are kept in one SQLite file a teacher, keyed by
+the sample's content; SQLite makes writes atomic and safe between processes.
+"""
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from logging import getLogger
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+
+logger = getLogger(__name__)
+
+CACHE_VARIABLE = "CLIP2FL_CACHE_DIR"
+# Clients that start together wait for each other's writes, which take milliseconds.
+LOCK_TIMEOUT_S = 120.0
+# SQLite's limit on the variables of one statement, in its oldest builds.
+QUERY_SIZE = 900
+
+
+def cache_dir() -> Path:
+    """Return the folder of cached features.
+
+    Returns
+    -------
+    Path
+        ``$CLIP2FL_CACHE_DIR`` where set, else ``clip2fl`` in the user's cache folder.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("clip2fl"))
+
+
+def content_keys(images: torch.Tensor) -> list[bytes]:
+    """Return a key of each image's pixels and size.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape [N, 3, H, W]
+        Images before any augmentation.
+
+    Returns
+    -------
+    list of bytes
+        N keys of 16 bytes.
+    """
+    size = f"{tuple(images.shape[1:])}".encode()
+    return [
+        hashlib.blake2b(image.tobytes(), digest_size=16, key=size[:64]).digest()
+        for image in images.contiguous().cpu().numpy()
+    ]
+
+
+class FeatureStore:
+    """The features of one teacher, by content key.
+
+    A cache that cannot be read or written costs time, never a run: the features are
+    computed again and a warning says which file to look at.
+
+    Parameters
+    ----------
+    fingerprint : str
+        The teacher's; each teacher has a file of its own.
+    folder : Path or None
+        Where the file lies; None: `cache_dir`.
+    """
+
+    def __init__(self, fingerprint: str, folder: Path | None = None) -> None:
+        self.path = (folder or cache_dir()) / f"features-{fingerprint[:32]}.sqlite"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)
+        try:
+            with connection:
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS feature "
+                    "(key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
+                )
+                yield connection
+        finally:
+            connection.close()
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, torch.Tensor]:
+        """Return the features that are known.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+            Content keys.
+
+        Returns
+        -------
+        dict of bytes to Tensor of float32, shape [d]
+            Without the keys that are not in the store.
+        """
+        found: dict[bytes, torch.Tensor] = {}
+        try:
+            with self._open() as connection:
+                for start in range(0, len(keys), QUERY_SIZE):
+                    chunk = list(keys[start : start + QUERY_SIZE])
+                    marks = ",".join("?" * len(chunk))
+                    rows = connection.execute(
+                        f"SELECT key, value FROM feature WHERE key IN ({marks})", chunk
+                    )
+                    for key, value in rows:
+                        array = np.frombuffer(value, dtype="<f4")
+                        found[key] = torch.from_numpy(array.copy())
+        except (OSError, sqlite3.Error) as error:
+            self._warn("read", error)
+        return found
+
+    def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
+        """Add features; those already there stay.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+            N content keys.
+        features : Tensor, shape [N, d]
+            Their features.
+        """
+        values = features.cpu().numpy().astype("<f4")
+        rows = [(key, v.tobytes()) for key, v in zip(keys, values, strict=True)]
+        try:
+            with self._open() as connection:
+                connection.executemany(
+                    "INSERT OR IGNORE INTO feature VALUES (?, ?)", rows
+                )
+        except (OSError, sqlite3.Error) as error:
+            self._warn("write", error)
+
+    def _warn(self, action: str, error: Exception) -> None:
+        logger.warning(
+            "cannot %s the teacher's cached features in %s (%s); they are computed "
+            "again. Check the disk, or delete the file if it is damaged.",
+            action,
+            self.path,
+            error,
+        )

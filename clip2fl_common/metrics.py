@@ -1,0 +1,148 @@
+"""Accuracy of long-tailed classification: per class, balanced, many/medium/few-shot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+MANY_SHOT_ABOVE = 100
+FEW_SHOT_BELOW = 20
+# Shares of the classes, by frequency rank, where the counts leave a group empty.
+MANY_SHARE, MEDIUM_SHARE = 0.3, 0.4
+
+
+@dataclass(frozen=True)
+class ShotGroups:
+    """Classes grouped by how many training images there are of them.
+
+    Attributes
+    ----------
+    rule : {"count", "rank"}
+        "count": more than 100 / 20 to 100 / fewer than 20 training images (Liu et
+        al. 2019). "rank": that would leave a group empty, so the classes are split
+        30/40/30 % by frequency.
+    many, medium, few : tuple of int
+        Class indices, ascending. Never empty with three classes or more.
+    """
+
+    rule: Literal["count", "rank"]
+    many: tuple[int, ...]
+    medium: tuple[int, ...]
+    few: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AccuracyReport:
+    """Accuracy in percent, from 0 to 100; None where no test image decides it.
+
+    Attributes
+    ----------
+    top1 : float
+        Share of test images classified correctly.
+    balanced : float
+        Mean of the per-class accuracies.
+    many, medium, few : float or None
+        Mean per-class accuracy in each shot group.
+    per_class : tuple of (float or None)
+        Accuracy of each class.
+    """
+
+    top1: float
+    balanced: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    per_class: tuple[float | None, ...]
+
+
+def shot_groups(train_counts: Sequence[int]) -> ShotGroups:
+    """Group the classes by their number of training images.
+
+    Parameters
+    ----------
+    train_counts : sequence of int, length C
+        Training images of each class over all clients.
+
+    Returns
+    -------
+    ShotGroups
+    """
+    counts = np.asarray(train_counts)
+    groups = (
+        np.flatnonzero(counts > MANY_SHOT_ABOVE),
+        np.flatnonzero((counts >= FEW_SHOT_BELOW) & (counts <= MANY_SHOT_ABOVE)),
+        np.flatnonzero(counts < FEW_SHOT_BELOW),
+    )
+    rule: Literal["count", "rank"] = "count"
+    if any(len(group) == 0 for group in groups):
+        rule = "rank"
+        order = np.argsort(-counts, kind="stable")
+        first = max(1, round(MANY_SHARE * len(order)))
+        second = max(first + 1, round((MANY_SHARE + MEDIUM_SHARE) * len(order)))
+        groups = (order[:first], order[first:second], order[second:])
+    many, medium, few = (tuple(sorted(int(c) for c in group)) for group in groups)
+    return ShotGroups(rule, many, medium, few)
+
+
+def confusion_matrix(
+    labels: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64], num_classes: int
+) -> npt.NDArray[np.int64]:
+    """Count test images by true and predicted class.
+
+    Parameters
+    ----------
+    labels, predictions : ndarray of int64, shape [N]
+        True and predicted classes in [0, C).
+    num_classes : int
+        Number of classes C.
+
+    Returns
+    -------
+    ndarray of int64, shape [C, C]
+        Rows are true classes, columns predictions.
+    """
+    pairs = labels * num_classes + predictions
+    counted = np.bincount(pairs, minlength=num_classes**2)
+    return counted.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def accuracy_report(
+    confusion: npt.NDArray[np.int64], groups: ShotGroups
+) -> AccuracyReport:
+    """Summarise a confusion matrix.
+
+    Parameters
+    ----------
+    confusion : ndarray of int64, shape [C, C]
+        As `confusion_matrix` returns it, with at least one test image.
+    groups : ShotGroups
+        Shot groups of the training data.
+
+    Returns
+    -------
+    AccuracyReport
+        A class without test images is left out of every mean.
+    """
+    correct = np.diag(confusion)
+    per_true_class = confusion.sum(axis=1)
+    recall = [
+        100.0 * float(hit) / float(total) if total else None
+        for hit, total in zip(correct, per_true_class, strict=True)
+    ]
+
+    def mean_of(classes: Sequence[int]) -> float | None:
+        values = [value for c in classes if (value := recall[c]) is not None]
+        return sum(values) / len(values) if values else None
+
+    balanced = mean_of(range(len(recall)))
+    assert balanced is not None, "an empty test set has no accuracy"
+    return AccuracyReport(
+        top1=100.0 * float(correct.sum()) / float(per_true_class.sum()),
+        balanced=balanced,
+        many=mean_of(groups.many),
+        medium=mean_of(groups.medium),
+        few=mean_of(groups.few),
+        per_class=tuple(recall),
+    )

@@ -1,0 +1,199 @@
+"""Long-tailed sampling and Dirichlet partition of a labelled data set.
+
+The index lists equal those of the released CLIP2FL and CReFF code for the same
+seed, including their order, because published results depend on them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+IndexArray = npt.NDArray[np.int64]
+
+# The released code splits the clients into groups of ten, each with a contiguous
+# slice of the shuffled samples, and draws a Dirichlet partition within a group.
+GROUP_SIZE = 10
+# The released code repeats the draw without end; this many are enough for every
+# setting that can be met at all, and keep an impossible one from hanging.
+MAX_ATTEMPTS = 5000
+
+
+class PartitionError(ValueError):
+    """The data cannot be divided among the clients as asked."""
+
+
+def long_tail_counts(
+    max_per_class: int, num_classes: int, imbalance_factor: float
+) -> list[int]:
+    """Return how many samples each class keeps in an exponential long tail.
+
+    Class k keeps ``int(max_per_class * (1 / imbalance_factor) ** (k / (C - 1)))``
+    samples (Cao et al. 2019, LDAM, as used by CReFF and CLIP2FL).
+
+    Parameters
+    ----------
+    max_per_class : int
+        Samples of the most frequent class (class 0).
+    num_classes : int
+        Number of classes C, at least 2.
+    imbalance_factor : float
+        Ratio IF >= 1 of the most to the least frequent class; 1 is balanced.
+
+    Returns
+    -------
+    list of int
+        C counts, not increasing.
+
+    Raises
+    ------
+    PartitionError
+        If ``num_classes`` < 2 or ``imbalance_factor`` < 1.
+    """
+    if num_classes < 2:
+        raise PartitionError(
+            f"a long tail needs at least two classes, found {num_classes}"
+        )
+    if not imbalance_factor >= 1:
+        raise PartitionError(
+            f"dataset.imbalance-factor = {imbalance_factor} must be at least 1 "
+            "(1 keeps every sample, 100 keeps a hundredth of the rarest class)"
+        )
+    ratio = 1 / imbalance_factor
+    return [
+        int(max_per_class * ratio ** (k / (num_classes - 1)))
+        for k in range(num_classes)
+    ]
+
+
+def long_tail_partition(
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    imbalance_factor: float,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+) -> list[IndexArray]:
+    """Sample a long tail from ``labels`` and divide it among the clients.
+
+    Reproduces the released code's index lists exactly, but with random generators
+    of its own: numpy's global random state is neither read nor changed.
+
+    Parameters
+    ----------
+    labels : ndarray of int, shape [N]
+        Class of each sample.
+    num_classes : int
+        Number of classes C, at least 2.
+    imbalance_factor : float
+        Ratio IF >= 1 of the most to the least frequent class. A class that has
+        fewer samples than its place in the tail allows keeps all of them.
+    num_clients : int
+        Number of clients.
+    alpha : float
+        Concentration of the Dirichlet distribution, > 0; smaller is more uneven.
+    seed : int
+        Seed of every random draw, in [0, 2**32).
+
+    Returns
+    -------
+    list of ndarray of int64
+        Per client, the indices into ``labels`` of its samples. Sizes differ by at
+        most one.
+
+    Raises
+    ------
+    PartitionError
+        If a parameter is out of range, a class keeps no sample, there are fewer
+        samples than clients, or no draw gives every client half its fair share.
+    """
+    if not alpha > 0:
+        raise PartitionError(f"partition.alpha = {alpha} must be greater than 0")
+    if num_clients < 1:
+        raise PartitionError(f"partition.clients = {num_clients} must be at least 1")
+    members = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    sizes = [len(m) for m in members]
+    counts = long_tail_counts(max(sizes, default=0), num_classes, imbalance_factor)
+    kept = _sample_long_tail(members, counts, imbalance_factor, seed)
+
+    shuffled = list(np.concatenate(kept))
+    rng = np.random.RandomState(seed)
+    rng.shuffle(shuffled)
+    total = len(shuffled)
+    if total < num_clients:
+        raise PartitionError(
+            f"partition.clients = {num_clients}, but the long tail has only {total} "
+            "samples, so a client would have none: use fewer clients or a smaller "
+            "dataset.imbalance-factor"
+        )
+
+    slice_length = int(GROUP_SIZE / num_clients * total)
+    ordered: list[IndexArray] = []
+    for start in range(0, num_clients, GROUP_SIZE):
+        group = min(GROUP_SIZE, num_clients - start)
+        begin = start // GROUP_SIZE * slice_length
+        last = start + GROUP_SIZE >= num_clients
+        end = total if last else begin + slice_length
+        indices = np.asarray(shuffled[begin:end], dtype=np.int64)
+        ordered += _dirichlet_group(
+            indices, labels[indices], num_classes, group, alpha, rng
+        )
+    return np.array_split(np.concatenate(ordered), num_clients)
+
+
+def _sample_long_tail(
+    members: Sequence[IndexArray],
+    counts: Sequence[int],
+    imbalance_factor: float,
+    seed: int,
+) -> list[IndexArray]:
+    rng = np.random.RandomState(seed)
+    kept = []
+    for c, (indices, count) in enumerate(zip(members, counts, strict=True)):
+        if min(count, len(indices)) == 0:
+            raise PartitionError(
+                f"class {c} would be held by nobody: it has {len(indices)} samples "
+                f"and keeps {count} at dataset.imbalance-factor = {imbalance_factor}; "
+                "use a smaller imbalance factor or add samples"
+            )
+        order = list(indices)
+        rng.shuffle(order)
+        kept.append(np.asarray(order[:count], dtype=np.int64))
+    return kept
+
+
+def _dirichlet_group(
+    indices: IndexArray,
+    classes: npt.NDArray[np.integer],
+    num_classes: int,
+    num_clients: int,
+    alpha: float,
+    rng: np.random.RandomState,
+) -> list[IndexArray]:
+    """Divide one group's slice; every client gets at least half a fair share."""
+    fair_share = len(indices) / num_clients
+    smallest_allowed = int(0.5 * fair_share)
+    smallest = 0
+    for _ in range(MAX_ATTEMPTS):
+        parts: list[list[IndexArray]] = [[] for _ in range(num_clients)]
+        sizes = np.zeros(num_clients, dtype=np.int64)
+        for c in range(num_classes):
+            share = rng.dirichlet(np.repeat(alpha, num_clients))
+            of_class = indices[classes == c]
+            share = share * (sizes < fair_share)
+            if len(of_class) == 0 or not share.sum() > 0:
+                continue
+            share = share / share.sum()
+            cuts = (np.cumsum(share) * len(of_class)).astype(int)[:-1]
+            for client, piece in enumerate(np.split(of_class, cuts)):
+                parts[client].append(piece)
+                sizes[client] += len(piece)
+        smallest = max(smallest, int(sizes.min()))
+        if sizes.min() >= smallest_allowed and sizes.sum() == len(indices):
+            return [np.concatenate(p) if p else indices[:0] for p in parts]
+    raise PartitionError(
+        f"no Dirichlet partition found in {MAX_ATTEMPTS} draws at partition.alpha = "
+        f"{alpha}: every client should hold at least {smallest_allowed} of "
+        f"{len(indices)} samples, the best draw left one with {smallest}; use a larger "
+        "partition.alpha or fewer partition.clients"
+    )

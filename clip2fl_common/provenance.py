@@ -1,0 +1,34 @@
+"""Which code is this? Client and server must run the same."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+SHARED_BY_BOTH_SIDES = ("clip2fl_common", "client_app")
+
+
+@lru_cache(maxsize=1)
+def code_fingerprint(root: Path = PACKAGE_ROOT) -> str:
+    """Return a hash of the client's code and what it shares with the server.
+
+    Flower's managed simulation imports client code from the folder in which its
+    SuperLink was once started, ahead of the bundle that is being run. The server
+    sends this hash with each request, so that a client that runs another checkout's
+    code refuses instead of returning numbers of unknown origin.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of the packages.
+
+    Returns
+    -------
+    str
+    """
+    digest = hashlib.sha256()
+    for package in SHARED_BY_BOTH_SIDES:
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,716 @@
+"""Run the Flower app in a simulation of its own and tell whether it completed.
+
+``flwr run`` alone leaves two traps. Its local SuperLink stays alive, and the
+simulated clients import code from the directory in which that SuperLink was first
+started, so a second checkout may silently run the first one's clients. And it exits 0
+even when the ServerApp failed. This script starts a SuperLink for one run, from an
+empty directory, asks it for the run's final status and stops everything again::
+
+    python scripts/simulate.py --run-config conf/demo.toml --set 'seed=8'
+
+Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or 143 it was
+interrupted by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROFILE = "simulation"
+"""Name of the SuperLink connection in the private Flower configuration."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+POLL_SECONDS = 0.1
+START_SECONDS = 120.0
+"""A cold import of flwr on a slow disk takes tens of seconds."""
+COMMAND_SECONDS = 60.0
+STOP_SECONDS = 15.0
+"""How long processes may take to end by themselves before they are killed."""
+
+BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
+"""Kinds of files that Flower lets into an app's bundle."""
+
+RAY_SOCKET_SUFFIX = (
+    "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+)
+UNIX_SOCKET_PATH_MAX = 103
+"""Ray refuses longer socket paths (the smallest limit of its platforms)."""
+
+PAIR = re.compile(
+    r"""\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>'[^']*'|"[^"]*"|[^\s'"]+)\s*"""
+)
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+NOISE = re.compile(
+    r"Using SuperLink: "
+    r"|Successfully (started run|installed \S+ to) "
+    r"|INFO :\s+(Starting (logstream|Flower Simulation)|Federation `)"
+    r"|WARNING :\s+Since flwr 1\.32, default simulated SuperNodes"
+    r"|INFO :\s+(To change federation size|flwr federation simulation-config)"
+    r"|.*FutureWarning: Tip: In future versions of Ray, Ray will no longer override"
+    r"|  warnings\.warn\($"
+    r"|\(ClientAppActor pid=\d+\) .*Manually terminating ClientAppActor"
+)
+"""Lines about Flower's and Ray's own housekeeping; they stay in `RunResult.log`."""
+
+
+class SimulationError(RuntimeError):
+    """The simulation could not be started."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the simulation; everything it started is gone.
+
+    Parameters
+    ----------
+    signum : int
+        The first signal that arrived.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes
+    ----------
+    status : str
+        Flower's words: "finished:completed", "finished:failed", "finished:stopped";
+        or "not-started" when Flower refused the app or its configuration.
+    details : str
+        The reason when the run did not complete, else empty.
+    log : str
+        Everything the run printed, without colours.
+    """
+
+    status: str
+    details: str
+    log: str
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run came to its end without an error."""
+        return self.status == "finished:completed"
+
+
+class _Signals:
+    """Note signals instead of acting on them, so that clean-up is never cut short."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.hurry = False
+        self._previous: list[tuple[int, signal._HANDLER]] = []
+
+    def __enter__(self) -> _Signals:
+        for signum in SIGNALS:
+            self._previous.append((signum, signal.signal(signum, self._note)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous:
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        if self.first is None:
+            self.first = signum
+        else:
+            self.hurry = True
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
+    """Parse ``key=value`` pairs as ``flwr run --run-config`` understands them.
+
+    Parameters
+    ----------
+    texts : Sequence[str]
+        Each holds pairs separated by spaces, for example ``'seed=8 method="creff"'``.
+
+    Returns
+    -------
+    dict[str, object]
+        Dotted key to value; a later pair replaces an earlier one.
+
+    Raises
+    ------
+    ValueError
+        If a text holds anything but pairs of a key and a TOML value.
+    """
+    pairs: dict[str, object] = {}
+    for text in texts:
+        position = 0
+        while position < len(text):
+            match = PAIR.match(text, position)
+            try:
+                if match is None:
+                    raise ValueError("not a key=value pair")
+                value = tomllib.loads(f"value = {match['value']}")["value"]
+            except ValueError as error:
+                raise ValueError(
+                    f"--set {text!r}: cannot read {text[position:]!r} ({error}). Write "
+                    "pairs such as 'seed=8 method=\"fedavg\"': strings need quotes, "
+                    "booleans are true or false."
+                ) from None
+            pairs[match["key"]] = value
+            position = match.end()
+    return pairs
+
+
+def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Turn nested TOML tables into one level of dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def merge_run_config(
+    app: Path, run_config: Path | None, overrides: Sequence[str]
+) -> str:
+    """Merge a TOML file with pairs, which flwr does not accept together.
+
+    Parameters
+    ----------
+    app : Path
+        Directory of the app, whose ``pyproject.toml`` names every key there is.
+    run_config : Path | None
+        A TOML file of run configuration keys.
+    overrides : Sequence[str]
+        Pairs as in `parse_overrides`; they win over the file.
+
+    Returns
+    -------
+    str
+        TOML text with one dotted key per line.
+
+    Raises
+    ------
+    ValueError
+        If a value cannot be read, or the app has no such key (Flower's own message
+        for that does not name the key).
+    """
+    with (app / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    try:
+        known = flatten(project["tool"]["flwr"]["app"].get("config", {}))
+    except KeyError:
+        raise ValueError(
+            f"{app / 'pyproject.toml'} has no [tool.flwr.app], so this is no Flower app"
+        ) from None
+    merged: dict[str, object] = {}
+    if run_config is not None:
+        try:
+            merged.update(flatten(tomllib.loads(run_config.read_text("utf-8"))))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"--run-config {run_config}: {error}") from None
+    merged.update(parse_overrides(overrides))
+    for key in sorted(merged.keys() - known.keys()):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {sorted(known)}"
+        raise ValueError(f"run configuration key {key!r} does not exist; {hint}")
+    # JSON writes booleans, numbers and strings exactly as TOML does.
+    return "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in merged.items()
+    )
+
+
+def simulate(
+    app: Path = ROOT,
+    *,
+    run_config: Path | None = None,
+    overrides: Sequence[str] = (),
+    supernodes: int | None = None,
+    cpus_per_client: float = 1.0,
+    gpus_per_client: float = 0.0,
+    timeout: float | None = None,
+    output: TextIO | None = None,
+) -> RunResult:
+    """Run a Flower app in a simulation of its own.
+
+    Call it from the main thread: it handles signals while it runs.
+
+    Parameters
+    ----------
+    app : Path
+        Directory of the app, with its ``pyproject.toml``.
+    run_config : Path | None
+        A TOML file of run configuration keys.
+    overrides : Sequence[str]
+        ``key=value`` pairs that win over the file.
+    supernodes : int | None
+        Number of simulated nodes; None takes one per CPU core, at least 2.
+    cpus_per_client : float
+        CPU cores a client occupies; decides how many train at the same time.
+    gpus_per_client : float
+        GPUs, or the share of one, a client occupies; with 0 Ray hides them from it.
+    timeout : float | None
+        Seconds after which the run is stopped.
+    output : TextIO | None
+        Where the log goes as it appears, without Flower's housekeeping.
+
+    Returns
+    -------
+    RunResult
+        The status Flower recorded, the reason and the log.
+
+    Raises
+    ------
+    ValueError
+        If the run configuration cannot be read or has an unknown key.
+    SimulationError
+        If the SuperLink does not start.
+    Interrupted
+        If SIGINT, SIGTERM or SIGHUP arrived, after all was stopped.
+    """
+    config_text = merge_run_config(app, run_config, overrides)
+    federation_config = (
+        f"num-supernodes={supernodes or max(2, os.cpu_count() or 1)}"
+        f" client-resources-num-cpus={cpus_per_client:g}"
+        f" client-resources-num-gpus={gpus_per_client:g}"
+    )
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with _Signals() as signals, _private_directory() as directory:
+        config_file = directory / "run-config.toml"
+        config_file.write_text(config_text, "utf-8")
+        _copy_app(app, directory / "app")
+        with _superlink(directory, signals) as link:
+            command = [
+                *("run", str(directory / "app"), PROFILE, "--stream"),
+                *("--federation-config", federation_config),
+                *("--run-config", str(config_file)),
+            ]
+            log = link.stream(command, output, deadline)
+            result = link.result(log)
+    if signals.first is not None:
+        raise Interrupted(signals.first)
+    if result.status == "finished:stopped" and timeout is not None:
+        return replace(result, details=f"stopped after {timeout:g} s")
+    return result
+
+
+@dataclass(frozen=True)
+class _SuperLink:
+    """A running SuperLink and the means to talk to it."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    environment: Mapping[str, str]
+    signals: _Signals
+
+    def flwr(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        """Start a ``flwr`` command that Ctrl-C in the terminal does not reach."""
+        return subprocess.Popen(
+            [_executable("flwr"), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            cwd=self.directory / "work",
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def stream(
+        self, command: Sequence[str], output: TextIO | None, deadline: float | None
+    ) -> str:
+        """Start the run and pass its log on until it ends or must be stopped.
+
+        Returns
+        -------
+        str
+            The log without colours.
+        """
+        log: list[str] = []
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with self.flwr(command) as client:
+            threading.Thread(target=_read, args=(client, lines), daemon=True).start()
+            try:
+                while (line := _next_line(lines)) is not None:
+                    if line:
+                        plain = ANSI.sub("", line)
+                        log.append(plain)
+                        if output is not None and not NOISE.match(plain):
+                            output.write(line if output.isatty() else plain)
+                            output.flush()
+                    expired = deadline is not None and time.monotonic() > deadline
+                    if expired or self.signals.first or self.process.poll() is not None:
+                        self.stop_run("".join(log))
+                        break
+            finally:
+                client.kill()
+        return "".join(log)
+
+    def stop_run(self, log: str) -> None:
+        """Ask Flower to stop the run, if it started, so that its status says so."""
+        if started := re.search(r"Successfully started run (\d+)", log):
+            self.ask(["stop", started[1], PROFILE], STOP_SECONDS)
+
+    def ask(self, arguments: Sequence[str], seconds: float) -> str:
+        """Return the output of a ``flwr`` command; a second signal cuts it short."""
+        end = time.monotonic() + seconds
+        with self.flwr(arguments) as client:
+            while time.monotonic() < end and not self.signals.hurry:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return client.communicate(timeout=POLL_SECONDS)[0]
+            client.kill()
+        return ""
+
+    def result(self, log: str) -> RunResult:
+        """Ask for the run's final status."""
+        status, details = "not-started", log.strip()
+        end = time.monotonic() + STOP_SECONDS
+        while self.process.poll() is None and not self.signals.first:
+            answer = self.ask(["ls", PROFILE, "--format", "json"], COMMAND_SECONDS)
+            # Without an answer the SuperLink is about to end, or too busy just now.
+            with contextlib.suppress(json.JSONDecodeError, KeyError):
+                runs: list[dict[str, str]] = json.loads(answer)["runs"]
+                if not runs:
+                    break
+                status, details = runs[0]["status"], runs[0]["status-details"]
+            if status.startswith("finished") or time.monotonic() > end:
+                break
+        if self.process.poll() is not None:
+            details = f"the SuperLink ended\n{_tail(self.directory / 'superlink.log')}"
+        return RunResult(status, "" if details == "N/A" else details, log)
+
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    """Make a temporary directory for one run and remove it afterwards."""
+    parent = tempfile.gettempdir()
+    name_length = len("/clip2fl-") + 8
+    if len(parent) + name_length + len(RAY_SOCKET_SUFFIX) > UNIX_SOCKET_PATH_MAX:
+        parent = "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="clip2fl-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy_app(app: Path, copy: Path) -> None:
+    """Copy what a bundle may contain, for Flower to find.
+
+    Flower walks through every file of the directory it is given; in a checkout that
+    means some ten thousand files of the virtual environment, and seconds.
+    """
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if name not in (".gitignore", "LICENSE")
+            and (
+                name.startswith(".")
+                or name == "__pycache__"
+                or (
+                    Path(name).suffix not in BUNDLED and not Path(folder, name).is_dir()
+                )
+            )
+        ]
+
+    shutil.copytree(app, copy, ignore=left_out)
+
+
+@contextlib.contextmanager
+def _superlink(directory: Path, signals: _Signals) -> Iterator[_SuperLink]:
+    """Run a SuperLink from an empty directory.
+
+    At the end no process that it started is left.
+    """
+    (directory / "work").mkdir()
+    (directory / "home").mkdir()
+    environment = _environment(directory)
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # Another process may take the free port first: then choose again.
+        for _ in range(3):
+            port = _free_port()
+            (directory / "home" / "config.toml").write_text(
+                f"[superlink.{PROFILE}]\n"
+                f'address = "127.0.0.1:{port}"\n'
+                "insecure = true\n",
+                "utf-8",
+            )
+            process = _start_superlink(directory, port, environment)
+            end = time.monotonic() + START_SECONDS
+            while process.poll() is None and time.monotonic() < end:
+                if signals.first is not None:
+                    raise Interrupted(signals.first)
+                if _is_up(directory):
+                    yield _SuperLink(process, directory, environment, signals)
+                    return
+                time.sleep(POLL_SECONDS)
+        raise SimulationError(
+            f"flower-superlink did not start:\n{_tail(directory / 'superlink.log')}"
+        )
+    finally:
+        if process is not None:
+            _stop_all(process, directory, signals)
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """Return the caller's environment with what keeps this run to itself."""
+    environment = dict(os.environ)
+    # An address of a running Ray cluster would be used instead of a private one.
+    environment.pop("RAY_ADDRESS", None)
+    environment.update(
+        FLWR_HOME=str(directory / "home"),
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
+        RAY_TMPDIR=str(directory),
+        RAY_USAGE_STATS_ENABLED="0",
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        PYTHONUNBUFFERED="1",
+    )
+    return environment
+
+
+def _start_superlink(
+    directory: Path, port: int, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    with (directory / "superlink.log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                *(_executable("flower-superlink"), "--insecure", "--simulation"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                "--disable-runtime-dependency-installation",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=directory / "work",
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _executable(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise SimulationError(
+            f"{path} does not exist: {sys.executable} has no Flower. Run "
+            "'make install' and use .venv/bin/python."
+        )
+    return str(path)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_up(directory: Path) -> bool:
+    """Tell whether the SuperLink listens.
+
+    Its own log is read rather than its port probed: another program that took the
+    port would answer a probe too.
+    """
+    return "Uvicorn running on" in (directory / "superlink.log").read_text("utf-8")
+
+
+def _read(client: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    assert client.stdout is not None
+    with contextlib.suppress(ValueError):  # closed by the main thread after a stop
+        for line in client.stdout:
+            lines.put(line)
+    lines.put(None)
+
+
+def _next_line(lines: queue.SimpleQueue[str | None]) -> str | None:
+    """Return the next line, an empty string if none came in time, None at the end."""
+    try:
+        return lines.get(timeout=POLL_SECONDS)
+    except queue.Empty:
+        return ""
+
+
+def _stop_all(
+    process: subprocess.Popen[bytes], directory: Path, signals: _Signals
+) -> None:
+    """End the SuperLink and all that it started, gently first."""
+    sessions = {process.pid}
+    others = set(own_processes(directory, sessions)) - {process.pid}
+    process.terminate()
+    _signal(others, signal.SIGTERM)
+    end = time.monotonic() + STOP_SECONDS
+    while process.poll() is None or own_processes(directory, sessions):
+        if signals.hurry or time.monotonic() > end:
+            process.kill()
+            _signal(own_processes(directory, sessions), signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _signal(pids: Iterable[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def own_processes(directory: Path, sessions: set[int]) -> list[int]:
+    """Find the living processes of one run by what they inherited.
+
+    The SuperLink starts its child in a session of its own, which Ray's processes
+    share; some of those overwrite their environment and outlive their parents, so
+    neither process group, nor parent, nor environment alone names them all.
+
+    Parameters
+    ----------
+    directory : Path
+        The run's private directory: ``FLWR_HOME`` of its processes lies there.
+    sessions : set[int]
+        Sessions known to be the run's; those found by ``FLWR_HOME`` are added.
+
+    Returns
+    -------
+    list[int]
+        Process ids; empty where there is no ``/proc``.
+    """
+    mark = b"FLWR_HOME=" + os.fsencode(directory / "home")
+    session_of: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            # After the name in parentheses: state, parent, process group, session.
+            state, _, _, session = (
+                (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            )
+            if state == "Z":
+                continue
+            session_of[int(folder.name)] = int(session)
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                sessions.add(int(session))
+    return [pid for pid, session in session_of.items() if session in sessions]
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(ANSI.sub("", path.read_text("utf-8")).splitlines()[-20:])
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+    return value
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="simulate.py",
+        description="Run the Flower app in a simulation of its own.",
+        epilog="Exit status: 0 only if the run completed.",
+    )
+    parser.add_argument(
+        "--run-config", type=Path, metavar="TOML", help="file of run configuration keys"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE ...'",
+        help="run configuration keys that win over the file; may be repeated",
+    )
+    parser.add_argument(
+        "--supernodes",
+        type=_at_least_one,
+        metavar="N",
+        help="number of simulated nodes (default: one per CPU core, at least 2)",
+    )
+    parser.add_argument(
+        "--cpus-per-client",
+        type=_positive,
+        default=1.0,
+        metavar="F",
+        help="CPU cores a client occupies (default: 1)",
+    )
+    parser.add_argument(
+        "--gpus-per-client",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="GPUs, or the share of one, a client occupies (default: 0, it sees none)",
+    )
+    parser.add_argument(
+        "--app", type=Path, default=ROOT, metavar="DIR", help="directory of the app"
+    )
+    parser.add_argument(
+        "--timeout", type=_positive, metavar="S", help="stop the run after S seconds"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parse_arguments(arguments)
+    try:
+        result = simulate(
+            options.app,
+            run_config=options.run_config,
+            overrides=options.set,
+            supernodes=options.supernodes,
+            cpus_per_client=options.cpus_per_client,
+            gpus_per_client=options.gpus_per_client,
+            timeout=options.timeout,
+            output=sys.stdout,
+        )
+    except Interrupted as interruption:
+        print(f"simulate.py: {interruption}", file=sys.stderr)
+        return 128 + interruption.signum
+    except (ValueError, OSError) as error:
+        print(f"simulate.py: {error}", file=sys.stderr)
+        return 2
+    except SimulationError as error:
+        print(f"simulate.py: {error}", file=sys.stderr)
+        return 1
+    if not result.completed:
+        print(
+            f"simulate.py: the run did not complete ({result.status}): "
+            f"{result.details}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

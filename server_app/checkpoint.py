@@ -1,0 +1,121 @@
+"""The delivered model: weights and all that is needed to use them, in one file."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from clip2fl_common.datasets import Normalization
+from clip2fl_common.models import ImageClassifier, build_model
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a delivered model is and how its input is made.
+
+    Attributes
+    ----------
+    architecture : str
+        Name for `build_model`.
+    feature_dim : int
+        Width of the features.
+    class_names : tuple of str
+        Names of the outputs, in their order.
+    image_size : int
+        Side of the input in pixels.
+    normalization : Normalization
+        Of the input.
+    provenance : Mapping
+        Method, data set, teacher, seed and rounds, for the reader.
+    """
+
+    architecture: str
+    feature_dim: int
+    class_names: tuple[str, ...]
+    image_size: int
+    normalization: Normalization
+    provenance: Mapping[str, str | int | float | None]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File to write; one that is there is replaced.
+    text : str
+        Its content.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(
+    path: Path, model: ImageClassifier, classifier: nn.Linear, card: ModelCard
+) -> None:
+    """Write backbone, projection and the given classifier as one safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+        File to write; it appears whole or not at all.
+    model : ImageClassifier
+        Global model; its own classifier is not written.
+    classifier : nn.Linear
+        The classifier that belongs to the delivered model.
+    card : ModelCard
+        Goes into the file's metadata as JSON.
+    """
+    state = dict(model.state_dict())
+    state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in state.items()},
+            temporary,
+            metadata={"card": json.dumps(asdict(card))},
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
+    """Load a delivered model, ready to predict.
+
+    Parameters
+    ----------
+    path : Path
+        A run's ``model.safetensors``.
+
+    Returns
+    -------
+    ImageClassifier
+        In evaluation mode, on the CPU.
+    ModelCard
+    """
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads(file.metadata()["card"])
+        state: dict[str, torch.Tensor] = {
+            name: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+        }
+    norm = fields.pop("normalization")
+    card = ModelCard(
+        **{**fields, "class_names": tuple(fields["class_names"])},
+        normalization=Normalization(tuple(norm["mean"]), tuple(norm["std"])),
+    )
+    model = build_model(card.architecture, len(card.class_names), card.feature_dim)
+    model.load_state_dict(state)
+    return model.eval(), card

@@ -1,0 +1,152 @@
+"""Central evaluation: one pass over the test images serves every classifier."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from clip2fl_common.datasets import ImageDataset, LoadedImages
+from clip2fl_common.metrics import (
+    AccuracyReport,
+    ShotGroups,
+    accuracy_report,
+    confusion_matrix,
+)
+from clip2fl_common.models import ImageClassifier
+from clip2fl_common.randomness import generator
+from clip2fl_common.teacher import Teacher
+
+# Test images are kept decoded up to this many bytes, and read each time above it.
+KEEP_BYTES = 2**30
+# Test images are read in blocks of this many at a time.
+BLOCK = 1024
+
+
+@dataclass
+class Evaluator:
+    """Accuracy of classifiers on a data set's test images.
+
+    Attributes
+    ----------
+    dataset : ImageDataset
+        Whose test images are used.
+    groups : ShotGroups
+        Shot groups of the training data.
+    max_images : int
+        Test images in an evaluation that is not final, drawn once and evenly over
+        the classes; 0: all.
+    batch_size : int
+        Images in one forward pass.
+    device : torch.device
+        Where the model runs.
+    seed : int
+        Seed of the drawn test images.
+    """
+
+    dataset: ImageDataset
+    groups: ShotGroups
+    max_images: int
+    batch_size: int
+    device: torch.device
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Draw the test images of the evaluations that are not final."""
+        self._all = np.arange(len(self.dataset.test.labels))
+        self._subset = self._draw_subset()
+        self._kept: dict[tuple[bool, int], LoadedImages] = {}
+        self.unreadable = 0
+
+    def indices(self, final: bool) -> npt.NDArray[np.int64]:
+        """Return which test images an evaluation uses."""
+        return self._all if final else self._subset
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: ImageClassifier,
+        heads: Mapping[str, nn.Linear],
+        final: bool,
+    ) -> dict[str, AccuracyReport]:
+        """Return the accuracy of every head on the model's features.
+
+        Parameters
+        ----------
+        model : ImageClassifier
+            Backbone and projection.
+        heads : mapping of str to nn.Linear
+            Classifiers by name.
+        final : bool
+            Use all test images, whatever ``max_images``.
+
+        Returns
+        -------
+        dict of str to AccuracyReport
+        """
+        model.to(self.device).eval()
+        labels: list[torch.Tensor] = []
+        predictions: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
+        for block in self._blocks(final):
+            labels.append(block.labels)
+            for images in block.images.split(self.batch_size):
+                features = model.features(
+                    self.dataset.normalization(images.to(self.device))
+                )
+                for name, head in heads.items():
+                    predictions[name].append(head(features).argmax(1).cpu())
+        truth = torch.cat(labels)
+        return {
+            name: self._report(truth, torch.cat(parts))
+            for name, parts in predictions.items()
+        }
+
+    def teacher_accuracy(self, teacher: Teacher) -> AccuracyReport:
+        """Return the teacher's zero-shot accuracy on all test images."""
+        prototypes = teacher.text_features(self.dataset.class_names)
+        labels, predictions = [], []
+        for block in self._blocks(final=True):
+            labels.append(block.labels)
+            features = teacher.cached_image_features(block.images)
+            predictions.append((features @ prototypes.T).argmax(1))
+        return self._report(torch.cat(labels), torch.cat(predictions))
+
+    def _report(
+        self, labels: torch.Tensor, predictions: torch.Tensor
+    ) -> AccuracyReport:
+        confusion = confusion_matrix(
+            labels.numpy(), predictions.numpy(), len(self.dataset.class_names)
+        )
+        return accuracy_report(confusion, self.groups)
+
+    def _blocks(self, final: bool) -> Iterator[LoadedImages]:
+        """Yield the test images in blocks, from memory where they fit into it."""
+        indices = self.indices(final)
+        size = self.dataset.image_size
+        keep = 3 * size * size * len(self._all) <= KEEP_BYTES
+        unreadable = 0
+        for start in range(0, len(indices), BLOCK):
+            key = (final, start)
+            block = self._kept.get(key)
+            if block is None:
+                block = self.dataset.test.load(indices[start : start + BLOCK])
+            if keep:
+                self._kept[key] = block
+            unreadable += len(block.unreadable)
+            if len(block.labels):
+                yield block
+        self.unreadable = unreadable
+
+    def _draw_subset(self) -> npt.NDArray[np.int64]:
+        classes = len(self.dataset.class_names)
+        if not 0 < self.max_images < len(self._all):
+            return self._all
+        order = torch.randperm(
+            len(self._all), generator=generator(self.seed, "evaluation")
+        ).numpy()
+        shuffled_labels = self.dataset.test.labels[order]
+        share = -(-self.max_images // classes)
+        drawn = [order[shuffled_labels == c][:share] for c in range(classes)]
+        return np.sort(np.concatenate(drawn))

@@ -1,0 +1,210 @@
+"""One run at the server: what is prepared, evaluated each round and left behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from platform import python_version
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from clip2fl_common.config import RunConfig
+from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indices
+from clip2fl_common.devices import resolve_device
+from clip2fl_common.metrics import AccuracyReport, shot_groups
+from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.provenance import code_fingerprint
+from clip2fl_common.randomness import generator
+from clip2fl_common.teacher import Teacher, load_teacher
+from server_app.checkpoint import ModelCard, save_model
+from server_app.evaluation import Evaluator
+from server_app.report import Progress, RunFolder, accuracy_fields, final_table
+
+FEDAVG_HEAD = "fedavg"
+RETRAINED_HEAD = "retrained"
+TEACHER_ROW = "teacher zero-shot"
+
+
+@dataclass
+class RoundOutcome:
+    """What a strategy reports of a round, besides the global model.
+
+    Attributes
+    ----------
+    clients : sequence of int
+        Partitions whose replies were used.
+    dropped : int
+        Replies that were not.
+    bytes_up, bytes_down : int
+        Arrays received from and sent to all clients.
+    losses : dict
+        Clients' and server's losses by name.
+    unreadable : int
+        Training images left out by the clients.
+    seconds : dict
+        Seconds of each phase.
+    """
+
+    clients: Sequence[int]
+    dropped: int
+    bytes_up: int
+    bytes_down: int
+    losses: dict[str, float] = field(default_factory=dict)
+    unreadable: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Session:
+    """Data, initial model, teacher and run folder of one run.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    run_id : int
+        Flower's.
+    """
+
+    def __init__(self, config: RunConfig, run_id: int) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.dataset: ImageDataset = load_dataset(config.dataset)
+        partition = config.partition
+        self._parts = partition_indices(
+            config.dataset, partition.clients, partition.alpha, config.seed
+        )
+        self.counts = np.bincount(
+            self.dataset.train.labels[np.concatenate(self._parts)],
+            minlength=len(self.dataset.class_names),
+        )
+        self.model = _initial_model(config, len(self.dataset.class_names))
+        self.evaluator = Evaluator(
+            self.dataset,
+            shot_groups(self.counts.tolist()),
+            config.evaluation.max_images,
+            config.evaluation.batch_size,
+            self.device,
+            config.seed,
+        )
+        self.teacher = self._load_teacher()
+        self.folder = RunFolder(config, run_id)
+        self._progress = Progress(config.federation.rounds)
+        self._rows: dict[str, AccuracyReport] = {}
+
+    def _load_teacher(self) -> Teacher | None:
+        if self.config.method != "clip2fl":
+            return None
+        teacher = self.config.teacher
+        return load_teacher(
+            teacher.model,
+            teacher.pretrained,
+            self.device,
+            prompt=teacher.prompt,
+            batch_size=teacher.batch_size,
+        )
+
+    def open(self) -> None:
+        """Measure the teacher and write ``config.json``; say where the run goes."""
+        facts: dict[str, Any] = {
+            "class_names": self.dataset.class_names,
+            "train_images_per_class": self.counts.tolist(),
+            "train_images_per_client": [len(part) for part in self._parts],
+            "test_images": len(self.dataset.test.labels),
+            "shot_groups": vars(self.evaluator.groups),
+            "code": code_fingerprint(),
+            "versions": {
+                "python": python_version(),
+                **{name: version(name) for name in ("flwr", "torch", "numpy")},
+            },
+        }
+        if self.teacher:
+            print("teacher: zero-shot accuracy on the test images ...", flush=True)
+            self._rows[TEACHER_ROW] = self.evaluator.teacher_accuracy(self.teacher)
+            facts["teacher"] = {
+                "name": self.teacher.name,
+                "fingerprint": self.teacher.fingerprint,
+                "zero_shot": accuracy_fields(self._rows[TEACHER_ROW]),
+            }
+        self.folder.write_config(self.config, facts)
+        print(f"run folder: {self.folder.path}", flush=True)
+
+    def close_round(
+        self, server_round: int, retrained: nn.Linear | None, outcome: RoundOutcome
+    ) -> None:
+        """Evaluate the global model, write the round's metrics, print its line.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1; the last one is evaluated on all test images.
+        retrained : nn.Linear or None
+            Re-trained classifier, where the method has one.
+        outcome : RoundOutcome
+            What the strategy reports.
+        """
+        started = perf_counter()
+        final = server_round == self.config.federation.rounds
+        heads = {FEDAVG_HEAD: self.model.classifier}
+        if retrained is not None:
+            heads = {RETRAINED_HEAD: retrained, **heads}
+        reports = self.evaluator.evaluate(self.model, heads, final)
+        seconds = {**outcome.seconds, "evaluation": perf_counter() - started}
+        self.folder.append_metrics(
+            {
+                "round": server_round,
+                "clients": list(outcome.clients),
+                "dropped_replies": outcome.dropped,
+                "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
+                "test_images": len(self.evaluator.indices(final)),
+                "losses": outcome.losses,
+                "unreadable_images": {
+                    "train": outcome.unreadable,
+                    "test": self.evaluator.unreadable,
+                },
+                "bytes": {"down": outcome.bytes_down, "up": outcome.bytes_up},
+                "seconds": {name: round(s, 4) for name, s in seconds.items()},
+            }
+        )
+        print(
+            self._progress.line(server_round, reports, outcome.losses["client"]),
+            flush=True,
+        )
+        if final:
+            self._finish(reports, next(iter(heads.values())))
+
+    def _finish(self, reports: dict[str, AccuracyReport], head: nn.Linear) -> None:
+        config = self.config
+        save_model(
+            self.folder.path / "model.safetensors",
+            self.model,
+            head,
+            ModelCard(
+                architecture=config.model.name,
+                feature_dim=config.model.feature_dim,
+                class_names=self.dataset.class_names,
+                image_size=self.dataset.image_size,
+                normalization=self.dataset.normalization,
+                provenance={
+                    "method": config.method,
+                    "dataset": self.dataset.name,
+                    "seed": config.seed,
+                    "rounds": config.federation.rounds,
+                    "teacher": self.teacher.name if self.teacher else None,
+                },
+            ),
+        )
+        rows = {f"{config.method}, {name} head": r for name, r in reports.items()}
+        table = final_table(
+            rows | self._rows, self.evaluator.groups, self.dataset.class_names
+        )
+        print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
+
+
+def _initial_model(config: RunConfig, num_classes: int) -> ImageClassifier:
+    """Build the global model of round 0, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, "model").initial_seed())
+        return build_model(config.model.name, num_classes, config.model.feature_dim)

@@ -1,0 +1,105 @@
+"""CLIP2FL: CReFF guided by a vision-language model (Shi et al., AAAI 2024)."""
+
+from collections.abc import Iterable
+from logging import INFO, WARNING
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from clip2fl_common import records
+from clip2fl_common.config import Distillation
+from strategy.creff import CReFF
+from strategy.partitioned import ClientPlan
+
+
+class CLIP2FL(CReFF):
+    """CReFF with distillation at the clients and text prototypes at the server.
+
+    Clients distil from the teacher's image encoder (Eq. 5). The server holds the
+    federated features near the teacher's text features by a prototype contrastive
+    loss (Eq. 9-10).
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        Who trains when and where.
+    text_features : Tensor, shape [C, d]
+        Unit text features of the teacher.
+    teacher_fingerprint : str
+        The teacher that clients must have.
+    distillation : Distillation
+        Settings of the distillation.
+    **creff_settings : Any
+        Settings of `CReFF`.
+
+    Raises
+    ------
+    ValueError
+        If the teacher's embedding is not as wide as the student's features.
+    """
+
+    def __init__(
+        self,
+        plan: ClientPlan,
+        *,
+        text_features: torch.Tensor,
+        teacher_fingerprint: str,
+        distillation: Distillation,
+        **creff_settings: Any,
+    ) -> None:
+        super().__init__(plan, **creff_settings)
+        if text_features.shape[1] != self.shape[2]:
+            raise ValueError(
+                f"model.feature-dim = {self.shape[2]}, but the teacher's embedding has "
+                f"{text_features.shape[1]} dimensions; set model.feature-dim to that"
+            )
+        self._text_features = text_features.to(self.device)
+        self.teacher_fingerprint = teacher_fingerprint
+        self.distillation = distillation
+        if distillation.weight == 0:
+            log(
+                WARNING,
+                "distillation.weight = 0: clients do not distil from the teacher; only "
+                "the text prototypes at the server are left of CLIP2FL",
+            )
+        if self.synthesis.contrast_weight == 0:
+            log(
+                WARNING,
+                "synthesis.contrast-weight = 0: the text prototypes are not used; only "
+                "the distillation at the clients is left of CLIP2FL",
+            )
+
+    @property
+    def text_features(self) -> torch.Tensor | None:
+        """Class prototypes near which features are held, shape [C, d]."""
+        return self._text_features
+
+    def summary(self) -> None:
+        """Log the settings of both CLIP terms."""
+        log(INFO, "\t├──> CLIP guidance:")
+        log(
+            INFO,
+            "\t│\t├── Distillation: weight %g, temperature %g",
+            self.distillation.weight,
+            self.distillation.temperature,
+        )
+        log(
+            INFO,
+            "\t│\t├── Prototype contrast: weight %g, temperature %g",
+            self.synthesis.contrast_weight,
+            self.synthesis.contrast_temperature,
+        )
+        log(INFO, "\t│\t└── Teacher fingerprint: %s", self.teacher_fingerprint[:12])
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Switch distillation on at the clients."""
+        config[records.DISTILLATION_WEIGHT] = self.distillation.weight
+        config[records.DISTILLATION_TEMPERATURE] = self.distillation.temperature
+        config[records.TEACHER_FINGERPRINT] = self.teacher_fingerprint
+        return super().configure_train(server_round, arrays, config, grid)

@@ -1,0 +1,1 @@
+"""Tests of CLIP2FL; the packages mirror those of the program."""

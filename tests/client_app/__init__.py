@@ -1,0 +1,1 @@
+"""Tests of what runs where the data is."""

@@ -1,0 +1,114 @@
+"""Class gradients: the reference's, automatic differentiation's, and their mean."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from client_app.gradients import ClassGradient, average_gradients, class_gradients
+from tests import reference
+
+
+def slow_class_gradients(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> dict[int, ClassGradient]:
+    """Differentiate the mean cross-entropy of one class at a time."""
+    result = {}
+    for c in range(len(weight)):
+        chosen = features[labels == c]
+        if len(chosen):
+            w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+            towards = torch.full((len(chosen),), c)
+            loss = functional.cross_entropy(functional.linear(chosen, w, b), towards)
+            result[c] = ClassGradient(*torch.autograd.grad(loss, (w, b)))
+    return result
+
+
+def test_equals_the_reference() -> None:
+    """Through our network, every class held has the released code's gradient."""
+    model = reference.resnet8()
+    labels = reference.tensor("gradients/labels")
+    with torch.no_grad():
+        features = model.features(reference.tensor("gradients/images"))
+    gradients = class_gradients(
+        features, labels, model.classifier.weight, model.classifier.bias
+    )
+    expected = reference.class_gradients("gradients")
+    assert set(expected) == {0, 2, 3, 4, 5, 7, 8, 9}
+    assert set(gradients) == set(expected)
+    for c, (weight, bias) in expected.items():
+        reference.assert_close(gradients[c].weight, weight)
+        reference.assert_close(gradients[c].bias, bias)
+        assert not gradients[c].weight.requires_grad
+
+
+@given(data=st.data())
+def test_equals_automatic_differentiation(data: st.DataObject) -> None:
+    """For every shape and every set of labels."""
+    num_classes = data.draw(st.integers(2, 6), label="classes")
+    dim = data.draw(st.integers(1, 8), label="dim")
+    held = data.draw(
+        st.lists(st.integers(0, num_classes - 1), min_size=1, max_size=20),
+        label="labels",
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    labels = torch.tensor(held)
+    double = torch.float64
+    features = torch.randn(len(held), dim, generator=generator, dtype=double) * 3
+    weight = torch.randn(num_classes, dim, generator=generator, dtype=double)
+    bias = torch.randn(num_classes, generator=generator, dtype=double)
+
+    gradients = class_gradients(features, labels, weight, bias)
+
+    expected = slow_class_gradients(features, labels, weight, bias)
+    assert list(gradients) == sorted(set(held))
+    for c, gradient in gradients.items():
+        assert gradient.weight.shape == (num_classes, dim)
+        assert gradient.bias.shape == (num_classes,)
+        torch.testing.assert_close(gradient.weight, expected[c].weight)
+        torch.testing.assert_close(gradient.bias, expected[c].bias)
+
+
+def test_large_logits_stay_finite() -> None:
+    """A softmax of logits in the thousands must not overflow."""
+    features = torch.full((3, 4), 1000.0)
+    weight = torch.tensor([[1.0] * 4, [-1.0] * 4])
+    gradients = class_gradients(
+        features, torch.tensor([0, 1, 1]), weight, torch.zeros(2)
+    )
+    # Class 0 is certain and right: no gradient. Class 1 is certain and wrong.
+    assert torch.equal(gradients[0].weight, torch.zeros(2, 4))
+    assert torch.equal(gradients[1].bias, torch.tensor([1.0, -1.0]))
+    assert torch.equal(gradients[1].weight[0], features[0])
+
+
+def test_average_is_the_mean_over_draws() -> None:
+    """By hand: (1 + 2 + 6) / 3 = 3 and (0 + 3 + 3) / 3 = 2."""
+
+    def draw(weight: float, bias: float) -> dict[int, ClassGradient]:
+        return {
+            c: ClassGradient(torch.full((3, 2), c * weight), torch.full((3,), c * bias))
+            for c in (1, 2)
+        }
+
+    draws = [draw(1.0, 0.0), draw(2.0, 3.0), draw(6.0, 3.0)]
+    average = average_gradients(draws)
+    assert set(average) == {1, 2}
+    for c in (1, 2):
+        torch.testing.assert_close(average[c].weight, torch.full((3, 2), 3.0 * c))
+        torch.testing.assert_close(average[c].bias, torch.full((3,), 2.0 * c))
+        assert torch.equal(draws[0][c].weight, torch.full((3, 2), 1.0 * c))
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_average_of_equal_draws_is_the_draw(count: int) -> None:
+    """Averaging changes nothing where all draws agree."""
+    gradients = reference.class_gradients("gradients")
+    average = average_gradients([gradients] * count)
+    for c, gradient in gradients.items():
+        torch.testing.assert_close(average[c].weight, gradient.weight)
+        torch.testing.assert_close(average[c].bias, gradient.bias)

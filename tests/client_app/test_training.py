@@ -1,0 +1,224 @@
+"""Local training against plain loops; distillation also against the reference."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from client_app.augmentation import random_crop_flip
+from client_app.training import (
+    LocalObjective,
+    augmented_class_gradients,
+    distillation_loss,
+    train_locally,
+)
+from clip2fl_common.models import ImageClassifier, build_model
+from tests import reference
+
+
+def slow_distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float
+) -> float:
+    """Sum T^2 p (log p - log q) over classes, one sample at a time; then the mean."""
+
+    def softmax(logits: list[float]) -> list[float]:
+        largest = max(logits)
+        powers = [math.exp((value - largest) / temperature) for value in logits]
+        return [power / sum(powers) for power in powers]
+
+    total = 0.0
+    for student_row, teacher_row in zip(student, teacher, strict=True):
+        q, p = softmax(student_row.tolist()), softmax(teacher_row.tolist())
+        total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+    return temperature**2 * total / len(student)
+
+
+def random_logits(seed: int, samples: int, classes: int) -> torch.Tensor:
+    """Return logits in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return 4 * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
+
+
+def test_distillation_equals_the_reference() -> None:
+    """The released code's value at T = 3."""
+    loss = distillation_loss(
+        reference.tensor("losses/student"), reference.tensor("losses/teacher"), 3.0
+    )
+    assert loss.shape == ()
+    reference.assert_close(loss, reference.tensor("losses/kd"))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    samples=st.integers(1, 6),
+    classes=st.integers(2, 6),
+    temperature=st.floats(0.5, 10.0),
+)
+def test_distillation_equals_the_slow_version(
+    seed: int, samples: int, classes: int, temperature: float
+) -> None:
+    """For every shape and temperature; it is never negative."""
+    student = random_logits(seed, samples, classes)
+    teacher = random_logits(seed + 1, samples, classes)
+    loss = distillation_loss(student, teacher, temperature).item()
+    expected = slow_distillation_loss(student, teacher, temperature)
+    assert loss == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert loss >= 0
+
+
+def test_distillation_of_equal_logits_is_zero() -> None:
+    """Nothing to learn, and no gradient; constants per sample do not count."""
+    teacher = random_logits(0, 5, 4)
+    student = (teacher + torch.arange(5)[:, None]).requires_grad_()
+    loss = distillation_loss(student, teacher, 3.0)
+    torch.autograd.backward(loss)
+    assert abs(loss.item()) < 1e-12
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-12
+
+
+def test_distillation_scales_with_the_square_of_the_temperature() -> None:
+    """Logits T times as large at T give T^2 the loss at 1."""
+    student, teacher = random_logits(0, 5, 4), random_logits(1, 5, 4)
+    for temperature in (0.5, 3.0, 10.0):
+        scaled = distillation_loss(
+            temperature * student, temperature * teacher, temperature
+        )
+        plain = distillation_loss(student, teacher, 1.0)
+        torch.testing.assert_close(scaled, temperature**2 * plain)
+
+
+def test_distillation_survives_certain_teachers() -> None:
+    """CLIP's logits reach 100 x cosine: probabilities underflow, the loss does not."""
+    teacher = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
+    student = torch.zeros(2, 2, requires_grad=True)
+    loss = distillation_loss(student, teacher, 1.0)
+    torch.autograd.backward(loss)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def small_problem() -> tuple[ImageClassifier, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a small network, 10 images, labels and teacher logits."""
+    torch.manual_seed(0)
+    model = build_model("resnet8-slim", num_classes=3, feature_dim=16)
+    images = torch.randn(10, 3, 16, 16)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0, 0])
+    return model, images, labels, 5 * torch.randn(10, 3)
+
+
+@pytest.mark.parametrize(("alpha", "mu"), [(0.0, 0.0), (1.0, 0.0), (0.5, 0.3)])
+def test_training_equals_a_plain_loop(alpha: float, mu: float) -> None:
+    """CE + alpha * distillation + mu/2 * squared distance, by plain SGD."""
+    model, images, labels, teacher = small_problem()
+    slow = copy.deepcopy(model)
+    start = copy.deepcopy(model)
+    losses = train_locally(
+        model.eval(),
+        images,
+        labels,
+        teacher if alpha else None,
+        LocalObjective(alpha, 3.0, mu),
+        epochs=2,
+        batch_size=4,
+        learning_rate=0.05,
+        crop_padding=2,
+        generator=torch.Generator().manual_seed(5),
+    )
+
+    generator = torch.Generator().manual_seed(5)
+    slow.train()
+    for _ in range(2):
+        totals = []
+        for batch in torch.split(torch.randperm(10, generator=generator), 4):
+            logits = slow(random_crop_flip(images[batch], 2, generator))
+            loss = functional.cross_entropy(logits, labels[batch])
+            soft = functional.softmax(teacher[batch] / 3, dim=1)
+            log_student = functional.log_softmax(logits / 3, dim=1)
+            divergence = (soft * (soft.log() - log_student)).sum(1).mean()
+            loss = loss + alpha * 9 * divergence
+            for now, then in zip(slow.parameters(), start.parameters(), strict=True):
+                loss = loss + mu / 2 * ((now - then.detach()) ** 2).sum()
+            parameters = list(slow.parameters())
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(0.05 * gradient)
+            totals.append(loss.item() * len(batch))
+    expected = slow.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
+    assert losses.total == pytest.approx(sum(totals) / 10, abs=1e-5)
+
+
+def test_training_that_diverges_names_the_learning_rate() -> None:
+    """A loss of NaN stops with the key to change."""
+    model, images, labels, _ = small_problem()
+    with pytest.raises(FloatingPointError, match="client.learning-rate"):
+        train_locally(
+            model,
+            images,
+            labels,
+            None,
+            LocalObjective(),
+            epochs=5,
+            batch_size=4,
+            learning_rate=1e20,
+            crop_padding=0,
+            generator=torch.Generator().manual_seed(5),
+        )
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_class_gradients_of_images_equal_the_reference(draws: int) -> None:
+    """Without augmentation and with all images every draw is the reference's."""
+    model = reference.resnet8()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = augmented_class_gradients(
+        model.train(),
+        reference.tensor("gradients/images"),
+        reference.tensor("gradients/labels"),
+        model.classifier.weight.detach(),
+        model.classifier.bias.detach(),
+        draws=draws,
+        samples_per_class=32,
+        augment=False,
+        batch_size=50,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected = reference.class_gradients("gradients")
+    assert set(gradients) == set(expected)
+    for c, (weight, bias) in expected.items():
+        reference.assert_close(gradients[c].weight, weight)
+        reference.assert_close(gradients[c].bias, bias)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_class_gradients_follow_the_generator(augment: bool) -> None:
+    """Few samples of each class are drawn anew; the seed decides which."""
+    model, images, labels, _ = small_problem()
+    results = [
+        augmented_class_gradients(
+            model,
+            images,
+            labels,
+            model.classifier.weight.detach(),
+            model.classifier.bias.detach(),
+            draws=2,
+            samples_per_class=2,
+            augment=augment,
+            batch_size=3,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert set(results[0]) == {0, 1, 2}
+    assert torch.equal(results[0][0].weight, results[1][0].weight)
+    assert not torch.equal(results[0][0].weight, results[2][0].weight)

@@ -1,0 +1,196 @@
+"""The simulation runs an app by itself, tells how it ended and leaves nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scripts.simulate import merge_run_config, parse_overrides, simulate
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
+
+PYPROJECT = """
+[project]
+name = "toy"
+version = "0.1.0"
+description = "One round trip."
+license = { file = "LICENSE" }
+dependencies = ["flwr[simulation]>=1.41,<1.42"]
+
+[tool.flwr.app]
+publisher = "toy"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+fab-include = ["LICENSE", "toy.py"]
+
+[tool.flwr.app.components]
+serverapp = "toy:server"
+clientapp = "toy:client"
+
+[tool.flwr.app.config]
+mode = "once"
+group.factor = 2.0
+"""
+
+TOY = """
+import os
+import time
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+client = ClientApp()
+
+
+@client.query()
+def reply(message, context):
+    seen = MetricRecord({"cache": len(os.environ["CLIP2FL_CACHE_DIR"])})
+    return Message(RecordDict({"seen": seen}), reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    print("mode:", context.run_config["mode"], flush=True)
+    print("factor:", context.run_config["group.factor"], flush=True)
+    if context.run_config["mode"] == "raise":
+        raise ValueError("the toy broke")
+    while context.run_config["mode"] == "forever":
+        time.sleep(0.1)
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.1)
+    requests = [
+        Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes
+    ]
+    for answer in grid.send_and_receive(requests, timeout=60):
+        print("client saw:", int(answer.content["seen"]["cache"]), flush=True)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Return the directory of a small Flower app."""
+    app = tmp_path / "toy-app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    (app / "toy.py").write_text(TOY, "utf-8")
+    (app / "LICENSE").write_text("Do as you like.\n", "utf-8")
+    return app
+
+
+@pytest.fixture
+def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Send temporary files to a directory whose name marks what a test started."""
+    # Ray's socket paths leave no room for pytest's long names.
+    path = Path("/tmp") / f"t{os.getpid()}"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr("tempfile.tempdir", str(path))
+    return path
+
+
+def processes_naming(path: Path) -> list[str]:
+    """Return the living processes whose command or environment names a path."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(path) + b"/" in text and int(folder.name) != os.getpid():
+            found.append(text.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def assert_nothing_left(path: Path) -> None:
+    """Check that neither a process nor a file is left, and remove the directory."""
+    assert processes_naming(path) == []
+    path.rmdir()  # refuses when something is in it
+
+
+@pytest.mark.slow
+def test_completed_run(
+    toy: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run gets its configuration and environment, and its log comes back."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", "seven..")
+    config = tmp_path / "conf.toml"
+    config.write_text('mode = "other"\n[group]\nfactor = 3.0\n', "utf-8")
+
+    result = simulate(toy, run_config=config, overrides=['mode="set"'], supernodes=3)
+
+    assert result.status == "finished:completed", result.log
+    assert result.completed
+    assert result.details == ""
+    lines = result.log.splitlines()
+    assert "mode: set" in lines
+    assert "factor: 3.0" in lines
+    assert lines.count("client saw: 7") == 3
+    assert_nothing_left(private_tmp)
+
+
+@pytest.mark.slow
+def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> None:
+    """A ServerApp that raises fails the command, which `flwr run` alone does not."""
+    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", 'mode="raise"']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    assert run.returncode == 1
+    assert "mode: raise" in run.stdout
+    assert "finished:failed" in run.stderr
+    assert "the toy broke" in run.stderr
+    assert_nothing_left(private_tmp)
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_nothing(toy: Path, private_tmp: Path) -> None:
+    """Ctrl-C in mid-run ends the SuperLink, the ServerApp and Ray."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--app",
+        str(toy),
+        "--set",
+        'mode="forever"',
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any(line == "mode: forever\n" for line in run.stdout)
+        end = time.monotonic() + 60
+        while not any("raylet" in process for process in processes_naming(private_tmp)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 128 + signal.SIGINT
+    assert_nothing_left(private_tmp)
+
+
+def test_overrides_win_over_the_file(toy: Path, tmp_path: Path) -> None:
+    """File and pairs are merged key by key, later pairs last."""
+    config = tmp_path / "conf.toml"
+    config.write_text("group.factor = 3.0\n", "utf-8")
+    merged = merge_run_config(
+        toy, config, ['mode="a = b" group.factor=1e-7', "mode='c'"]
+    )
+    assert tomllib.loads(merged) == {"mode": "c", "group": {"factor": 1e-7}}
+
+
+@pytest.mark.parametrize("text", ["seed", "seed 8", "mode=fedavg", "seed=8 oops", "=1"])
+def test_unreadable_pairs_are_refused(text: str) -> None:
+    """What is no pair of key and value is not passed over, as flwr would."""
+    with pytest.raises(ValueError, match="key=value|strings need quotes"):
+        parse_overrides([text])
+
+
+def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
+    """A wrong key is named before anything is started."""
+    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", "group.fctor=1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr

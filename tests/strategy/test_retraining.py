@@ -1,0 +1,145 @@
+"""Re-training of the classifier against a plain torch loop."""
+
+import pytest
+import torch
+from torch import nn
+
+from strategy.retraining import retrain_classifier
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def slow_retraining(
+    features: torch.Tensor,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> nn.Linear:
+    """Train with torch's own layer, loss and optimiser.
+
+    Re-training for no epoch returns the initial classifier and leaves the generator
+    where the shuffling begins.
+    """
+    num_classes, per_class, dim = features.shape
+    classifier = retrain_classifier(
+        features,
+        epochs=0,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        generator=generator,
+    )
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=learning_rate)
+    criterion = nn.CrossEntropyLoss()
+    samples = features.reshape(-1, dim)
+    labels = torch.tensor([c for c in range(num_classes) for _ in range(per_class)])
+    for _ in range(epochs):
+        order = torch.randperm(len(samples), generator=generator)
+        for start in range(0, len(samples), batch_size):
+            batch = order[start : start + batch_size]
+            optimizer.zero_grad()
+            torch.autograd.backward(
+                criterion(classifier(samples[batch]), labels[batch])
+            )
+            optimizer.step()
+    return classifier
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "per_class", "dim", "batch_size"),
+    # 60 in batches of 32 and 28; 40 in batches of 8; 15 in one; 9 one by one.
+    [(10, 6, 512, 32), (4, 10, 16, 8), (3, 5, 7, 100), (3, 3, 4, 1)],
+)
+def test_equals_a_plain_loop(
+    num_classes: int, per_class: int, dim: int, batch_size: int
+) -> None:
+    """Same initial weights and batches: the same classifier."""
+    features = torch.randn(num_classes, per_class, dim, generator=seeded(0))
+    before = features.clone()
+    result = retrain_classifier(
+        features,
+        epochs=10,
+        batch_size=batch_size,
+        learning_rate=0.05,
+        generator=seeded(3),
+    )
+    expected = slow_retraining(features, 10, batch_size, 0.05, seeded(3))
+    torch.testing.assert_close(result.weight, expected.weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.bias, expected.bias, atol=1e-5, rtol=0)
+    assert torch.equal(features, before)
+
+
+def test_the_generator_decides() -> None:
+    """The same seed gives identical classifiers; torch's global state is not used."""
+    features = torch.randn(3, 5, 4, generator=seeded(0))
+    results = []
+    for global_seed, seed in ((1, 7), (2, 7), (1, 8)):
+        torch.manual_seed(global_seed)
+        state = torch.random.get_rng_state()
+        results.append(
+            retrain_classifier(
+                features,
+                epochs=2,
+                batch_size=4,
+                learning_rate=0.1,
+                generator=seeded(seed),
+            )
+        )
+        assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(results[0].weight, results[1].weight)
+    assert torch.equal(results[0].bias, results[1].bias)
+    assert not torch.equal(results[0].weight, results[2].weight)
+
+
+def test_shapes() -> None:
+    """A linear layer from d features to C classes that can be trained further."""
+    classifier = retrain_classifier(
+        torch.zeros(5, 2, 3),
+        epochs=1,
+        batch_size=4,
+        learning_rate=0.1,
+        generator=seeded(0),
+    )
+    assert isinstance(classifier, nn.Linear)
+    assert classifier.weight.shape == (5, 3)
+    assert classifier.bias.shape == (5,)
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_initial_values_are_those_of_a_linear_layer() -> None:
+    """Uniform in +-1/sqrt(d), as nn.Linear draws them."""
+    classifier = retrain_classifier(
+        torch.zeros(100, 1, 400),
+        epochs=0,
+        batch_size=1,
+        learning_rate=0.1,
+        generator=seeded(0),
+    )
+    torch.manual_seed(0)
+    expected = nn.Linear(400, 100)
+    for own, theirs in (
+        (classifier.weight, expected.weight),
+        (classifier.bias, expected.bias),
+    ):
+        assert own.abs().max() <= 1 / 20
+        assert own.abs().max() > 0.9 / 20
+        assert own.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
+    assert abs(classifier.weight.mean().item()) < 1e-3
+
+
+def test_learns_separable_features() -> None:
+    """Features around distinct corners are told apart without error."""
+    noise = 0.1 * torch.randn(6, 20, 8, generator=seeded(1))
+    features = noise + torch.eye(8)[:6, None, :]
+    classifier = retrain_classifier(
+        features,
+        epochs=200,
+        batch_size=32,
+        learning_rate=0.1,
+        generator=seeded(0),
+    )
+    predictions = classifier(features).argmax(dim=2)
+    assert torch.equal(predictions, torch.arange(6)[:, None].expand(6, 20))

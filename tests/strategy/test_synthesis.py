@@ -1,0 +1,243 @@
+"""Synthesis of federated features: the reference's results and slow versions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from strategy.synthesis import (
+    ClassGradient,
+    gradient_matching_loss,
+    mean_class_gradients,
+    prototype_contrastive_loss,
+    synthesis_gradient,
+    synthesize,
+)
+from tests import reference
+from tests.strategy import slow_synthesis as slow
+from tests.strategy.slow_synthesis import Problem, random_problem, stacked
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Draw a problem of any small shape in which some classes are held."""
+    num_classes = draw(st.integers(2, 5))
+    held = draw(st.sets(st.integers(0, num_classes - 1), min_size=1))
+    return random_problem(
+        draw(st.integers(0, 1000)),
+        num_classes,
+        draw(st.integers(1, 4)),
+        draw(st.integers(2, 6)),
+        held,
+    )
+
+
+def test_contrastive_loss_equals_the_reference() -> None:
+    """Value and derivative are those of the released code's [50, 50] matrices."""
+    features = reference.tensor("losses/V").reshape(10, 5, 512).requires_grad_()
+    text = reference.tensor("losses/text")
+    loss = prototype_contrastive_loss(features, text, 0.1)
+    assert loss.shape == ()
+    reference.assert_close(loss, reference.tensor("losses/contrast"))
+    (gradient,) = torch.autograd.grad(loss, features)
+    expected = reference.tensor("losses/contrast_grad").reshape(10, 5, 512)
+    reference.assert_close(gradient, expected)
+
+
+@given(problem=problems(), temperature=st.floats(0.1, 2.0))
+def test_contrastive_loss_equals_the_slow_version(
+    problem: Problem, temperature: float
+) -> None:
+    """Also with a single feature a class, which has no twin in its denominator."""
+    features, _, _, _, text = problem
+    torch.testing.assert_close(
+        prototype_contrastive_loss(features, text, temperature),
+        slow.contrastive_loss(features, text, temperature),
+    )
+
+
+def test_contrastive_loss_of_large_features_is_finite() -> None:
+    """exp(100 * v.t / 0.1) overflows; the loss then is the largest difference."""
+    features, _, _, _, text = random_problem(0, 4, 3, 8, set())
+    large = (100 * features).float().requires_grad_()
+    loss = prototype_contrastive_loss(large, text.float(), 0.1)
+    (gradient,) = torch.autograd.grad(loss, large)
+    assert torch.isfinite(gradient).all()
+    # In the limit the log of a sum is its largest term, the own prototype included.
+    logits = 100 * features @ text.T / 0.1
+    own = torch.stack([logits[c, :, c] for c in range(4)])
+    expected = (logits.amax(dim=2) - own).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=2)
+
+
+@given(problem=problems())
+def test_matching_loss_equals_the_slow_version(problem: Problem) -> None:
+    """Rows are summed, the bias counts, classes without gradient do not."""
+    features, gradients, weight, bias, _ = problem
+    torch.testing.assert_close(
+        gradient_matching_loss(features, *stacked(gradients), weight, bias),
+        slow.matching_loss(features, gradients, weight, bias).detach(),
+    )
+
+
+@given(problem=problems(), contrast_weight=st.sampled_from([0.0, 0.001, 0.5]))
+def test_derivative_equals_automatic_differentiation(
+    problem: Problem, contrast_weight: float
+) -> None:
+    """The closed form is the derivative of the slow objective."""
+    features, gradients, weight, bias, text = problem
+    for texts in (text, None):
+        derivative = synthesis_gradient(
+            features,
+            *stacked(gradients),
+            weight,
+            bias,
+            texts,
+            contrast_weight=contrast_weight,
+            temperature=0.5,
+        )
+        expected = slow.synthesis_gradient(
+            features, gradients, weight, bias, texts, contrast_weight, 0.5
+        )
+        torch.testing.assert_close(derivative, expected)
+
+
+def test_derivative_is_finite_at_zero_gradients() -> None:
+    """A synthetic or a real gradient of zero has no direction, but no NaN either."""
+    features, gradients, weight, bias, _ = random_problem(0, 3, 2, 4, {0, 1, 2})
+    gradients[0] = ClassGradient(torch.zeros_like(weight), torch.zeros_like(bias))
+    features[1] = 0
+    derivative = synthesis_gradient(
+        features,
+        *stacked(gradients),
+        weight,
+        bias,
+        None,
+        contrast_weight=0.0,
+        temperature=0.1,
+    )
+    assert torch.isfinite(derivative).all()
+    assert torch.equal(derivative[0], torch.zeros(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("prefix", list(reference.synthesis_cases()))
+def test_synthesis_equals_the_reference(prefix: str) -> None:
+    """From the same start, the released code's features after all steps."""
+    case = reference.synthesis_cases()[prefix]
+    shape = (case["num_classes"], case["features_per_class"], case["dim"])
+    replies = [reference.class_gradients(f"{prefix}/client{k}") for k in range(3)]
+    start = reference.tensor(f"{prefix}/init").reshape(shape)
+    before = start.clone()
+    final = synthesize(
+        start,
+        mean_class_gradients(replies),
+        reference.tensor(f"{prefix}/W"),
+        reference.tensor(f"{prefix}/b"),
+        reference.tensor(f"{prefix}/text"),
+        steps=case["steps"],
+        learning_rate=case["lr"],
+        contrast_weight=case["contrast_alpha"],
+        temperature=case["temperature"],
+    )
+    expected = reference.tensor(f"{prefix}/final").reshape(shape)
+    assert torch.equal(start, before)
+    assert (start - expected).abs().max() > 100 * reference.TOLERANCE
+    reference.assert_close(final, expected)
+
+
+@pytest.mark.parametrize("contrast_weight", [0.0, 0.5])
+@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize("held", [set(), {0, 2}])
+def test_synthesis_equals_slow_descent(
+    contrast_weight: float, with_text: bool, held: set[int]
+) -> None:
+    """A class without gradient is moved by the contrastive term only, or not."""
+    features, gradients, weight, bias, text = random_problem(3, 4, 3, 5, held)
+    texts = text if with_text else None
+    final = synthesize(
+        features,
+        gradients,
+        weight,
+        bias,
+        texts,
+        steps=4,
+        learning_rate=0.1,
+        contrast_weight=contrast_weight,
+        temperature=0.5,
+    )
+    expected = features
+    for _ in range(4):
+        expected = expected - 0.1 * slow.synthesis_gradient(
+            expected, gradients, weight, bias, texts, contrast_weight, 0.5
+        )
+    torch.testing.assert_close(final, expected)
+    moved = [not torch.equal(final[c], features[c]) for c in range(4)]
+    contrast = with_text and contrast_weight > 0
+    assert moved == [contrast or c in held for c in range(4)]
+
+
+def test_synthesis_without_steps_returns_the_features() -> None:
+    """Nothing moves, and the result is no alias."""
+    features, gradients, weight, bias, text = random_problem(0, 3, 2, 4, {1})
+    settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
+    final = synthesize(features, gradients, weight, bias, text, steps=0, **settings)
+    assert torch.equal(final, features)
+    assert final.data_ptr() != features.data_ptr()
+
+
+class LargestTensor(TorchFunctionMode):
+    """Notes the number of elements of the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation and look at what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for output in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(output, torch.Tensor):
+                self.largest = max(self.largest, output.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "per_class"),
+    # C*m = 2,000; then 50,000, where a [C*m, C*m] matrix of float32 takes 10 GB.
+    [(20, 100), (100, 500)],
+)
+def test_memory_does_not_grow_with_the_square(num_classes: int, per_class: int) -> None:
+    """The largest tensor is [C, m, max(C, d)], in the loss and in the descent."""
+    problem = random_problem(0, num_classes, per_class, 8, set(range(num_classes)))
+    features, gradients, weight, bias, text = problem
+    with LargestTensor() as used:
+        prototype_contrastive_loss(features, text, 0.1)
+        synthesize(
+            *problem, steps=1, learning_rate=0.1, contrast_weight=0.1, temperature=0.1
+        )
+    assert 0 < used.largest <= num_classes * per_class * max(num_classes, 8)
+
+
+def test_mean_over_the_clients_that_hold_the_class() -> None:
+    """Not weighted, and a class that nobody holds is absent."""
+
+    def gradient(value: float) -> ClassGradient:
+        return ClassGradient(torch.full((3, 2), value), torch.full((3,), -value))
+
+    replies = [{2: gradient(1.0)}, {0: gradient(5.0), 2: gradient(4.0)}, {}]
+    # An iterator: replies need not be in memory at the same time.
+    mean = mean_class_gradients(iter(replies))
+    assert list(mean) == [0, 2]
+    for c, value in ((0, 5.0), (2, 2.5)):
+        torch.testing.assert_close(mean[c].weight, torch.full((3, 2), value))
+        torch.testing.assert_close(mean[c].bias, torch.full((3,), -value))
+    assert torch.equal(replies[0][2].weight, torch.ones(3, 2))
+    assert mean_class_gradients([]) == {}
