@@ -108,8 +108,8 @@ class FileSource:
         Raises
         ------
         DatasetError
-            If a file is unreadable and unreadable files are not to be left out. All
-            unreadable files among the indices are counted, the first are named.
+            If a file is unreadable and unreadable files are not to be left out, or
+            nothing is left without them. All are counted, the first are named.
         """
         images, labels, unreadable = [], [], []
         for i in indices:
@@ -124,11 +124,15 @@ class FileSource:
                 f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}; "
                 "repair or remove them, or set dataset.skip-unreadable=true"
             )
+        if not images:
+            raise DatasetError(
+                f"none of {len(indices)} images can be read, so nothing is left: "
+                f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}"
+            )
         for path in unreadable:
             logger.warning("left out an unreadable image: %s", path)
-        stacked = np.stack(images) if images else np.zeros((0, 3, 1, 1), np.uint8)
         return LoadedImages(
-            torch.from_numpy(stacked),
+            torch.from_numpy(np.stack(images)),
             torch.tensor(labels, dtype=torch.int64),
             tuple(unreadable),
         )

@@ -135,8 +135,7 @@ class Evaluator:
             if keep:
                 self._kept[key] = block
             unreadable += len(block.unreadable)
-            if len(block.labels):
-                yield block
+            yield block
         self.unreadable = unreadable
 
     def _draw_subset(self) -> npt.NDArray[np.int64]:

@@ -1,0 +1,1 @@
+"""Measured comparisons; their dated results lie in ``benchmarks/results``."""
