@@ -1,0 +1,78 @@
+"""Every bad key is refused by name, with what was found and the way out."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
+from scripts.simulate import flatten
+from tests.defaults import ROOT, default_config
+
+
+def test_configuration_keys_are_those_of_pyproject() -> None:
+    assert known_keys() == sorted(default_config())
+
+
+def test_round_trip() -> None:
+    flat = default_config()
+    assert RunConfig.from_run_config(flat).to_flat() == flat
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeed": 3}, "seeed is not a key .* did you mean seed"),
+        ({"synthesis.stepz": 3}, r"did you mean synthesis\.steps"),
+        ({"method": "fedsgd"}, "method = 'fedsgd'.*'clip2fl'.*'fedprox'"),
+        ({"seed": "7"}, "seed = '7'.*integer"),
+        ({"seed": -1}, "seed = -1.*greater than or equal to 0"),
+        ({"client.epochs": True}, r"client\.epochs = True.*integer"),
+        ({"federation.rounds": 1.5}, r"federation\.rounds = 1\.5.*integer"),
+        ({"dataset.imbalance-factor": 0.5}, r"imbalance-factor = 0\.5.*equal to 1"),
+        ({"partition.alpha": 0.0}, r"partition\.alpha = 0\.0.*greater than 0"),
+        ({"distillation.temperature": 0.0}, r"temperature = 0\.0.*greater than 0"),
+        ({"synthesis.contrast-temperature": -1.0}, r"= -1\.0.*greater than 0"),
+        ({"client.learning-rate": float("nan")}, "learning-rate = nan.*finite"),
+        ({"partition.clients": 3}, "clients-per-round = 5 is more than .* = 3"),
+        ({"dataset.name": "cifar10"}, r"dataset\.root is empty"),
+        ({"dataset.name": "mnist"}, r"dataset\.name = 'mnist'.*'cifar10'"),
+        (
+            {"dataset.name": "image-folder", "dataset.root": "data"},
+            r"dataset\.root = 'data' is relative",
+        ),
+        ({"run.dir": "runs"}, r"run\.dir = 'runs' is relative"),
+        ({"teacher.model": "local-dir:t"}, r"teacher\.model = 't' is relative"),
+        ({"teacher.prompt": "a photo"}, r"teacher\.prompt = 'a photo' has no {class}"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Scalar], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_run_config({**default_config(), **change})
+
+
+def test_missing_key_is_named() -> None:
+    flat = default_config()
+    del flat["retraining.epochs"]
+    with pytest.raises(ConfigError, match=r"retraining\.epochs is missing"):
+        RunConfig.from_run_config(flat)
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    bad: dict[str, Scalar] = {"seed": -1, "client.epochs": 0, "oops": 1}
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_run_config({**default_config(), **bad})
+    assert all(key in str(error.value) for key in ("seed", "client.epochs", "oops"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.toml")), ids=str)
+def test_experiments_parse(file: Path) -> None:
+    paths = {f"dataset.{leaf}": "/x" for leaf in ("root", "train-list", "test-list")}
+    experiment = flatten(tomllib.loads(file.read_text("utf-8")))
+    RunConfig.from_run_config({**default_config(), **paths, **experiment})  # type: ignore[dict-item]
+
+
+def test_demo_experiment_is_the_default() -> None:
+    demo = flatten(tomllib.loads((ROOT / "conf" / "demo.toml").read_text("utf-8")))
+    defaults = default_config()
+    assert {key: defaults[key] for key in demo} == demo

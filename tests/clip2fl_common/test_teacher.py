@@ -1,0 +1,170 @@
+"""Teachers: cached exactly, told apart by fingerprint, missed with a way out."""
+
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from client_app.app import _check_code, _check_teacher
+from clip2fl_common import demo
+from clip2fl_common.feature_store import FeatureStore, content_keys
+from clip2fl_common.provenance import code_fingerprint
+from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+    """Return the demo's teacher with an empty cache."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    return load_teacher("demo")
+
+
+def images(count: int) -> torch.Tensor:
+    """Return drawn images [N, 3, 32, 32]."""
+    return torch.from_numpy(demo.draw_images("test", 0, count))
+
+
+def test_features_are_those_of_open_clip(teacher: Teacher) -> None:
+    batch = images(4)
+    network = teacher._model
+    transform = image_transform_v2(
+        PreprocessCfg(**teacher._preprocess), is_train=False
+    )
+    own = torch.stack(
+        [transform(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in batch]
+    )
+    with torch.no_grad():
+        expected = network.encode_image(own, normalize=True)
+    torch.testing.assert_close(
+        teacher.image_features(batch), expected, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60), (40, 40)])
+def test_preprocessing_of_other_sizes_agrees(
+    teacher: Teacher, shape: tuple[int, int]
+) -> None:
+    height, width = shape
+    rows = np.linspace(0, 1, height)[:, None, None]
+    columns = np.linspace(0, 1, width)[None, :, None]
+    smooth = (255 * rows * columns * np.array([1.0, 0.7, 0.4])).astype(np.uint8)
+    config = PreprocessCfg(**teacher._preprocess)
+    transform = image_transform_v2(config, is_train=False)
+    expected = transform(Image.fromarray(smooth))
+    ours = teacher.preprocess(torch.from_numpy(smooth).permute(2, 0, 1)[None])[0]
+    # Pillow and torch round an interpolated grey level of 255 differently.
+    level = 1 / 255 / min(config.std)
+    assert (ours - expected).abs().max() <= 2 * level
+    assert (ours - expected).abs().mean() <= level / 2
+
+
+def test_features_are_computed_once(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = images(6)
+    first = teacher.cached_image_features(batch[:4])
+    torch.testing.assert_close(first, teacher.image_features(batch[:4]))
+    computed: list[int] = []
+    original = Teacher.image_features
+
+    def counted(self: Teacher, missing: torch.Tensor) -> torch.Tensor:
+        computed.append(len(missing))
+        return original(self, missing)
+
+    monkeypatch.setattr(Teacher, "image_features", counted)
+    assert torch.equal(teacher.cached_image_features(batch[:4]), first)
+    assert computed == []
+    assert torch.equal(teacher.cached_image_features(batch)[:4], first)
+    assert computed == [2]
+
+
+def test_damaged_cache_costs_time_not_the_run(
+    teacher: Teacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = images(2)
+    expected = teacher.image_features(batch)
+    path = FeatureStore(teacher.fingerprint).path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"not a database" * 100)
+    assert torch.equal(teacher.cached_image_features(batch), expected)
+    assert str(path) in caplog.text
+
+
+def test_store_keeps_the_first_value_and_teachers_apart(tmp_path: Path) -> None:
+    store, other = FeatureStore("a" * 64, tmp_path), FeatureStore("b" * 64, tmp_path)
+    keys = content_keys(images(2))
+    store.put(keys, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    store.put(keys[:1], torch.tensor([[9.0, 9.0]]))
+    assert store.get([*keys, b"?" * 16])[keys[0]].tolist() == [1.0, 2.0]
+    assert other.get(keys) == {}
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("SELECT count(*) FROM feature").fetchone() == (2,)
+
+
+def test_key_depends_on_pixels_and_size() -> None:
+    flat = torch.arange(48, dtype=torch.uint8)
+    keys = {
+        content_keys(flat.reshape(1, 3, 4, 4))[0],
+        content_keys(flat.reshape(1, 3, 2, 8))[0],
+        content_keys(flat.flip(0).reshape(1, 3, 4, 4))[0],
+    }
+    assert len(keys) == 3
+
+
+def test_prompt_decides_the_prototypes(teacher: Teacher) -> None:
+    teacher.prompt = "{class}, drawn: {class}"
+    prototypes = teacher.text_features(["star", "ring"])
+    tokens = open_clip.tokenize(
+        ["star, drawn: star", "ring, drawn: ring"], teacher._model.context_length
+    )
+    with torch.no_grad():
+        expected = teacher._model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(prototypes, expected)
+
+
+def test_fingerprint_follows_the_weights(teacher: Teacher) -> None:
+    again = load_teacher("demo")
+    assert again.fingerprint == teacher.fingerprint
+    with torch.no_grad():
+        next(again._model.visual.parameters()).view(-1)[0] += 1
+    changed = Teacher(again._model, again._tokenizer, again._preprocess, "changed")
+    assert changed.fingerprint != teacher.fingerprint
+    with pytest.raises(TeacherError, match="fingerprint .* here, but .* at the server"):
+        _check_teacher(changed, teacher.fingerprint)
+
+
+def test_client_of_another_checkout_refuses() -> None:
+    _check_code(code_fingerprint())
+    with pytest.raises(RuntimeError, match="is not the server's"):
+        _check_code("another")
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-33", "", "not an open_clip model; did you mean ViT-B-32"),
+        ("ViT-B-32", "opneai", "'opneai' is not a tag of ViT-B-32; .*openai"),
+        ("local-dir:/nowhere", "", "/nowhere has no open_clip_config.json"),
+    ],
+)
+def test_unknown_teacher(model: str, pretrained: str, message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        load_teacher(model, pretrained)
+
+
+def test_weights_that_cannot_be_had_name_cache_and_ways_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", refused)
+    with pytest.raises(TeacherError) as error:
+        load_teacher("ViT-B-32", "openai")
+    for part in ("ViT-B-32", "openai", "hub", "local-dir:", 'teacher.model="demo"'):
+        assert part in str(error.value)

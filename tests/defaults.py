@@ -1,0 +1,39 @@
+"""The run configuration's defaults, as they stand in pyproject.toml."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from clip2fl_common.config import RunConfig, Scalar
+from scripts.simulate import flatten
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def default_config() -> dict[str, Scalar]:
+    """Return dotted keys and their defaults."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    flat: dict[str, Any] = flatten(project["tool"]["flwr"]["app"]["config"])
+    return flat
+
+
+def run_config(**changes: Scalar) -> RunConfig:
+    """Return a small run's configuration; ``__`` stands for a dot, ``_`` for ``-``."""
+    tiny: dict[str, Scalar] = {
+        "dataset.demo-train-per-class": 20,
+        "dataset.demo-test-per-class": 3,
+        "dataset.imbalance-factor": 10.0,
+        "partition.clients": 3,
+        "federation.clients-per-round": 2,
+        "federation.rounds": 2,
+        "client.epochs": 1,
+        "class-gradients.draws": 2,
+        "synthesis.steps": 3,
+        "synthesis.features-per-class": 4,
+        "retraining.epochs": 5,
+    }
+    named = {
+        key.replace("__", ".").replace("_", "-"): value
+        for key, value in changes.items()
+    }
+    return RunConfig.from_run_config({**default_config(), **tiny, **named})

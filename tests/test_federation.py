@@ -1,0 +1,189 @@
+"""Whole federations, with the real ServerApp and ClientApp in one process."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clip2fl_common import records
+from clip2fl_common.datasets import DatasetError, load_dataset
+from server_app.app import main
+from server_app.checkpoint import load_model
+from strategy.partitioned import NoRepliesError
+from tests.defaults import run_config
+from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+
+METHODS = ["clip2fl", "creff", "fedavg", "fedprox"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)  # a Flower process sets them
+
+
+def federate(
+    folder: Path, method: str = "clip2fl", nodes: int = 2, tamper: Tamper | None = None
+) -> InProcessGrid:
+    """Run a tiny federation into a folder."""
+    config = run_config(
+        method=method, run__dir=str(folder.parent), run__name=folder.name
+    )
+    grid = InProcessGrid(config, nodes, order_seed=nodes, tamper=tamper)
+    context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
+    main(as_grid(grid), context)
+    return grid
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics without its timings."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    for line in rounds:
+        del line["seconds"]
+    return rounds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_leaves_config_metrics_and_a_model_that_predicts(
+    tmp_path: Path, method: str
+) -> None:
+    federate(tmp_path / "run", method)
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert facts["config"]["method"] == method
+    assert ("teacher" in facts) == (method == "clip2fl")
+    rounds = metrics(tmp_path / "run")
+    assert [line["round"] for line in rounds] == [1, 2]
+
+    model, card = load_model(tmp_path / "run" / "model.safetensors")
+    test = load_dataset(run_config().dataset).test
+    loaded = test.load(np.arange(len(test.labels)))
+    with torch.no_grad():
+        logits = model(card.normalization(loaded.images))
+    top1 = 100 * (logits.argmax(1) == loaded.labels).double().mean().item()
+    head = "retrained" if method in ("clip2fl", "creff") else "fedavg"
+    assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
+
+
+def test_metrics_depend_neither_on_nodes_nor_on_order_of_replies(
+    tmp_path: Path,
+) -> None:
+    federate(tmp_path / "a", nodes=2)
+    federate(tmp_path / "b", nodes=3)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_methods_share_clients_partition_and_training(tmp_path: Path) -> None:
+    for method in METHODS:
+        federate(tmp_path / method, method)
+    runs = {method: metrics(tmp_path / method) for method in METHODS}
+    for run in runs.values():
+        assert [r["clients"] for r in run] == [r["clients"] for r in runs["fedavg"]]
+    # CReFF's own additions do not touch the averaged model.
+    for creff, fedavg in zip(runs["creff"], runs["fedavg"], strict=True):
+        assert creff["accuracy"]["fedavg"] == fedavg["accuracy"]["fedavg"]
+        assert creff["losses"]["client"] == fedavg["losses"]["client"]
+
+
+def test_bytes_are_those_of_the_arrays_on_the_wire(tmp_path: Path) -> None:
+    grid = federate(tmp_path / "run")
+    line = metrics(tmp_path / "run")[0]
+    sent = [
+        sum(
+            len(array.data)
+            for record in message.content.array_records.values()
+            for array in record.values()
+        )
+        for message in grid.requests[:2]
+    ]
+    assert line["bytes"]["down"] == sum(sent)
+
+
+def _broken(change: str) -> Tamper:
+    """Return what damages the reply of partition 0 only, or of all (``no replies``)."""
+
+    def tamper(request: Message, reply: Message) -> Message:
+        content = reply.content
+        values = content.metric_records[records.METRICS]
+        if values[records.PARTITION] != 0 and change != "no replies":
+            return reply
+        model = content.array_records[records.ARRAYS]
+        if change == "not finite":
+            model["bn1.bias"] = Array(np.full(16, np.nan, np.float32))
+        elif change == "shape":
+            model["bn1.bias"] = Array(np.zeros(17, np.float32))
+        elif change == "unknown":
+            model["extra"] = Array(np.zeros(1, np.float32))
+        elif change == "num-examples":
+            values[records.NUM_EXAMPLES] = -3
+        elif change == "class":
+            gradients = content.array_records[records.GRADIENTS]
+            classes = gradients["classes"].numpy().copy()
+            classes[0] = 99
+            gradients["classes"] = Array(classes)
+        else:
+            return _error(request, "the dog ate it")
+        return reply
+
+    return tamper
+
+
+def _error(request: Message, reason: str) -> Message:
+    return Message(Error(code=2, reason=reason), reply_to=request)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("not finite", "array bn1.bias has values that are not finite"),
+        ("shape", r"array bn1.bias has shape (17,), expected (16,)"),
+        ("unknown", "model arrays missing or unknown: extra"),
+        ("num-examples", "num-examples = -3"),
+        ("class", "they must differ and be from 0 to 9"),
+    ],
+)
+def test_bad_reply_is_dropped_with_node_and_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str, reason: str
+) -> None:
+    # Flower's logger does not hand its lines on, so they are caught at the source.
+    flower = logging.getLogger("flwr")
+    flower.addHandler(caplog.handler)
+    try:
+        grid = federate(tmp_path / "run", tamper=_broken(change))
+    finally:
+        flower.removeHandler(caplog.handler)
+    dropped = [m for m in caplog.messages if "dropped the reply of node" in m]
+    assert dropped and all(reason in m for m in dropped)
+    assert any(str(r.metadata.dst_node_id) in dropped[0] for r in grid.requests)
+    assert sum(r["dropped_replies"] for r in metrics(tmp_path / "run")) > 0
+    assert all(0 not in r["clients"] for r in metrics(tmp_path / "run"))
+
+
+def test_no_replies_stops_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(NoRepliesError, match="round 1: no usable reply.*dog ate it"):
+        federate(tmp_path / "run", tamper=_broken("no replies"))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_unreadable_image_at_a_client_stops_the_run(tmp_path: Path) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        return _error(request, "DatasetError: 1 of 5 images cannot be read: /x.png")
+
+    with pytest.raises(DatasetError, match=r"round 1: .*/x\.png"):
+        federate(tmp_path / "run", tamper=tamper)
+
+
+def test_no_run_overwrites_another(tmp_path: Path) -> None:
+    federate(tmp_path / "run", "fedavg")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        federate(tmp_path / "run", "fedavg")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
