@@ -41,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         timeout=config.federation.round_timeout,
         evaluate_fn=close_round,
     )
+    session.close()
 
 
 def find_nodes(grid: Grid) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class RunFolder:
 
 
 def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:
-    """Return an accuracy report as JSON fields, percent to two decimals."""
+    """Return an accuracy report as JSON fields, percent to four decimals."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -173,9 +173,17 @@ class Session:
             flush=True,
         )
         if final:
-            self._finish(reports, next(iter(heads.values())))
+            method = self.config.method
+            students = {f"{method}, {name} head": r for name, r in reports.items()}
+            self._rows = students | self._rows
+            self._save(next(iter(heads.values())))
 
-    def _finish(self, reports: dict[str, AccuracyReport], head: nn.Linear) -> None:
+    def close(self) -> None:
+        """Print the final table, after everything that Flower prints."""
+        table = final_table(self._rows, self.evaluator.groups, self.dataset.class_names)
+        print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
+
+    def _save(self, head: nn.Linear) -> None:
         config = self.config
         save_model(
             self.folder.path / "model.safetensors",
@@ -196,11 +204,6 @@ class Session:
                 },
             ),
         )
-        rows = {f"{config.method}, {name} head": r for name, r in reports.items()}
-        table = final_table(
-            rows | self._rows, self.evaluator.groups, self.dataset.class_names
-        )
-        print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 
 
 def _initial_model(config: RunConfig, num_classes: int) -> ImageClassifier:

@@ -73,6 +73,22 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
 
 
+def test_table_is_the_last_thing_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federate(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "round 1/2: retrained balanced" in printed
+    table = printed[printed.index("Accuracy on the test images, %") :].splitlines()
+    assert [line.split("  ")[0] for line in table[2:5]] == [
+        "clip2fl, retrained head",
+        "clip2fl, fedavg head",
+        "teacher zero-shot",
+    ]
+    assert "by frequency rank" in table[5]  # no class has more than 100 images
+    assert table[-1] == f"Results and model: {tmp_path / 'run'}"
+
+
 def test_metrics_depend_neither_on_nodes_nor_on_order_of_replies(
     tmp_path: Path,
 ) -> None:

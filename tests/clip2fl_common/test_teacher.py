@@ -32,9 +32,7 @@ def images(count: int) -> torch.Tensor:
 def test_features_are_those_of_open_clip(teacher: Teacher) -> None:
     batch = images(4)
     network = teacher._model
-    transform = image_transform_v2(
-        PreprocessCfg(**teacher._preprocess), is_train=False
-    )
+    transform = image_transform_v2(PreprocessCfg(**teacher._preprocess), is_train=False)
     own = torch.stack(
         [transform(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in batch]
     )
