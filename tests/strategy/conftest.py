@@ -1,0 +1,23 @@
+"""What tests of strategies need of Flower."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from flwr.supercore.task_identity import TaskIdentity
+
+
+@pytest.fixture(autouse=True)
+def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be what Flower takes for one of its processes, which messages ask for."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Return a log that sees Flower's logger, which does not hand its lines on."""
+    flower = logging.getLogger("flwr")
+    flower.addHandler(caplog.handler)
+    yield caplog
+    flower.removeHandler(caplog.handler)

@@ -1,0 +1,135 @@
+"""Requests and replies of a round, made by hand."""
+
+import copy
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from torch import nn
+
+from clip2fl_common import records
+from clip2fl_common.gradients import ClassGradient
+from strategy.partitioned import ClientPlan, PartitionedTraining
+
+NODES = (71, 13)
+
+
+class FakeGrid:
+    """Nodes that exist; messages are handed to and fro by the tests."""
+
+    def __init__(self, nodes: Sequence[int] = NODES) -> None:
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes' ids."""
+        return self._nodes
+
+
+def client_plan(
+    clients: int = 4,
+    per_round: int = 3,
+    seed: int = 7,
+    nodes: tuple[int, ...] = NODES,
+) -> ClientPlan:
+    """Return a small plan."""
+    return ClientPlan(nodes, clients, per_round, seed)
+
+
+def global_model() -> ArrayRecord:
+    """Return the arrays of a small model with BatchNorm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3))
+    return records.model_to_arrays(model)
+
+
+def configure(
+    strategy: PartitionedTraining, arrays: ArrayRecord, server_round: int = 1
+) -> list[Message]:
+    """Return a round's requests, as they arrive: without shared state."""
+    grid = cast(Grid, FakeGrid(strategy.plan.nodes))
+    requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
+    return [copy.deepcopy(request) for request in requests]
+
+
+def random_model(like: ArrayRecord, seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return another model's arrays of the same shapes."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(size=tuple(array.shape)).astype(np.float32)
+        for name, array in like.items()
+    }
+
+
+def train_reply(
+    request: Message,
+    model: Mapping[str, npt.NDArray[np.float32]],
+    examples: int,
+    gradients: Mapping[int, ClassGradient] | None = None,
+    **metrics: float,
+) -> Message:
+    """Return a good reply to a request; ``_`` in a metric's name stands for ``-``."""
+    config = request.content.config_records[records.CONFIG]
+    values: dict[str, int | float] = {
+        records.PARTITION: cast(int, config[records.PARTITION]),
+        records.NUM_EXAMPLES: examples,
+        "loss": 1.0,
+        "distillation-loss": 0.0,
+        "unreadable-images": 0,
+        "seconds-data": 0.1,
+        "seconds-gradients": 0.2,
+        "seconds-training": 0.3,
+    }
+    values |= {name.replace("_", "-"): value for name, value in metrics.items()}
+    content = RecordDict(
+        {
+            records.ARRAYS: ArrayRecord(
+                {n: Array(value) for n, value in model.items()}
+            ),
+            records.METRICS: MetricRecord(dict(values)),
+        }
+    )
+    if gradients is not None:
+        content[records.GRADIENTS] = records.gradients_to_arrays(gradients)
+    return Message(content, reply_to=request)
+
+
+def error_reply(request: Message, reason: str) -> Message:
+    """Return what Flower sends when a ClientApp raised."""
+    return Message(Error(code=2, reason=reason), reply_to=request)
+
+
+def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
+    """Return how many bytes the arrays take in numpy's own format, which Flower uses."""
+    total = 0
+    for array in arrays:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        total += buffer.tell()
+    return total
+
+
+def random_gradients(
+    classes: Sequence[int], shape: tuple[int, int], seed: int
+) -> dict[int, ClassGradient]:
+    """Return class gradients of a classifier of shape [C, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        c: ClassGradient(
+            torch.randn(shape, generator=generator),
+            torch.randn(shape[0], generator=generator),
+        )
+        for c in classes
+    }
