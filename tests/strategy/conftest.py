@@ -15,9 +15,12 @@ def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Return a log that sees Flower's logger, which does not hand its lines on."""
+def flower_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Return a log of Flower's lines, each once whether they are handed on or not."""
     flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "propagate", False)
     flower.addHandler(caplog.handler)
     yield caplog
     flower.removeHandler(caplog.handler)

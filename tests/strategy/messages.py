@@ -112,7 +112,7 @@ def error_reply(request: Message, reason: str) -> Message:
 
 
 def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
-    """Return how many bytes the arrays take in numpy's own format, which Flower uses."""
+    """Return how many bytes the arrays take in numpy's own format (Flower's too)."""
     total = 0
     for array in arrays:
         buffer = io.BytesIO()

@@ -1,0 +1,239 @@
+"""The ClientApp with real messages, and without Flower's processes."""
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+
+from client_app.app import app
+from client_app.gradients import class_gradients
+from clip2fl_common import records
+from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.provenance import code_fingerprint
+from clip2fl_common.teacher import TeacherError, load_teacher
+from tests.defaults import run_config
+
+# One un-augmented draw of all images, so that class gradients can be computed slowly.
+CONFIG = run_config(
+    class_gradients__draws=1,
+    class_gradients__augment=False,
+    class_gradients__samples_per_class=1000,
+)
+CLASSES, DIM = 10, CONFIG.model.feature_dim
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def student() -> ImageClassifier:
+    """Return a global model."""
+    torch.manual_seed(3)
+    return build_model(CONFIG.model.name, CLASSES, DIM)
+
+
+def classifier() -> nn.Linear:
+    """Return a re-trained classifier."""
+    torch.manual_seed(4)
+    return nn.Linear(DIM, CLASSES)
+
+
+def request(
+    *, partition: int = 1, with_classifier: bool = False, **config: str | float
+) -> Message:
+    """Return a train request; ``_`` in a key stands for ``-``."""
+    content = RecordDict(
+        {
+            records.ARRAYS: records.model_to_arrays(student()),
+            records.CONFIG: ConfigRecord(
+                {
+                    records.ROUND: 2,
+                    records.PARTITION: partition,
+                    records.CODE_FINGERPRINT: code_fingerprint(),
+                    **{name.replace("_", "-"): value for name, value in config.items()},
+                }
+            ),
+        }
+    )
+    if with_classifier:
+        content[records.CLASSIFIER] = records.model_to_arrays(classifier())
+    return Message(content, 42, "train")
+
+
+def distilling(**config: str | float) -> Message:
+    """Return the request of CLIP2FL."""
+    settings: dict[str, str | float] = {
+        "distillation_weight": 1.0,
+        "distillation_temperature": 3.0,
+        "teacher_fingerprint": load_teacher("demo").fingerprint,
+    }
+    return request(with_classifier=True, **{**settings, **config})
+
+
+def answer(message: Message, place: int = 0) -> Message:
+    """Return the ClientApp's reply from a node at this place."""
+    flat = cast(Any, CONFIG.to_flat())
+    context = Context(1, 42, {"partition-id": place}, RecordDict(), flat)
+    return app(copy.deepcopy(message), context)
+
+
+def images_of(partition: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a partition's normalised images and labels."""
+    parts = partition_indices(
+        CONFIG.dataset, CONFIG.partition.clients, CONFIG.partition.alpha, CONFIG.seed
+    )
+    dataset = load_dataset(CONFIG.dataset)
+    loaded = dataset.train.load(parts[partition])
+    return dataset.normalization(loaded.images), loaded.labels
+
+
+def array_bytes(reply: Message) -> dict[str, dict[str, bytes]]:
+    """Return the reply's arrays as they go over the wire."""
+    return {
+        name: {key: array.data for key, array in record.items()}
+        for name, record in reply.content.array_records.items()
+    }
+
+
+def test_query_says_which_partition_the_node_simulates() -> None:
+    reply = answer(Message(RecordDict(), 42, "query"), place=2)
+    assert set(reply.content) == {records.METRICS}
+    assert records.partition_of(reply) == 2
+
+
+@pytest.mark.parametrize("partition", [0, 1, 2])
+def test_reply_keeps_the_contract(partition: int) -> None:
+    """The partition asked for is trained on, wherever the node stands itself."""
+    message = request(partition=partition, with_classifier=True)
+    reply = answer(message, place=0)
+    sent = message.content.array_records[records.ARRAYS]
+    records.check_reply(reply, sent, gradient_shape=(CLASSES, DIM))
+    images, labels = images_of(partition)
+    values = reply.content.metric_records[records.METRICS]
+    assert records.partition_of(reply) == partition
+    assert values[records.NUM_EXAMPLES] == len(images)
+    assert values["unreadable-images"] == 0
+    assert values["distillation-loss"] == 0
+    assert cast(float, values["loss"]) > 0
+    held = reply.content.array_records[records.GRADIENTS]["classes"].numpy()
+    assert held.tolist() == labels.unique().tolist()
+    assert reply.metadata.src_node_id == 42
+
+
+def test_class_gradients_are_the_global_models() -> None:
+    """Taken before local training, at the classifier that was sent."""
+    images, labels = images_of(1)
+    reply = answer(request(with_classifier=True))
+    sent = records.gradients_from_arrays(
+        reply.content.array_records[records.GRADIENTS], CLASSES, DIM
+    )
+    model, head = student().eval(), classifier()
+    for c, gradient in sent.items():
+        with torch.no_grad():
+            features = model.features(images[labels == c])
+        head.zero_grad()
+        loss = nn.functional.cross_entropy(head(features), labels[labels == c])
+        torch.autograd.backward(loss)
+        assert head.weight.grad is not None and head.bias.grad is not None
+        torch.testing.assert_close(
+            gradient.weight, head.weight.grad, atol=1e-5, rtol=1e-3
+        )
+        torch.testing.assert_close(gradient.bias, head.bias.grad, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        own = class_gradients(
+            model.features(images), labels, head.weight.detach(), head.bias.detach()
+        )
+    assert set(own) == set(sent)
+
+
+def test_without_classifier_no_class_gradients() -> None:
+    """And the local model is the same: asking for gradients does not change it."""
+    plain, asked = answer(request()), answer(request(with_classifier=True))
+    assert set(plain.content) == {records.ARRAYS, records.METRICS}
+    arrays, asked_arrays = array_bytes(plain), array_bytes(asked)
+    assert arrays == {records.ARRAYS: asked_arrays[records.ARRAYS]}
+
+
+def test_local_model_is_trained() -> None:
+    message = request()
+    before = message.content.array_records[records.ARRAYS]
+    after = answer(message).content.array_records[records.ARRAYS]
+    moved = [
+        name
+        for name in before
+        if not np.array_equal(before[name].numpy(), after[name].numpy())
+    ]
+    assert set(moved) == set(before)  # every weight and BatchNorm buffer
+
+
+def test_same_request_twice_gives_identical_arrays() -> None:
+    """Bit for bit, whatever torch's global generator did in between."""
+    message = distilling()
+    torch.manual_seed(1)
+    first = answer(message)
+    torch.manual_seed(2)
+    second = answer(message)
+    assert array_bytes(first) == array_bytes(second)
+    for name in ("loss", "distillation-loss"):
+        values = [
+            reply.content.metric_records[records.METRICS][name]
+            for reply in (first, second)
+        ]
+        assert values[0] == values[1]
+
+
+def test_terms_of_the_request_change_the_training() -> None:
+    """Distillation and the proximal term, and the weight of each."""
+    outcomes = [
+        array_bytes(answer(message))[records.ARRAYS]["bn1.bias"]
+        for message in (
+            request(),
+            request(proximal_mu=1.0),
+            request(proximal_mu=2.0),
+            distilling(),
+            distilling(distillation_weight=0.5),
+            distilling(distillation_temperature=1.0),
+        )
+    ]
+    assert len(set(outcomes)) == len(outcomes)
+
+
+def test_distillation_is_reported() -> None:
+    reply = answer(distilling())
+    values = reply.content.metric_records[records.METRICS]
+    loss = cast(float, values["loss"])
+    assert 0 < cast(float, values["distillation-loss"]) < loss
+
+
+def test_other_code_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="is not the server's.*scripts/simulate.py"):
+        answer(request(code_fingerprint="0123456789abcdef"))
+
+
+def test_other_teacher_is_refused() -> None:
+    own = load_teacher("demo").fingerprint
+    with pytest.raises(
+        TeacherError,
+        match=f"teacher demo has the fingerprint {own[:12]} here, but f00ba5f00ba5 at "
+        "the server: install the same weights on both",
+    ):
+        answer(distilling(teacher_fingerprint="f00ba5" * 10))
+
+
+def test_teacher_is_not_needed_without_distillation() -> None:
+    """A method without a teacher never asks for its fingerprint."""
+    message = distilling(distillation_weight=0.0, teacher_fingerprint="another")
+    reply = answer(message)
+    values = reply.content.metric_records[records.METRICS]
+    assert values["distillation-loss"] == 0

@@ -1,0 +1,259 @@
+"""CReFF's round: what goes out, what comes back, and what the server makes of it."""
+
+import pytest
+import torch
+from flwr.app import Message
+
+from clip2fl_common import records
+from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.randomness import generator
+from strategy.creff import CReFF
+from strategy.retraining import retrain_classifier
+from strategy.synthesis import (
+    gradient_matching_loss,
+    mean_class_gradients,
+    stack_gradients,
+    synthesize,
+)
+from tests.defaults import run_config
+from tests.strategy.messages import (
+    client_plan,
+    configure,
+    global_model,
+    random_gradients,
+    random_model,
+    train_reply,
+    wire_bytes,
+)
+
+CLASSES, PER_CLASS, DIM = 3, 4, 6
+CONFIG = run_config(
+    synthesis__features_per_class=PER_CLASS,
+    synthesis__steps=7,
+    synthesis__learning_rate=0.2,
+    retraining__epochs=4,
+    retraining__batch_size=5,
+    retraining__learning_rate=0.05,
+)
+# Who holds which classes; seeds of the gradients are the keys.
+HELD = {0: [0, 1, 2], 1: [1], 2: [2, 1]}
+
+
+def creff(seed: int = 7) -> CReFF:
+    """Return a small CReFF."""
+    return CReFF(
+        client_plan(clients=3, per_round=3, seed=seed),
+        num_classes=CLASSES,
+        feature_dim=DIM,
+        synthesis=CONFIG.synthesis,
+        retraining=CONFIG.retraining,
+        device=torch.device("cpu"),
+    )
+
+
+def gradients(held: dict[int, list[int]]) -> list[dict[int, ClassGradient]]:
+    """Return each client's class gradients."""
+    return [random_gradients(c, (CLASSES, DIM), seed) for seed, c in held.items()]
+
+
+def round_of(
+    strategy: CReFF, held: dict[int, list[int]], server_round: int = 1
+) -> list[Message]:
+    """Return the replies to a round's requests."""
+    arrays = global_model()
+    requests = configure(strategy, arrays, server_round)
+    return [
+        train_reply(request, random_model(arrays, seed), 10, of_client)
+        for seed, (request, of_client) in enumerate(
+            zip(requests, gradients(held), strict=True)
+        )
+    ]
+
+
+def test_requests_carry_the_classifier() -> None:
+    strategy = creff()
+    for request in configure(strategy, global_model()):
+        assert set(request.content) == {
+            records.ARRAYS,
+            records.CLASSIFIER,
+            records.CONFIG,
+        }
+        parsed = records.TrainRequest.parse(request.content)
+        assert parsed.classifier is not None
+        weight, bias = parsed.classifier
+        assert torch.equal(weight, strategy.classifier.weight)
+        assert torch.equal(bias, strategy.classifier.bias)
+        assert parsed.distillation_weight == 0
+        assert parsed.teacher_fingerprint == ""
+        assert parsed.proximal_mu == 0
+
+
+def test_initial_state_comes_from_the_seed() -> None:
+    """Standard normal features and a fresh linear layer, the same for the same seed."""
+    first, same, other = creff(7), creff(7), creff(8)
+    assert first.features.shape == (CLASSES, PER_CLASS, DIM)
+    assert torch.equal(first.features, same.features)
+    assert torch.equal(first.classifier.weight, same.classifier.weight)
+    assert not torch.equal(first.features, other.features)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    expected = torch.randn(CLASSES, PER_CLASS, DIM, generator=generator(7, "features"))
+    assert torch.equal(first.features, expected)
+    assert first.classifier.weight.abs().max() <= DIM**-0.5
+
+
+def test_round_equals_its_parts_called_by_hand() -> None:
+    """Two rounds, each with the features and the classifier of the one before."""
+    strategy = creff()
+    features = strategy.features.clone()
+    weight = strategy.classifier.weight.detach().clone()
+    bias = strategy.classifier.bias.detach().clone()
+    for server_round in (1, 2):
+        strategy.aggregate_train(server_round, round_of(strategy, HELD, server_round))
+
+        mean = mean_class_gradients(gradients(HELD))
+        features = synthesize(
+            features,
+            mean,
+            weight,
+            bias,
+            None,
+            steps=7,
+            learning_rate=0.2,
+            contrast_weight=0.0,
+            temperature=1.0,
+        )
+        loss = gradient_matching_loss(
+            features, *stack_gradients(mean, features), weight, bias
+        )
+        classifier = retrain_classifier(
+            features,
+            epochs=4,
+            batch_size=5,
+            learning_rate=0.05,
+            generator=generator(7, "retraining", server_round),
+        )
+        weight, bias = classifier.weight.detach(), classifier.bias.detach()
+        assert torch.equal(strategy.features, features)
+        assert torch.equal(strategy.classifier.weight, weight)
+        assert torch.equal(strategy.classifier.bias, bias)
+        assert strategy.round.losses == {"gradient_matching": float(loss)}
+        assert set(strategy.round.seconds) == {
+            "clients",
+            "checks",
+            "synthesis",
+            "retraining",
+            "aggregation",
+        }
+
+
+def test_next_request_carries_the_retrained_classifier() -> None:
+    strategy = creff()
+    before = strategy.classifier.weight.clone()
+    strategy.aggregate_train(1, round_of(strategy, HELD))
+    parsed = records.TrainRequest.parse(
+        configure(strategy, global_model(), 2)[0].content
+    )
+    assert parsed.classifier is not None
+    assert torch.equal(parsed.classifier[0], strategy.classifier.weight)
+    assert not torch.equal(parsed.classifier[0], before)
+
+
+def test_class_gradients_stay_out_of_the_averaged_model() -> None:
+    strategy = creff()
+    result, _ = strategy.aggregate_train(1, round_of(strategy, HELD))
+    assert result is not None
+    assert set(result) == set(global_model())
+
+
+def test_order_of_replies_changes_no_bit() -> None:
+    outcomes = []
+    for step in (1, -1):
+        strategy = creff()
+        strategy.aggregate_train(1, round_of(strategy, HELD)[::step])
+        outcomes.append((strategy.features, strategy.classifier.weight))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_class_held_by_nobody_waits(flower_log: pytest.LogCaptureFixture) -> None:
+    strategy = creff()
+    before = strategy.features.clone()
+    with flower_log.at_level("INFO", logger="flwr"):
+        strategy.aggregate_train(1, round_of(strategy, {0: [0], 1: [0], 2: [2]}))
+    assert torch.equal(strategy.features[1], before[1])
+    assert not torch.equal(strategy.features[0], before[0])
+    assert not torch.equal(strategy.features[2], before[2])
+    (line,) = [m for m in flower_log.messages if "none of the clients" in m]
+    assert line.startswith("round 1: none of the clients holds class 1;")
+
+
+def test_bytes_include_classifier_and_gradients() -> None:
+    strategy = creff()
+    replies = round_of(strategy, HELD)
+    model = wire_bytes(array.numpy() for array in global_model().values())
+    classifier = wire_bytes(
+        tensor.detach().numpy()
+        for tensor in (strategy.classifier.weight, strategy.classifier.bias)
+    )
+    returned = sum(
+        wire_bytes(array.numpy() for array in record.values())
+        for reply in replies
+        for record in reply.content.array_records.values()
+    )
+    strategy.aggregate_train(1, replies)
+    assert strategy.round.bytes_down == 3 * (model + classifier)
+    assert strategy.round.bytes_up == returned > 3 * model
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (None, "records are ['arrays', 'metrics'], expected"),
+        (
+            random_gradients([0], (CLASSES, DIM + 1), 0),
+            "array class-gradients.weight has shape (1, 3, 7), expected (1, 3, 6)",
+        ),
+        (
+            random_gradients([CLASSES], (CLASSES, DIM), 0),
+            "class gradients for classes [3]; they must differ and be from 0 to 2",
+        ),
+        (
+            {0: ClassGradient(torch.full((CLASSES, DIM), torch.nan), torch.zeros(3))},
+            "array class-gradients.weight has values that are not finite",
+        ),
+    ],
+)
+def test_bad_gradients_are_dropped_with_their_model(
+    flower_log: pytest.LogCaptureFixture,
+    bad: dict[int, ClassGradient] | None,
+    reason: str,
+) -> None:
+    """The state is what the other clients alone would have brought about."""
+    strategy, expected = creff(), creff()
+    arrays = global_model()
+    replies = round_of(strategy, HELD)
+    request = configure(strategy, arrays)[0]
+    replies[0] = train_reply(request, random_model(arrays, 0), 10, bad)
+    result, _ = strategy.aggregate_train(1, replies)
+    expected_result, _ = expected.aggregate_train(1, round_of(expected, HELD)[1:])
+
+    (line,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert line.startswith(f"round 1: dropped the reply of node 71: {reason}")
+    assert torch.equal(strategy.features, expected.features)
+    assert torch.equal(strategy.classifier.weight, expected.classifier.weight)
+    assert result is not None and expected_result is not None
+    assert {n: a.data for n, a in result.items()} == {
+        n: a.data for n, a in expected_result.items()
+    }
+
+
+def test_summary_names_every_setting(flower_log: pytest.LogCaptureFixture) -> None:
+    with flower_log.at_level("INFO", logger="flwr"):
+        creff().summary()
+    for text in (
+        "Shape (classes, per class, width): (3, 4, 6)",
+        "7 steps, learning rate 0.2",
+        "4 epochs, batch size 5, learning rate 0.05",
+        "Drawn each round: 3 of 3 (seed 7)",
+    ):
+        assert text in flower_log.text

@@ -1,0 +1,39 @@
+"""FedProx switches the proximal term on, and nothing else."""
+
+import pytest
+
+from clip2fl_common import records
+from strategy.fedavg import FedAvg
+from strategy.fedprox import FedProx
+from tests.strategy.messages import client_plan, configure, global_model
+
+
+def test_requests_carry_the_proximal_weight() -> None:
+    plan = client_plan()
+    arrays = global_model()
+    requests = configure(FedProx(plan, proximal_mu=0.25), arrays)
+    plain = configure(FedAvg(plan), arrays)
+    assert len(requests) == len(plain) == 3
+    for request, other in zip(requests, plain, strict=True):
+        assert request.metadata.dst_node_id == other.metadata.dst_node_id
+        assert set(request.content) == set(other.content)
+        assert dict(request.content.config_records[records.CONFIG]) == {
+            **other.content.config_records[records.CONFIG],
+            records.PROXIMAL_MU: 0.25,
+        }
+        parsed = records.TrainRequest.parse(request.content)
+        assert parsed.proximal_mu == 0.25
+        assert parsed.distillation_weight == 0
+        assert parsed.classifier is None
+
+
+def test_weight_zero_warns(flower_log: pytest.LogCaptureFixture) -> None:
+    FedProx(client_plan(), proximal_mu=0.0)
+    assert "makes the strategy equivalent to FedAvg" in flower_log.text
+
+
+def test_summary_names_the_weight(flower_log: pytest.LogCaptureFixture) -> None:
+    with flower_log.at_level("INFO", logger="flwr"):
+        FedProx(client_plan(), proximal_mu=0.25).summary()
+    assert "Proximal mu: 0.25" in flower_log.text
+    assert "Drawn each round: 3 of 4" in flower_log.text
