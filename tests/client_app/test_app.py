@@ -20,8 +20,10 @@ from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
 from tests.defaults import run_config
 
-# One un-augmented draw of all images, so that class gradients can be computed slowly.
+# One un-augmented draw of all images, so that class gradients can be computed slowly;
+# and several steps an epoch, since the first has no proximal gradient.
 CONFIG = run_config(
+    client__batch_size=8,
     class_gradients__draws=1,
     class_gradients__augment=False,
     class_gradients__samples_per_class=1000,
@@ -73,12 +75,13 @@ def request(
 
 def distilling(**config: str | float) -> Message:
     """Return the request of CLIP2FL."""
-    settings: dict[str, str | float] = {
+    settings: dict[str, Any] = {
         "distillation_weight": 1.0,
         "distillation_temperature": 3.0,
         "teacher_fingerprint": load_teacher("demo").fingerprint,
     }
-    return request(with_classifier=True, **{**settings, **config})
+    settings.update(config)
+    return request(with_classifier=True, **settings)
 
 
 def answer(message: Message, place: int = 0) -> Message:

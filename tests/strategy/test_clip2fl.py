@@ -1,0 +1,224 @@
+"""CLIP2FL adds two terms to CReFF, each of which can be switched off."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from clip2fl_common import records
+from clip2fl_common.config import Scalar
+from clip2fl_common.randomness import generator
+from strategy.clip2fl import CLIP2FL
+from strategy.creff import CReFF
+from strategy.retraining import retrain_classifier
+from strategy.synthesis import (
+    mean_class_gradients,
+    prototype_contrastive_loss,
+    synthesize,
+)
+from tests.defaults import run_config
+from tests.strategy.messages import (
+    client_plan,
+    configure,
+    global_model,
+    random_gradients,
+    random_model,
+    train_reply,
+)
+
+CLASSES, DIM = 3, 6
+PROTOTYPES = functional.normalize(
+    torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(5)), dim=1
+)
+
+
+def strategies(
+    text_features: torch.Tensor = PROTOTYPES, **changes: Scalar
+) -> tuple[CLIP2FL, CReFF]:
+    """Return a small CLIP2FL and the CReFF on which it builds."""
+    settings: dict[str, Scalar] = {
+        "synthesis__steps": 6,
+        "synthesis__contrast_weight": 0.5,
+        "synthesis__contrast_temperature": 0.3,
+        "distillation__weight": 0.75,
+        "distillation__temperature": 2.5,
+    }
+    config = run_config(**{**settings, **changes})
+    plan = client_plan(clients=2, per_round=2)
+    device = torch.device("cpu")
+    creff = CReFF(
+        plan,
+        num_classes=CLASSES,
+        feature_dim=DIM,
+        synthesis=config.synthesis,
+        retraining=config.retraining,
+        device=device,
+    )
+    clip2fl = CLIP2FL(
+        plan,
+        num_classes=CLASSES,
+        feature_dim=DIM,
+        synthesis=config.synthesis,
+        retraining=config.retraining,
+        device=device,
+        text_features=text_features,
+        teacher_fingerprint="fingerprint-of-the-teacher",
+        distillation=config.distillation,
+    )
+    return clip2fl, creff
+
+
+def one_round(strategy: CReFF, classes: list[int]) -> None:
+    """Let two clients that hold these classes take part in round 1."""
+    arrays = global_model()
+    replies = [
+        train_reply(
+            request,
+            random_model(arrays, seed),
+            10,
+            random_gradients(classes, (CLASSES, DIM), seed),
+        )
+        for seed, request in enumerate(configure(strategy, arrays))
+    ]
+    strategy.aggregate_train(1, replies)
+
+
+def test_requests_switch_distillation_on() -> None:
+    """Besides that they are CReFF's."""
+    clip2fl, creff = strategies()
+    arrays = global_model()
+    for request, plain in zip(
+        configure(clip2fl, arrays), configure(creff, arrays), strict=True
+    ):
+        assert set(request.content) == set(plain.content)
+        assert dict(request.content.config_records[records.CONFIG]) == {
+            **plain.content.config_records[records.CONFIG],
+            records.DISTILLATION_WEIGHT: 0.75,
+            records.DISTILLATION_TEMPERATURE: 2.5,
+            records.TEACHER_FINGERPRINT: "fingerprint-of-the-teacher",
+        }
+        parsed = records.TrainRequest.parse(request.content)
+        assert parsed.distillation_weight == 0.75
+        assert parsed.distillation_temperature == 2.5
+        assert parsed.teacher_fingerprint == "fingerprint-of-the-teacher"
+        assert parsed.classifier is not None
+
+
+def test_round_equals_its_parts_called_by_hand() -> None:
+    strategy, _ = strategies()
+    start = strategy.features.clone()
+    weight = strategy.classifier.weight.detach().clone()
+    bias = strategy.classifier.bias.detach().clone()
+    one_round(strategy, [0, 1, 2])
+    mean = mean_class_gradients(
+        random_gradients([0, 1, 2], (CLASSES, DIM), seed) for seed in (0, 1)
+    )
+    features = synthesize(
+        start,
+        mean,
+        weight,
+        bias,
+        PROTOTYPES,
+        steps=6,
+        learning_rate=run_config().synthesis.learning_rate,
+        contrast_weight=0.5,
+        temperature=0.3,
+    )
+    settings = run_config().retraining
+    classifier = retrain_classifier(
+        features,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        generator=generator(7, "retraining", 1),
+    )
+    assert torch.equal(strategy.features, features)
+    assert torch.equal(strategy.classifier.weight, classifier.weight)
+    assert torch.equal(strategy.classifier.bias, classifier.bias)
+    assert strategy.round.losses["prototype_contrast"] == pytest.approx(
+        prototype_contrastive_loss(features, PROTOTYPES, 0.3).item()
+    )
+    assert set(strategy.round.losses) == {"gradient_matching", "prototype_contrast"}
+
+
+def test_class_held_by_nobody_moves_to_its_prototype_only() -> None:
+    """As plain gradient descent on the contrastive loss moves it."""
+    strategy, creff = strategies()
+    expected = strategy.features.clone()
+    for _ in range(6):
+        leaf = expected.clone().requires_grad_()
+        loss = 0.5 * prototype_contrastive_loss(leaf, PROTOTYPES, 0.3)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected = expected - run_config().synthesis.learning_rate * gradient
+    untouched = creff.features[1].clone()
+    one_round(strategy, [0, 2])
+    one_round(creff, [0, 2])
+    torch.testing.assert_close(strategy.features[1], expected[1])
+    assert not torch.equal(strategy.features[1], untouched)
+    assert torch.equal(creff.features[1], untouched)
+
+
+def test_without_its_terms_it_is_creff() -> None:
+    strategy, creff = strategies(
+        synthesis__contrast_weight=0.0, distillation__weight=0.0
+    )
+    one_round(strategy, [0, 1, 2])
+    one_round(creff, [0, 1, 2])
+    assert torch.equal(strategy.features, creff.features)
+    assert torch.equal(strategy.classifier.weight, creff.classifier.weight)
+    request = configure(strategy, global_model())[0]
+    assert records.TrainRequest.parse(request.content).distillation_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "distillation__weight",
+            (
+                "distillation.weight = 0: clients do not distil from the teacher; only "
+                "the text prototypes at the server are left of CLIP2FL"
+            ),
+        ),
+        (
+            "synthesis__contrast_weight",
+            (
+                "synthesis.contrast-weight = 0: the text prototypes are not used; only "
+                "the distillation at the clients is left of CLIP2FL"
+            ),
+        ),
+    ],
+)
+def test_disabled_term_warns_and_says_what_is_left(
+    flower_log: pytest.LogCaptureFixture, key: str, message: str
+) -> None:
+    strategies()
+    assert "is left of CLIP2FL" not in flower_log.text
+    assert "are left of CLIP2FL" not in flower_log.text
+    off: dict[str, Any] = {key: 0.0}
+    strategies(**off)
+    assert [m for m in flower_log.messages if "left of CLIP2FL" in m] == [message]
+
+
+def test_teacher_of_another_width_is_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"model\.feature-dim = 6, but the teacher's embedding has 8 dimensions; "
+        r"set model\.feature-dim to that",
+    ):
+        strategies(text_features=torch.ones(CLASSES, 8))
+
+
+def test_summary_names_every_setting(flower_log: pytest.LogCaptureFixture) -> None:
+    strategy, _ = strategies()
+    with flower_log.at_level("INFO", logger="flwr"):
+        strategy.summary()
+    for text in (
+        "Distillation: weight 0.75, temperature 2.5",
+        "Prototype contrast: weight 0.5, temperature 0.3",
+        "Teacher fingerprint: fingerprint-",
+        "6 steps",
+        "Drawn each round: 2 of 2",
+    ):
+        assert text in flower_log.text
