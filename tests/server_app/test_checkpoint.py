@@ -1,0 +1,148 @@
+"""The delivered model comes back as it was, and is there whole or not at all."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from clip2fl_common.datasets import Normalization
+from clip2fl_common.models import ImageClassifier, build_model
+from server_app import checkpoint
+from server_app.checkpoint import ModelCard, load_model, save_model, write_atomically
+
+CLASSES, DIM = 3, 16
+
+
+def card(architecture: str = "resnet8-slim") -> ModelCard:
+    """Return a card of a model of three classes."""
+    return ModelCard(
+        architecture=architecture,
+        feature_dim=DIM,
+        class_names=("star", "Größe", "oak tree"),
+        image_size=32,
+        normalization=Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        provenance={"method": "clip2fl", "seed": 7, "lr": 0.5, "teacher": None},
+    )
+
+
+def trained(architecture: str = "resnet8-slim", seed: int = 0) -> ImageClassifier:
+    """Return a model whose BatchNorm statistics are not the initial ones."""
+    torch.manual_seed(seed)
+    model = build_model(architecture, CLASSES, DIM)
+    model.train()
+    with torch.no_grad():
+        model(2 + 3 * torch.randn(4, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "architecture", ["resnet8-slim", "resnet8", "resnet18", "resnet50"]
+)
+def test_loaded_model_gives_the_same_logits(tmp_path: Path, architecture: str) -> None:
+    """With the classifier that was given, not the model's own."""
+    model, classifier = trained(architecture), nn.Linear(DIM, CLASSES)
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = classifier(model.features(images))
+        own = model(images)
+    save_model(tmp_path / "model.safetensors", model, classifier, card(architecture))
+    loaded, _ = load_model(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        logits = loaded(images)
+    assert torch.equal(logits, expected)
+    assert not torch.allclose(logits, own)
+    assert not loaded.training
+
+
+def test_saving_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    model = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    classifier = nn.Linear(DIM, CLASSES)
+    save_model(tmp_path / "model.safetensors", model, classifier, card())
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_card_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, trained(), nn.Linear(DIM, CLASSES), card())
+    _, loaded = load_model(path)
+    assert loaded == card()
+
+
+def test_file_needs_no_code_of_ours(tmp_path: Path) -> None:
+    """Names and normalisation stand in the header as JSON, tensors by their names."""
+    path = tmp_path / "model.safetensors"
+    classifier = nn.Linear(DIM, CLASSES)
+    save_model(path, trained(), classifier, card())
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads(file.metadata()["card"])
+        weight = file.get_tensor("classifier.weight")
+    assert fields["class_names"] == ["star", "Größe", "oak tree"]
+    assert fields["normalization"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert fields["provenance"]["method"] == "clip2fl"
+    assert torch.equal(weight, classifier.weight)
+
+
+def disk_full(written: bytes) -> Callable[..., None]:
+    """Return a ``save_file`` that runs out of space half-way."""
+
+    def save_file(tensors: Any, filename: Path, metadata: Any = None) -> None:
+        filename.write_bytes(written)
+        raise OSError(errno.ENOSPC, "No space left on device", str(filename))
+
+    return save_file
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    path = tmp_path / "model.safetensors"
+    classifier = nn.Linear(DIM, CLASSES)
+    if there_before:
+        save_model(path, trained(seed=1), classifier, card())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoint, "save_file", disk_full(b"half of a model"))
+    with pytest.raises(OSError, match="No space left on device"):
+        save_model(path, trained(seed=2), classifier, card())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert len(before) == there_before
+
+
+def test_later_model_replaces_the_earlier(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    images = torch.randn(2, 3, 32, 32)
+    classifier = nn.Linear(DIM, CLASSES)
+    for seed in (1, 2):
+        save_model(path, trained(seed=seed), classifier, card())
+    with torch.no_grad():
+        expected = classifier(trained(seed=2).features(images))
+        assert torch.equal(load_model(path)[0](images), expected)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_text_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    write_atomically(path, "first")
+    write_atomically(path, "größer")
+    assert path.read_text("utf-8") == "größer"
+
+    def write_text(self: Path, text: str, encoding: str) -> int:
+        self.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "never there")
+    assert path.read_text("utf-8") == "größer"
+    assert list(tmp_path.iterdir()) == [path]
