@@ -1,0 +1,205 @@
+"""Central evaluation against a slow pass, image by image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import nn
+
+from clip2fl_common.datasets import (
+    ImageDataset,
+    ImageSource,
+    LoadedImages,
+    Normalization,
+)
+from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from clip2fl_common.models import ImageClassifier, build_model
+from server_app import evaluation
+from server_app.evaluation import Evaluator
+
+CLASSES, DIM, SIZE = 4, 16, 8
+GROUPS = ShotGroups("rank", many=(0,), medium=(1, 2), few=(3,))
+
+
+class Source:
+    """Random images that count how often they are read.
+
+    Parameters
+    ----------
+    per_class : sequence of int
+        Images of each class, in shuffled order.
+    unreadable : int
+        Images at the end that cannot be read, each time they are.
+    """
+
+    def __init__(self, per_class: Sequence[int], unreadable: int = 0) -> None:
+        rng = np.random.default_rng(0)
+        labels = np.repeat(np.arange(len(per_class)), per_class)
+        self.labels: npt.NDArray[np.int64] = rng.permutation(labels)
+        pixels = rng.integers(0, 256, (len(labels), 3, SIZE, SIZE), dtype=np.uint8)
+        self.images = torch.from_numpy(pixels)
+        self.unreadable = unreadable
+        self.reads: list[int] = []
+
+    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the images at these indices, in their order."""
+        self.reads.append(len(indices))
+        readable = [int(i) for i in indices if i < len(self.labels) - self.unreadable]
+        return LoadedImages(
+            self.images[readable],
+            torch.from_numpy(self.labels[readable]),
+            ("x.png",) * (len(indices) - len(readable)),
+        )
+
+
+def evaluator(
+    source: Source, max_images: int = 0, batch_size: int = 7, seed: int = 7
+) -> Evaluator:
+    """Return the evaluator of a data set with these test images."""
+    test: ImageSource = source
+    dataset = ImageDataset(
+        name="random",
+        class_names=("a", "b", "c", "d"),
+        train=test,
+        test=test,
+        normalization=Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+        image_size=SIZE,
+    )
+    device = torch.device("cpu")
+    return Evaluator(dataset, GROUPS, max_images, batch_size, device, seed)
+
+
+def student() -> ImageClassifier:
+    """Return a model that does not give every image to one class."""
+    torch.manual_seed(1)
+    return build_model("resnet8-slim", CLASSES, DIM)
+
+
+def heads() -> dict[str, nn.Linear]:
+    """Return two classifiers that differ."""
+    torch.manual_seed(2)
+    return {name: nn.Linear(DIM, CLASSES) for name in ("retrained", "fedavg")}
+
+
+def slow_report(
+    source: Source, indices: Sequence[int], model: ImageClassifier, head: nn.Linear
+) -> AccuracyReport:
+    """Evaluate image by image and class by class."""
+    model.eval()
+    mean = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    std = torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    hits: dict[int, list[bool]] = {c: [] for c in range(CLASSES)}
+    for i in indices:
+        with torch.no_grad():
+            x = (source.images[i] / 255 - mean) / std
+            predicted = int(head(model.features(x[None]))[0].argmax())
+        hits[int(source.labels[i])].append(predicted == source.labels[i])
+    recall = [100 * sum(h) / len(h) for h in hits.values()]
+    return AccuracyReport(
+        top1=100 * sum(map(sum, hits.values())) / len(indices),
+        balanced=sum(recall) / CLASSES,
+        many=recall[0],
+        medium=(recall[1] + recall[2]) / 2,
+        few=recall[3],
+        per_class=tuple(recall),
+    )
+
+
+def close(report: AccuracyReport, expected: AccuracyReport) -> bool:
+    """Tell whether two reports agree."""
+    same = [
+        getattr(report, name) == pytest.approx(getattr(expected, name))
+        for name in ("top1", "balanced", "many", "medium", "few", "per_class")
+    ]
+    return all(same)
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize(("batch_size", "block"), [(7, 1024), (100, 10), (1, 3)])
+def test_both_heads_from_one_pass_equal_the_slow_evaluation(
+    monkeypatch: pytest.MonkeyPatch, final: bool, batch_size: int, block: int
+) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    source = Source([9, 5, 12, 6])
+    central = evaluator(source, max_images=8, batch_size=batch_size)
+    model, classifiers = student(), heads()
+    reports = central.evaluate(model, classifiers, final)
+    used = central.indices(final)
+    assert len(used) == (32 if final else 8)
+    assert sum(source.reads) == len(used)  # one pass serves both heads
+    expected = {
+        name: slow_report(source, used.tolist(), model, head)
+        for name, head in classifiers.items()
+    }
+    assert list(reports) == ["retrained", "fedavg"]
+    assert all(close(reports[name], expected[name]) for name in expected)
+    assert reports["retrained"].per_class != reports["fedavg"].per_class
+
+
+def test_evaluation_uses_running_statistics() -> None:
+    """A model left in training mode is judged in evaluation mode, and not changed."""
+    central = evaluator(Source([5, 5, 5, 5]))
+    model = student().train()
+    before = model.get_buffer("bn1.running_mean").clone()
+    first = central.evaluate(model, heads(), final=True)
+    assert torch.equal(model.get_buffer("bn1.running_mean"), before)
+    assert central.evaluate(model, heads(), final=True) == first
+
+
+def test_subset_is_drawn_evenly_and_from_the_seed() -> None:
+    source = Source([30, 10, 20, 40])
+    drawn = evaluator(source, max_images=20).indices(final=False)
+    assert np.bincount(source.labels[drawn]).tolist() == [5, 5, 5, 5]
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    again = evaluator(source, max_images=20).indices(final=False)
+    other = evaluator(source, max_images=20, seed=8).indices(final=False)
+    assert again.tolist() == drawn.tolist()
+    assert other.tolist() != drawn.tolist()
+
+
+def test_class_with_too_few_images_gives_all_it_has() -> None:
+    source = Source([30, 2, 20, 40])
+    drawn = evaluator(source, max_images=20).indices(final=False)
+    assert np.bincount(source.labels[drawn]).tolist() == [5, 2, 5, 5]
+
+
+@pytest.mark.parametrize("max_images", [0, 22, 1000])
+def test_limit_that_does_not_bind_uses_all(max_images: int) -> None:
+    central = evaluator(Source([9, 5, 2, 6]), max_images=max_images)
+    assert central.indices(final=False).tolist() == list(range(22))
+
+
+def test_final_evaluation_uses_all() -> None:
+    central = evaluator(Source([9, 5, 2, 6]), max_images=4)
+    assert central.indices(final=True).tolist() == list(range(22))
+    assert len(central.indices(final=False)) == 4
+
+
+def test_images_are_kept_in_memory_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kept or read again: the same accuracy."""
+    reports, reads = [], []
+    for limit in (3 * SIZE * SIZE * 20, 3 * SIZE * SIZE * 20 - 1):
+        monkeypatch.setattr(evaluation, "KEEP_BYTES", limit)
+        source = Source([5, 5, 5, 5])
+        central = evaluator(source)
+        model, classifiers = student(), heads()
+        for _ in range(3):
+            reports.append(central.evaluate(model, classifiers, final=False))
+        reads.append(source.reads)
+    assert reads == [[20], [20, 20, 20]]
+    assert all(report == reports[0] for report in reports)
+
+
+def test_unreadable_images_are_counted_each_time() -> None:
+    """Also when what is left comes from memory."""
+    source = Source([9, 5, 12, 6], unreadable=3)
+    central = evaluator(source)
+    for _ in range(2):
+        reports = central.evaluate(student(), heads(), final=True)
+        assert central.unreadable == 3
+    model, head = student(), heads()["fedavg"]
+    assert close(reports["fedavg"], slow_report(source, range(29), model, head))

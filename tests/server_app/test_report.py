@@ -1,0 +1,163 @@
+"""A run's folder, its progress lines and the table at its end."""
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import platformdirs
+import pytest
+
+from clip2fl_common.config import RunConfig, known_keys
+from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from server_app import report
+from server_app.report import Progress, RunFolder, accuracy_fields, final_table
+from tests.defaults import run_config
+
+GOOD = AccuracyReport(
+    top1=200 / 3,
+    balanced=61.25,
+    many=90.0,
+    medium=None,
+    few=33.3333333,
+    per_class=(100.0, None, 100 / 7),
+)
+POOR = AccuracyReport(5.0, 4.96, 0.0, 0.04, 100.0, (0.0, 1.0, 2.0))
+GROUPS = ShotGroups("count", many=(0,), medium=(1,), few=(2,))
+NAMES = ("circle", "square", "star")
+
+
+def folder(parent: Path, name: str = "run") -> RunFolder:
+    """Return a run's folder."""
+    return RunFolder(run_config(run__dir=str(parent), run__name=name), 123)
+
+
+def test_name_says_method_data_seed_and_run(tmp_path: Path) -> None:
+    config = run_config(method="creff", seed=11, run__dir=str(tmp_path / "a" / "b"))
+    path = RunFolder(config, 987).path
+    assert path == tmp_path / "a" / "b" / "creff-demo-seed11-987"
+    assert path.is_dir()
+
+
+def test_without_a_place_it_goes_to_the_users_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        platformdirs, "user_data_dir", lambda name: str(tmp_path / name)
+    )
+    path = RunFolder(run_config(run__name="here"), 1).path
+    assert path == tmp_path / "clip2fl" / "runs" / "here"
+
+
+def test_existing_run_is_refused_and_stays(tmp_path: Path) -> None:
+    first = folder(tmp_path)
+    first.append_metrics({"round": 1})
+    with pytest.raises(
+        FileExistsError,
+        match=rf"{re.escape(str(first.path))} already holds a run; choose another "
+        r"run\.name or run\.dir, or remove that folder",
+    ):
+        folder(tmp_path)
+    first.append_metrics({"round": 2})
+    lines = (first.path / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert lines == ['{"round": 1}', '{"round": 2}']
+    assert folder(tmp_path, "another").path != first.path
+
+
+def test_line_is_on_disk_when_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read through another handle while the run's is open, and synchronised."""
+    run = folder(tmp_path)
+    synchronised = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synchronised.append((run.path / "metrics.jsonl").read_text("utf-8"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run.append_metrics({"round": 1, "loss": 0.5})
+    run.append_metrics({"round": 2, "loss": 0.25})
+    first, second = (
+        '{"round": 1, "loss": 0.5}\n',
+        '{"round": 2, "loss": 0.25}\n',
+    )
+    assert synchronised == [first, first + second]
+
+
+def test_config_is_resolved(tmp_path: Path) -> None:
+    """Every key, as it can be given to another run."""
+    config = run_config(run__dir=str(tmp_path), run__name="run", seed=12)
+    run = RunFolder(config, 1)
+    run.write_config(config, {"class_names": NAMES, "code": "abc"})
+    content = json.loads((run.path / "config.json").read_text("utf-8"))
+    assert content["class_names"] == list(NAMES)
+    assert content["code"] == "abc"
+    assert sorted(content["config"]) == known_keys()
+    assert content["config"]["seed"] == 12
+    assert RunConfig.from_run_config(content["config"]) == config
+    assert {file.name for file in run.path.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+    }
+
+
+def test_accuracies_are_rounded_and_holes_kept() -> None:
+    fields = accuracy_fields(GOOD)
+    assert fields == {
+        "top1": 66.6667,
+        "balanced": 61.25,
+        "many": 90.0,
+        "medium": None,
+        "few": 33.3333,
+        "per_class": [100.0, None, 14.2857],
+    }
+    assert json.loads(json.dumps(fields)) == fields
+
+
+def test_progress_tells_accuracy_loss_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time left comes from all rounds but the first, which starts the workers."""
+    now = iter([100.0, 140.0, 150.0, 170.0, 185.0])
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    progress = Progress(rounds=300)
+    assert progress.line(1, {"fedavg": POOR}, 2.34567) == (
+        "round 1/300: fedavg balanced 5.0 % (0/0/100); loss 2.346; 40.0 s, "
+        "3:19:20 left"  # 299 times 40 s
+    )
+    assert progress.line(2, {"retrained": GOOD, "fedavg": POOR}, 0.5) == (
+        "round 2/300: retrained balanced 61.2 % (90/-/33); "
+        "fedavg balanced 5.0 % (0/0/100); loss 0.500; 10.0 s, "
+        "0:49:40 left"  # 298 times 10 s
+    )
+    assert progress.line(3, {"fedavg": POOR}, 0.5).endswith(
+        "20.0 s, 1:14:15 left"  # 297 times the mean of 10 s and 20 s
+    )
+    assert progress.line(300, {"fedavg": POOR}, 0.5).endswith("15.0 s, 0:00:00 left")
+
+
+def test_final_table() -> None:
+    table = final_table(
+        {"clip2fl, retrained head": GOOD, "teacher": POOR}, GROUPS, NAMES
+    )
+    assert table.splitlines() == [
+        "Accuracy on the test images, %",
+        "                            top-1  balanced      many    medium       few",
+        "clip2fl, retrained head      66.7      61.2      90.0         -      33.3",
+        "teacher                       5.0       5.0       0.0       0.0     100.0",
+        "Groups: more than 100 / 20 to 100 / fewer than 20 training images",
+        "        (many circle; medium square; few star)",
+    ]
+
+
+def test_table_names_the_rule_by_rank_and_shortens_long_groups() -> None:
+    groups = ShotGroups("rank", many=(7,), medium=(5, 6), few=(0, 1, 2, 3, 4, 8, 9))
+    names = [f"c{i}" for i in range(10)]
+    last = final_table({"fedavg": POOR}, groups, names).splitlines()[-2:]
+    assert last == [
+        "Groups: by frequency rank, 30/40/30 % of the classes",
+        "        (many c7; medium c5, c6; few c0, c1, c2, c3, c4 and 2 more)",
+    ]
