@@ -6,14 +6,12 @@ mean of P's rows with respect to b, where ``P = softmax(f W^T + b) - onehot(c)``
 No automatic differentiation is needed.
 """
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch.nn import functional
 
 from clip2fl_common.gradients import ClassGradient
 
-__all__ = ["ClassGradient", "average_gradients", "class_gradients"]
+__all__ = ["ClassGradient", "class_gradients"]
 
 
 @torch.no_grad()
@@ -63,28 +61,4 @@ def class_gradients(
     return {
         int(c): ClassGradient(weight_gradients[k], bias_gradients[k])
         for k, c in enumerate(held)
-    }
-
-
-def average_gradients(
-    draws: Sequence[Mapping[int, ClassGradient]],
-) -> dict[int, ClassGradient]:
-    """Average the class gradients of several augmented draws of the same classes.
-
-    Parameters
-    ----------
-    draws : sequence of mapping
-        One mapping from class to gradient per draw, all with the same classes.
-
-    Returns
-    -------
-    dict of int to ClassGradient
-        The mean over the draws, class by class.
-    """
-    return {
-        c: ClassGradient(
-            torch.stack([draw[c].weight for draw in draws]).mean(0),
-            torch.stack([draw[c].bias for draw in draws]).mean(0),
-        )
-        for c in draws[0]
     }

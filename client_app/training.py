@@ -1,5 +1,6 @@
 """Local training: cross-entropy, distillation from the teacher, proximal term."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
-from client_app.gradients import average_gradients, class_gradients
+from client_app.gradients import class_gradients
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.models import ImageClassifier
+from clip2fl_common.parallel import map_pieces
 
 
 def distillation_loss(
@@ -198,21 +200,35 @@ def augmented_class_gradients(
     dict of int to ClassGradient
     """
     model.eval()
-    held = torch.unique(labels.cpu()).tolist()
-    members = {c: torch.nonzero(labels.cpu() == c).flatten() for c in held}
-    results = []
-    for _ in range(draws):
-        chosen, parts = [], []
-        for indices in members.values():
-            order = torch.randperm(len(indices), generator=generator)
-            picked = indices[order[:samples_per_class]].to(images.device)
-            chosen.append(picked)
-            part = images[picked]
-            parts.append(siamese_augment(part, None, generator) if augment else part)
-        features = [model.features(x) for x in torch.cat(parts).split(batch_size)]
-        results.append(
-            class_gradients(
-                torch.cat(features), labels[torch.cat(chosen)], weight, bias
-            )
-        )
-    return average_gradients(results)
+    members = {
+        int(c): torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()
+    }
+    chosen: list[torch.Tensor] = []
+
+    def parts() -> Iterator[torch.Tensor]:
+        for _ in range(draws):
+            for indices in members.values():
+                order = torch.randperm(len(indices), generator=generator)
+                picked = indices[order[:samples_per_class]].to(images.device)
+                chosen.append(picked)
+                part = images[picked]
+                yield siamese_augment(part, None, generator) if augment else part
+
+    batches = _rebatch(parts(), batch_size)
+    features = torch.cat(list(map_pieces(model.features, batches, images.device)))
+    # Every draw holds the same number of images of a class, so that the mean over all
+    # of them is the mean of the draws' gradients.
+    return class_gradients(features, labels[torch.cat(chosen)], weight, bias)
+
+
+def _rebatch(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Join and cut tensors along the first axis; only the last one may be smaller."""
+    waiting: list[torch.Tensor] = []
+    for part in parts:
+        waiting.append(part)
+        while sum(map(len, waiting)) >= size:
+            joined = torch.cat(waiting)
+            yield joined[:size]
+            waiting = [joined[size:]]
+    if rest := [part for part in waiting if len(part)]:
+        yield torch.cat(rest)

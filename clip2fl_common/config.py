@@ -166,6 +166,8 @@ class Synthesis:
 class Retraining:
     """The balanced classifier (clip2fl, creff)."""
 
+    init: Literal["fresh", "warm"]
+    """Start anew each round (the released code) or from the last round's (paper)."""
     epochs: Positive
     """Passes over the federated features."""
     batch_size: Positive

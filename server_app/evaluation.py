@@ -16,6 +16,7 @@ from clip2fl_common.metrics import (
     confusion_matrix,
 )
 from clip2fl_common.models import ImageClassifier
+from clip2fl_common.parallel import map_pieces
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 
@@ -64,7 +65,6 @@ class Evaluator:
         """Return which test images an evaluation uses."""
         return self._all if final else self._subset
 
-    @torch.no_grad()
     def evaluate(
         self,
         model: ImageClassifier,
@@ -88,19 +88,24 @@ class Evaluator:
         """
         model.to(self.device).eval()
         labels: list[torch.Tensor] = []
-        predictions: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
-        for block in self._blocks(final):
-            labels.append(block.labels)
-            for images in block.images.split(self.batch_size):
-                features = model.features(
-                    self.dataset.normalization(images.to(self.device))
-                )
-                for name, head in heads.items():
-                    predictions[name].append(head(features).argmax(1).cpu())
+
+        def batches() -> Iterator[torch.Tensor]:
+            for block in self._blocks(final):
+                labels.append(block.labels)
+                yield from block.images.split(self.batch_size)
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            normalized = self.dataset.normalization(images.to(self.device))
+            features = model.features(normalized)
+            return torch.stack([head(features).argmax(1) for head in heads.values()])
+
+        predictions = torch.cat(
+            list(map_pieces(predict, batches(), self.device)), dim=1
+        ).cpu()
         truth = torch.cat(labels)
         return {
-            name: self._report(truth, torch.cat(parts))
-            for name, parts in predictions.items()
+            name: self._report(truth, predicted)
+            for name, predicted in zip(heads, predictions, strict=True)
         }
 
     def teacher_accuracy(self, teacher: Teacher) -> AccuracyReport:

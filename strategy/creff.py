@@ -19,7 +19,6 @@ from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
-    stack_gradients,
     synthesize,
 )
 
@@ -96,7 +95,8 @@ class CReFF(FedAvg):
         log(INFO, "\t├──> Re-training:")
         log(
             INFO,
-            "\t│\t└── %d epochs, batch size %d, learning rate %g",
+            "\t│\t└── %s start, %d epochs, batch size %d, learning rate %g",
+            self.retraining.init,
             self.retraining.epochs,
             self.retraining.batch_size,
             self.retraining.learning_rate,
@@ -163,6 +163,7 @@ class CReFF(FedAvg):
             batch_size=self.retraining.batch_size,
             learning_rate=self.retraining.learning_rate,
             generator=generator(self.plan.seed, "retraining", server_round),
+            initial=self.classifier if self.retraining.init == "warm" else None,
         )
         self._book("retraining", started)
 
@@ -173,10 +174,9 @@ class CReFF(FedAvg):
         bias: torch.Tensor,
     ) -> dict[str, float]:
         """Return how far the new features are from gradients and prototypes."""
-        targets = stack_gradients(gradients, self.features)
         losses = {
             "gradient_matching": gradient_matching_loss(
-                self.features, *targets, weight, bias
+                self.features, gradients, weight, bias
             )
         }
         if self.text_features is not None:

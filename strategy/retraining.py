@@ -1,8 +1,15 @@
 """Re-training of a balanced classifier on federated features (CReFF, Sec. 3.4)."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
-from torch.nn import functional
+
+from clip2fl_common.parallel import single_threaded_kernels
+
+# Multiply-adds of one product below which a second thread does not pay: a batch of 32
+# needs them at C = 250 and d = 512.
+THREADING_THRESHOLD = 4_000_000
 
 
 @torch.no_grad()
@@ -13,8 +20,9 @@ def retrain_classifier(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
+    initial: nn.Linear | None = None,
 ) -> nn.Linear:
-    """Train a new linear classifier on the federated features.
+    """Train a linear classifier on the federated features.
 
     Plain SGD on shuffled mini-batches of mean cross-entropy. As in the released code
     the classifier starts afresh each round (the paper's text continues the old one).
@@ -34,6 +42,8 @@ def retrain_classifier(
     generator : torch.Generator
         CPU source of the initial weights and of the shuffling; torch's global
         generator is left alone.
+    initial : torch.nn.Linear or None
+        Classifier to start from, not changed; None starts afresh.
 
     Returns
     -------
@@ -41,23 +51,33 @@ def retrain_classifier(
         d inputs, C outputs, on the features' device.
     """
     num_classes, per_class, dim = features.shape
-    device = features.device
-    samples = features.reshape(-1, dim)
-    labels = torch.arange(num_classes, device=device).repeat_interleave(per_class)
-    targets = functional.one_hot(labels, num_classes).to(features.dtype)
-    classifier = new_classifier(dim, num_classes, generator).to(device, features.dtype)
-    weight, bias = classifier.weight, classifier.bias
-    for _ in range(epochs):
-        order = torch.randperm(len(samples), generator=generator).to(device)
-        shuffled, shuffled_targets = samples[order], targets[order]
-        for batch, target in zip(
-            shuffled.split(batch_size), shuffled_targets.split(batch_size), strict=True
-        ):
-            residual = torch.softmax(torch.addmm(bias, batch, weight.T), dim=1)
-            residual -= target
-            step = -learning_rate / len(batch)
-            weight.addmm_(residual.T, batch, alpha=step)
-            bias.add_(residual.sum(0), alpha=step)
+    classifier = new_classifier(dim, num_classes, generator)
+    classifier.to(features.device, features.dtype)
+    if initial is not None:
+        classifier.load_state_dict(initial.state_dict())
+    # The bias is the weight of one more feature, which is always 1.
+    samples = torch.cat(
+        [features.flatten(0, 1), features.new_ones(num_classes * per_class, 1)], dim=1
+    )
+    weight = torch.cat([classifier.weight, classifier.bias[:, None]], dim=1)
+    minus_one = -features.new_ones(1, batch_size)
+    small = batch_size * dim * num_classes < THREADING_THRESHOLD
+    with single_threaded_kernels() if small else nullcontext():
+        for _ in range(epochs):
+            order = torch.randperm(len(samples), generator=generator)
+            order = order.to(features.device)
+            labels = (order // per_class)[None]
+            for chosen, targets in zip(
+                order.split(batch_size), labels.split(batch_size, dim=1), strict=True
+            ):
+                batch = samples.index_select(0, chosen)
+                # Classes first, [C, batch]: a softmax over few classes is several
+                # times faster along the outer axis.
+                residual = weight.mm(batch.T).softmax(0)
+                residual.scatter_add_(0, targets, minus_one)
+                weight.addmm_(residual, batch, alpha=-learning_rate / len(batch))
+    classifier.weight.copy_(weight[:, :dim])
+    classifier.bias.copy_(weight[:, dim])
     return classifier
 
 

@@ -1,12 +1,11 @@
 """Class gradients: the reference's, automatic differentiation's, and their mean."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from client_app.gradients import ClassGradient, average_gradients, class_gradients
+from client_app.gradients import ClassGradient, class_gradients
 from tests import reference
 
 
@@ -84,31 +83,3 @@ def test_large_logits_stay_finite() -> None:
     assert torch.equal(gradients[0].weight, torch.zeros(2, 4))
     assert torch.equal(gradients[1].bias, torch.tensor([1.0, -1.0]))
     assert torch.equal(gradients[1].weight[0], features[0])
-
-
-def test_average_is_the_mean_over_draws() -> None:
-    """By hand: (1 + 2 + 6) / 3 = 3 and (0 + 3 + 3) / 3 = 2."""
-
-    def draw(weight: float, bias: float) -> dict[int, ClassGradient]:
-        return {
-            c: ClassGradient(torch.full((3, 2), c * weight), torch.full((3,), c * bias))
-            for c in (1, 2)
-        }
-
-    draws = [draw(1.0, 0.0), draw(2.0, 3.0), draw(6.0, 3.0)]
-    average = average_gradients(draws)
-    assert set(average) == {1, 2}
-    for c in (1, 2):
-        torch.testing.assert_close(average[c].weight, torch.full((3, 2), 3.0 * c))
-        torch.testing.assert_close(average[c].bias, torch.full((3,), 2.0 * c))
-        assert torch.equal(draws[0][c].weight, torch.full((3, 2), 1.0 * c))
-
-
-@pytest.mark.parametrize("count", [1, 10])
-def test_average_of_equal_draws_is_the_draw(count: int) -> None:
-    """Averaging changes nothing where all draws agree."""
-    gradients = reference.class_gradients("gradients")
-    average = average_gradients([gradients] * count)
-    for c, gradient in gradients.items():
-        torch.testing.assert_close(average[c].weight, gradient.weight)
-        torch.testing.assert_close(average[c].bias, gradient.bias)

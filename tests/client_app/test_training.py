@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from client_app.augmentation import random_crop_flip
+from client_app.augmentation import random_crop_flip, siamese_augment
 from client_app.training import (
     LocalObjective,
     augmented_class_gradients,
@@ -222,3 +222,38 @@ def test_class_gradients_follow_the_generator(augment: bool) -> None:
     assert set(results[0]) == {0, 1, 2}
     assert torch.equal(results[0][0].weight, results[1][0].weight)
     assert not torch.equal(results[0][0].weight, results[2][0].weight)
+
+
+def test_class_gradients_are_the_mean_over_augmented_draws() -> None:
+    """As the released code: class by class, draw by draw, automatic derivatives."""
+    model, images, labels, _ = small_problem()
+    weight, bias = model.classifier.weight, model.classifier.bias
+    gradients = augmented_class_gradients(
+        model,
+        images,
+        labels,
+        weight.detach(),
+        bias.detach(),
+        draws=3,
+        samples_per_class=2,
+        augment=True,
+        batch_size=4,
+        generator=torch.Generator().manual_seed(1),
+    )
+    generator = torch.Generator().manual_seed(1)
+    classes = sorted(set(labels.tolist()))
+    sums = {c: [torch.zeros_like(weight), torch.zeros_like(bias)] for c in classes}
+    for _ in range(3):
+        for c in classes:
+            own = torch.nonzero(labels == c).flatten()
+            picked = own[torch.randperm(len(own), generator=generator)[:2]]
+            part = siamese_augment(images[picked], None, generator)
+            loss = functional.cross_entropy(model.eval()(part), labels[picked])
+            for total, g in zip(
+                sums[c], torch.autograd.grad(loss, (weight, bias)), strict=True
+            ):
+                total += g / 3
+    assert list(gradients) == classes
+    for c, (expected_weight, expected_bias) in sums.items():
+        torch.testing.assert_close(gradients[c].weight, expected_weight)
+        torch.testing.assert_close(gradients[c].bias, expected_bias)

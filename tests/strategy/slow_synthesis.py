@@ -36,12 +36,11 @@ def random_problem(
 
 def stacked(
     gradients: Mapping[int, ClassGradient],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return weights [K, C, d], biases [K, C] and classes [K]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights [K, C, d] and biases [K, C]."""
     return (
         torch.stack([gradient.weight for gradient in gradients.values()]),
         torch.stack([gradient.bias for gradient in gradients.values()]),
-        torch.tensor(list(gradients)),
     )
 
 

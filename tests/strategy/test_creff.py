@@ -1,5 +1,8 @@
 """CReFF's round: what goes out, what comes back, and what the server makes of it."""
 
+import copy
+from typing import Literal
+
 import pytest
 import torch
 from flwr.app import Message
@@ -12,7 +15,6 @@ from strategy.retraining import retrain_classifier
 from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
-    stack_gradients,
     synthesize,
 )
 from tests.defaults import run_config
@@ -27,26 +29,27 @@ from tests.strategy.messages import (
 )
 
 CLASSES, PER_CLASS, DIM = 3, 4, 6
-CONFIG = run_config(
-    synthesis__features_per_class=PER_CLASS,
-    synthesis__steps=7,
-    synthesis__learning_rate=0.2,
-    retraining__epochs=4,
-    retraining__batch_size=5,
-    retraining__learning_rate=0.05,
-)
 # Who holds which classes; seeds of the gradients are the keys.
 HELD = {0: [0, 1, 2], 1: [1], 2: [2, 1]}
 
 
-def creff(seed: int = 7) -> CReFF:
+def creff(seed: int = 7, init: Literal["fresh", "warm"] = "fresh") -> CReFF:
     """Return a small CReFF."""
+    config = run_config(
+        synthesis__features_per_class=PER_CLASS,
+        synthesis__steps=7,
+        synthesis__learning_rate=0.2,
+        retraining__init=init,
+        retraining__epochs=4,
+        retraining__batch_size=5,
+        retraining__learning_rate=0.05,
+    )
     return CReFF(
         client_plan(clients=3, per_round=3, seed=seed),
         num_classes=CLASSES,
         feature_dim=DIM,
-        synthesis=CONFIG.synthesis,
-        retraining=CONFIG.retraining,
+        synthesis=config.synthesis,
+        retraining=config.retraining,
         device=torch.device("cpu"),
     )
 
@@ -101,9 +104,11 @@ def test_initial_state_comes_from_the_seed() -> None:
     assert first.classifier.weight.abs().max() <= DIM**-0.5
 
 
-def test_round_equals_its_parts_called_by_hand() -> None:
+@pytest.mark.parametrize("init", ["fresh", "warm"])
+def test_round_equals_its_parts_called_by_hand(init: Literal["fresh", "warm"]) -> None:
     """Two rounds, each with the features and the classifier of the one before."""
-    strategy = creff()
+    strategy = creff(init=init)
+    classifier = copy.deepcopy(strategy.classifier)
     features = strategy.features.clone()
     weight = strategy.classifier.weight.detach().clone()
     bias = strategy.classifier.bias.detach().clone()
@@ -122,15 +127,14 @@ def test_round_equals_its_parts_called_by_hand() -> None:
             contrast_weight=0.0,
             temperature=1.0,
         )
-        loss = gradient_matching_loss(
-            features, *stack_gradients(mean, features), weight, bias
-        )
+        loss = gradient_matching_loss(features, mean, weight, bias)
         classifier = retrain_classifier(
             features,
             epochs=4,
             batch_size=5,
             learning_rate=0.05,
             generator=generator(7, "retraining", server_round),
+            initial=classifier if init == "warm" else None,
         )
         weight, bias = classifier.weight.detach(), classifier.bias.detach()
         assert torch.equal(strategy.features, features)

@@ -1,5 +1,7 @@
 """Re-training of the classifier against a plain torch loop."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ def slow_retraining(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
+    initial: nn.Linear | None = None,
 ) -> nn.Linear:
     """Train with torch's own layer, loss and optimiser.
 
@@ -32,6 +35,8 @@ def slow_retraining(
         learning_rate=learning_rate,
         generator=generator,
     )
+    if initial is not None:
+        classifier = copy.deepcopy(initial)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=learning_rate)
     criterion = nn.CrossEntropyLoss()
     samples = features.reshape(-1, dim)
@@ -53,23 +58,29 @@ def slow_retraining(
     # 60 in batches of 32 and 28; 40 in batches of 8; 15 in one; 9 one by one.
     [(10, 6, 512, 32), (4, 10, 16, 8), (3, 5, 7, 100), (3, 3, 4, 1)],
 )
+@pytest.mark.parametrize("warm", [False, True])
 def test_equals_a_plain_loop(
-    num_classes: int, per_class: int, dim: int, batch_size: int
+    num_classes: int, per_class: int, dim: int, batch_size: int, warm: bool
 ) -> None:
     """Same initial weights and batches: the same classifier."""
     features = torch.randn(num_classes, per_class, dim, generator=seeded(0))
     before = features.clone()
+    initial = nn.Linear(dim, num_classes) if warm else None
+    initial_state = copy.deepcopy(initial.state_dict()) if initial else {}
     result = retrain_classifier(
         features,
         epochs=10,
         batch_size=batch_size,
         learning_rate=0.05,
         generator=seeded(3),
+        initial=initial,
     )
-    expected = slow_retraining(features, 10, batch_size, 0.05, seeded(3))
+    expected = slow_retraining(features, 10, batch_size, 0.05, seeded(3), initial)
     torch.testing.assert_close(result.weight, expected.weight, atol=1e-5, rtol=0)
     torch.testing.assert_close(result.bias, expected.bias, atol=1e-5, rtol=0)
     assert torch.equal(features, before)
+    for name, value in initial_state.items():
+        assert initial is not None and torch.equal(initial.state_dict()[name], value)
 
 
 def test_the_generator_decides() -> None:

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from strategy import synthesis
 from strategy.synthesis import (
     ClassGradient,
+    Objective,
+    class_chunks,
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
@@ -79,7 +82,7 @@ def test_matching_loss_equals_the_slow_version(problem: Problem) -> None:
     """Rows are summed, the bias counts, classes without gradient do not."""
     features, gradients, weight, bias, _ = problem
     torch.testing.assert_close(
-        gradient_matching_loss(features, *stacked(gradients), weight, bias),
+        gradient_matching_loss(features, gradients, weight, bias),
         slow.matching_loss(features, gradients, weight, bias).detach(),
     )
 
@@ -91,19 +94,20 @@ def test_derivative_equals_automatic_differentiation(
     """The closed form is the derivative of the slow objective."""
     features, gradients, weight, bias, text = problem
     for texts in (text, None):
-        derivative = synthesis_gradient(
-            features,
-            *stacked(gradients),
-            weight,
-            bias,
-            texts,
-            contrast_weight=contrast_weight,
-            temperature=0.5,
-        )
+        objective = Objective(weight, bias, texts, contrast_weight, 0.5)
         expected = slow.synthesis_gradient(
             features, gradients, weight, bias, texts, contrast_weight, 0.5
         )
-        torch.testing.assert_close(derivative, expected)
+        held = list(gradients)
+        torch.testing.assert_close(
+            synthesis_gradient(features[held], held, stacked(gradients), objective),
+            expected[held],
+        )
+        absent = [c for c in range(len(features)) if c not in gradients]
+        torch.testing.assert_close(
+            synthesis_gradient(features[absent], absent, None, objective),
+            expected[absent],
+        )
 
 
 def test_derivative_is_finite_at_zero_gradients() -> None:
@@ -112,13 +116,7 @@ def test_derivative_is_finite_at_zero_gradients() -> None:
     gradients[0] = ClassGradient(torch.zeros_like(weight), torch.zeros_like(bias))
     features[1] = 0
     derivative = synthesis_gradient(
-        features,
-        *stacked(gradients),
-        weight,
-        bias,
-        None,
-        contrast_weight=0.0,
-        temperature=0.1,
+        features, [0, 1, 2], stacked(gradients), Objective(weight, bias, None, 0.0, 0.1)
     )
     assert torch.isfinite(derivative).all()
     assert torch.equal(derivative[0], torch.zeros(2, 4, dtype=torch.float64))
@@ -214,8 +212,14 @@ class LargestTensor(TorchFunctionMode):
     # C*m = 2,000; then 50,000, where a [C*m, C*m] matrix of float32 takes 10 GB.
     [(20, 100), (100, 500)],
 )
-def test_memory_does_not_grow_with_the_square(num_classes: int, per_class: int) -> None:
-    """The largest tensor is [C, m, max(C, d)], in the loss and in the descent."""
+def test_memory_does_not_grow_with_the_square(
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, per_class: int
+) -> None:
+    """The largest tensor is that of all features, or of a few classes' logits."""
+    # Torch's function mode sees one thread only.
+    monkeypatch.setattr(
+        synthesis, "map_pieces", lambda function, pieces, _: map(function, pieces)
+    )
     problem = random_problem(0, num_classes, per_class, 8, set(range(num_classes)))
     features, gradients, weight, bias, text = problem
     with LargestTensor() as used:
@@ -223,7 +227,39 @@ def test_memory_does_not_grow_with_the_square(num_classes: int, per_class: int) 
         synthesize(
             *problem, steps=1, learning_rate=0.1, contrast_weight=0.1, temperature=0.1
         )
-    assert 0 < used.largest <= num_classes * per_class * max(num_classes, 8)
+    logits_of_a_chunk = 2 * num_classes * per_class * synthesis.CPU_CHUNK_CLASSES
+    assert 0 < used.largest <= max(features.numel(), logits_of_a_chunk)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_result_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+    features, gradients, weight, bias, text = random_problem(
+        0, 12, 3, 8, set(range(11))
+    )
+    settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            results.append(
+                synthesize(features, gradients, weight, bias, text, steps=3, **settings)
+            )
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+
+
+def test_chunks_hold_every_class_once_within_the_budget() -> None:
+    """Small gradients: five classes a chunk; 2 MiB ones: two; huge ones: one."""
+    cpu = torch.device("cpu")
+    classes = [3, 1, 4, 15, 9, 2, 6]
+    for num_classes, size in ((10, 5), (1024, 2), (100_000, 1)):
+        chunks = class_chunks(classes, num_classes, 512, cpu)
+        assert [c for chunk in chunks for c in chunk] == classes
+        assert max(map(len, chunks)) == size
+    assert class_chunks([], 10, 512, cpu) == []
 
 
 def test_mean_over_the_clients_that_hold_the_class() -> None:
