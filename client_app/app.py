@@ -10,13 +10,14 @@ from flwr.clientapp import ClientApp
 
 from client_app.training import (
     LocalObjective,
+    PixelImages,
     augmented_class_gradients,
     train_locally,
 )
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
-from clip2fl_common.devices import resolve_device
+from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.models import build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
@@ -41,14 +42,17 @@ def train(message: Message, context: Context) -> Message:
     request = records.TrainRequest.parse(message.content)
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
+    precision: torch.dtype = getattr(torch, config.client.precision)
     clock = _Stopwatch()
 
     dataset = load_dataset(config.dataset)
     indices = partition_indices(
         config.dataset, config.partition.clients, config.partition.alpha, config.seed
     )[request.partition]
-    loaded = dataset.train.load(indices)
-    images = dataset.normalization(loaded.images.to(device))
+    loaded = dataset.train.open(indices)
+    images = PixelImages(
+        to_device_if_small(loaded.images, device), dataset.normalization, device
+    )
     labels = loaded.labels.to(device)
     objective = LocalObjective(
         distillation_weight=request.distillation_weight,
@@ -82,6 +86,7 @@ def train(message: Message, context: Context) -> Message:
             generator=generator(
                 config.seed, "augmentation", request.server_round, request.partition
             ),
+            precision=precision,
         )
         reply[records.GRADIENTS] = records.gradients_to_arrays(gradients)
     clock.lap("gradients")
@@ -99,6 +104,8 @@ def train(message: Message, context: Context) -> Message:
         generator=generator(
             config.seed, "batches", request.server_round, request.partition
         ),
+        augment_per_image=config.client.augment_per == "image",
+        precision=precision,
     )
     clock.lap("training")
     reply[records.ARRAYS] = records.model_to_arrays(model)

@@ -134,11 +134,13 @@ def siamese_augment(
 
 
 def random_crop_flip(
-    images: torch.Tensor, padding: int, generator: torch.Generator
+    images: torch.Tensor,
+    padding: int,
+    generator: torch.Generator,
+    *,
+    per_image: bool = False,
 ) -> torch.Tensor:
     """Crop at a random place after zero padding and flip with probability one half.
-
-    The released code draws place and flip once per batch, and so does this.
 
     Parameters
     ----------
@@ -148,11 +150,34 @@ def random_crop_flip(
         Zero pixels added on every side before the crop; 0 leaves the crop out.
     generator : torch.Generator
         CPU source of place and flip.
+    per_image : bool
+        Draw place and flip for each image; the released code draws them once per
+        batch.
 
     Returns
     -------
     Tensor, shape [N, 3, H, W]
     """
+    if per_image:
+        return _crop_flip_each(images, padding, generator)
     top = _integer(0, 2 * padding, generator)
     left = _integer(0, 2 * padding, generator)
     return _flip(_shift(images, top, left, padding, padding), generator)
+
+
+def _crop_flip_each(
+    images: torch.Tensor, padding: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Crop and flip each image on its own, by one gather for all."""
+    number, _, height, width = images.shape
+    draw = torch.randint(2 * padding + 1, (2, number, 1), generator=generator)
+    mirrored = torch.rand(number, 1, generator=generator) < FLIP_PROBABILITY
+    columns = torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(0), columns) + draw[1]
+    rows = torch.arange(height) + draw[0]
+    padded = functional.pad(images, (padding, padding, padding, padding))
+    index = torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]
+    device = images.device
+    # Channels last while gathering: indices then pick whole pixels.
+    pixels = padded.permute(0, 2, 3, 1)[tuple(i.to(device) for i in index)]
+    return pixels.permute(0, 3, 1, 2)

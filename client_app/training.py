@@ -1,7 +1,8 @@
 """Local training: cross-entropy, distillation from the teacher, proximal term."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -61,6 +62,50 @@ class LocalObjective:
     proximal_mu: float = 0.0
 
 
+class Images(Protocol):
+    """Normalised images [N, 3, H, W]: a tensor, or what makes batches of one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+
+    def __len__(self) -> int:
+        """Return the number of images N."""
+
+    def __getitem__(self, indices: torch.Tensor, /) -> torch.Tensor:
+        """Return the images at these indices."""
+
+
+@dataclass(frozen=True)
+class PixelImages:
+    """Images kept as pixels and normalised batch by batch.
+
+    A quarter of the memory of normalised images; the pixels may be memory-mapped.
+
+    Attributes
+    ----------
+    pixels : Tensor of uint8, shape [N, 3, H, W]
+        RGB images.
+    normalize : callable
+        Makes normalised float images of uint8 ones (`datasets.Normalization`).
+    device : torch.device
+        Where batches are wanted.
+    """
+
+    pixels: torch.Tensor
+    normalize: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Return the number of images N."""
+        return len(self.pixels)
+
+    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the normalised images at these indices."""
+        chosen = self.pixels[indices.to(self.pixels.device)]
+        return self.normalize(chosen.to(self.device))
+
+
 @dataclass(frozen=True)
 class TrainingLosses:
     """Mean losses over the last local epoch."""
@@ -71,7 +116,7 @@ class TrainingLosses:
 
 def train_locally(
     model: nn.Module,
-    images: torch.Tensor,
+    images: Images,
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     objective: LocalObjective,
@@ -81,6 +126,8 @@ def train_locally(
     learning_rate: float,
     crop_padding: int,
     generator: torch.Generator,
+    augment_per_image: bool = False,
+    precision: torch.dtype = torch.float32,
 ) -> TrainingLosses:
     """Train a model in place by plain SGD (no momentum, no decay).
 
@@ -88,7 +135,7 @@ def train_locally(
     ----------
     model : nn.Module
         Global model; trained in place.
-    images : Tensor, shape [N, 3, H, W]
+    images : Images, N of them
         The client's normalised images.
     labels : Tensor of int64, shape [N]
         Their classes.
@@ -104,6 +151,10 @@ def train_locally(
         Zero pixels around an image before its crop (see `random_crop_flip`).
     generator : torch.Generator
         CPU source of shuffling and augmentation.
+    augment_per_image : bool
+        Draw crop and flip for each image instead of each batch.
+    precision : torch.dtype
+        Of forward and backward passes: float32, or bfloat16 for mixed precision.
 
     Returns
     -------
@@ -126,8 +177,11 @@ def train_locally(
         total = distilled = torch.zeros((), device=images.device)
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             chosen = batch.to(images.device)
-            augmented = random_crop_flip(images[chosen], crop_padding, generator)
-            logits = model(augmented)
+            augmented = random_crop_flip(
+                images[chosen], crop_padding, generator, per_image=augment_per_image
+            )
+            with mixed_precision(images.device, precision):
+                logits = model(augmented).float()
             loss = functional.cross_entropy(logits, labels[chosen])
             if teacher_logits is not None:
                 distillation = distillation_loss(
@@ -155,10 +209,17 @@ def train_locally(
     return TrainingLosses(float(total / len(images)), float(distilled / len(images)))
 
 
+def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return torch's automatic mixed precision, switched off for float32."""
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == torch.bfloat16
+    )
+
+
 @torch.no_grad()
 def augmented_class_gradients(
     model: ImageClassifier,
-    images: torch.Tensor,
+    images: Images,
     labels: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -168,6 +229,7 @@ def augmented_class_gradients(
     augment: bool,
     batch_size: int,
     generator: torch.Generator,
+    precision: torch.dtype = torch.float32,
 ) -> dict[int, ClassGradient]:
     """Return the class gradients of a client, averaged over augmented draws.
 
@@ -178,7 +240,7 @@ def augmented_class_gradients(
     ----------
     model : ImageClassifier
         Global model, before local training; put into evaluation mode.
-    images : Tensor, shape [N, 3, H, W]
+    images : Images, N of them
         The client's normalised images.
     labels : Tensor of int64, shape [N]
         Their classes.
@@ -194,6 +256,8 @@ def augmented_class_gradients(
         Images in one forward pass.
     generator : torch.Generator
         CPU source of the choice and the augmentation.
+    precision : torch.dtype
+        Of the forward passes: float32, or bfloat16 for mixed precision.
 
     Returns
     -------
@@ -214,8 +278,12 @@ def augmented_class_gradients(
                 part = images[picked]
                 yield siamese_augment(part, None, generator) if augment else part
 
+    def features_of(batch: torch.Tensor) -> torch.Tensor:
+        with mixed_precision(images.device, precision):
+            return model.features(batch).float()
+
     batches = _rebatch(parts(), batch_size)
-    features = torch.cat(list(map_pieces(model.features, batches, images.device)))
+    features = torch.cat(list(map_pieces(features_of, batches, images.device)))
     # Every draw holds the same number of images of a class, so that the mean over all
     # of them is the mean of the draws' gradients.
     return class_gradients(features, labels[torch.cat(chosen)], weight, bias)

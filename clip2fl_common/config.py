@@ -114,6 +114,10 @@ class Client:
     """Step size of plain SGD."""
     crop_padding: Count
     """Zero pixels around an image before its random crop; 0: no crop."""
+    augment_per: Literal["batch", "image"]
+    """What place of the crop and flip are drawn for."""
+    precision: Literal["float32", "bfloat16"]
+    """Of forward and backward passes; weights and losses stay in float32."""
 
 
 @dataclass(frozen=True, config=_strict)

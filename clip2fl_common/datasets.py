@@ -1,7 +1,7 @@
 """Named data sets: what images there are, and how to get them as tensors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from logging import getLogger
@@ -19,6 +19,7 @@ from torchvision.transforms.functional import resize
 
 from clip2fl_common import demo
 from clip2fl_common.config import Dataset as DatasetConfig
+from clip2fl_common.image_store import DecodedImage, decoded_images
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
 
 logger = getLogger(__name__)
@@ -59,6 +60,9 @@ class ImageSource(Protocol):
     def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
         """Return the images at these indices, in their order."""
 
+    def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the same, for use again and again: decoded once, maybe on disk."""
+
 
 @dataclass(frozen=True)
 class ArraySource:
@@ -79,6 +83,8 @@ class ArraySource:
         """Return the images at these indices, in their order."""
         chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return LoadedImages(self.images[chosen], torch.from_numpy(self.labels)[chosen])
+
+    open = load
 
 
 @dataclass(frozen=True)
@@ -111,31 +117,77 @@ class FileSource:
             If a file is unreadable and unreadable files are not to be left out, or
             nothing is left without them. All are counted, the first are named.
         """
-        images, labels, unreadable = [], [], []
-        for i in indices:
+        paths = [self.paths[i] for i in indices]
+        decoded = list(self._decode(paths))
+        positions = [position for position, _ in decoded]
+        return self._loaded(
+            indices,
+            paths,
+            positions,
+            torch.from_numpy(np.stack([pixels for _, pixels in decoded])),
+        )
+
+    def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
+        """Return the images at these indices, decoded once and memory-mapped.
+
+        Raises
+        ------
+        DatasetError
+            As `load`.
+        """
+        paths = [self.paths[i] for i in indices]
+        stored = decoded_images(paths, self.image_size, self._decode(paths))
+        if stored is None:
+            return self.load(indices)
+        pixels, positions = stored
+        # They may have been kept by a run with another dataset.skip-unreadable.
+        self._check(paths, positions.tolist())
+        return self._loaded(indices, paths, positions.tolist(), pixels)
+
+    def _decode(self, paths: Sequence[Path]) -> Iterator[DecodedImage]:
+        """Yield position and pixels of each readable file; then check the others."""
+        readable = []
+        for position, path in enumerate(paths):
             try:
-                images.append(read_image(self.paths[i], self.image_size))
-                labels.append(int(self.labels[i]))
+                pixels = read_image(path, self.image_size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                unreadable.append(str(self.paths[i]))
+                continue
+            readable.append(position)
+            yield position, pixels
+        self._check(paths, readable)
+
+    def _check(self, paths: Sequence[Path], positions: Sequence[int]) -> None:
+        """Raise if files were unreadable that must not be, or if nothing is left."""
+        unreadable = _others(paths, positions)
+        named = f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}"
         if unreadable and not self.skip_unreadable:
             raise DatasetError(
-                f"{len(unreadable)} of {len(indices)} images cannot be read: "
-                f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}; "
+                f"{len(unreadable)} of {len(paths)} images cannot be read: {named}; "
                 "repair or remove them, or set dataset.skip-unreadable=true"
             )
-        if not images:
+        if not positions:
             raise DatasetError(
-                f"none of {len(indices)} images can be read, so nothing is left: "
-                f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}"
+                f"none of {len(paths)} images can be read, so nothing is left: {named}"
             )
+
+    def _loaded(
+        self,
+        indices: npt.NDArray[np.integer],
+        paths: Sequence[Path],
+        positions: Sequence[int],
+        pixels: torch.Tensor,
+    ) -> LoadedImages:
+        unreadable = _others(paths, positions)
         for path in unreadable:
             logger.warning("left out an unreadable image: %s", path)
-        return LoadedImages(
-            torch.from_numpy(np.stack(images)),
-            torch.tensor(labels, dtype=torch.int64),
-            tuple(unreadable),
-        )
+        labels = self.labels[np.asarray(indices)[positions]]
+        return LoadedImages(pixels, torch.from_numpy(labels), tuple(unreadable))
+
+
+def _others(paths: Sequence[Path], positions: Sequence[int]) -> list[str]:
+    """Return the files at all other positions."""
+    there = set(positions)
+    return [str(path) for n, path in enumerate(paths) if n not in there]
 
 
 def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:

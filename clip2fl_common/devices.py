@@ -2,6 +2,9 @@
 
 import torch
 
+# Images up to this size are kept on a GPU; larger sets go there batch by batch.
+SMALL_BYTES = 2 * 2**30
+
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of a configuration's ``device`` key.
@@ -34,3 +37,20 @@ def resolve_device(name: str) -> torch.device:
             "devices; use device='auto' or 'cpu'"
         )
     return device
+
+
+def to_device_if_small(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a client's images on the device, or where they are if they are many.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape [N, 3, H, W]
+        Images in memory, or memory-mapped.
+    device : torch.device
+        Where they are trained on.
+
+    Returns
+    -------
+    Tensor of uint8, shape [N, 3, H, W]
+    """
+    return images.to(device) if images.nbytes <= SMALL_BYTES else images

@@ -247,3 +247,20 @@ def test_random_crop_flip(padding: int) -> None:
         seen.add(found[0])
     assert seen == set(windows)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_crop_and_flip_of_each_image(padding: int) -> None:
+    """Each image gets a window of its own, equally often every one."""
+    images = batch(6, 8)[:1].expand(400, -1, -1, -1)
+    output = random_crop_flip(images, padding, seeded(0), per_image=True)
+    padded = torch.nn.functional.pad(images[0], (padding,) * 4)
+    windows = []
+    for top, left in itertools.product(range(2 * padding + 1), repeat=2):
+        window = padded[:, top : top + 6, left : left + 8]
+        windows += [window, window.flip(2)]
+    counts = [sum(torch.equal(image, window) for image in output) for window in windows]
+    assert sum(counts) == 400
+    # Binomial: five deviations around the mean.
+    mean = 400 / len(windows)
+    assert all(abs(count - mean) < 5 * mean**0.5 for count in counts)

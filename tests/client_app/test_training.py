@@ -12,6 +12,7 @@ from torch.nn import functional
 from client_app.augmentation import random_crop_flip, siamese_augment
 from client_app.training import (
     LocalObjective,
+    PixelImages,
     augmented_class_gradients,
     distillation_loss,
     train_locally,
@@ -257,3 +258,96 @@ def test_class_gradients_are_the_mean_over_augmented_draws() -> None:
     for c, (expected_weight, expected_bias) in sums.items():
         torch.testing.assert_close(gradients[c].weight, expected_weight)
         torch.testing.assert_close(gradients[c].bias, expected_bias)
+
+
+def test_pixels_train_as_normalised_images_do() -> None:
+    """Normalising batch by batch changes nothing."""
+    model, _, labels, teacher = small_problem()
+    pixels = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
+
+    def normalize(images: torch.Tensor) -> torch.Tensor:
+        return images.float() / 255 - 0.5
+
+    results = []
+    for images in (
+        normalize(pixels),
+        PixelImages(pixels, normalize, torch.device("cpu")),
+    ):
+        trained = copy.deepcopy(model)
+        gradients = augmented_class_gradients(
+            trained,
+            images,
+            labels,
+            model.classifier.weight.detach(),
+            model.classifier.bias.detach(),
+            draws=2,
+            samples_per_class=2,
+            augment=True,
+            batch_size=4,
+            generator=torch.Generator().manual_seed(1),
+        )
+        losses = train_locally(
+            trained,
+            images,
+            labels,
+            teacher,
+            LocalObjective(1.0, 3.0),
+            epochs=2,
+            batch_size=4,
+            learning_rate=0.05,
+            crop_padding=2,
+            generator=torch.Generator().manual_seed(5),
+        )
+        results.append((gradients[1].weight, losses, trained.state_dict()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    for name, value in results[0][2].items():
+        assert torch.equal(value, results[1][2][name])
+
+
+def test_mixed_precision_stays_near_single_precision() -> None:
+    """bfloat16 keeps 8 bits: losses agree to 2 %, weights stay in float32."""
+    model, images, labels, teacher = small_problem()
+    losses = []
+    for precision in (torch.float32, torch.bfloat16):
+        trained = copy.deepcopy(model)
+        result = train_locally(
+            trained,
+            images,
+            labels,
+            teacher,
+            LocalObjective(1.0, 3.0),
+            precision=precision,
+            epochs=2,
+            batch_size=4,
+            learning_rate=0.05,
+            crop_padding=2,
+            generator=torch.Generator().manual_seed(5),
+        )
+        losses.append(result.total)
+        assert {v.dtype for v in trained.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_augmentation_per_image_differs_within_a_batch() -> None:
+    """The option reaches the crop: training takes another course."""
+    model, images, labels, _ = small_problem()
+    weights = []
+    for per_image in (False, True):
+        trained = copy.deepcopy(model)
+        train_locally(
+            trained,
+            images,
+            labels,
+            None,
+            LocalObjective(),
+            augment_per_image=per_image,
+            epochs=2,
+            batch_size=4,
+            learning_rate=0.05,
+            crop_padding=2,
+            generator=torch.Generator().manual_seed(5),
+        )
+        weights.append(trained.classifier.weight)
+    assert not torch.equal(*weights)

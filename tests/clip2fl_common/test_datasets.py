@@ -1,16 +1,22 @@
 """Images come out as they should; what is wrong with a folder is said by name."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from clip2fl_common import datasets
 from clip2fl_common.config import Dataset, Scalar
 from clip2fl_common.datasets import (
     DatasetError,
     FileSource,
+    ImageSource,
+    LoadedImages,
     load_dataset,
     partition_indices,
     read_image,
@@ -86,6 +92,85 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     assert [Path(name).name for name in loaded.unreadable] == ["0.png", "1.png"]
     with pytest.raises(DatasetError, match="nothing is left"):
         source.load(np.array([3, 4]))
+
+
+@pytest.fixture
+def folder_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSource:
+    """Return five images in files; decoded ones go to a cache folder of the test."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    root = write_images(tmp_path / "images", TREE)
+    return load_dataset(folder_config(root, skip_unreadable=True)).train
+
+
+def same(one: LoadedImages, other: LoadedImages) -> bool:
+    """Tell whether two loads brought the same."""
+    return (
+        torch.equal(one.images, other.images)
+        and torch.equal(one.labels, other.labels)
+        and one.unreadable == other.unreadable
+    )
+
+
+def test_opened_images_are_decoded_once(
+    folder_source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indices = np.array([4, 0, 1])
+    expected = folder_source.load(indices)
+    opened = folder_source.open(indices)
+    assert same(opened, expected)
+    monkeypatch.setattr(datasets, "read_image", lambda *_: pytest.fail("decoded again"))
+    opened.images[0] = 0  # reaches neither the file nor the next reader
+    assert same(folder_source.open(indices), expected)
+
+
+def test_changed_file_is_decoded_again(
+    folder_source: ImageSource, tmp_path: Path
+) -> None:
+    folder_source.open(np.arange(5))
+    changed = tmp_path / "images" / "train" / "dog" / "0.png"
+    Image.new("L", (8, 8), 77).save(changed)
+    os.utime(changed, ns=(1, 1))
+    assert folder_source.open(np.arange(5)).images[3].unique().tolist() == [77]
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "positions.npy"])
+def test_damaged_decoded_images_are_made_again(
+    folder_source: ImageSource, tmp_path: Path, name: str
+) -> None:
+    expected = folder_source.load(np.arange(5))
+    folder_source.open(np.arange(5))
+    (file,) = (tmp_path / "cache").rglob(name)
+    file.write_bytes(file.read_bytes()[:-3])
+    assert same(folder_source.open(np.arange(5)), expected)
+
+
+def test_full_disk_costs_time_only(
+    folder_source: ImageSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    expected = folder_source.load(np.arange(5))
+    assert same(folder_source.open(np.arange(5)), expected)
+    assert "No space left" in caplog.text and "CLIP2FL_CACHE_DIR" in caplog.text
+    assert not list((tmp_path / "cache" / "images").glob("incomplete-*"))
+
+
+def test_opened_images_leave_unreadable_ones_out(
+    folder_source: ImageSource, tmp_path: Path
+) -> None:
+    (tmp_path / "images" / "train" / "big_cat" / "2.png").write_bytes(b"no image")
+    expected = folder_source.load(np.arange(5))
+    assert len(expected.unreadable) == 1
+    for _ in range(2):
+        assert same(folder_source.open(np.arange(5)), expected)
+    strict = load_dataset(folder_config(tmp_path / "images")).train
+    with pytest.raises(DatasetError, match="1 of 5 images cannot be read"):
+        strict.open(np.arange(5))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])

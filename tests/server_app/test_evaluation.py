@@ -53,6 +53,8 @@ class Source:
             ("x.png",) * (len(indices) - len(readable)),
         )
 
+    open = load
+
 
 def evaluator(
     source: Source, max_images: int = 0, batch_size: int = 7, seed: int = 7
