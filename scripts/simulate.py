@@ -50,6 +50,9 @@ COMMAND_SECONDS = 60.0
 STOP_SECONDS = 15.0
 """How long processes may take to end by themselves before they are killed."""
 
+CLIENTS_PER_GPU = 4
+"""More training at the same time on one GPU wait for each other and fill its memory."""
+
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 """Kinds of files that Flower lets into an app's bundle."""
 
@@ -249,8 +252,9 @@ def simulate(
     run_config: Path | None = None,
     overrides: Sequence[str] = (),
     supernodes: int | None = None,
-    cpus_per_client: float = 1.0,
-    gpus_per_client: float = 0.0,
+    cpus_per_client: int = 1,
+    gpus_per_client: float | None = None,
+    ray_address: str | None = None,
     timeout: float | None = None,
     output: TextIO | None = None,
 ) -> RunResult:
@@ -268,10 +272,15 @@ def simulate(
         ``key=value`` pairs that win over the file.
     supernodes : int | None
         Number of simulated nodes; None takes one per CPU core, at least 2.
-    cpus_per_client : float
-        CPU cores a client occupies; decides how many train at the same time.
-    gpus_per_client : float
+    cpus_per_client : int
+        CPU cores a client occupies, and threads it computes with; decides how many
+        train at the same time.
+    gpus_per_client : float | None
         GPUs, or the share of one, a client occupies; with 0 Ray hides them from it.
+        None shares this machine's GPUs among the clients that train at the same
+        time, but each one among `CLIENTS_PER_GPU` at most.
+    ray_address : str | None
+        ``HOST:PORT`` of a running Ray cluster to use; None starts a private one.
     timeout : float | None
         Seconds after which the run is stopped.
     output : TextIO | None
@@ -292,9 +301,11 @@ def simulate(
         If SIGINT, SIGTERM or SIGHUP arrived, after all was stopped.
     """
     config_text = merge_run_config(app, run_config, overrides)
+    if gpus_per_client is None:
+        gpus_per_client = shared_gpus(cpus_per_client)
     federation_config = (
         f"num-supernodes={supernodes or max(2, os.cpu_count() or 1)}"
-        f" client-resources-num-cpus={cpus_per_client:g}"
+        f" client-resources-num-cpus={cpus_per_client}"
         f" client-resources-num-gpus={gpus_per_client:g}"
     )
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -302,7 +313,7 @@ def simulate(
         config_file = directory / "run-config.toml"
         config_file.write_text(config_text, "utf-8")
         _copy_app(app, directory / "app")
-        with _superlink(directory, signals) as link:
+        with _superlink(directory, signals, ray_address) as link:
             command = [
                 *("run", str(directory / "app"), PROFILE, "--stream"),
                 *("--federation-config", federation_config),
@@ -315,6 +326,26 @@ def simulate(
     if result.status == "finished:stopped" and timeout is not None:
         return replace(result, details=f"stopped after {timeout:g} s")
     return result
+
+
+def shared_gpus(cpus_per_client: int) -> float:
+    """Return the share of a GPU for each of the clients that train at the same time.
+
+    Parameters
+    ----------
+    cpus_per_client : int
+        CPU cores a client occupies.
+
+    Returns
+    -------
+    float
+        0 where there is no GPU.
+    """
+    import torch  # takes a second or two, and only this asks it
+
+    gpus = torch.cuda.device_count()
+    together = max(1, (os.cpu_count() or 1) // cpus_per_client)
+    return min(1.0, max(gpus / together, 1 / CLIENTS_PER_GPU)) if gpus else 0.0
 
 
 @dataclass(frozen=True)
@@ -444,14 +475,16 @@ def _copy_app(app: Path, copy: Path) -> None:
 
 
 @contextlib.contextmanager
-def _superlink(directory: Path, signals: _Signals) -> Iterator[_SuperLink]:
+def _superlink(
+    directory: Path, signals: _Signals, ray_address: str | None
+) -> Iterator[_SuperLink]:
     """Run a SuperLink from an empty directory.
 
     At the end no process that it started is left.
     """
     (directory / "work").mkdir()
     (directory / "home").mkdir()
-    environment = _environment(directory)
+    environment = _environment(directory, ray_address)
     process: subprocess.Popen[bytes] | None = None
     try:
         # Another process may take the free port first: then choose again.
@@ -480,11 +513,13 @@ def _superlink(directory: Path, signals: _Signals) -> Iterator[_SuperLink]:
             _stop_all(process, directory, signals)
 
 
-def _environment(directory: Path) -> dict[str, str]:
+def _environment(directory: Path, ray_address: str | None) -> dict[str, str]:
     """Return the caller's environment with what keeps this run to itself."""
     environment = dict(os.environ)
-    # An address of a running Ray cluster would be used instead of a private one.
+    # Ray would use the cluster at this address, meant or left over.
     environment.pop("RAY_ADDRESS", None)
+    if ray_address is not None:
+        environment["RAY_ADDRESS"] = ray_address
     environment.update(
         FLWR_HOME=str(directory / "home"),
         FLWR_TELEMETRY_ENABLED="0",
@@ -658,17 +693,22 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cpus-per-client",
-        type=_positive,
-        default=1.0,
-        metavar="F",
-        help="CPU cores a client occupies (default: 1)",
+        type=_at_least_one,
+        default=1,
+        metavar="N",
+        help="CPU cores a client occupies and computes with (default: 1)",
     )
     parser.add_argument(
         "--gpus-per-client",
         type=float,
-        default=0.0,
         metavar="F",
-        help="GPUs, or the share of one, a client occupies (default: 0, it sees none)",
+        help="GPUs, or the share of one, a client occupies (default: what there is, "
+        f"but at most {CLIENTS_PER_GPU} clients a GPU; 0: it sees none)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="use this running Ray cluster (see docs/simulation.md)",
     )
     parser.add_argument(
         "--app", type=Path, default=ROOT, metavar="DIR", help="directory of the app"
@@ -690,6 +730,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             supernodes=options.supernodes,
             cpus_per_client=options.cpus_per_client,
             gpus_per_client=options.gpus_per_client,
+            ray_address=options.ray_address,
             timeout=options.timeout,
             output=sys.stdout,
         )

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.simulate import merge_run_config, parse_overrides, simulate
+from scripts.simulate import (
+    merge_run_config,
+    parse_overrides,
+    shared_gpus,
+    simulate,
+)
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
 
@@ -194,3 +199,19 @@ def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "cpus_per_client", "share"),
+    [(0, 8, 1, 0.0), (1, 2, 1, 0.5), (1, 16, 1, 0.25), (2, 16, 4, 0.5), (4, 2, 1, 1.0)],
+)
+def test_gpus_are_shared_among_clients(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    cores: int,
+    cpus_per_client: int,
+    share: float,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert shared_gpus(cpus_per_client) == share
