@@ -18,6 +18,7 @@ from clip2fl_common import records
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
 from clip2fl_common.devices import resolve_device, to_device_if_small
+from clip2fl_common.gradient_coding import encode_gradients
 from clip2fl_common.models import build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
@@ -88,7 +89,13 @@ def train(message: Message, context: Context) -> Message:
             ),
             precision=precision,
         )
-        reply[records.GRADIENTS] = records.gradients_to_arrays(gradients)
+        upload = config.upload
+        encoded = encode_gradients(
+            gradients, min_cosine=upload.min_cosine, precision=upload.precision
+        )
+        reply[records.GRADIENTS] = records.gradients_to_arrays(
+            encoded, upload.precision
+        )
     clock.lap("gradients")
 
     losses = train_locally(

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from clip2fl_common.gradient_coding import Precision
+
 Scalar = bool | int | float | str
 
 METHODS = ("clip2fl", "creff", "fedavg", "fedprox")
@@ -151,6 +153,16 @@ class ClassGradients:
 
 
 @dataclass(frozen=True, config=_strict)
+class Upload:
+    """How class gradients travel to the server (clip2fl, creff)."""
+
+    precision: Precision
+    """``half`` (bfloat16) or ``full`` (float32)."""
+    min_cosine: Annotated[float, Field(gt=0, le=1)]
+    """Bound on a weight row's cosine under low-rank coding; 1: no such coding."""
+
+
+@dataclass(frozen=True, config=_strict)
 class Synthesis:
     """Federated features (clip2fl, creff)."""
 
@@ -223,6 +235,7 @@ class RunConfig:
     distillation: Distillation
     fedprox: FedProx
     class_gradients: ClassGradients
+    upload: Upload
     synthesis: Synthesis
     retraining: Retraining
     teacher: TeacherConfig

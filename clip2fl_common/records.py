@@ -3,9 +3,10 @@
 Train request: ``arrays`` (global model), ``retrained-classifier`` (weight, bias; only
 where class gradients are wanted), ``config`` (round, seeds, what to switch on).
 Train reply: ``arrays`` (local model), ``class-gradients`` (the classes held and, for
-each, weight and bias gradient), ``metrics``.
+each, weight and bias gradient, dense or low-rank), ``metrics``.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,13 @@ from flwr.app import (
 )
 from torch import nn
 
+from clip2fl_common.config import Upload
+from clip2fl_common.gradient_coding import (
+    CodedGradient,
+    LowRankGradient,
+    Precision,
+    max_rank,
+)
 from clip2fl_common.gradients import ClassGradient
 
 ARRAYS = "arrays"
@@ -136,81 +144,186 @@ def _linear(arrays: ArrayRecord) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(weight.copy()), torch.from_numpy(bias.copy())
 
 
-def gradients_to_arrays(gradients: Mapping[int, ClassGradient]) -> ArrayRecord:
-    """Return class gradients as three stacked arrays.
+@dataclass(frozen=True)
+class GradientFormat:
+    """What a server expects of uploaded class gradients.
+
+    Attributes
+    ----------
+    num_classes, feature_dim : int
+        C and d of the server's classifier.
+    upload : Upload
+        The run's settings, which clients have too.
+    """
+
+    num_classes: int
+    feature_dim: int
+    upload: Upload
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of a class: above it, or without coding, it must be dense."""
+        if self.upload.min_cosine == 1:
+            return 0
+        return max_rank(self.num_classes, self.feature_dim)
+
+
+def gradients_to_arrays(
+    gradients: Mapping[int, CodedGradient], precision: Precision
+) -> ArrayRecord:
+    """Return class gradients as stacked arrays, dense and low-rank ones apart.
+
+    Of K classes, D are dense and the others have R ranks in all. Numpy has no
+    bfloat16: in half precision the last four arrays are uint16 and hold its bits.
 
     Parameters
     ----------
-    gradients : mapping of int to ClassGradient
+    gradients : mapping of int to ClassGradient or LowRankGradient
         At least one class.
+    precision : {"half", "full"}
+        Of the values.
 
     Returns
     -------
     ArrayRecord
-        ``classes`` [K] int64, ``weight`` [K, C, d] and ``bias`` [K, C] float32.
+        ``classes`` [K] and ``ranks`` [K] int64 (rank 0: dense); ``weight`` [D, C, d]
+        of the dense classes, ``left`` [R, C] and ``right`` [R, d] of the others,
+        ``bias`` [K, C], float32 or uint16.
     """
     classes = sorted(gradients)
-    weight = torch.stack([gradients[c].weight for c in classes])
-    bias = torch.stack([gradients[c].bias for c in classes])
+    ordered = [gradients[c] for c in classes]
+    dense = [g for g in ordered if isinstance(g, ClassGradient)]
+    low_rank = [g for g in ordered if isinstance(g, LowRankGradient)]
+    bias = torch.stack([g.bias for g in ordered])
+    num_classes = bias.shape[1]
+    dim = (low_rank[0].right if low_rank else dense[0].weight).shape[1]
+    # Each starts with nothing, so that its shape holds where no class is of its kind.
+    weight = [bias.new_empty(0, num_classes, dim), *(g.weight[None] for g in dense)]
+    left = [bias.new_empty(0, num_classes), *(g.left.T for g in low_rank)]
+    right = [bias.new_empty(0, dim), *(g.right for g in low_rank)]
+    ranks = [g.rank if isinstance(g, LowRankGradient) else 0 for g in ordered]
     return ArrayRecord(
         {
             "classes": Array(np.asarray(classes, dtype=np.int64)),
-            "weight": Array(weight.cpu().numpy()),
-            "bias": Array(bias.cpu().numpy()),
+            "ranks": Array(np.asarray(ranks, dtype=np.int64)),
+            "weight": _to_wire(torch.cat(weight), precision),
+            "left": _to_wire(torch.cat(left), precision),
+            "right": _to_wire(torch.cat(right), precision),
+            "bias": _to_wire(bias, precision),
         }
     )
 
 
 def gradients_from_arrays(
-    arrays: ArrayRecord, num_classes: int, feature_dim: int
-) -> dict[int, ClassGradient]:
+    arrays: ArrayRecord, expected: GradientFormat
+) -> dict[int, CodedGradient]:
     """Return the class gradients of a reply, checked.
 
     Parameters
     ----------
     arrays : ArrayRecord
         As `gradients_to_arrays` makes it.
-    num_classes, feature_dim : int
-        C and d of the server's classifier.
+    expected : GradientFormat
+        What the server asked for.
 
     Returns
     -------
-    dict of int to ClassGradient
+    dict of int to ClassGradient or LowRankGradient
+        In float32.
 
     Raises
     ------
     ReplyError
-        If keys, shapes, types, classes or values are not as agreed.
+        If keys, shapes, types, classes, ranks or values are not as agreed.
     """
-    if set(arrays) != {"classes", "weight", "bias"}:
-        raise ReplyError(f"class gradients have the keys {sorted(arrays)}")
-    classes = _decode("class-gradients.classes", arrays["classes"])
-    held = len(classes)
-    if classes.ndim != 1 or held == 0 or classes.dtype != np.int64:
-        raise ReplyError("class gradients list no classes, or not as integers")
-    if len(set(classes.tolist())) != held or not (
-        0 <= classes.min() and classes.max() < num_classes
-    ):
+    names = {"classes", "ranks", "weight", "left", "right", "bias"}
+    if set(arrays) != names:
         raise ReplyError(
-            f"class gradients for classes {classes.tolist()}; they must differ and be "
-            f"from 0 to {num_classes - 1}"
+            f"class gradients have the arrays {sorted(arrays)}, expected "
+            f"{sorted(names)}"
         )
-    tensors = []
-    for name, shape in (
-        ("weight", (held, num_classes, feature_dim)),
-        ("bias", (held, num_classes)),
-    ):
-        array = _decode(f"class-gradients.{name}", arrays[name])
-        _check_array(f"class-gradients.{name}", array, shape, np.dtype(np.float32))
-        tensors.append(torch.from_numpy(array.copy()))
+    num_classes, dim = expected.num_classes, expected.feature_dim
+    classes = _held_classes(arrays["classes"], num_classes)
+    held = len(classes)
+    ranks = _checked("class-gradients.ranks", arrays["ranks"], (held,), np.int64)
+    if ranks.min() < 0 or ranks.max() > expected.max_rank:
+        raise ReplyError(
+            f"array class-gradients.ranks has values from {ranks.min()} to "
+            f"{ranks.max()}, expected 0 to {expected.max_rank}"
+        )
+    shapes = {
+        "weight": (int((ranks == 0).sum()), num_classes, dim),
+        "left": (int(ranks.sum()), num_classes),
+        "right": (int(ranks.sum()), dim),
+        "bias": (held, num_classes),
+    }
+    weight, left, right, bias = (
+        _from_wire(
+            f"class-gradients.{name}", arrays[name], shape, expected.upload.precision
+        )
+        for name, shape in shapes.items()
+    )
+    if len(left):
+        largest = left.abs().max().double() * right.abs().max() * expected.max_rank
+        if largest > torch.finfo(torch.float32).max:
+            raise ReplyError(
+                "arrays class-gradients.left and class-gradients.right are finite, but "
+                "their product need not be; expected values of gradients"
+            )
+    dense = iter(weight)
+    factors = zip(left.split(ranks.tolist()), right.split(ranks.tolist()), strict=True)
     return {
-        int(c): ClassGradient(tensors[0][k], tensors[1][k])
-        for k, c in enumerate(classes)
+        c: LowRankGradient(own_left.T, own_right, own_bias)
+        if len(own_right)
+        else ClassGradient(next(dense), own_bias)
+        for c, (own_left, own_right), own_bias in zip(
+            classes, factors, bias, strict=True
+        )
     }
 
 
+def _held_classes(array: Array, num_classes: int) -> list[int]:
+    name = "class-gradients.classes"
+    shape, dtype = _header(name, array)
+    if dtype != np.int64 or len(shape) != 1 or shape[0] > num_classes:
+        raise ReplyError(
+            f"array {name} has type {dtype} and shape {shape}, expected int64 and "
+            f"({num_classes},) at most"
+        )
+    listed: list[int] = _decode(name, array).tolist()
+    if (
+        not listed
+        or len(set(listed)) < len(listed)
+        or not (0 <= min(listed) and max(listed) < num_classes)
+    ):
+        raise ReplyError(
+            f"class gradients for classes {listed}; they must differ and be from 0 to "
+            f"{num_classes - 1}"
+        )
+    return listed
+
+
+def _to_wire(tensor: torch.Tensor, precision: Precision) -> Array:
+    if precision == "half":
+        tensor = tensor.to(torch.bfloat16).view(torch.uint16)
+    return Array(tensor.cpu().numpy())
+
+
+def _from_wire(
+    name: str, array: Array, shape: tuple[int, ...], precision: Precision
+) -> torch.Tensor:
+    dtype = np.uint16 if precision == "half" else np.float32
+    tensor = torch.from_numpy(_checked(name, array, shape, dtype))
+    if precision == "full":
+        return tensor
+    values = tensor.view(torch.bfloat16).float()
+    if not torch.isfinite(values).all():
+        raise _not_finite(name)
+    return values
+
+
 def check_reply(
-    reply: Message, reference: ArrayRecord, gradient_shape: tuple[int, int] | None
+    reply: Message, reference: ArrayRecord, gradients: GradientFormat | None
 ) -> None:
     """Check a train reply before it touches any state.
 
@@ -220,8 +333,8 @@ def check_reply(
         A reply with content.
     reference : ArrayRecord
         The global model that was sent out.
-    gradient_shape : tuple of int or None
-        C and d where class gradients belong into the reply.
+    gradients : GradientFormat or None
+        What is expected of class gradients, where they belong into the reply.
 
     Raises
     ------
@@ -229,7 +342,7 @@ def check_reply(
         Names what is missing, of the wrong shape or type, or not finite.
     """
     content = reply.content
-    expected = {ARRAYS, METRICS} | ({GRADIENTS} if gradient_shape else set())
+    expected = {ARRAYS, METRICS} | ({GRADIENTS} if gradients else set())
     if set(content) != expected:
         raise ReplyError(f"records are {sorted(content)}, expected {sorted(expected)}")
     if set(content.array_records) != expected - {METRICS}:
@@ -239,10 +352,9 @@ def check_reply(
         difference = sorted(set(arrays) ^ set(reference))
         raise ReplyError(f"model arrays missing or unknown: {', '.join(difference)}")
     for name, sent in reference.items():
-        array = _decode(name, arrays[name])
-        _check_array(name, array, tuple(sent.shape), np.dtype(sent.dtype))
-    if gradient_shape:
-        gradients_from_arrays(content.array_records[GRADIENTS], *gradient_shape)
+        _checked(name, arrays[name], tuple(sent.shape), sent.dtype)
+    if gradients:
+        gradients_from_arrays(content.array_records[GRADIENTS], gradients)
     _check_metrics(content.metric_records[METRICS])
 
 
@@ -259,23 +371,52 @@ def _check_metrics(metrics: MetricRecord) -> None:
         raise ReplyError(f"{NUM_EXAMPLES} = {examples}; it must be a positive integer")
 
 
+def _checked(
+    name: str, array: Array, shape: tuple[int, ...], dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """Return an array that is finite and has this shape and type."""
+    wanted = np.dtype(dtype)
+    found_shape, found = _header(name, array)
+    if found_shape != shape:
+        raise ReplyError(f"array {name} has shape {found_shape}, expected {shape}")
+    if found != wanted:
+        raise ReplyError(f"array {name} has type {found}, expected {wanted}")
+    decoded = _decode(name, array)
+    if not np.isfinite(decoded).all():
+        raise _not_finite(name)
+    return decoded
+
+
+def _header(name: str, array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type as the array's bytes have them, and numpy will make it.
+
+    Read first, so that no memory is taken for what is not expected anyway.
+    """
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"format version is {version}, expected (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    # A sender may put any bytes here, and numpy answers them with many exceptions.
+    except Exception as error:
+        raise _undecodable(name, error) from None
+    return shape, dtype
+
+
 def _decode(name: str, array: Array) -> npt.NDArray[Any]:
     try:
         return array.numpy()
-    # A sender may put any bytes here, and numpy answers them with many exceptions.
     except Exception as error:
-        raise ReplyError(f"array {name} cannot be decoded ({error})") from None
+        raise _undecodable(name, error) from None
 
 
-def _check_array(
-    name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> None:
-    if array.shape != shape:
-        raise ReplyError(f"array {name} has shape {array.shape}, expected {shape}")
-    if array.dtype != dtype:
-        raise ReplyError(f"array {name} has type {array.dtype}, expected {dtype}")
-    if not np.isfinite(array).all():
-        raise ReplyError(f"array {name} has values that are not finite")
+def _undecodable(name: str, error: Exception) -> ReplyError:
+    return ReplyError(f"array {name} cannot be decoded ({error})")
+
+
+def _not_finite(name: str) -> ReplyError:
+    return ReplyError(f"array {name} has values that are not finite")
 
 
 def partition_of(reply: Message) -> int:
@@ -285,8 +426,13 @@ def partition_of(reply: Message) -> int:
 
 def payload_bytes(content: RecordDict) -> int:
     """Return the size of a message's arrays in bytes: what is worth counting."""
-    return sum(
-        len(array.data)
-        for record in content.array_records.values()
-        for array in record.values()
-    )
+    return sum(map(_record_bytes, content.array_records.values()))
+
+
+def gradient_bytes(content: RecordDict) -> int:
+    """Return the size of the class gradients among a reply's arrays, in bytes."""
+    return _record_bytes(content.array_records.get(GRADIENTS, ArrayRecord()))
+
+
+def _record_bytes(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())

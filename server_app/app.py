@@ -90,6 +90,7 @@ def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTrain
         "feature_dim": config.model.feature_dim,
         "synthesis": config.synthesis,
         "retraining": config.retraining,
+        "upload": config.upload,
         "device": session.device,
     }
     if config.method == "creff":
@@ -111,8 +112,9 @@ def _outcome(strategy: PartitionedTraining) -> RoundOutcome:
     return RoundOutcome(
         clients=record.clients,
         dropped=record.dropped,
-        bytes_up=record.bytes_up,
         bytes_down=record.bytes_down,
+        upload_bytes=record.upload_bytes,
+        gradient_bytes=record.gradient_bytes,
         losses={
             "client": metrics["loss"],
             "distillation": metrics["distillation-loss"],

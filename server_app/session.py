@@ -38,8 +38,10 @@ class RoundOutcome:
         Partitions whose replies were used.
     dropped : int
         Replies that were not.
-    bytes_up, bytes_down : int
-        Arrays received from and sent to all clients.
+    bytes_down : int
+        Arrays sent to all clients.
+    upload_bytes, gradient_bytes : sequence of int
+        Arrays received from each of ``clients``, and the class gradients among them.
     losses : dict
         Clients' and server's losses by name.
     unreadable : int
@@ -50,8 +52,9 @@ class RoundOutcome:
 
     clients: Sequence[int]
     dropped: int
-    bytes_up: int
     bytes_down: int
+    upload_bytes: Sequence[int]
+    gradient_bytes: Sequence[int]
     losses: dict[str, float] = field(default_factory=dict)
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -164,7 +167,12 @@ class Session:
                     "train": outcome.unreadable,
                     "test": self.evaluator.unreadable,
                 },
-                "bytes": {"down": outcome.bytes_down, "up": outcome.bytes_up},
+                "bytes": {
+                    "down": outcome.bytes_down,
+                    "up": sum(outcome.upload_bytes),
+                    "per_client": list(outcome.upload_bytes),
+                    "class_gradients": list(outcome.gradient_bytes),
+                },
                 "seconds": {name: round(s, 4) for name, s in seconds.items()},
             }
         )

@@ -9,13 +9,13 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from clip2fl_common import records
-from clip2fl_common.config import Retraining, Synthesis
+from clip2fl_common.config import Retraining, Synthesis, Upload
+from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
 from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.synthesis import (
-    ClassGradient,
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
@@ -42,6 +42,8 @@ class CReFF(FedAvg):
         Settings of the federated features.
     retraining : Retraining
         Settings of the re-training.
+    upload : Upload
+        How clients send their class gradients.
     device : torch.device
         Where both are computed.
 
@@ -61,11 +63,13 @@ class CReFF(FedAvg):
         feature_dim: int,
         synthesis: Synthesis,
         retraining: Retraining,
+        upload: Upload,
         device: torch.device,
     ) -> None:
         super().__init__(plan)
         self.synthesis = synthesis
         self.retraining = retraining
+        self.gradient_format = records.GradientFormat(num_classes, feature_dim, upload)
         self.device = device
         self.features = torch.randn(
             num_classes,
@@ -84,6 +88,14 @@ class CReFF(FedAvg):
 
     def summary(self) -> None:
         """Log the settings of synthesis and re-training."""
+        upload = self.gradient_format.upload
+        log(INFO, "\t├──> Uploaded class gradients:")
+        log(
+            INFO,
+            "\t│\t└── %s precision, smallest cosine of a row %g",
+            upload.precision,
+            upload.min_cosine,
+        )
         log(INFO, "\t├──> Federated features:")
         log(INFO, "\t│\t├── Shape (classes, per class, width): %s", self.shape)
         log(
@@ -118,18 +130,16 @@ class CReFF(FedAvg):
 
     def check(self, reply: Message) -> None:
         """Raise `ReplyError` if model, metrics or class gradients are not as agreed."""
-        classes, _, dim = self.shape
-        records.check_reply(reply, self._sent, gradient_shape=(classes, dim))
+        records.check_reply(reply, self._sent, self.gradient_format)
 
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
         """Synthesise federated features and re-train the classifier on them."""
-        classes, _, dim = self.shape
+        classes = len(self.features)
         gradients = mean_class_gradients(
             records.gradients_from_arrays(
                 # Popped, because Flower's FedAvg averages every array in a reply.
                 reply.content.array_records.pop(records.GRADIENTS),
-                classes,
-                dim,
+                self.gradient_format,
             )
             for reply in replies
         )
@@ -169,7 +179,7 @@ class CReFF(FedAvg):
 
     def _synthesis_losses(
         self,
-        gradients: Mapping[int, ClassGradient],
+        gradients: Mapping[int, CodedGradient],
         weight: torch.Tensor,
         bias: torch.Tensor,
     ) -> dict[str, float]:

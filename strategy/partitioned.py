@@ -69,8 +69,10 @@ class RoundRecord:
         Partitions whose replies were used.
     dropped : int
         Replies that were not.
-    bytes_down, bytes_up : int
-        Arrays sent to all clients and received from them.
+    bytes_down : int
+        Arrays sent to all clients.
+    upload_bytes, gradient_bytes : list of int
+        Arrays received from each of ``clients``, and the class gradients among them.
     metrics : dict
         Clients' metrics: losses averaged by number of images, the rest summed.
     losses : dict
@@ -82,7 +84,8 @@ class RoundRecord:
     clients: list[int] = field(default_factory=list)
     dropped: int = 0
     bytes_down: int = 0
-    bytes_up: int = 0
+    upload_bytes: list[int] = field(default_factory=list)
+    gradient_bytes: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -188,7 +191,7 @@ class PartitionedTraining(FlowerFedAvg):
 
     def check(self, reply: Message) -> None:
         """Raise `ReplyError` if a reply is not as agreed."""
-        records.check_reply(reply, self._sent, gradient_shape=None)
+        records.check_reply(reply, self._sent, gradients=None)
 
     def _accept(self, server_round: int, replies: Sequence[Message]) -> list[Message]:
         """Return the good replies in the order of their partitions.
@@ -222,7 +225,8 @@ class PartitionedTraining(FlowerFedAvg):
         ordered = [accepted[partition] for partition in sorted(accepted)]
         self.round.clients = sorted(accepted)
         self.round.dropped = len(reasons)
-        self.round.bytes_up = sum(records.payload_bytes(r.content) for r in ordered)
+        self.round.upload_bytes = [records.payload_bytes(r.content) for r in ordered]
+        self.round.gradient_bytes = [records.gradient_bytes(r.content) for r in ordered]
         return ordered
 
     def _book(self, phase: str, started: float) -> None:

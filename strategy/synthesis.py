@@ -16,13 +16,15 @@ contrastive denominator runs over the prototypes of all C * m features.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.parallel import map_pieces
+from strategy.gradient_mean import mean_class_gradients
 
 __all__ = [
     "ClassGradient",
@@ -46,37 +48,6 @@ COSINE_EPSILON = 1e-6
 CPU_CHUNK_BYTES = 4 * 2**20
 CPU_CHUNK_CLASSES = 5
 CUDA_CHUNK_BYTES = 2**30
-
-
-def mean_class_gradients(
-    replies: Iterable[Mapping[int, ClassGradient]],
-) -> dict[int, ClassGradient]:
-    """Average each class's gradient over the clients that hold the class.
-
-    A plain mean, not weighted by class counts: no class count leaves a client.
-
-    Parameters
-    ----------
-    replies : iterable of mapping from class to ClassGradient
-        One mapping per client; consumed one at a time.
-
-    Returns
-    -------
-    dict of int to ClassGradient
-        In ascending order of class.
-    """
-    sums: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-    for reply in replies:
-        for c, gradient in reply.items():
-            if c in sums:
-                weight, bias, count = sums[c]
-                sums[c] = (weight + gradient.weight, bias + gradient.bias, count + 1)
-            else:
-                sums[c] = (gradient.weight, gradient.bias, 1)
-    return {
-        c: ClassGradient(weight / count, bias / count)
-        for c, (weight, bias, count) in sorted(sums.items())
-    }
 
 
 def class_chunks(
@@ -159,7 +130,7 @@ def _log_multiplicity(
 
 def gradient_matching_loss(
     features: torch.Tensor,
-    gradients: Mapping[int, ClassGradient],
+    gradients: Mapping[int, CodedGradient],
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
@@ -172,7 +143,7 @@ def gradient_matching_loss(
     ----------
     features : Tensor, shape [C, m, d]
         Federated features of all classes.
-    gradients : mapping of int to ClassGradient
+    gradients : mapping of int to ClassGradient or LowRankGradient
         Mean class gradient of every class that a client holds.
     weight : Tensor, shape [C, d]
         The classifier at which the clients took their gradients.
@@ -366,7 +337,7 @@ class _Descent:
 
 
 def stack_gradients(
-    gradients: Mapping[int, ClassGradient],
+    gradients: Mapping[int, CodedGradient],
     classes: Sequence[int],
     like: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +345,7 @@ def stack_gradients(
 
     Parameters
     ----------
-    gradients : mapping of int to ClassGradient
+    gradients : mapping of int to ClassGradient or LowRankGradient
         Class gradients.
     classes : sequence of int
         Which k of them, at least one.
@@ -395,7 +366,7 @@ def stack_gradients(
 @torch.no_grad()
 def synthesize(
     features: torch.Tensor,
-    gradients: Mapping[int, ClassGradient],
+    gradients: Mapping[int, CodedGradient],
     weight: torch.Tensor,
     bias: torch.Tensor,
     text_features: torch.Tensor | None,
@@ -415,7 +386,7 @@ def synthesize(
     features : Tensor, shape [C, m, d]
         Federated features of the round before (standard normal at first); not
         changed.
-    gradients : mapping of int to ClassGradient
+    gradients : mapping of int to ClassGradient or LowRankGradient
         Mean class gradient of every class that a client holds this round.
     weight : Tensor, shape [C, d]
         The classifier at which the clients took their gradients.

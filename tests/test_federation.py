@@ -12,6 +12,7 @@ from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from clip2fl_common import records
+from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import DatasetError, load_dataset
 from server_app.app import main
 from server_app.checkpoint import load_model
@@ -31,11 +32,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def federate(
-    folder: Path, method: str = "clip2fl", nodes: int = 2, tamper: Tamper | None = None
+    folder: Path,
+    method: str = "clip2fl",
+    nodes: int = 2,
+    tamper: Tamper | None = None,
+    **changes: Scalar,
 ) -> InProcessGrid:
     """Run a tiny federation into a folder."""
     config = run_config(
-        method=method, run__dir=str(folder.parent), run__name=folder.name
+        method=method,
+        run__dir=str(folder.parent),
+        run__name=folder.name,
+        **changes,
     )
     grid = InProcessGrid(config, nodes, order_seed=nodes, tamper=tamper)
     context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
@@ -121,6 +129,29 @@ def test_bytes_are_those_of_the_arrays_on_the_wire(tmp_path: Path) -> None:
         for message in grid.requests[:2]
     ]
     assert line["bytes"]["down"] == sum(sent)
+    sizes = line["bytes"]
+    assert len(sizes["per_client"]) == len(sizes["class_gradients"]) == 2
+    assert sizes["up"] == sum(sizes["per_client"])
+    assert all(
+        0 < gradients < total
+        for gradients, total in zip(
+            sizes["class_gradients"], sizes["per_client"], strict=True
+        )
+    )
+
+
+def test_low_rank_uploads_are_smaller_and_still_learn(tmp_path: Path) -> None:
+    """The averaged model is untouched; only what synthesis sees has changed."""
+    federate(tmp_path / "dense")
+    federate(tmp_path / "coded", upload__min_cosine=0.95)
+    for dense, coded in zip(
+        metrics(tmp_path / "dense"), metrics(tmp_path / "coded"), strict=True
+    ):
+        assert sum(coded["bytes"]["class_gradients"]) < 0.7 * sum(
+            dense["bytes"]["class_gradients"]
+        )
+        assert coded["accuracy"]["fedavg"] == dense["accuracy"]["fedavg"]
+        assert coded["dropped_replies"] == 0
 
 
 def _broken(change: str) -> Tamper:

@@ -14,7 +14,9 @@ from torch import nn
 from client_app.app import app
 from client_app.gradients import class_gradients
 from clip2fl_common import records
+from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.gradient_coding import LowRankGradient, row_cosines
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
@@ -27,8 +29,10 @@ CONFIG = run_config(
     class_gradients__draws=1,
     class_gradients__augment=False,
     class_gradients__samples_per_class=1000,
+    upload__precision="full",
 )
 CLASSES, DIM = 10, CONFIG.model.feature_dim
+FORMAT = records.GradientFormat(CLASSES, DIM, CONFIG.upload)
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +88,9 @@ def distilling(**config: str | float) -> Message:
     return request(with_classifier=True, **settings)
 
 
-def answer(message: Message, place: int = 0) -> Message:
+def answer(message: Message, place: int = 0, config: RunConfig = CONFIG) -> Message:
     """Return the ClientApp's reply from a node at this place."""
-    flat = cast(Any, CONFIG.to_flat())
+    flat = cast(Any, config.to_flat())
     context = Context(1, 42, {"partition-id": place}, RecordDict(), flat)
     return app(copy.deepcopy(message), context)
 
@@ -121,7 +125,7 @@ def test_reply_keeps_the_contract(partition: int) -> None:
     message = request(partition=partition, with_classifier=True)
     reply = answer(message, place=0)
     sent = message.content.array_records[records.ARRAYS]
-    records.check_reply(reply, sent, gradient_shape=(CLASSES, DIM))
+    records.check_reply(reply, sent, FORMAT)
     images, labels = images_of(partition)
     values = reply.content.metric_records[records.METRICS]
     assert records.partition_of(reply) == partition
@@ -139,7 +143,7 @@ def test_class_gradients_are_the_global_models() -> None:
     images, labels = images_of(1)
     reply = answer(request(with_classifier=True))
     sent = records.gradients_from_arrays(
-        reply.content.array_records[records.GRADIENTS], CLASSES, DIM
+        reply.content.array_records[records.GRADIENTS], FORMAT
     )
     model, head = student().eval(), classifier()
     for c, gradient in sent.items():
@@ -158,6 +162,31 @@ def test_class_gradients_are_the_global_models() -> None:
             model.features(images), labels, head.weight.detach(), head.bias.detach()
         )
     assert set(own) == set(sent)
+
+
+def test_class_gradients_are_coded_as_configured() -> None:
+    """In half precision, and with the bound that was set."""
+    config = run_config(
+        class_gradients__draws=1,
+        class_gradients__augment=False,
+        class_gradients__samples_per_class=1000,
+        upload__precision="half",
+        upload__min_cosine=0.95,
+    )
+    plain, coded = (
+        records.gradients_from_arrays(
+            answer(
+                request(with_classifier=True), config=settings
+            ).content.array_records[records.GRADIENTS],
+            records.GradientFormat(CLASSES, DIM, settings.upload),
+        )
+        for settings in (CONFIG, config)
+    )
+    assert set(coded) == set(plain)
+    assert any(isinstance(gradient, LowRankGradient) for gradient in coded.values())
+    for c, gradient in coded.items():
+        assert row_cosines(plain[c].weight, gradient.weight).min() >= 0.95 - 1e-6
+        torch.testing.assert_close(gradient.bias, plain[c].bias, rtol=1 / 256, atol=0)
 
 
 def test_without_classifier_no_class_gradients() -> None:
@@ -194,6 +223,23 @@ def test_same_request_twice_gives_identical_arrays() -> None:
             for reply in (first, second)
         ]
         assert values[0] == values[1]
+
+
+def test_precision_of_the_configuration_reaches_training_and_gradients() -> None:
+    """In bfloat16 both differ from float32, and by no more than its rounding."""
+    replies = [
+        answer(
+            request(with_classifier=True),
+            config=run_config(client__precision=precision, upload__precision="full"),
+        )
+        for precision in ("float32", "bfloat16")
+    ]
+    for record, name in ((records.ARRAYS, "bn1.bias"), (records.GRADIENTS, "bias")):
+        full, half = (
+            reply.content.array_records[record][name].numpy() for reply in replies
+        )
+        assert not np.array_equal(full, half)
+        np.testing.assert_allclose(half, full, atol=0.05)
 
 
 def test_terms_of_the_request_change_the_training() -> None:

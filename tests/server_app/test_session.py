@@ -34,8 +34,9 @@ def outcome() -> RoundOutcome:
     return RoundOutcome(
         clients=[0, 2],
         dropped=1,
-        bytes_up=1000,
         bytes_down=3000,
+        upload_bytes=[400, 600],
+        gradient_bytes=[100, 200],
         losses={"client": 1.5, "distillation": 0.25},
         unreadable=4,
         seconds={"clients": 1.23456789},
@@ -108,7 +109,12 @@ def test_round_is_written_with_all_its_numbers(
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},
         "unreadable_images": {"train": 4, "test": 0},
-        "bytes": {"down": 3000, "up": 1000},
+        "bytes": {
+            "down": 3000,
+            "up": 1000,
+            "per_client": [400, 600],
+            "class_gradients": [100, 200],
+        },
     }
     assert '"clients": 1.2346' in text
     assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from clip2fl_common import records
+from clip2fl_common.gradient_coding import CodedGradient, Precision
 from clip2fl_common.gradients import ClassGradient
 from strategy.partitioned import ClientPlan, PartitionedTraining
 
@@ -77,7 +78,8 @@ def train_reply(
     request: Message,
     model: Mapping[str, npt.NDArray[np.float32]],
     examples: int,
-    gradients: Mapping[int, ClassGradient] | None = None,
+    gradients: Mapping[int, CodedGradient] | None = None,
+    precision: Precision = "full",
     **metrics: float,
 ) -> Message:
     """Return a good reply to a request; ``_`` in a metric's name stands for ``-``."""
@@ -102,7 +104,7 @@ def train_reply(
         }
     )
     if gradients is not None:
-        content[records.GRADIENTS] = records.gradients_to_arrays(gradients)
+        content[records.GRADIENTS] = records.gradients_to_arrays(gradients, precision)
     return Message(content, reply_to=request)
 
 

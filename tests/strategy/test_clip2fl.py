@@ -43,6 +43,7 @@ def strategies(
         "synthesis__contrast_temperature": 0.3,
         "distillation__weight": 0.75,
         "distillation__temperature": 2.5,
+        "upload__precision": "full",
     }
     config = run_config(**{**settings, **changes})
     plan = client_plan(clients=2, per_round=2)
@@ -53,6 +54,7 @@ def strategies(
         feature_dim=DIM,
         synthesis=config.synthesis,
         retraining=config.retraining,
+        upload=config.upload,
         device=device,
     )
     clip2fl = CLIP2FL(
@@ -61,6 +63,7 @@ def strategies(
         feature_dim=DIM,
         synthesis=config.synthesis,
         retraining=config.retraining,
+        upload=config.upload,
         device=device,
         text_features=text_features,
         teacher_fingerprint="fingerprint-of-the-teacher",

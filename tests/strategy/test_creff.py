@@ -8,6 +8,12 @@ import torch
 from flwr.app import Message
 
 from clip2fl_common import records
+from clip2fl_common.config import Upload
+from clip2fl_common.gradient_coding import (
+    LowRankGradient,
+    Precision,
+    encode_gradients,
+)
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.randomness import generator
 from strategy.creff import CReFF
@@ -33,7 +39,11 @@ CLASSES, PER_CLASS, DIM = 3, 4, 6
 HELD = {0: [0, 1, 2], 1: [1], 2: [2, 1]}
 
 
-def creff(seed: int = 7, init: Literal["fresh", "warm"] = "fresh") -> CReFF:
+def creff(
+    seed: int = 7,
+    init: Literal["fresh", "warm"] = "fresh",
+    upload: Upload | None = None,
+) -> CReFF:
     """Return a small CReFF."""
     config = run_config(
         synthesis__features_per_class=PER_CLASS,
@@ -43,6 +53,7 @@ def creff(seed: int = 7, init: Literal["fresh", "warm"] = "fresh") -> CReFF:
         retraining__epochs=4,
         retraining__batch_size=5,
         retraining__learning_rate=0.05,
+        upload__precision="full",
     )
     return CReFF(
         client_plan(clients=3, per_round=3, seed=seed),
@@ -50,6 +61,7 @@ def creff(seed: int = 7, init: Literal["fresh", "warm"] = "fresh") -> CReFF:
         feature_dim=DIM,
         synthesis=config.synthesis,
         retraining=config.retraining,
+        upload=upload or config.upload,
         device=torch.device("cpu"),
     )
 
@@ -150,6 +162,68 @@ def test_round_equals_its_parts_called_by_hand(init: Literal["fresh", "warm"]) -
         }
 
 
+@pytest.mark.parametrize("precision", ["half", "full"])
+def test_coded_gradients_are_used_as_the_clients_encoded_them(
+    precision: Precision,
+) -> None:
+    """Class 0 has one direction at each client and is low-rank, the others dense."""
+    upload = run_config(upload__precision=precision, upload__min_cosine=0.99).upload
+    strategy = creff(upload=upload)
+    arrays = global_model()
+    encoded = []
+    replies = []
+    for seed, request in enumerate(configure(strategy, arrays)):
+        own = random_gradients([0, 1, 2], (CLASSES, DIM), seed)
+        own[0] = ClassGradient(torch.outer(own[1].bias, own[1].weight[0]), own[0].bias)
+        encoded.append(
+            encode_gradients(
+                own, min_cosine=upload.min_cosine, precision=upload.precision
+            )
+        )
+        assert [isinstance(g, LowRankGradient) for g in encoded[-1].values()] == [
+            True,
+            False,
+            False,
+        ]
+        model = random_model(arrays, seed)
+        replies.append(train_reply(request, model, 10, encoded[-1], precision))
+    weight, bias = (
+        strategy.classifier.weight.detach(),
+        strategy.classifier.bias.detach(),
+    )
+    mean = mean_class_gradients(encoded)
+    expected = synthesize(
+        strategy.features,
+        {c: ClassGradient(g.weight, g.bias) for c, g in mean.items()},
+        weight,
+        bias,
+        None,
+        steps=7,
+        learning_rate=0.2,
+        contrast_weight=0.0,
+        temperature=1.0,
+    )
+    strategy.aggregate_train(1, replies)
+    assert strategy.round.dropped == 0
+    torch.testing.assert_close(strategy.features, expected)
+
+
+def test_gradients_that_were_not_asked_for_are_dropped(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    """Here: of another precision than the run's."""
+    strategy = creff(upload=run_config(upload__precision="half").upload)
+    replies = round_of(strategy, HELD)
+    request = configure(strategy, global_model())[1]
+    model = random_model(global_model(), 1)
+    replies[1] = train_reply(request, model, 10, gradients(HELD)[1], "half")
+    strategy.aggregate_train(1, replies)
+    dropped = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert len(dropped) == 2
+    assert all("weight has type float32, expected uint16" in line for line in dropped)
+    assert strategy.round.clients == [1]
+
+
 def test_next_request_carries_the_retrained_classifier() -> None:
     strategy = creff()
     before = strategy.classifier.weight.clone()
@@ -204,9 +278,18 @@ def test_bytes_include_classifier_and_gradients() -> None:
         for reply in replies
         for record in reply.content.array_records.values()
     )
+    gradients_of_each = [
+        wire_bytes(
+            array.numpy()
+            for array in reply.content.array_records[records.GRADIENTS].values()
+        )
+        for reply in replies
+    ]
     strategy.aggregate_train(1, replies)
     assert strategy.round.bytes_down == 3 * (model + classifier)
-    assert strategy.round.bytes_up == returned > 3 * model
+    assert sum(strategy.round.upload_bytes) == returned
+    assert strategy.round.gradient_bytes == gradients_of_each
+    assert strategy.round.upload_bytes == [model + g for g in gradients_of_each]
 
 
 @pytest.mark.parametrize(
@@ -259,5 +342,6 @@ def test_summary_names_every_setting(flower_log: pytest.LogCaptureFixture) -> No
         "7 steps, learning rate 0.2",
         "4 epochs, batch size 5, learning rate 0.05",
         "Drawn each round: 3 of 3 (seed 7)",
+        "full precision, smallest cosine of a row 1",
     ):
         assert text in flower_log.text

@@ -280,7 +280,8 @@ def test_bytes_are_those_on_the_wire() -> None:
     strategy.aggregate_train(1, replies)
     model = wire_bytes(array.numpy() for array in arrays.values())
     assert strategy.round.bytes_down == 3 * model
-    assert strategy.round.bytes_up == 2 * model
+    assert strategy.round.upload_bytes == [model, model]
+    assert strategy.round.gradient_bytes == [0, 0]
 
 
 def test_metrics_are_averaged_or_summed() -> None:
