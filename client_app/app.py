@@ -8,17 +8,17 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client_app.gradients import coded_class_gradients
 from client_app.training import (
     LocalObjective,
     PixelImages,
-    augmented_class_gradients,
+    augmented_features,
     train_locally,
 )
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
 from clip2fl_common.devices import resolve_device, to_device_if_small
-from clip2fl_common.gradient_coding import encode_gradients
 from clip2fl_common.models import build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
@@ -64,8 +64,8 @@ def train(message: Message, context: Context) -> Message:
     if objective.distillation_weight > 0:
         teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
         _check_teacher(teacher, request.teacher_fingerprint)
-        features = teacher.cached_image_features(loaded.images)
-        teacher_logits = (teacher.logit_scale * features @ prototypes.T).to(device)
+        known = teacher.cached_image_features(loaded.images)
+        teacher_logits = (teacher.logit_scale * known @ prototypes.T).to(device)
     clock.lap("data")
 
     model = build_model(
@@ -75,11 +75,10 @@ def train(message: Message, context: Context) -> Message:
     model.to(device)
     reply = RecordDict()
     if request.classifier is not None:
-        gradients = augmented_class_gradients(
+        features, drawn = augmented_features(
             model,
             images,
             labels,
-            *(tensor.to(device) for tensor in request.classifier),
             draws=config.class_gradients.draws,
             samples_per_class=config.class_gradients.samples_per_class,
             augment=config.class_gradients.augment,
@@ -89,12 +88,15 @@ def train(message: Message, context: Context) -> Message:
             ),
             precision=precision,
         )
-        upload = config.upload
-        encoded = encode_gradients(
-            gradients, min_cosine=upload.min_cosine, precision=upload.precision
+        gradients = coded_class_gradients(
+            features,
+            drawn,
+            *(tensor.to(device) for tensor in request.classifier),
+            min_cosine=config.upload.min_cosine,
+            precision=config.upload.precision,
         )
         reply[records.GRADIENTS] = records.gradients_to_arrays(
-            encoded, upload.precision
+            gradients, config.upload.precision
         )
     clock.lap("gradients")
 

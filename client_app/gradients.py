@@ -9,9 +9,13 @@ No automatic differentiation is needed.
 import torch
 from torch.nn import functional
 
+from clip2fl_common.gradient_coding import CodedGradient, Precision, encode_gradients
 from clip2fl_common.gradients import ClassGradient
 
-__all__ = ["ClassGradient", "class_gradients"]
+__all__ = ["ClassGradient", "class_gradients", "coded_class_gradients"]
+
+# Dense class gradients held at once: one takes 2 MiB at C = 1000 and d = 512.
+CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
@@ -62,3 +66,36 @@ def class_gradients(
         int(c): ClassGradient(weight_gradients[k], bias_gradients[k])
         for k, c in enumerate(held)
     }
+
+
+def coded_class_gradients(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    min_cosine: float,
+    precision: Precision,
+) -> dict[int, CodedGradient]:
+    """Return the class gradients as they are uploaded, in bounded memory.
+
+    Parameters
+    ----------
+    features, labels, weight, bias : Tensor
+        As in `class_gradients`, of which a few classes at a time are computed.
+    min_cosine : float
+        Bound of the low-rank code (see `gradient_coding.encode_gradients`).
+    precision : {"half", "full"}
+        Of all values.
+
+    Returns
+    -------
+    dict of int to ClassGradient or LowRankGradient
+        One entry per class held, in ascending order of class.
+    """
+    coded: dict[int, CodedGradient] = {}
+    for classes in labels.unique().split(max(1, CHUNK_BYTES // weight.nbytes)):
+        chosen = torch.isin(labels, classes)
+        dense = class_gradients(features[chosen], labels[chosen], weight, bias)
+        coded |= encode_gradients(dense, min_cosine=min_cosine, precision=precision)
+    return coded

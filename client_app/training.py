@@ -9,8 +9,6 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
-from client_app.gradients import class_gradients
-from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.models import ImageClassifier
 from clip2fl_common.parallel import map_pieces
 
@@ -217,12 +215,10 @@ def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autoc
 
 
 @torch.no_grad()
-def augmented_class_gradients(
+def augmented_features(
     model: ImageClassifier,
     images: Images,
     labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
     *,
     draws: int,
     samples_per_class: int,
@@ -230,11 +226,13 @@ def augmented_class_gradients(
     batch_size: int,
     generator: torch.Generator,
     precision: torch.dtype = torch.float32,
-) -> dict[int, ClassGradient]:
-    """Return the class gradients of a client, averaged over augmented draws.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features from which a client's class gradients are computed.
 
     Each draw takes up to ``samples_per_class`` random images of each class held and
     augments each class's images by one Siamese operation (PAPER, "One round", 2).
+    Every draw holds the same number of images of a class, so that a class's gradient
+    over all of its features is the mean of the draws' gradients.
 
     Parameters
     ----------
@@ -244,10 +242,6 @@ def augmented_class_gradients(
         The client's normalised images.
     labels : Tensor of int64, shape [N]
         Their classes.
-    weight : Tensor, shape [C, d]
-        Re-trained classifier of the last round.
-    bias : Tensor, shape [C]
-        Its bias.
     draws, samples_per_class : int
         Number of draws, and images of a class in one draw at most.
     augment : bool
@@ -261,7 +255,8 @@ def augmented_class_gradients(
 
     Returns
     -------
-    dict of int to ClassGradient
+    tuple of Tensor
+        Features [n, d] in float32 and their labels [n], in the order of the draws.
     """
     model.eval()
     members = {
@@ -284,9 +279,7 @@ def augmented_class_gradients(
 
     batches = _rebatch(parts(), batch_size)
     features = torch.cat(list(map_pieces(features_of, batches, images.device)))
-    # Every draw holds the same number of images of a class, so that the mean over all
-    # of them is the mean of the draws' gradients.
-    return class_gradients(features, labels[torch.cat(chosen)], weight, bias)
+    return features, labels[torch.cat(chosen)]
 
 
 def _rebatch(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -1,11 +1,18 @@
 """Class gradients: the reference's, automatic differentiation's, and their mean."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from client_app.gradients import ClassGradient, class_gradients
+from client_app import gradients as gradients_module
+from client_app.gradients import (
+    ClassGradient,
+    class_gradients,
+    coded_class_gradients,
+)
+from clip2fl_common.gradient_coding import encode_gradients
 from tests import reference
 
 
@@ -83,3 +90,32 @@ def test_large_logits_stay_finite() -> None:
     assert torch.equal(gradients[0].weight, torch.zeros(2, 4))
     assert torch.equal(gradients[1].bias, torch.tensor([1.0, -1.0]))
     assert torch.equal(gradients[1].weight[0], features[0])
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 3, 100])
+def test_coded_gradients_do_not_depend_on_how_many_are_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Classes in groups of any size (a class at least) give each class's own code."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 12, generator=generator)
+    labels = torch.randint(0, 9, (60,), generator=generator)
+    labels[labels == 4] = 5  # not every class is held
+    weight = torch.randn(9, 12, generator=generator)
+    bias = torch.randn(9, generator=generator)
+    monkeypatch.setattr(gradients_module, "CHUNK_BYTES", at_once * weight.nbytes)
+
+    coded = coded_class_gradients(
+        features, labels, weight, bias, min_cosine=0.9, precision="full"
+    )
+
+    expected = encode_gradients(
+        slow_class_gradients(features, labels, weight, bias),
+        min_cosine=0.9,
+        precision="full",
+    )
+    assert list(coded) == list(expected) == [0, 1, 2, 3, 5, 6, 7, 8]
+    for c, gradient in coded.items():
+        assert type(gradient) is type(expected[c])
+        torch.testing.assert_close(gradient.weight, expected[c].weight)
+        torch.testing.assert_close(gradient.bias, expected[c].bias)

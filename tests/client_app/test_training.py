@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
+from client_app.gradients import class_gradients
 from client_app.training import (
     LocalObjective,
     PixelImages,
-    augmented_class_gradients,
+    augmented_features,
     distillation_loss,
     train_locally,
 )
@@ -180,17 +181,19 @@ def test_class_gradients_of_images_equal_the_reference(draws: int) -> None:
     """Without augmentation and with all images every draw is the reference's."""
     model = reference.resnet8()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    gradients = augmented_class_gradients(
-        model.train(),
-        reference.tensor("gradients/images"),
-        reference.tensor("gradients/labels"),
+    gradients = class_gradients(
+        *augmented_features(
+            model.train(),
+            reference.tensor("gradients/images"),
+            reference.tensor("gradients/labels"),
+            draws=draws,
+            samples_per_class=32,
+            augment=False,
+            batch_size=50,
+            generator=torch.Generator().manual_seed(0),
+        ),
         model.classifier.weight.detach(),
         model.classifier.bias.detach(),
-        draws=draws,
-        samples_per_class=32,
-        augment=False,
-        batch_size=50,
-        generator=torch.Generator().manual_seed(0),
     )
     expected = reference.class_gradients("gradients")
     assert set(gradients) == set(expected)
@@ -206,17 +209,19 @@ def test_class_gradients_follow_the_generator(augment: bool) -> None:
     """Few samples of each class are drawn anew; the seed decides which."""
     model, images, labels, _ = small_problem()
     results = [
-        augmented_class_gradients(
-            model,
-            images,
-            labels,
+        class_gradients(
+            *augmented_features(
+                model,
+                images,
+                labels,
+                draws=2,
+                samples_per_class=2,
+                augment=augment,
+                batch_size=3,
+                generator=torch.Generator().manual_seed(seed),
+            ),
             model.classifier.weight.detach(),
             model.classifier.bias.detach(),
-            draws=2,
-            samples_per_class=2,
-            augment=augment,
-            batch_size=3,
-            generator=torch.Generator().manual_seed(seed),
         )
         for seed in (1, 1, 2)
     ]
@@ -229,17 +234,19 @@ def test_class_gradients_are_the_mean_over_augmented_draws() -> None:
     """As the released code: class by class, draw by draw, automatic derivatives."""
     model, images, labels, _ = small_problem()
     weight, bias = model.classifier.weight, model.classifier.bias
-    gradients = augmented_class_gradients(
-        model,
-        images,
-        labels,
+    gradients = class_gradients(
+        *augmented_features(
+            model,
+            images,
+            labels,
+            draws=3,
+            samples_per_class=2,
+            augment=True,
+            batch_size=4,
+            generator=torch.Generator().manual_seed(1),
+        ),
         weight.detach(),
         bias.detach(),
-        draws=3,
-        samples_per_class=2,
-        augment=True,
-        batch_size=4,
-        generator=torch.Generator().manual_seed(1),
     )
     generator = torch.Generator().manual_seed(1)
     classes = sorted(set(labels.tolist()))
@@ -274,17 +281,19 @@ def test_pixels_train_as_normalised_images_do() -> None:
         PixelImages(pixels, normalize, torch.device("cpu")),
     ):
         trained = copy.deepcopy(model)
-        gradients = augmented_class_gradients(
-            trained,
-            images,
-            labels,
+        gradients = class_gradients(
+            *augmented_features(
+                trained,
+                images,
+                labels,
+                draws=2,
+                samples_per_class=2,
+                augment=True,
+                batch_size=4,
+                generator=torch.Generator().manual_seed(1),
+            ),
             model.classifier.weight.detach(),
             model.classifier.bias.detach(),
-            draws=2,
-            samples_per_class=2,
-            augment=True,
-            batch_size=4,
-            generator=torch.Generator().manual_seed(1),
         )
         losses = train_locally(
             trained,

@@ -1,0 +1,597 @@
+"""Each stage of a round against the published code's loops, without Flower.
+
+    python -m benchmarks.stages
+
+Needs torch and torchvision only; on a GPU with ``--device cuda``.
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torchvision.models import vit_b_32
+
+from benchmarks import published_loops
+from benchmarks.measure import (
+    Comparison,
+    compare,
+    comparison_table,
+    interleaved,
+    median_and_spread,
+    write_results,
+)
+from client_app.gradients import class_gradients
+from client_app.training import (
+    LocalObjective,
+    augmented_features,
+    train_locally,
+)
+from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.models import ImageClassifier, build_model
+from strategy.gradient_mean import mean_class_gradients
+from strategy.retraining import new_classifier, retrain_classifier
+from strategy.synthesis import synthesize
+
+# The paper's settings (PAPER, "Settings").
+PER_CLASS, DIM = 100, 512
+BATCH_SIZE, TEMPERATURE = 32, 3.0
+DRAWS, SAMPLES_PER_CLASS = 10, 32
+FORWARD_BATCH = {"cpu": 64, "cuda": 512}
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+TeacherFactory = Callable[[int, torch.device], Logits]
+
+
+class EpochSettings(TypedDict):
+    """Settings of a local epoch."""
+
+    batch_size: int
+    learning_rate: float
+    crop_padding: int
+
+
+class SynthesisSettings(TypedDict):
+    """Settings of the synthesis."""
+
+    learning_rate: float
+    contrast_weight: float
+    temperature: float
+
+
+class RetrainingSettings(TypedDict):
+    """Settings of re-training."""
+
+    batch_size: int
+    learning_rate: float
+
+
+EPOCH: EpochSettings = {
+    "batch_size": BATCH_SIZE,
+    "learning_rate": 0.1,
+    "crop_padding": 4,
+}
+SYNTHESIS: SynthesisSettings = {
+    "learning_rate": 0.1,
+    "contrast_weight": 0.001,
+    "temperature": 0.1,
+}
+RETRAINING: RetrainingSettings = {"batch_size": BATCH_SIZE, "learning_rate": 0.01}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each stage has to do.
+
+    Attributes
+    ----------
+    images : mapping of int to int
+        Images of a client, by number of classes.
+    epoch_images : int
+        Images of the local epoch.
+    steps : mapping of int to tuple of int
+        Descent steps of the published (0: it cannot) and of our synthesis, by number
+        of classes.
+    epochs : mapping of int to tuple of int
+        Epochs of the published (0: too long) and of our re-training, by number of
+        classes.
+    per_class : int
+        Federated features of each class.
+    round_steps, round_epochs : int
+        Descent steps and re-training epochs of the whole round.
+    """
+
+    images: Mapping[int, int]
+    epoch_images: int
+    steps: Mapping[int, tuple[int, int]]
+    epochs: Mapping[int, tuple[int, int]]
+    per_class: int
+    round_steps: int
+    round_epochs: int
+
+
+# Numbers of images: a client of CIFAR-10/100-LT at IF 100 with 20 clients.
+FULL = Sizes(
+    images={10: 620, 100: 542},
+    epoch_images=256,
+    # The published loss's [C*m, C*m] matrices take 40 GB each at C = 1000.
+    steps={10: (5, 100), 100: (1, 20), 1000: (0, 2)},
+    epochs={10: (10, 100), 100: (2, 10), 1000: (0, 1)},
+    per_class=PER_CLASS,
+    round_steps=100,
+    round_epochs=300,
+)
+TINY = Sizes(
+    images={4: 20},
+    epoch_images=16,
+    steps={4: (2, 2), 6: (0, 1)},
+    epochs={4: (2, 2)},
+    per_class=5,
+    round_steps=2,
+    round_epochs=2,
+)
+
+
+def random_images(
+    number: int, num_classes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pixels [N, 3, 32, 32] uint8, and labels with a long tail [N]."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(
+        256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8
+    )
+    tail = 0.01 ** (torch.arange(num_classes) / max(1, num_classes - 1))
+    labels = torch.multinomial(tail, number, replacement=True, generator=generator)
+    return pixels.to(device), labels.to(device)
+
+
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """Return float images of about unit variance."""
+    return (pixels.float() - 127.5) / 64
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    """Return a CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def student(num_classes: int, device: torch.device) -> ImageClassifier:
+    """Return the paper's CIFAR student with seeded weights."""
+    torch.manual_seed(0)
+    return build_model("resnet8", num_classes, DIM).to(device)
+
+
+def largest_difference(a: object, b: object) -> float:
+    """Return the largest absolute difference of tensors, or mappings of tuples."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return float((a - b).abs().max())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        assert set(a) == set(b)
+        return max(largest_difference(a[key], b[key]) for key in a)
+    assert isinstance(a, tuple) and isinstance(b, tuple)
+    return max(largest_difference(x, y) for x, y in zip(a, b, strict=True))
+
+
+def class_gradient_stage(
+    num_classes: int, number: int, device: torch.device, repeats: int
+) -> Comparison:
+    """Time a client's class gradients: ResNet-8 4x, augmented draws."""
+    pixels, labels = random_images(number, num_classes, device)
+    model = student(num_classes, device)
+    difference = largest_difference(
+        published_gradients(model, pixels, labels), our_gradients(model, pixels, labels)
+    )
+    return compare(
+        "class gradients of a client",
+        f"C = {num_classes}, {number} images, {len(labels.unique())} classes held",
+        lambda: published_gradients(model, pixels, labels),
+        lambda: our_gradients(model, pixels, labels),
+        repeats=repeats,
+        device=device,
+        difference=difference,
+    )
+
+
+def server_classifier(
+    num_classes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight [C, d] and bias [C] of the re-trained classifier."""
+    head = new_classifier(DIM, num_classes, seeded()).to(device)
+    return head.weight.detach(), head.bias.detach()
+
+
+def published_gradients(
+    model: ImageClassifier, pixels: torch.Tensor, labels: torch.Tensor
+) -> dict[int, ClassGradient]:
+    """Return a client's class gradients by the published loops."""
+    return published_loops.class_gradients(
+        model,
+        normalized(pixels),
+        labels,
+        *server_classifier(model.classifier.out_features, pixels.device),
+        draws=DRAWS,
+        samples_per_class=SAMPLES_PER_CLASS,
+        generator=seeded(),
+    )
+
+
+def our_gradients(
+    model: ImageClassifier, pixels: torch.Tensor, labels: torch.Tensor
+) -> dict[int, ClassGradient]:
+    """Return the same by our code."""
+    return class_gradients(
+        *augmented_features(
+            model,
+            normalized(pixels),
+            labels,
+            draws=DRAWS,
+            samples_per_class=SAMPLES_PER_CLASS,
+            augment=True,
+            batch_size=FORWARD_BATCH[pixels.device.type],
+            generator=seeded(),
+        ),
+        *server_classifier(model.classifier.out_features, pixels.device),
+    )
+
+
+def teacher_of_clips_size(num_classes: int, device: torch.device) -> Logits:
+    """Return a ViT-B/32 at 224 pixels: CLIP's image tower in size, weights random."""
+    torch.manual_seed(0)
+    tower = vit_b_32(num_classes=DIM).to(device).eval()
+    prototypes = torch.randn(DIM, num_classes, generator=seeded()).to(device)
+
+    @torch.no_grad()
+    def logits(pixels: torch.Tensor) -> torch.Tensor:
+        resized = functional.interpolate(
+            normalized(pixels), size=224, mode="bicubic", antialias=True
+        )
+        features = functional.normalize(tower(resized), dim=1)
+        scaled: torch.Tensor = 100 * features @ functional.normalize(prototypes, dim=0)
+        return scaled
+
+    return logits
+
+
+def published_epoch(
+    start: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, teacher: Logits
+) -> nn.Module:
+    """Return a model after one local epoch by the published loops."""
+    model = copy.deepcopy(start)
+    published_loops.train_epoch(
+        model,
+        normalized(pixels),
+        pixels,
+        labels,
+        teacher,
+        temperature=TEMPERATURE,
+        generator=seeded(),
+        **EPOCH,
+    )
+    return model
+
+
+def our_epoch(
+    start: nn.Module,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+) -> nn.Module:
+    """Return the same by our code; without the teacher's logits, not distilling."""
+    model = copy.deepcopy(start)
+    train_locally(
+        model,
+        normalized(pixels),
+        labels,
+        teacher_logits,
+        LocalObjective(float(teacher_logits is not None), TEMPERATURE),
+        epochs=1,
+        generator=seeded(),
+        **EPOCH,
+    )
+    return model
+
+
+def local_epoch_stage(
+    num_classes: int,
+    number: int,
+    device: torch.device,
+    repeats: int,
+    teacher: Logits,
+) -> tuple[Comparison, str]:
+    """Time a local epoch: distilling, not distilling, and with the teacher inside.
+
+    Returns
+    -------
+    tuple
+        The comparison, and a paragraph about what distillation costs.
+    """
+    pixels, labels = random_images(number, num_classes, device)
+    start = student(num_classes, device)
+
+    def first_pass() -> torch.Tensor:
+        return torch.cat([teacher(part) for part in pixels.split(BATCH_SIZE)])
+
+    logits = first_pass()
+    comparison = compare(
+        "local epoch with distillation",
+        f"{number} images, ResNet-8 4x, teacher ViT-B/32",
+        lambda: published_epoch(start, pixels, labels, teacher),
+        lambda: our_epoch(start, pixels, labels, logits),
+        repeats=repeats,
+        device=device,
+        difference=largest_difference(
+            dict(published_epoch(start, pixels, labels, teacher).named_parameters()),
+            dict(our_epoch(start, pixels, labels, logits).named_parameters()),
+        ),
+    )
+    seconds = interleaved(
+        {
+            "with": lambda: our_epoch(start, pixels, labels, logits),
+            "without": lambda: our_epoch(start, pixels, labels, None),
+        },
+        repeats=4 * repeats,
+        device=device,
+    )
+    first = interleaved({"first": first_pass}, repeats=2, device=device)["first"]
+    cost = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+    inside = statistics.median(comparison.slow) / statistics.median(seconds["without"])
+    text = (
+        f"A local epoch with distillation costs {median_and_spread(cost)} times the "
+        "same epoch without, the teacher's features being cached; with the teacher "
+        f"inside, as published, {inside:.1f} times. The first pass, in which the "
+        f"teacher sees each image once, takes {statistics.median(first):.1f} s for "
+        f"these {number} images, once for all rounds and runs."
+    )
+    print(text, flush=True)
+    return comparison, text
+
+
+def synthesis_problem(
+    num_classes: int, per_class: int, device: torch.device
+) -> tuple[
+    torch.Tensor, dict[int, ClassGradient], torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """Return features, gradients, classifier weight and bias, and unit prototypes."""
+    generator = seeded(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    gradients = {
+        c: ClassGradient(normal(num_classes, DIM), normal(num_classes))
+        for c in range(num_classes)
+    }
+    return (
+        normal(num_classes, per_class, DIM),
+        gradients,
+        *server_classifier(num_classes, device),
+        functional.normalize(normal(num_classes, DIM), dim=1),
+    )
+
+
+def synthesis_stage(
+    num_classes: int,
+    per_class: int,
+    steps: tuple[int, int],
+    device: torch.device,
+    repeats: int,
+) -> Comparison:
+    """Time a descent step on the federated features of all classes."""
+    problem = synthesis_problem(num_classes, per_class, device)
+    published, ours = steps
+    return compare(
+        "synthesis step",
+        f"C = {num_classes}, m = {per_class}, d = {DIM}",
+        (lambda: published_loops.synthesize(*problem, steps=published, **SYNTHESIS))
+        if published
+        else None,
+        lambda: synthesize(*problem, steps=ours, **SYNTHESIS),
+        repeats=repeats,
+        device=device,
+        difference=largest_difference(
+            published_loops.synthesize(*problem, steps=published, **SYNTHESIS),
+            synthesize(*problem, steps=published, **SYNTHESIS),
+        )
+        if published
+        else None,
+        units=steps,
+    )
+
+
+def published_retraining(features: torch.Tensor, epochs: int) -> nn.Linear:
+    """Return the classifier re-trained by the published loops."""
+    shuffling = seeded(4)
+    initial = new_classifier(DIM, len(features), shuffling)
+    return published_loops.retrain_classifier(
+        features, initial, epochs=epochs, generator=shuffling, **RETRAINING
+    )
+
+
+def our_retraining(features: torch.Tensor, epochs: int) -> nn.Linear:
+    """Return the same by our code."""
+    return retrain_classifier(
+        features, epochs=epochs, generator=seeded(4), **RETRAINING
+    )
+
+
+def retraining_stage(
+    num_classes: int,
+    per_class: int,
+    epochs: tuple[int, int],
+    device: torch.device,
+    repeats: int,
+) -> Comparison:
+    """Time an epoch of re-training."""
+    features = torch.randn(num_classes, per_class, DIM, generator=seeded(3))
+    features = features.to(device)
+    published, ours = epochs
+    return compare(
+        "re-training epoch",
+        f"C = {num_classes}, m = {per_class}, d = {DIM}",
+        (lambda: published_retraining(features, published)) if published else None,
+        lambda: our_retraining(features, ours),
+        repeats=repeats,
+        device=device,
+        difference=largest_difference(
+            published_retraining(features, published).weight.detach(),
+            our_retraining(features, published).weight.detach(),
+        )
+        if published
+        else None,
+        units=epochs,
+    )
+
+
+def round_stage(
+    num_classes: int,
+    sizes: Sizes,
+    device: torch.device,
+    repeats: int,
+    teacher: Logits,
+) -> Comparison:
+    """Time a whole round of two clients, from class gradients to a new classifier.
+
+    The teacher's features are in the cache, as in every round but a client's first.
+    """
+    pixels, labels = random_images(sizes.epoch_images, num_classes, device)
+    half = len(labels) // 2
+    clients = [(pixels[:half], labels[:half]), (pixels[half:], labels[half:])]
+    logits = [teacher(own) for own, _ in clients]
+    model = student(num_classes, device)
+    features, _, weight, bias, prototypes = synthesis_problem(
+        num_classes, sizes.per_class, device
+    )
+
+    def published() -> nn.Linear:
+        gradients = [published_gradients(model, *client) for client in clients]
+        average([published_epoch(model, *client, teacher) for client in clients])
+        mean = {
+            c: ClassGradient(*(torch.stack(t).mean(0) for t in zip(*held, strict=True)))
+            for c in sorted({c for reply in gradients for c in reply})
+            if (held := [reply[c] for reply in gradients if c in reply])
+        }
+        moved = published_loops.synthesize(
+            features,
+            mean,
+            weight,
+            bias,
+            prototypes,
+            steps=sizes.round_steps,
+            **SYNTHESIS,
+        )
+        return published_retraining(moved, sizes.round_epochs)
+
+    def ours() -> nn.Linear:
+        gradients = [our_gradients(model, *client) for client in clients]
+        average(
+            [
+                our_epoch(model, *client, known)
+                for client, known in zip(clients, logits, strict=True)
+            ]
+        )
+        moved = synthesize(
+            features,
+            mean_class_gradients(gradients),
+            weight,
+            bias,
+            prototypes,
+            steps=sizes.round_steps,
+            **SYNTHESIS,
+        )
+        return our_retraining(moved, sizes.round_epochs)
+
+    return compare(
+        "whole round, without Flower",
+        f"C = {num_classes}, 2 clients of {half} images, 1 epoch",
+        published,
+        ours,
+        repeats=repeats,
+        device=device,
+        difference=largest_difference(
+            published().weight.detach(), ours().weight.detach()
+        ),
+    )
+
+
+def average(models: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the mean of the models' floating-point state."""
+    states = [model.state_dict() for model in models]
+    return {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        for name, tensor in states[0].items()
+        if tensor.is_floating_point()
+    }
+
+
+def run_stages(
+    sizes: Sizes, device: torch.device, repeats: int, teacher_of: TeacherFactory
+) -> tuple[list[Comparison], str]:
+    """Time every stage.
+
+    Parameters
+    ----------
+    sizes : Sizes
+        How much each stage has to do.
+    device : torch.device
+        Where.
+    repeats : int
+        Timed runs of each contender.
+    teacher_of : callable
+        Makes the teacher from the number of classes and the device.
+
+    Returns
+    -------
+    tuple
+        Comparisons, and a paragraph about distillation.
+    """
+    smallest = min(sizes.images)
+    teacher = teacher_of(smallest, device)
+    comparisons = [
+        class_gradient_stage(num_classes, number, device, repeats)
+        for num_classes, number in sizes.images.items()
+    ]
+    epoch, text = local_epoch_stage(
+        smallest, sizes.epoch_images, device, repeats, teacher
+    )
+    comparisons.append(epoch)
+    for num_classes, steps in sizes.steps.items():
+        comparisons.append(
+            synthesis_stage(num_classes, sizes.per_class, steps, device, repeats)
+        )
+    for num_classes, epochs in sizes.epochs.items():
+        comparisons.append(
+            retraining_stage(num_classes, sizes.per_class, epochs, device, repeats)
+        )
+    comparisons.append(round_stage(smallest, sizes, device, repeats, teacher))
+    return comparisons, text
+
+
+def main() -> None:
+    """Time every stage at full size and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    comparisons, text = run_stages(
+        FULL, device, arguments.repeats, teacher_of_clips_size
+    )
+    threads = torch.get_num_threads()
+    write_results(
+        "stages",
+        "Stages of a round against the published loops",
+        f"Median (least-most) of {arguments.repeats} runs each, in one process, in "
+        f"turn, {threads} threads; the ratio is taken pair by pair. Synthesis and "
+        "re-training are given per step and epoch.\n\n"
+        f"{comparison_table(comparisons)}\n\n{text}",
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()
