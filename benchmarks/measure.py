@@ -213,8 +213,21 @@ def in_fresh_process(
 
 def _call(sender: Any, function: Callable[..., Any], arguments: Any) -> None:
     result = function(*arguments)
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sender.send((result, peak_kib / 2**20))
+    sender.send((result, peak_memory()))
+
+
+def peak_memory() -> float:
+    """Return this process's peak memory in GiB.
+
+    Linux's own figure of this process's memory, since the usual resource usage
+    counts the parent's too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text("utf-8").splitlines()
+        (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+        return int(peak) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def environment(device: torch.device) -> str:

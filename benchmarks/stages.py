@@ -166,6 +166,7 @@ def student(num_classes: int, device: torch.device) -> ImageClassifier:
     return build_model("resnet8", num_classes, DIM).to(device)
 
 
+@torch.no_grad()
 def largest_difference(a: object, b: object) -> float:
     """Return the largest absolute difference of tensors, or mappings of tuples."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

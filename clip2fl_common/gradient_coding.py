@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.parallel import map_pieces
 
 Precision = Literal["half", "full"]
 
@@ -83,7 +84,7 @@ def encode_gradients(
     Parameters
     ----------
     gradients : mapping of int to ClassGradient
-        Weight [C, d] and bias [C], float32.
+        Weight [C, d] and bias [C], float32, of one class at least.
     min_cosine : float
         Smallest cosine, in (0, 1], of any weight row with its decoded row. At 1 all
         gradients stay dense; below, each gets the smallest rank that keeps the bound,
@@ -96,9 +97,12 @@ def encode_gradients(
     dict of int to ClassGradient or LowRankGradient
         Values rounded to the precision, in the same order.
     """
-    return {
-        c: _encode(gradient, min_cosine, precision) for c, gradient in gradients.items()
-    }
+    coded = map_pieces(
+        lambda gradient: _encode(gradient, min_cosine, precision),
+        gradients.values(),
+        next(iter(gradients.values())).weight.device,
+    )
+    return dict(zip(gradients, coded, strict=True))
 
 
 def encoded_bytes(gradients: Iterable[CodedGradient], precision: Precision) -> int:

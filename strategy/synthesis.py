@@ -25,6 +25,7 @@ from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.parallel import map_pieces
 from strategy.gradient_mean import mean_class_gradients
+from strategy.gradient_target import GradientTarget
 
 __all__ = [
     "ClassGradient",
@@ -33,7 +34,6 @@ __all__ = [
     "gradient_matching_loss",
     "mean_class_gradients",
     "prototype_contrastive_loss",
-    "stack_gradients",
     "synthesis_gradient",
     "synthesize",
 ]
@@ -157,15 +157,15 @@ def gradient_matching_loss(
     num_classes, per_class, dim = features.shape
     total = features.new_zeros(())
     for chunk in class_chunks(list(gradients), num_classes, dim, features.device):
-        target_weight, target_bias = stack_gradients(gradients, chunk, features)
+        target = GradientTarget.stack(gradients, chunk, features)
         held = features[chunk]
         residual = torch.softmax(held @ weight.T + bias, dim=2)
         own = torch.zeros_like(residual)
         own[range(len(chunk)), :, chunk] = 1
         residual = residual - own
         weight_gradient = residual.transpose(1, 2) @ held / per_class
-        total = total + (1 - _cosine(weight_gradient, target_weight)).sum()
-        total = total + (1 - _cosine(residual.mean(dim=1), target_bias)).sum()
+        total = total + (1 - _cosine(weight_gradient, target.weight)).sum()
+        total = total + (1 - _cosine(residual.mean(dim=1), target.bias)).sum()
     return total
 
 
@@ -177,15 +177,17 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _distance_derivative(
-    a: torch.Tensor, b: torch.Tensor, norm_b: torch.Tensor
-) -> torch.Tensor:
-    """Return the derivative of the summed ``1 - cos(a, b)`` by a, written over a."""
-    norm_a = torch.linalg.vector_norm(a, dim=-1)
-    product = norm_a * norm_b + COSINE_EPSILON
+    product: torch.Tensor, norm_a: torch.Tensor, norm_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors x and y of the derivative ``x a + y b`` of ``1 - cos(a, b)`` by a.
+
+    All three arguments have one shape: the inner products of a and b, and the norms.
+    """
+    norms = norm_a * norm_b + COSINE_EPSILON
     # At a = 0 the norm has no derivative; automatic differentiation returns 0 too.
-    along_a = (a * b).sum(-1) * norm_b / product.square()
-    along_a /= norm_a.clamp_min(torch.finfo(a.dtype).tiny)
-    return a.mul_(along_a[..., None]).addcmul_(b, -1 / product[..., None])
+    along_a = product * norm_b / norms.square()
+    along_a /= norm_a.clamp_min(torch.finfo(norm_a.dtype).tiny)
+    return along_a, -1 / norms
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class Objective:
 def synthesis_gradient(
     features: torch.Tensor,
     classes: Sequence[int],
-    target: tuple[torch.Tensor, torch.Tensor] | None,
+    target: GradientTarget | None,
     objective: Objective,
 ) -> torch.Tensor:
     """Return the derivative of the synthesis objective by some classes' features.
@@ -233,14 +235,18 @@ def synthesis_gradient(
     ``P^T V / m`` (g by the bias gradient), the features' derivative is ``P G / m +
     dZ W`` with ``dP = (V G^T + g) / m`` and ``dZ = S * (dP - <S, dP>)``.
 
+    Where the real gradient T is a product of thin factors L R and C is large, G [C, d]
+    is not formed. Its rows are ``x_j (P^T V / m)_j + y_j T_j``, so that norms, products
+    and all of the above follow from ``V V^T`` [m, m], ``V R^T`` and L.
+
     Parameters
     ----------
     features : Tensor, shape [k, m, d]
         Federated features of k of the C classes.
     classes : sequence of int
         Which classes these are.
-    target : tuple of Tensor or None, shapes [k, C, d] and [k, C]
-        Their mean weight and bias gradients; None leaves the matching term out.
+    target : GradientTarget or None
+        Their mean class gradients; None leaves the matching term out.
     objective : Objective
         Classifier and prototypes.
 
@@ -262,11 +268,11 @@ class _Descent:
         self,
         features: torch.Tensor,
         classes: Sequence[int],
-        target: tuple[torch.Tensor, torch.Tensor] | None,
+        target: GradientTarget | None,
         objective: Objective,
     ) -> None:
         num_classes = len(objective.weight)
-        per_class = features.shape[1]
+        per_class, dim = features.shape[1:]
         self.num_classes = num_classes
         self.own = (
             torch.tensor(classes, dtype=torch.int64, device=features.device),
@@ -276,7 +282,11 @@ class _Descent:
         self.target = target
         matrices = []
         if target is not None:
-            self.target_norms = [torch.linalg.vector_norm(b, dim=-1) for b in target]
+            self.target_norms = target.row_norms()
+            self.target_bias_norms = torch.linalg.vector_norm(target.bias, dim=-1)
+            self.through_products = _products_pay(per_class, num_classes, dim, target)
+            if not self.through_products:
+                self.target_weight = target.weight
             matrices.append(objective.weight)
         self.contrasts = objective.contrasts
         if objective.text_features is not None and self.contrasts:
@@ -310,10 +320,7 @@ class _Descent:
         return derivative
 
     def _matching(
-        self,
-        features: torch.Tensor,
-        target: tuple[torch.Tensor, torch.Tensor],
-        logits: torch.Tensor,
+        self, features: torch.Tensor, target: GradientTarget, logits: torch.Tensor
     ) -> torch.Tensor:
         """Return ``P G / m`` [k, m, d]; write dZ over the logits [C, k, m]."""
         per_class = features.shape[1]
@@ -321,46 +328,89 @@ class _Descent:
         residual = softmax.clone()
         residual[self.own] -= 1
         by_class = residual.transpose(0, 1)
-        weight_gradient = torch.bmm(by_class, features).div_(per_class)
-        outer = _distance_derivative(weight_gradient, target[0], self.target_norms[0])
-        outer /= per_class
-        outer_bias = _distance_derivative(
-            residual.mean(dim=2).T, target[1], self.target_norms[1]
+        bias_gradient = residual.mean(dim=2).T
+        along, towards = _distance_derivative(
+            (bias_gradient * target.bias).sum(-1, keepdim=True),
+            torch.linalg.vector_norm(bias_gradient, dim=-1, keepdim=True),
+            self.target_bias_norms[:, None],
         )
+        outer_bias = (bias_gradient * along).addcmul_(target.bias, towards)
         outer_bias /= per_class
-        d_residual = torch.baddbmm(
-            outer_bias[:, :, None], outer, features.transpose(1, 2)
-        ).transpose(0, 1)
+        through = self._by_products if self.through_products else self._by_rows
+        derivative, d_residual = through(features, target, by_class, outer_bias)
+        d_residual = d_residual.transpose(0, 1)
         inner = (softmax * d_residual).sum(dim=0)
         torch.mul(softmax, d_residual - inner, out=logits)
-        return torch.bmm(by_class.transpose(1, 2), outer)
+        return derivative
+
+    def _by_rows(
+        self,
+        features: torch.Tensor,
+        target: GradientTarget,
+        residual: torch.Tensor,
+        outer_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``P G / m`` [k, m, d] and dP [k, C, m], forming G [k, C, d]."""
+        per_class = features.shape[1]
+        outer = torch.bmm(residual, features).div_(per_class)
+        along, towards = _distance_derivative(
+            (outer * self.target_weight).sum(-1),
+            torch.linalg.vector_norm(outer, dim=-1),
+            self.target_norms,
+        )
+        outer *= along.div_(per_class)[..., None]
+        outer.addcmul_(self.target_weight, towards.div_(per_class)[..., None])
+        d_residual = torch.baddbmm(
+            outer_bias[:, :, None], outer, features.transpose(1, 2)
+        )
+        return torch.bmm(residual.transpose(1, 2), outer), d_residual
+
+    def _by_products(
+        self,
+        features: torch.Tensor,
+        target: GradientTarget,
+        residual: torch.Tensor,
+        outer_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same from inner products, without anything of the shape of G."""
+        per_class = features.shape[1]
+        left, right = target.left, target.right
+        assert right is not None
+        residual = residual.contiguous()
+        among_features = torch.bmm(features, features.transpose(1, 2)).div_(per_class)
+        # Rows of the synthetic and of the real gradient, times every feature.
+        synthetic = torch.bmm(residual, among_features)
+        real = torch.bmm(left, torch.bmm(right, features.transpose(1, 2)))
+        squared_norms = (synthetic * residual).sum(-1).clamp_min_(0) / per_class
+        along, towards = _distance_derivative(
+            (real * residual).sum(-1).div_(per_class),
+            squared_norms.sqrt_(),
+            self.target_norms,
+        )
+        along, towards = (
+            factor.div_(per_class)[..., None] for factor in (along, towards)
+        )
+        weighted = (residual * along).transpose(1, 2)
+        mixed = torch.bmm(weighted, residual).div_(per_class)
+        pulled = torch.bmm((residual * towards).transpose(1, 2), left)
+        derivative = torch.bmm(pulled, right)
+        derivative.baddbmm_(mixed, features)
+        d_residual = synthetic.mul_(along).addcmul_(real, towards)
+        d_residual += outer_bias[:, :, None]
+        return derivative, d_residual
 
 
-def stack_gradients(
-    gradients: Mapping[int, CodedGradient],
-    classes: Sequence[int],
-    like: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack the gradients of some classes.
+def _products_pay(
+    per_class: int, num_classes: int, dim: int, target: GradientTarget
+) -> bool:
+    """Whether inner products with factors take fewer multiplications than rows of G.
 
-    Parameters
-    ----------
-    gradients : mapping of int to ClassGradient or LowRankGradient
-        Class gradients.
-    classes : sequence of int
-        Which k of them, at least one.
-    like : Tensor
-        Gives device and type.
-
-    Returns
-    -------
-    tuple of Tensor
-        Weight gradients [k, C, d] and bias gradients [k, C].
+    On dense targets they would save few, and were measured not to pay at C = 1000.
     """
-    return (
-        torch.stack([gradients[c].weight.to(like) for c in classes]),
-        torch.stack([gradients[c].bias.to(like) for c in classes]),
-    )
+    if target.right is None:
+        return False
+    by_products = 2 * (per_class + target.rank) * (num_classes + dim)
+    return by_products < 3 * num_classes * dim
 
 
 @torch.no_grad()
@@ -415,7 +465,7 @@ def synthesize(
 
     def descend(chunk: Sequence[int]) -> None:
         held = chunk[0] in gradients
-        target = stack_gradients(gradients, chunk, features) if held else None
+        target = GradientTarget.stack(gradients, chunk, features) if held else None
         current = features[list(chunk)]
         descent = _Descent(current, chunk, target, objective)
         for _ in range(steps):

@@ -34,16 +34,6 @@ def random_problem(
     )
 
 
-def stacked(
-    gradients: Mapping[int, ClassGradient],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights [K, C, d] and biases [K, C]."""
-    return (
-        torch.stack([gradient.weight for gradient in gradients.values()]),
-        torch.stack([gradient.bias for gradient in gradients.values()]),
-    )
-
-
 def contrastive_loss(
     features: torch.Tensor, text_features: torch.Tensor, temperature: float
 ) -> torch.Tensor:

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from clip2fl_common.gradient_coding import CodedGradient, LowRankGradient
 from strategy import synthesis
+from strategy.gradient_target import GradientTarget
 from strategy.synthesis import (
     ClassGradient,
     Objective,
@@ -22,7 +24,7 @@ from strategy.synthesis import (
 )
 from tests import reference
 from tests.strategy import slow_synthesis as slow
-from tests.strategy.slow_synthesis import Problem, random_problem, stacked
+from tests.strategy.slow_synthesis import Problem, random_problem
 
 
 @st.composite
@@ -100,7 +102,12 @@ def test_derivative_equals_automatic_differentiation(
         )
         held = list(gradients)
         torch.testing.assert_close(
-            synthesis_gradient(features[held], held, stacked(gradients), objective),
+            synthesis_gradient(
+                features[held],
+                held,
+                GradientTarget.stack(gradients, held, features),
+                objective,
+            ),
             expected[held],
         )
         absent = [c for c in range(len(features)) if c not in gradients]
@@ -110,13 +117,112 @@ def test_derivative_equals_automatic_differentiation(
         )
 
 
+@given(
+    num_classes=st.integers(2, 12),
+    per_class=st.integers(1, 3),
+    dim=st.integers(2, 12),
+    ranks=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    cheaper=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_derivative_is_the_same_by_rows_and_by_products(
+    num_classes: int,
+    per_class: int,
+    dim: int,
+    ranks: list[int],
+    cheaper: bool,
+    seed: int,
+) -> None:
+    """Whatever is cheaper, and whether targets are dense (rank 0) or low-rank."""
+    held = list(range(num_classes))[: len(ranks)]
+    features, dense, weight, bias, text = random_problem(
+        seed, num_classes, per_class, dim, set(held)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    gradients: dict[int, CodedGradient] = {}
+    for c, rank in zip(held, ranks, strict=False):
+        left = torch.randn(num_classes, rank, generator=generator, dtype=torch.float64)
+        right = torch.randn(rank, dim, generator=generator, dtype=torch.float64)
+        gradients[c] = LowRankGradient(left, right, dense[c].bias) if rank else dense[c]
+    expected = slow.synthesis_gradient(
+        features,
+        {c: ClassGradient(g.weight, g.bias) for c, g in gradients.items()},
+        weight,
+        bias,
+        text,
+        0.5,
+        0.5,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            synthesis,
+            "_products_pay",
+            lambda *_: cheaper and 0 not in ranks[: len(held)],
+        )
+        derivative = synthesis_gradient(
+            features[held],
+            held,
+            GradientTarget.stack(gradients, held, features),
+            Objective(weight, bias, text, 0.5, 0.5),
+        )
+    torch.testing.assert_close(derivative, expected[held])
+
+
+def test_many_classes_in_single_precision() -> None:
+    """Through inner products a row's norm keeps its digits, to 1e-5."""
+    num_classes, per_class, dim = 300, 20, 64
+    features, dense, weight, bias, text = random_problem(
+        0, num_classes, per_class, dim, {0, 1}
+    )
+    gradients = {
+        c: LowRankGradient(g.weight[:, :3], dense[0].weight[:3], g.bias)
+        for c, g in dense.items()
+    }
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        like = features.to(dtype)
+        target = GradientTarget.stack(gradients, [0, 1], like)
+        assert synthesis._products_pay(per_class, num_classes, dim, target)
+        objective = Objective(
+            weight.to(dtype), bias.to(dtype), text.to(dtype), 0.001, 0.1
+        )
+        results.append(synthesis_gradient(like[:2], [0, 1], target, objective).double())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+
+
+def test_products_are_chosen_where_they_take_fewer_multiplications() -> None:
+    """By hand: rows take 6 m C d, products 4 m (m + r) (C + d), low rank only."""
+    for num_classes, per_class, dim, rank in (
+        (10, 100, 512, 0),
+        (100, 100, 512, 0),
+        (100, 100, 512, 20),
+        (50, 100, 512, 20),
+        (1000, 100, 512, 0),
+        (1000, 100, 512, 400),
+        (1000, 100, 512, 410),
+        (1000, 100, 512, 20),
+    ):
+        rows = 6 * per_class * num_classes * dim
+        products = 4 * per_class * (per_class + rank) * (num_classes + dim)
+        target = GradientTarget(
+            torch.empty(1, num_classes, rank or dim),
+            torch.empty(1, rank, dim) if rank else None,
+            torch.empty(1, num_classes),
+        )
+        chosen = synthesis._products_pay(per_class, num_classes, dim, target)
+        assert chosen == (rank > 0 and products < rows)
+
+
 def test_derivative_is_finite_at_zero_gradients() -> None:
     """A synthetic or a real gradient of zero has no direction, but no NaN either."""
     features, gradients, weight, bias, _ = random_problem(0, 3, 2, 4, {0, 1, 2})
     gradients[0] = ClassGradient(torch.zeros_like(weight), torch.zeros_like(bias))
     features[1] = 0
     derivative = synthesis_gradient(
-        features, [0, 1, 2], stacked(gradients), Objective(weight, bias, None, 0.0, 0.1)
+        features,
+        [0, 1, 2],
+        GradientTarget.stack(gradients, [0, 1, 2], features),
+        Objective(weight, bias, None, 0.0, 0.1),
     )
     assert torch.isfinite(derivative).all()
     assert torch.equal(derivative[0], torch.zeros(2, 4, dtype=torch.float64))

@@ -1,0 +1,266 @@
+"""A thousand classes on one machine: seconds and peak memory.
+
+    python -m benchmarks.scale --text-features imagenet1k_text_vitb32.npz
+
+A round shaped like ImageNet-LT from class gradients to re-trained classifier: 1,000
+classes with 645 to 5 images, twenty clients, Dirichlet 0.5. Random features stand in
+for the images; ``--text-features`` gives true class prototypes (array ``text_features``
+or the only two-dimensional one of width 512), else random ones are taken. Every part
+runs in a process of its own, whose peak memory is the operating system's figure.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks.measure import (
+    in_fresh_process,
+    markdown,
+    median_and_spread,
+    write_results,
+)
+from benchmarks.stages import SYNTHESIS, our_retraining, synthesis_problem
+from client_app.gradients import coded_class_gradients
+from clip2fl_common.gradient_coding import (
+    CodedGradient,
+    LowRankGradient,
+    Precision,
+    encoded_bytes,
+)
+from clip2fl_common.partition import long_tail_counts, long_tail_partition
+from strategy.gradient_mean import mean_class_gradients
+from strategy.synthesis import synthesize
+
+DRAWS, SAMPLES_PER_CLASS = 10, 32
+PRECISION: Precision = "half"
+# Within a class, features spread along few directions of falling size; the spread and
+# an augmentation's share of it give a cosine of about 0.6 between two images.
+SPREAD, SPECTRUM_EXPONENT, AUGMENTATION_SHARE = 1.0, -0.5, 0.3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large the round is.
+
+    Attributes
+    ----------
+    num_classes, per_class, dim : int
+        C, m and d.
+    largest, imbalance : int
+        Images of the most frequent class, and how many times the rarest's that is.
+    clients : int
+        All of which take part.
+    min_cosine : float
+        Bound of the uploads' low-rank code.
+    steps, epochs : int
+        Of synthesis and re-training.
+    """
+
+    num_classes: int = 1000
+    per_class: int = 100
+    dim: int = 512
+    largest: int = 645
+    imbalance: int = 129
+    clients: int = 20
+    min_cosine: float = 0.99
+    steps: int = 100
+    epochs: int = 300
+
+
+def load_prototypes(path: Path | None, shape: Shape) -> torch.Tensor:
+    """Return unit prototypes [C, d] from a file, or random ones.
+
+    Raises
+    ------
+    ValueError
+        If the file has no array of that shape.
+    """
+    if path is None:
+        drawn = torch.randn(shape.num_classes, shape.dim, generator=_seeded(0))
+        return functional.normalize(drawn, dim=1)
+    with np.load(path) as arrays:
+        for name in arrays.files:
+            if arrays[name].shape == (shape.num_classes, shape.dim):
+                found = torch.from_numpy(arrays[name].astype(np.float32))
+                return functional.normalize(found, dim=1)
+        found_shapes = {name: arrays[name].shape for name in arrays.files}
+    raise ValueError(
+        f"{path} has the arrays {found_shapes}; one of shape "
+        f"{(shape.num_classes, shape.dim)} is needed"
+    )
+
+
+def whole_round(shape: Shape, prototypes: torch.Tensor) -> dict[str, float]:
+    """Compute a round and return seconds by phase, and bytes a client."""
+    counts = long_tail_counts(shape.largest, shape.num_classes, shape.imbalance)
+    labels = np.repeat(np.arange(shape.num_classes), counts)
+    parts = long_tail_partition(
+        labels, shape.num_classes, 1.0, shape.clients, 0.5, seed=7
+    )
+    # A classifier on its way: it knows the prototypes, vaguely.
+    generator = _seeded(1)
+    noise = torch.randn(prototypes.shape, generator=generator) * shape.dim**-0.5
+    weight, bias = 4 * (prototypes + noise), torch.zeros(shape.num_classes)
+    spectrum = torch.arange(1, shape.dim + 1) ** SPECTRUM_EXPONENT
+    spectrum *= SPREAD / spectrum.norm()
+    directions = torch.linalg.qr(
+        torch.randn(shape.dim, shape.dim, generator=generator)
+    ).Q
+    mixing = spectrum[:, None] * directions
+    figures = {"images": float(len(labels)), "classes held": 0.0, "bytes": 0.0}
+    seconds = {"clients' gradients": 0.0}
+
+    def replies() -> Iterator[dict[int, CodedGradient]]:
+        for client, part in enumerate(parts):
+            own = torch.from_numpy(labels[part])
+            features, drawn = _drawn_features(own, prototypes, mixing, _seeded(client))
+            started = time.perf_counter()
+            coded = coded_class_gradients(
+                features,
+                drawn,
+                weight,
+                bias,
+                min_cosine=shape.min_cosine,
+                precision=PRECISION,
+            )
+            seconds["clients' gradients"] += time.perf_counter() - started
+            figures["classes held"] += len(coded) / shape.clients
+            size = encoded_bytes(coded.values(), PRECISION)
+            figures["bytes"] += size / shape.clients
+            yield coded
+
+    started = time.perf_counter()
+    gradients = mean_class_gradients(replies())
+    seconds["mean"] = time.perf_counter() - started - seconds["clients' gradients"]
+    figures["mean rank"] = float(
+        np.mean([g.rank for g in gradients.values() if isinstance(g, LowRankGradient)])
+    )
+    features = torch.randn(
+        shape.num_classes, shape.per_class, shape.dim, generator=generator
+    )
+    started = time.perf_counter()
+    features = synthesize(
+        features, gradients, weight, bias, prototypes, steps=shape.steps, **SYNTHESIS
+    )
+    seconds["synthesis"] = time.perf_counter() - started
+    started = time.perf_counter()
+    our_retraining(features, shape.epochs)
+    seconds["re-training"] = time.perf_counter() - started
+    return figures | seconds
+
+
+def _drawn_features(
+    labels: torch.Tensor,
+    prototypes: torch.Tensor,
+    mixing: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features of augmented draws and their labels, for a client's images."""
+
+    def spread(number: int) -> torch.Tensor:
+        return torch.randn(number, len(mixing), generator=generator) @ mixing
+
+    images = prototypes[labels] + spread(len(labels))
+    picked = []
+    for _ in range(DRAWS):
+        order = torch.randperm(len(labels), generator=generator)
+        ordered = labels[order].argsort(stable=True)
+        sizes = torch.bincount(labels)
+        place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels.sort()[0]]
+        picked.append(order[ordered[place < SAMPLES_PER_CLASS]])
+    chosen = torch.cat(picked)
+    return images[chosen] + AUGMENTATION_SHARE * spread(len(chosen)), labels[chosen]
+
+
+def synthesis_step(shape: Shape, rank: int) -> float:
+    """Return seconds a descent step; rank 0 is dense gradients."""
+    features, gradients, weight, bias, prototypes = synthesis_problem(
+        shape.num_classes if not rank else 2, shape.per_class, torch.device("cpu")
+    )
+    coded: dict[int, CodedGradient] = dict(gradients)
+    if rank:
+        generator = _seeded(5)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator)
+
+        classes, dim = shape.num_classes, shape.dim
+        coded = {
+            c: LowRankGradient(
+                normal(classes, rank), normal(rank, dim), normal(classes)
+            )
+            for c in range(classes)
+        }
+        features = normal(classes, shape.per_class, dim)
+        weight, bias = normal(classes, dim) * dim**-0.5, normal(classes)
+        prototypes = functional.normalize(normal(classes, dim), dim=1)
+    started = time.perf_counter()
+    synthesize(
+        features, coded, weight, bias, prototypes, steps=shape.steps, **SYNTHESIS
+    )
+    return (time.perf_counter() - started) / shape.steps
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def main() -> None:
+    """Measure steps of growing size and a whole round, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text-features", type=Path)
+    parser.add_argument("--steps", type=int, default=Shape.steps)
+    parser.add_argument("--epochs", type=int, default=Shape.epochs)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    rows = []
+    for num_classes in (10, 30, 100, 300, 1000):
+        for kind, rank in (("dense", 0), ("rank 20", 20)):
+            few = replace(Shape(), num_classes=num_classes, steps=3)
+            runs = [
+                in_fresh_process(synthesis_step, few, rank)
+                for _ in range(arguments.repeats)
+            ]
+            row = [
+                str(num_classes),
+                kind,
+                median_and_spread([seconds for seconds, _ in runs]),
+                f"{max(peak for _, peak in runs):.2f}",
+            ]
+            print(" | ".join(row), flush=True)
+            rows.append(row)
+    steps = markdown(["C", "gradients", "s a synthesis step", "peak memory, GiB"], rows)
+    shape = replace(Shape(), steps=arguments.steps, epochs=arguments.epochs)
+    prototypes = load_prototypes(arguments.text_features, shape)
+    figures, peak = in_fresh_process(whole_round, shape, prototypes)
+    dense = figures["classes held"] * shape.num_classes * (shape.dim + 1) * 4
+    phases = ("clients' gradients", "mean", "synthesis", "re-training")
+    text = (
+        f"Synthesis step, m = {shape.per_class}, d = {shape.dim}, each in a process of "
+        f"its own ({arguments.repeats} runs, median and range):\n\n{steps}\n\n"
+        f"A whole round of {shape.clients} clients that share {figures['images']:,.0f} "
+        f"images of {shape.num_classes} classes, {figures['classes held']:.0f} classes "
+        f"a client, low-rank uploads of cosine {shape.min_cosine} at least: "
+        f"{figures['bytes'] / 2**20:.1f} MiB of class gradients a client, against "
+        f"{dense / 2**30:.2f} GiB as published. {shape.steps} descent steps, "
+        f"{shape.epochs} epochs of re-training. Peak memory of the one process that "
+        f"does it all: {peak:.2f} GiB. Mean rank of the clients' mean: "
+        f"{figures['mean rank']:.0f}.\n\n"
+        + markdown(
+            ["phase", "seconds"],
+            [[phase, f"{figures[phase]:.0f}"] for phase in phases],
+        )
+    )
+    write_results(
+        "scale", "A thousand classes on one machine", text, torch.device("cpu")
+    )
+
+
+if __name__ == "__main__":
+    main()
