@@ -256,7 +256,9 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def write_results(name: str, title: str, text: str, device: torch.device) -> Path:
+def write_results(
+    name: str, title: str, text: str, device: torch.device, folder: Path = RESULTS
+) -> Path:
     """Write a dated page of results.
 
     Parameters
@@ -269,6 +271,8 @@ def write_results(name: str, title: str, text: str, device: torch.device) -> Pat
         Tables and what there is to say about them.
     device : torch.device
         Where it was measured.
+    folder : Path
+        Where the page goes.
 
     Returns
     -------
@@ -279,7 +283,7 @@ def write_results(name: str, title: str, text: str, device: torch.device) -> Pat
     command = " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     today = date.today().isoformat()
     kind = "-gpu" if device.type == "cuda" else ""
-    target = RESULTS / f"{today}-{name}{kind}.md"
+    target = folder / f"{today}-{name}{kind}.md"
     target.write_text(
         f"# {title}\n\nDate: {today}. Command:\n\n    {command}\n\n{text}\n\n"
         f"{environment(device)}\n",

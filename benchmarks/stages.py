@@ -10,6 +10,7 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -19,6 +20,7 @@ from torchvision.models import vit_b_32
 
 from benchmarks import published_loops
 from benchmarks.measure import (
+    RESULTS,
     Comparison,
     compare,
     comparison_table,
@@ -577,6 +579,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     comparisons, text = run_stages(
@@ -591,6 +594,7 @@ def main() -> None:
         "re-training are given per step and epoch.\n\n"
         f"{comparison_table(comparisons)}\n\n{text}",
         device,
+        arguments.results,
     )
 
 

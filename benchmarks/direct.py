@@ -1,0 +1,105 @@
+"""The application without Flower's processes: clients are called in a process pool."""
+
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import app
+from clip2fl_common.config import RunConfig
+from server_app.app import main
+
+
+def take_for_flower_process() -> None:
+    """Set what Flower's own processes set before they make messages."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        setattr(TaskIdentity, name, 1)
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    take_for_flower_process()
+
+
+def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
+    context = Context(
+        run_id=1,
+        node_id=message.metadata.dst_node_id,
+        node_config={"partition-id": place},
+        state=RecordDict(),
+        run_config=config,
+    )
+    return app(message, context)
+
+
+class DirectGrid:
+    """Answers messages by calling the ClientApp in worker processes that stay.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run configuration that clients see.
+    workers : int
+        Processes, each with one thread.
+    """
+
+    def __init__(self, config: RunConfig, workers: int) -> None:
+        self._config = config.to_flat()
+        self._nodes = list(range(1, workers + 1))
+        self._pool = ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_start, initargs=(1,)
+        )
+
+    def __enter__(self) -> "DirectGrid":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the worker processes."""
+        self._pool.shutdown()
+
+    def get_node_ids(self) -> list[int]:
+        """Return a node id for each worker."""
+        return self._nodes
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Return the ClientApp's replies."""
+        under_way = [
+            self._pool.submit(
+                _answer,
+                message,
+                self._config,
+                self._nodes.index(message.metadata.dst_node_id),
+            )
+            for message in messages
+        ]
+        return [answer.result(timeout) for answer in under_way]
+
+
+def run_directly(config: RunConfig, workers: int) -> None:
+    """Run a federation with the real ServerApp and ClientApp, and nothing between.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    workers : int
+        Clients that train at the same time, each in a process with one thread.
+    """
+    take_for_flower_process()
+    with DirectGrid(config, workers) as grid:
+        context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
+        main(cast(Grid, grid), context)

@@ -1,0 +1,237 @@
+"""The maths on a GPU against the CPU's; needs torch and torchvision only.
+
+    python -m tests.cuda.checks
+
+runs them without pytest, on a machine that holds nothing else.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from client_app.augmentation import OPERATIONS, random_crop_flip, siamese_augment
+from client_app.gradients import class_gradients, coded_class_gradients
+from client_app.training import (
+    LocalObjective,
+    PixelImages,
+    augmented_features,
+    train_locally,
+)
+from clip2fl_common.gradient_coding import (
+    CodedGradient,
+    LowRankGradient,
+    encode_gradients,
+    row_cosines,
+)
+from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.models import build_model
+from strategy.retraining import retrain_classifier
+from strategy.synthesis import (
+    gradient_matching_loss,
+    prototype_contrastive_loss,
+    synthesize,
+)
+
+CPU = torch.device("cpu")
+# float32 sums in another order; convolutions may round to TF32, 10 bits.
+EXACT, CONVOLVED = 1e-4, 2e-2
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Return a CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return seeded normal numbers."""
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Compare a tensor from a GPU with the CPU's."""
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+def check_augmentation(device: torch.device) -> None:
+    """Draw the same numbers, get the same images."""
+    images = normal(6, 3, 32, 32)
+    for operation in OPERATIONS:
+        expected = siamese_augment(images, operation, seeded())
+        result = siamese_augment(images.to(device), operation, seeded())
+        assert result.device.type == device.type
+        close(result, expected, EXACT)
+    for per_image in (False, True):
+        close(
+            random_crop_flip(images.to(device), 4, seeded(), per_image=per_image),
+            random_crop_flip(images, 4, seeded(), per_image=per_image),
+            0.0,
+        )
+
+
+def check_class_gradients(device: torch.device) -> None:
+    """Dense, and decoded from their codes."""
+    features, weight, bias = normal(200, 64), normal(30, 64, seed=1), normal(30, seed=2)
+    labels = torch.randint(0, 30, (200,), generator=seeded(3))
+    here = [tensor.to(device) for tensor in (features, labels, weight, bias)]
+    expected = class_gradients(features, labels, weight, bias)
+    coded = coded_class_gradients(
+        here[0], here[1], here[2], here[3], min_cosine=0.9, precision="full"
+    )
+    for c, gradient in class_gradients(here[0], here[1], here[2], here[3]).items():
+        close(gradient.weight, expected[c].weight, EXACT)
+        close(gradient.bias, expected[c].bias, EXACT)
+        cosines = row_cosines(expected[c].weight, coded[c].weight.cpu())
+        assert cosines.min() > 0.9 - 1e-5
+
+
+def check_local_training(device: torch.device) -> None:
+    """One epoch with distillation from pixels; in bfloat16 losses stay near."""
+    model = build_model("resnet8-slim", 10, 64)
+    pixels = torch.randint(0, 256, (48, 3, 32, 32), generator=seeded()).byte()
+    labels = torch.randint(0, 10, (48,), generator=seeded(1))
+    teacher = 5 * normal(48, 10, seed=2)
+    losses = []
+    for place, precision in (
+        (CPU, torch.float32),
+        (device, torch.float32),
+        (device, torch.bfloat16),
+    ):
+        trained = copy.deepcopy(model).to(place)
+        images = PixelImages(
+            pixels.to(place), lambda batch: batch.float() / 128 - 1, place
+        )
+        result = train_locally(
+            trained,
+            images,
+            labels.to(place),
+            teacher.to(place),
+            LocalObjective(1.0, 3.0),
+            epochs=1,
+            batch_size=16,
+            learning_rate=0.02,
+            crop_padding=4,
+            generator=seeded(3),
+            precision=precision,
+        )
+        losses.append(result.total)
+        drawn, _ = augmented_features(
+            trained,
+            images,
+            labels.to(place),
+            draws=2,
+            samples_per_class=4,
+            augment=True,
+            batch_size=16,
+            generator=seeded(4),
+            precision=precision,
+        )
+        assert drawn.dtype == torch.float32 and drawn.device.type == place.type
+        assert torch.isfinite(drawn).all()
+    assert abs(losses[1] / losses[0] - 1) < CONVOLVED
+    assert abs(losses[2] / losses[0] - 1) < 2 * CONVOLVED
+
+
+def check_synthesis(device: torch.device) -> None:
+    """On dense and on low-rank gradients, with classes that nobody holds."""
+    num_classes, per_class, dim = 60, 10, 64
+    dense = {
+        c: ClassGradient(
+            normal(num_classes, dim, seed=c), normal(num_classes, seed=100 + c)
+        )
+        for c in range(num_classes - 3)
+    }
+    low_rank: dict[int, CodedGradient] = {
+        c: LowRankGradient(g.weight[:, :2], g.weight[:2], g.bias)
+        for c, g in dense.items()
+    }
+    features, weight = normal(num_classes, per_class, dim), normal(num_classes, dim)
+    bias = normal(num_classes)
+    text = functional.normalize(normal(num_classes, dim, seed=9), dim=1)
+    kinds: list[dict[int, CodedGradient]] = [dict(dense), low_rank]
+    for gradients in kinds:
+        results = []
+        for place in (CPU, device):
+            moved = synthesize(
+                features.to(place),
+                gradients,
+                weight.to(place),
+                bias.to(place),
+                text.to(place),
+                steps=5,
+                learning_rate=0.1,
+                contrast_weight=0.01,
+                temperature=0.1,
+            )
+            results.append(
+                (
+                    moved,
+                    gradient_matching_loss(
+                        moved, gradients, weight.to(place), bias.to(place)
+                    ),
+                    prototype_contrastive_loss(moved, text.to(place), 0.1),
+                )
+            )
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert actual.device.type == device.type
+            close(actual, expected, EXACT)
+
+
+def check_retraining(device: torch.device) -> None:
+    """Shuffle alike and reach the same classifier, fresh and warm."""
+    features = normal(10, 20, 64)
+
+    def retrain(place: torch.device, initial: nn.Linear | None) -> nn.Linear:
+        return retrain_classifier(
+            features.to(place),
+            epochs=5,
+            batch_size=32,
+            learning_rate=0.05,
+            generator=seeded(),
+            initial=initial,
+        )
+
+    for initial in (None, retrain(CPU, None)):
+        results = [retrain(place, initial) for place in (CPU, device)]
+        assert results[1].weight.device.type == device.type
+        close(results[1].weight, results[0].weight, EXACT)
+        close(results[1].bias, results[0].bias, EXACT)
+
+
+def check_coding(device: torch.device) -> None:
+    """Ranks found on the GPU are the CPU's."""
+    left, right = normal(80, 3), normal(3, 64, seed=1)
+    gradient = ClassGradient(left @ right, normal(80))
+    ranks = []
+    for place in (CPU, device):
+        here = ClassGradient(*(tensor.to(place) for tensor in gradient))
+        code = encode_gradients({0: here}, min_cosine=0.999, precision="half")[0]
+        assert isinstance(code, LowRankGradient)
+        ranks.append(code.rank)
+    assert ranks == [3, 3]
+
+
+CHECKS: tuple[Callable[[torch.device], None], ...] = (
+    check_augmentation,
+    check_class_gradients,
+    check_local_training,
+    check_synthesis,
+    check_retraining,
+    check_coding,
+)
+
+
+def main() -> None:
+    """Run every check on the first CUDA device."""
+    device = torch.device("cuda")
+    print(torch.cuda.get_device_name(device))
+    for check in CHECKS:
+        check(device)
+        print(f"{check.__name__}: ok", flush=True)
+    print(f"{len(CHECKS)} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()
