@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check lock clean
+.PHONY: help install demo test test-all check bench lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,11 @@ check: install ## Lint, check format, types, imports and configuration keys
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m scripts.check_config_keys
+
+bench: install ## Time every stage against the published loops; half an hour
+	$(BIN)/python -m benchmarks.stages
+	$(BIN)/python -m benchmarks.flower conf/demo.toml
+	$(BIN)/python -m benchmarks.scale
 
 # Pins stay as they are while they still fit; remove requirements.lock to renew them all.
 lock: ## Write requirements.lock from pyproject.toml

@@ -10,8 +10,9 @@ runs in a process of its own, whose peak memory is the operating system's figure
 """
 
 import argparse
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,12 +34,15 @@ from clip2fl_common.gradient_coding import (
     Precision,
     encoded_bytes,
 )
+from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
 from strategy.gradient_mean import mean_class_gradients
 from strategy.synthesis import gradient_matching_loss, synthesize
 
 DRAWS, SAMPLES_PER_CLASS = 10, 32
 PRECISION: Precision = "half"
+# Names of targets, and the rank of their factors; 0: dense.
+KINDS = {"dense": 0, "rank 20": 20}
 # Within a class, features spread along few directions of falling size; the spread and
 # an augmentation's share of it give a cosine of about 0.6 between two images.
 SPREAD, SPECTRUM_EXPONENT, AUGMENTATION_SHARE = 1.0, -0.5, 0.3
@@ -210,8 +214,95 @@ def synthesis_step(shape: Shape, rank: int) -> float:
     return (time.perf_counter() - started) / shape.steps
 
 
+def server_mean(shape: Shape, rank: int) -> float:
+    """Return seconds to average the class gradients of all clients, as they arrive."""
+    classes, dim = shape.num_classes, shape.dim
+    generator = _seeded(6)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def replies() -> Iterator[dict[int, CodedGradient]]:
+        for _ in range(shape.clients):
+            yield {
+                c: LowRankGradient(normal(classes, rank), normal(rank, dim), bias)
+                if rank
+                else ClassGradient(normal(classes, dim), bias)
+                for c, bias in enumerate(normal(classes, classes))
+            }
+
+    waiting = 0.0
+    arriving = replies()
+
+    def timed() -> Iterator[dict[int, CodedGradient]]:
+        nonlocal waiting
+        while True:
+            started = time.perf_counter()
+            reply = next(arriving, None)
+            waiting += time.perf_counter() - started
+            if reply is None:
+                return
+            yield reply
+
+    started = time.perf_counter()
+    mean_class_gradients(timed())
+    return time.perf_counter() - started - waiting
+
+
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+Sized = dict[tuple[str, int], tuple[list[float], float]]
+
+
+def measure(
+    function: Callable[[Shape, int], float], shape: Shape, rank: int, repeats: int
+) -> tuple[list[float], float]:
+    """Return seconds of some runs, and the largest peak memory in GiB."""
+    runs = [in_fresh_process(function, shape, rank) for _ in range(repeats)]
+    seconds, peak = [s for s, _ in runs], max(peak for _, peak in runs)
+    print(function.__name__, shape, rank, median_and_spread(seconds), f"{peak:.2f} GiB")
+    return seconds, peak
+
+
+def size_table(size: str, measured: Sized) -> str:
+    """Return the Markdown table of one growing size."""
+    return markdown(
+        [size, "gradients", "seconds", "peak memory, GiB"],
+        [
+            [str(number), kind, median_and_spread(seconds), f"{peak:.2f}"]
+            for (kind, number), (seconds, peak) in measured.items()
+        ],
+    )
+
+
+def plot(path: Path, by_classes: Sized, by_clients: Sized) -> None:
+    """Draw cost against classes and against clients; without matplotlib, say so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    titles = ("classes C", "clients")
+    for axes, title, measured in zip(
+        figure.subplots(1, 2), titles, (by_classes, by_clients), strict=True
+    ):
+        for kind, marker in zip(KINDS, "os", strict=True):
+            sizes = [number for k, number in measured if k == kind]
+            medians = [statistics.median(measured[kind, n][0]) for n in sizes]
+            axes.loglog(sizes, medians, marker=marker, label=f"{kind} gradients")
+        axes.set_xlabel(title)
+        axes.set_xticks(sizes, labels=list(map(str, sizes)))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    axes_left, axes_right = figure.axes
+    axes_left.set_ylabel("seconds a synthesis step")
+    axes_right.set_ylabel("seconds for the clients' mean, C = 100")
+    figure.savefig(path, dpi=120)
+    print(path)
 
 
 def main() -> None:
@@ -222,23 +313,26 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=Shape.epochs)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    rows = []
-    for num_classes in (10, 30, 100, 300, 1000):
-        for kind, rank in (("dense", 0), ("rank 20", 20)):
-            few = replace(Shape(), num_classes=num_classes, steps=3)
-            runs = [
-                in_fresh_process(synthesis_step, few, rank)
-                for _ in range(arguments.repeats)
-            ]
-            row = [
-                str(num_classes),
-                kind,
-                median_and_spread([seconds for seconds, _ in runs]),
-                f"{max(peak for _, peak in runs):.2f}",
-            ]
-            print(" | ".join(row), flush=True)
-            rows.append(row)
-    steps = markdown(["C", "gradients", "s a synthesis step", "peak memory, GiB"], rows)
+    by_classes = {
+        (kind, num_classes): measure(
+            synthesis_step,
+            replace(Shape(), num_classes=num_classes, steps=3),
+            rank,
+            arguments.repeats,
+        )
+        for num_classes in (10, 30, 100, 300, 1000)
+        for kind, rank in KINDS.items()
+    }
+    by_clients = {
+        (kind, clients): measure(
+            server_mean,
+            replace(Shape(), num_classes=100, clients=clients),
+            rank,
+            arguments.repeats,
+        )
+        for clients in (5, 10, 20, 40, 80)
+        for kind, rank in KINDS.items()
+    }
     shape = replace(Shape(), steps=arguments.steps, epochs=arguments.epochs)
     prototypes = load_prototypes(arguments.text_features, shape)
     figures, peak = in_fresh_process(whole_round, shape, prototypes)
@@ -246,7 +340,10 @@ def main() -> None:
     phases = ("clients' gradients", "mean", "synthesis", "re-training")
     text = (
         f"Synthesis step, m = {shape.per_class}, d = {shape.dim}, each in a process of "
-        f"its own ({arguments.repeats} runs, median and range):\n\n{steps}\n\n"
+        f"its own ({arguments.repeats} runs, median and range):\n\n"
+        f"{size_table('C', by_classes)}\n\n"
+        "Mean of the class gradients of many clients, C = 100, all classes held, as "
+        f"they arrive:\n\n{size_table('clients', by_clients)}\n\n"
         f"A whole round of {shape.clients} clients that share {figures['images']:,.0f} "
         f"images of {shape.num_classes} classes, {figures['classes held']:.0f} classes "
         f"a client, low-rank uploads of cosine {shape.min_cosine} at least: "
@@ -262,9 +359,10 @@ def main() -> None:
             [[phase, f"{figures[phase]:.0f}"] for phase in phases],
         )
     )
-    write_results(
+    page = write_results(
         "scale", "A thousand classes on one machine", text, torch.device("cpu")
     )
+    plot(page.with_suffix(".png"), by_classes, by_clients)
 
 
 if __name__ == "__main__":

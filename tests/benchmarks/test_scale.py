@@ -12,7 +12,15 @@ import torch
 from benchmarks.flower import round_seconds
 from benchmarks.measure import in_fresh_process, peak_memory
 from benchmarks.phases import phase_table
-from benchmarks.scale import Shape, load_prototypes, synthesis_step, whole_round
+from benchmarks.scale import (
+    Shape,
+    load_prototypes,
+    plot,
+    server_mean,
+    size_table,
+    synthesis_step,
+    whole_round,
+)
 from benchmarks.uploads import as_a_hundred, rows_of
 
 SMALL = replace(
@@ -79,8 +87,23 @@ def test_a_process_that_dies_is_named() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_synthesis_step_takes_time(rank: int) -> None:
+def test_steps_and_means_take_time(rank: int) -> None:
     assert synthesis_step(replace(SMALL, steps=1, dim=512), rank) > 0
+    assert server_mean(SMALL, rank) > 0
+
+
+def test_picture_shows_both_growths(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured = {
+        (kind, size): ([float(size), 1.0, 9.0], 0.5)
+        for size in (10, 100)
+        for kind in ("dense", "rank 20")
+    }
+    plot(tmp_path / "scale.png", measured, measured)
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+    assert size_table("C", measured).splitlines()[2] == (
+        "| 10 | dense | 9 (1-10) | 0.50 |"
+    )
 
 
 def test_phases_are_medians_without_the_first_round(tmp_path: Path) -> None:
