@@ -1,17 +1,16 @@
 """The application under real Flower: simulation with Ray, and the bundle."""
 
-import json
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scripts.simulate import RunResult, simulate
 from tests.defaults import ROOT
+from tests.federation import metrics
 
 TINY = (
     "federation.rounds=2 partition.clients=3 federation.clients-per-round=2 "
@@ -35,22 +34,16 @@ def run(folder: Path, *settings: str, supernodes: int = 2) -> RunResult:
     )
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return a run's metrics without its timings."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    rounds = [json.loads(line) for line in lines]
-    for line in rounds:
-        del line["seconds"]
-    return rounds
-
-
 def test_simulation_completes(tmp_path: Path) -> None:
     result = run(tmp_path / "run")
     assert result.completed, result.log
     assert "clip2fl, retrained head" in result.log
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "model-best.safetensors",
         "model.safetensors",
     }
 
