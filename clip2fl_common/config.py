@@ -46,6 +46,20 @@ class Run:
     """Folder that receives one sub-folder a run; empty: the user's data folder."""
     name: str
     """Name of the run's folder; empty: method, data set, seed and Flower's run id."""
+    resume: str
+    """Folder of an interrupted run that goes on there; empty: a new run."""
+
+
+@dataclass(frozen=True, config=_strict)
+class CheckpointConfig:
+    """What of a run is kept, to go on from and to deliver."""
+
+    every: Positive
+    """Rounds from one checkpoint to the next; the last round has one anyway."""
+    keep: Positive
+    """Last checkpoints that stay, besides the best one."""
+    best_metric: Literal["top1", "balanced", "many", "medium", "few"]
+    """Accuracy of the delivered classifier that decides which round is best."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -227,6 +241,7 @@ class RunConfig:
     device: str
     """``auto`` (CUDA where there is one), ``cpu`` or ``cuda[:n]``."""
     run: Run
+    checkpoint: CheckpointConfig
     dataset: Dataset
     partition: Partition
     federation: Federation
@@ -352,8 +367,9 @@ def _contradictions(config: RunConfig) -> list[str]:
             value,
             f"dataset.name = {config.dataset.name!r} needs it",
         )
-    if config.run.dir:
-        problems += _absolute("run.dir", config.run.dir, "")
+    for key, folder in (("dir", config.run.dir), ("resume", config.run.resume)):
+        if folder:
+            problems += _absolute(f"run.{key}", folder, "")
     prefix = "local-dir:"
     if config.teacher.model.startswith(prefix):
         problems += _absolute(

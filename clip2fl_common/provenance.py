@@ -6,10 +6,13 @@ from pathlib import Path
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 SHARED_BY_BOTH_SIDES = ("clip2fl_common", "client_app")
+ALL_CODE = (*SHARED_BY_BOTH_SIDES, "server_app", "strategy")
 
 
-@lru_cache(maxsize=1)
-def code_fingerprint(root: Path = PACKAGE_ROOT) -> str:
+@lru_cache
+def code_fingerprint(
+    root: Path = PACKAGE_ROOT, packages: tuple[str, ...] = SHARED_BY_BOTH_SIDES
+) -> str:
     """Return a hash of the client's code and what it shares with the server.
 
     Flower's managed simulation imports client code from the folder in which its
@@ -21,13 +24,15 @@ def code_fingerprint(root: Path = PACKAGE_ROOT) -> str:
     ----------
     root : Path
         Folder of the packages.
+    packages : tuple of str
+        Which packages; `ALL_CODE` where the server's own code matters too.
 
     Returns
     -------
     str
     """
     digest = hashlib.sha256()
-    for package in SHARED_BY_BOTH_SIDES:
+    for package in packages:
         for file in sorted((root / package).rglob("*.py")):
             digest.update(str(file.relative_to(root)).encode())
             digest.update(file.read_bytes())

@@ -8,6 +8,10 @@ empty directory, asks it for the run's final status and stops everything again::
 
     python scripts/simulate.py --run-config conf/demo.toml --set 'seed=8'
 
+A run that was interrupted goes on with the settings in its folder::
+
+    python scripts/simulate.py --resume runs/demo
+
 Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or 143 it was
 interrupted by Ctrl-C or SIGTERM.
 """
@@ -196,7 +200,10 @@ def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def merge_run_config(
-    app: Path, run_config: Path | None, overrides: Sequence[str]
+    app: Path,
+    run_config: Path | None,
+    overrides: Sequence[str],
+    resume: Path | None = None,
 ) -> str:
     """Merge a TOML file with pairs, which flwr does not accept together.
 
@@ -208,6 +215,8 @@ def merge_run_config(
         A TOML file of run configuration keys.
     overrides : Sequence[str]
         Pairs as in `parse_overrides`; they win over the file.
+    resume : Path | None
+        Folder of an interrupted run, whose configuration the others win over.
 
     Returns
     -------
@@ -229,6 +238,8 @@ def merge_run_config(
             f"{app / 'pyproject.toml'} has no [tool.flwr.app], so this is no Flower app"
         ) from None
     merged: dict[str, object] = {}
+    if resume is not None:
+        merged.update(_interrupted_config(resume))
     if run_config is not None:
         try:
             merged.update(flatten(tomllib.loads(run_config.read_text("utf-8"))))
@@ -246,11 +257,25 @@ def merge_run_config(
     )
 
 
+def _interrupted_config(folder: Path) -> dict[str, object]:
+    """Return the configuration of the run in a folder, made to go on there."""
+    file = folder.absolute() / "config.json"
+    try:
+        config: dict[str, object] = json.loads(file.read_text("utf-8"))["config"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--resume {folder}: {file} cannot be read ({error}). Give the folder of "
+            "a run; one that was stopped before it had this file is started anew"
+        ) from None
+    return {**config, "run.resume": str(file.parent)}
+
+
 def simulate(
     app: Path = ROOT,
     *,
     run_config: Path | None = None,
     overrides: Sequence[str] = (),
+    resume: Path | None = None,
     supernodes: int | None = None,
     cpus_per_client: int = 1,
     gpus_per_client: float | None = None,
@@ -270,6 +295,8 @@ def simulate(
         A TOML file of run configuration keys.
     overrides : Sequence[str]
         ``key=value`` pairs that win over the file.
+    resume : Path | None
+        Folder of an interrupted run to go on with; None begins a new one.
     supernodes : int | None
         Number of simulated nodes; None takes one per CPU core, at least 2.
     cpus_per_client : int
@@ -300,7 +327,7 @@ def simulate(
     Interrupted
         If SIGINT, SIGTERM or SIGHUP arrived, after all was stopped.
     """
-    config_text = merge_run_config(app, run_config, overrides)
+    config_text = merge_run_config(app, run_config, overrides, resume)
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client)
     federation_config = (
@@ -686,6 +713,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="run configuration keys that win over the file; may be repeated",
     )
     parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the interrupted run in this folder, with its settings",
+    )
+    parser.add_argument(
         "--supernodes",
         type=_at_least_one,
         metavar="N",
@@ -727,6 +760,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.app,
             run_config=options.run_config,
             overrides=options.set,
+            resume=options.resume,
             supernodes=options.supernodes,
             cpus_per_client=options.cpus_per_client,
             gpus_per_client=options.gpus_per_client,

@@ -7,8 +7,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig
-from server_app.session import RoundOutcome, Session
+from server_app.session import Session
 from strategy.clip2fl import CLIP2FL
+from strategy.continuation import Continuation
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedprox import FedProx
@@ -24,24 +25,25 @@ QUERY_TIMEOUT_S = 120.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
-    session = Session(config, context.run_id)
-    strategy = build_strategy(session, find_nodes(grid))
-    session.open()
+    with Session(config, context.run_id) as session:
+        strategy = build_strategy(session, find_nodes(grid))
+        done = session.open(strategy)
 
-    def close_round(server_round: int, arrays: ArrayRecord) -> None:
-        if server_round > 0:
-            records.load_arrays(session.model, arrays)
-            retrained = strategy.classifier if isinstance(strategy, CReFF) else None
-            session.close_round(server_round, retrained, _outcome(strategy))
+        def close_round(server_round: int, arrays: ArrayRecord) -> None:
+            if server_round > 0:
+                records.load_arrays(session.model, arrays)
+                session.close_round(server_round, strategy)
 
-    strategy.start(
-        grid,
-        records.model_to_arrays(session.model),
-        num_rounds=config.federation.rounds,
-        timeout=config.federation.round_timeout,
-        evaluate_fn=close_round,
-    )
-    session.close()
+        if done < config.federation.rounds:
+            rounds = Continuation(strategy, done) if done else strategy
+            rounds.start(
+                grid,
+                records.model_to_arrays(session.model),
+                num_rounds=config.federation.rounds - done,
+                timeout=config.federation.round_timeout,
+                evaluate_fn=close_round,
+            )
+        session.close(strategy)
 
 
 def find_nodes(grid: Grid) -> tuple[int, ...]:
@@ -102,31 +104,4 @@ def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTrain
         teacher_fingerprint=session.teacher.fingerprint,
         distillation=config.distillation,
         **settings,
-    )
-
-
-def _outcome(strategy: PartitionedTraining) -> RoundOutcome:
-    """Translate a strategy's record of a round into what a session reports."""
-    record = strategy.round
-    metrics = dict(record.metrics)
-    return RoundOutcome(
-        clients=record.clients,
-        dropped=record.dropped,
-        bytes_down=record.bytes_down,
-        upload_bytes=record.upload_bytes,
-        gradient_bytes=record.gradient_bytes,
-        losses={
-            "client": metrics["loss"],
-            "distillation": metrics["distillation-loss"],
-            **record.losses,
-        },
-        unreadable=int(metrics["unreadable-images"]),
-        seconds={
-            **record.seconds,
-            **{
-                f"clients-{name.removeprefix('seconds-')}": value
-                for name, value in metrics.items()
-                if name.startswith("seconds-")
-            },
-        },
     )

@@ -1,7 +1,6 @@
 """The delivered model: weights and all that is needed to use them, in one file."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from clip2fl_common.datasets import Normalization
 from clip2fl_common.models import ImageClassifier, build_model
+from server_app.durable import replaced_whole
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,6 @@ class ModelCard:
     provenance: Mapping[str, str | int | float | None]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        File to write; one that is there is replaced.
-    text : str
-        Its content.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_model(
     path: Path, model: ImageClassifier, classifier: nn.Linear, card: ModelCard
 ) -> None:
@@ -79,16 +61,12 @@ def save_model(
     """
     state = dict(model.state_dict())
     state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced_whole(path) as temporary:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in state.items()},
             temporary,
             metadata={"card": json.dumps(asdict(card))},
         )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:

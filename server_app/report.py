@@ -7,64 +7,116 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.metrics import AccuracyReport, ShotGroups
-from server_app.checkpoint import write_atomically
+from server_app.durable import write_whole
+from server_app.resume import METRICS, rounds_with_checkpoint
+
+MODEL = "model.safetensors"
+BEST_MODEL = "model-best.safetensors"
+
+
+class RunInUseError(RuntimeError):
+    """Another run works in the folder."""
 
 
 class RunFolder:
-    """A run's folder: ``config.json``, ``metrics.jsonl``, later ``model.safetensors``.
+    """A run's folder, which is this run's alone until `release`.
+
+    It holds ``config.json``, ``metrics.jsonl``, ``checkpoints`` and later the models.
 
     Parameters
     ----------
     config : RunConfig
         Decides the folder's place and name.
     run_id : int
-        Flower's, which makes the name unique.
+        Flower's, which makes the name of a new run unique.
 
     Raises
     ------
+    RunInUseError
+        If another run works there.
     FileExistsError
-        If the folder already holds a run's metrics: no run overwrites another.
+        If a new run would overwrite another.
+    FileNotFoundError
+        If there is no run to resume.
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
-        parent = (
-            Path(config.run.dir).expanduser()
-            if config.run.dir
-            else Path(platformdirs.user_data_dir("clip2fl")) / "runs"
-        )
-        name = config.run.name or (
-            f"{config.method}-{config.dataset.name}-seed{config.seed}-{run_id}"
-        )
-        self.path = parent / name
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._metrics: TextIO = (self.path / "metrics.jsonl").open(
-                "x", encoding="utf-8"
+        self.path = _place(config, run_id)
+        if not config.run.resume:
+            self.path.mkdir(parents=True, exist_ok=True)
+        elif not self.path.is_dir():
+            raise FileNotFoundError(
+                f"run.resume = {config.run.resume!r} is no folder: give that of the "
+                "run, which holds its config.json"
             )
-        except FileExistsError:
-            raise FileExistsError(
-                f"{self.path} already holds a run; choose another run.name or run.dir, "
-                "or remove that folder"
+        self._metrics = ""
+        # The system drops the lock when the process ends, however it ends.
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunInUseError(
+                f"another run works in {self.path}: wait until it ends or stop it, or "
+                "choose another run.name or run.dir"
             ) from None
+        holds_run = bool(rounds_with_checkpoint(self.path)) or any(
+            (self.path / name).exists() for name in (METRICS, MODEL)
+        )
+        if holds_run and not config.run.resume:
+            self.release()
+            raise FileExistsError(
+                f"{self.path} already holds a run; go on with it by run.resume, choose "
+                "another run.name or run.dir, or remove that folder"
+            )
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        self._lock.release()
 
     def write_config(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write the resolved configuration and what the run found."""
         content = {"config": config.to_flat(), **facts}
-        write_atomically(
-            self.path / "config.json", json.dumps(content, indent=2) + "\n"
-        )
+        write_whole(self.path / "config.json", json.dumps(content, indent=2) + "\n")
+
+    @property
+    def metrics(self) -> str:
+        """Content of ``metrics.jsonl``."""
+        return self._metrics
+
+    def begin_metrics(self, content: str) -> None:
+        """Let ``metrics.jsonl`` be this: nothing, or what a checkpoint knows."""
+        write_whole(self.path / METRICS, content)
+        self._metrics = content
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``, on disk when this returns."""
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._metrics += text
+
+
+def _place(config: RunConfig, run_id: int) -> Path:
+    if config.run.resume:
+        return Path(config.run.resume).expanduser()
+    parent = (
+        Path(config.run.dir).expanduser()
+        if config.run.dir
+        else Path(platformdirs.user_data_dir("clip2fl")) / "runs"
+    )
+    return parent / (
+        config.run.name
+        or f"{config.method}-{config.dataset.name}-seed{config.seed}-{run_id}"
+    )
 
 
 def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:
@@ -76,6 +128,11 @@ def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:
         return None if value is None else round(value, 4)
 
     return {name: rounded(v) for name, v in dataclasses.asdict(report).items()}
+
+
+def accuracy_from_fields(fields: Mapping[str, Any]) -> AccuracyReport:
+    """Return the accuracy report that `accuracy_fields` wrote, to four decimals."""
+    return AccuracyReport(**{**fields, "per_class": tuple(fields["per_class"])})
 
 
 class Progress:
@@ -93,9 +150,15 @@ class Progress:
         self._durations: list[float] = []
 
     def line(
-        self, server_round: int, reports: Mapping[str, AccuracyReport], loss: float
+        self,
+        server_round: int,
+        reports: Mapping[str, AccuracyReport],
+        loss: float | None,
     ) -> str:
-        """Return the line of a round that has just ended."""
+        """Return the line of a round that has just ended.
+
+        Without a loss no model came out of the round, and the line says so.
+        """
         now = time.perf_counter()
         self._durations.append(now - self._last)
         self._last = now
@@ -106,8 +169,9 @@ class Progress:
             f"{name} balanced {report.balanced:.1f} % ({_groups(report)})"
             for name, report in reports.items()
         )
+        trained = "old model kept" if loss is None else f"loss {loss:.3f}"
         return (
-            f"round {server_round}/{self._rounds}: {accuracy}; loss {loss:.3f}; "
+            f"round {server_round}/{self._rounds}: {accuracy}; {trained}; "
             f"{self._durations[-1]:.1f} s, "
             f"{timedelta(seconds=round(left))} left"
         )

@@ -1,14 +1,18 @@
 """One run at the server: what is prepared, evaluated each round and left behind."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
+from logging import getLogger
 from platform import python_version
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from clip2fl_common.config import RunConfig
@@ -16,48 +20,42 @@ from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indice
 from clip2fl_common.devices import resolve_device
 from clip2fl_common.metrics import AccuracyReport, shot_groups
 from clip2fl_common.models import ImageClassifier, build_model
-from clip2fl_common.provenance import code_fingerprint
+from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoint import ModelCard, save_model
 from server_app.evaluation import Evaluator
-from server_app.report import Progress, RunFolder, accuracy_fields, final_table
+from server_app.report import (
+    BEST_MODEL,
+    MODEL,
+    Progress,
+    RunFolder,
+    accuracy_fields,
+    accuracy_from_fields,
+    final_table,
+)
+from server_app.resume import (
+    BestRound,
+    Checkpoint,
+    DamagedCheckpointError,
+    load_checkpoint,
+    load_newest,
+    prune,
+    refuse_differences,
+    save_checkpoint,
+)
+from strategy.partitioned import PartitionedTraining
+from strategy.round_record import RoundRecord
+
+logger = getLogger(__name__)
 
 FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
 TEACHER_ROW = "teacher zero-shot"
 
 
-@dataclass
-class RoundOutcome:
-    """What a strategy reports of a round, besides the global model.
-
-    Attributes
-    ----------
-    clients : sequence of int
-        Partitions whose replies were used.
-    dropped : int
-        Replies that were not.
-    bytes_down : int
-        Arrays sent to all clients.
-    upload_bytes, gradient_bytes : sequence of int
-        Arrays received from each of ``clients``, and the class gradients among them.
-    losses : dict
-        Clients' and server's losses by name.
-    unreadable : int
-        Training images left out by the clients.
-    seconds : dict
-        Seconds of each phase.
-    """
-
-    clients: Sequence[int]
-    dropped: int
-    bytes_down: int
-    upload_bytes: Sequence[int]
-    gradient_bytes: Sequence[int]
-    losses: dict[str, float] = field(default_factory=dict)
-    unreadable: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+class StorageError(OSError):
+    """A round's results could not be written; says what is safe and what to do."""
 
 
 class Session:
@@ -93,9 +91,19 @@ class Session:
             config.seed,
         )
         self.teacher = self._load_teacher()
-        self.folder = RunFolder(config, run_id)
         self._progress = Progress(config.federation.rounds)
-        self._rows: dict[str, AccuracyReport] = {}
+        self._teacher_row: dict[str, AccuracyReport] = {}
+        self._best: BestRound | None = None
+        self._resumed_after: tuple[int, ...] = ()
+        self.folder = RunFolder(config, run_id)
+
+    def __enter__(self) -> Self:
+        """Return the session, whose folder is its alone until the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the folder to others."""
+        self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
         if self.config.method != "clip2fl":
@@ -109,8 +117,38 @@ class Session:
             batch_size=teacher.batch_size,
         )
 
-    def open(self) -> None:
-        """Measure the teacher and write ``config.json``; say where the run goes."""
+    def open(self, strategy: PartitionedTraining) -> int:
+        """Begin the run or take it up again; say where it goes.
+
+        Parameters
+        ----------
+        strategy : PartitionedTraining
+            Gets the state of the last round, where there was one.
+
+        Returns
+        -------
+        int
+            Rounds that are over.
+
+        Raises
+        ------
+        ResumeError
+            If the run in the folder is another, or cannot be read.
+        """
+        done = self._resume(strategy) if self.config.run.resume else 0
+        facts = self._facts()
+        with self._storing("the run's beginning"):
+            self.folder.write_config(self.config, facts)
+            if not self.config.run.resume:
+                self._write_checkpoint(0, strategy)
+                self.folder.begin_metrics("")
+        print(f"run folder: {self.folder.path}", flush=True)
+        if done:
+            print(f"resumed after round {done}", flush=True)
+        return done
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what ``config.json`` says besides the configuration."""
         facts: dict[str, Any] = {
             "class_names": self.dataset.class_names,
             "train_images_per_class": self.counts.tolist(),
@@ -118,85 +156,222 @@ class Session:
             "test_images": len(self.dataset.test.labels),
             "shot_groups": vars(self.evaluator.groups),
             "code": code_fingerprint(),
-            "versions": {
-                "python": python_version(),
-                **{name: version(name) for name in ("flwr", "torch", "numpy")},
-            },
+            "versions": _versions(),
         }
+        if self._resumed_after:
+            facts["resumed_after_rounds"] = self._resumed_after
         if self.teacher:
             print("teacher: zero-shot accuracy on the test images ...", flush=True)
-            self._rows[TEACHER_ROW] = self.evaluator.teacher_accuracy(self.teacher)
+            report = self.evaluator.teacher_accuracy(self.teacher)
+            self._teacher_row = {TEACHER_ROW: report}
             facts["teacher"] = {
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
-                "zero_shot": accuracy_fields(self._rows[TEACHER_ROW]),
+                "zero_shot": accuracy_fields(report),
             }
-        self.folder.write_config(self.config, facts)
-        print(f"run folder: {self.folder.path}", flush=True)
+        return facts
 
-    def close_round(
-        self, server_round: int, retrained: nn.Linear | None, outcome: RoundOutcome
-    ) -> None:
-        """Evaluate the global model, write the round's metrics, print its line.
+    def _resume(self, strategy: PartitionedTraining) -> int:
+        """Take up the state of the newest whole checkpoint; return its round."""
+        folder = self.folder.path
+        newest = load_newest(folder)
+        refuse_differences(newest, self.config.to_flat(), self._made_with())
+        for name, now in self._environment().items():
+            then = newest.environment.get(name)
+            if then != now:
+                logger.warning(
+                    "%s was %s before round %d and is %s now: the run goes on, but not "
+                    "to the last bit as it would have",
+                    name,
+                    then,
+                    newest.round + 1,
+                    now,
+                )
+        if newest.best:
+            self._restore_best(newest.best, strategy)
+        self._take(newest, strategy)
+        self._best = newest.best
+        self._resumed_after = (*newest.resumed_after, newest.round)
+        self.folder.begin_metrics(newest.metrics)
+        return newest.round
+
+    def _take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:
+        self.model.load_state_dict(checkpoint.model)
+        strategy.load_state(checkpoint.strategy)
+
+    def _restore_best(self, best: BestRound, strategy: PartitionedTraining) -> None:
+        """Write the best model again, in case a later round's replaced it."""
+        try:
+            checkpoint = load_checkpoint(self.folder.path, best.round)
+        except DamagedCheckpointError as error:
+            logger.warning(
+                "the checkpoint of the best round %d is damaged (%s); %s stays as it "
+                "is until a better round",
+                best.round,
+                error,
+                BEST_MODEL,
+            )
+            return
+        self._take(checkpoint, strategy)
+        self._save_model(BEST_MODEL, best.round, strategy)
+
+    def close_round(self, server_round: int, strategy: PartitionedTraining) -> None:
+        """Evaluate the global model, keep the round's results, print its line.
 
         Parameters
         ----------
         server_round : int
             Round, from 1; the last one is evaluated on all test images.
-        retrained : nn.Linear or None
-            Re-trained classifier, where the method has one.
-        outcome : RoundOutcome
-            What the strategy reports.
+        strategy : PartitionedTraining
+            With the round's record.
+
+        Raises
+        ------
+        StorageError
+            If the results cannot be written.
         """
         started = perf_counter()
-        final = server_round == self.config.federation.rounds
-        heads = {FEDAVG_HEAD: self.model.classifier}
-        if retrained is not None:
-            heads = {RETRAINED_HEAD: retrained, **heads}
+        config = self.config
+        final = server_round == config.federation.rounds
+        heads = self._heads(strategy)
         reports = self.evaluator.evaluate(self.model, heads, final)
-        seconds = {**outcome.seconds, "evaluation": perf_counter() - started}
-        self.folder.append_metrics(
-            {
-                "round": server_round,
-                "clients": list(outcome.clients),
-                "dropped_replies": outcome.dropped,
-                "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
-                "test_images": len(self.evaluator.indices(final)),
-                "losses": outcome.losses,
-                "unreadable_images": {
-                    "train": outcome.unreadable,
-                    "test": self.evaluator.unreadable,
-                },
-                "bytes": {
-                    "down": outcome.bytes_down,
-                    "up": sum(outcome.upload_bytes),
-                    "per_client": list(outcome.upload_bytes),
-                    "class_gradients": list(outcome.gradient_bytes),
-                },
-                "seconds": {name: round(s, 4) for name, s in seconds.items()},
-            }
-        )
+        seconds = {**strategy.round.seconds, "evaluation": perf_counter() - started}
+        line = self._metrics_line(server_round, strategy.round, reports, seconds)
+        with self._storing(f"round {server_round}"):
+            self.folder.append_metrics(line)
+            if final or server_round % config.checkpoint.every == 0:
+                self._keep_round(server_round, strategy, next(iter(reports.values())))
         print(
-            self._progress.line(server_round, reports, outcome.losses["client"]),
+            self._progress.line(
+                server_round, reports, strategy.round.losses.get("client")
+            ),
             flush=True,
         )
-        if final:
-            method = self.config.method
-            students = {f"{method}, {name} head": r for name, r in reports.items()}
-            self._rows = students | self._rows
-            self._save(next(iter(heads.values())))
 
-    def close(self) -> None:
-        """Print the final table, after everything that Flower prints."""
-        table = final_table(self._rows, self.evaluator.groups, self.dataset.class_names)
+    def close(self, strategy: PartitionedTraining) -> None:
+        """Write the final model and print the table, after all that Flower prints."""
+        with self._storing("the final model"):
+            self._save_model(MODEL, self.config.federation.rounds, strategy)
+        last = json.loads(self.folder.metrics.splitlines()[-1])
+        students = {
+            f"{self.config.method}, {head} head": accuracy_from_fields(fields)
+            for head, fields in last["accuracy"].items()
+        }
+        table = final_table(
+            students | self._teacher_row,
+            self.evaluator.groups,
+            self.dataset.class_names,
+        )
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 
-    def _save(self, head: nn.Linear) -> None:
+    @contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        """Say in an error of the file system what is safe and what to do."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"{what} could not be written to {self.folder.path} ({error}). "
+                "Checkpoints that are there stay whole: make room or repair the disk, "
+                "then go on with run.resume set to that folder"
+            ) from error
+
+    def _heads(self, strategy: PartitionedTraining) -> dict[str, nn.Linear]:
+        """Return the classifiers by name, the delivered one first."""
+        own = {FEDAVG_HEAD: self.model.classifier}
+        retrained = strategy.retrained_classifier
+        return own if retrained is None else {RETRAINED_HEAD: retrained, **own}
+
+    def _metrics_line(
+        self,
+        server_round: int,
+        record: RoundRecord,
+        reports: Mapping[str, AccuracyReport],
+        seconds: Mapping[str, float],
+    ) -> dict[str, Any]:
+        final = server_round == self.config.federation.rounds
+        return {
+            "round": server_round,
+            "clients": record.clients,
+            "dropped_replies": record.dropped,
+            "kept_model": record.kept_model,
+            "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
+            "test_images": len(self.evaluator.indices(final)),
+            "losses": record.losses,
+            "unreadable_images": {
+                "train": record.unreadable,
+                "test": self.evaluator.unreadable,
+            },
+            "bytes": {
+                "down": record.bytes_down,
+                "up": sum(record.upload_bytes),
+                "per_client": record.upload_bytes,
+                "class_gradients": record.gradient_bytes,
+            },
+            "seconds": {name: round(s, 4) for name, s in seconds.items()},
+        }
+
+    def _keep_round(
+        self, server_round: int, strategy: PartitionedTraining, report: AccuracyReport
+    ) -> None:
+        """Write a round's checkpoint, and its model if it is the best so far."""
+        value = getattr(report, self.config.checkpoint.best_metric)
+        better = value is not None and (not self._best or value > self._best.value)
+        if better:
+            self._best = BestRound(server_round, value)
+        self._write_checkpoint(server_round, strategy)
+        if better:
+            self._save_model(BEST_MODEL, server_round, strategy)
+        prune(self.folder.path, self.config.checkpoint.keep)
+
+    def _write_checkpoint(
+        self, server_round: int, strategy: PartitionedTraining
+    ) -> None:
+        save_checkpoint(
+            self.folder.path,
+            Checkpoint(
+                round=server_round,
+                config=self.config.to_flat(),
+                made_with=self._made_with(),
+                environment=self._environment(),
+                best=self._best,
+                resumed_after=self._resumed_after,
+                metrics=self.folder.metrics,
+                model=self.model.state_dict(),
+                strategy=strategy.state(),
+            ),
+        )
+
+    def _made_with(self) -> dict[str, str]:
+        """Return the fingerprints of what decides the outcome besides the keys."""
+        made_with = {
+            "code": code_fingerprint(packages=ALL_CODE),
+            "data": self._data_fingerprint(),
+        }
+        if self.teacher:
+            made_with["teacher"] = self.teacher.fingerprint
+        return made_with
+
+    def _data_fingerprint(self) -> str:
+        """Return a hash of class names, labels and partition; no image is read."""
+        digest = hashlib.sha256(json.dumps(self.dataset.class_names).encode())
+        for labels in (self.dataset.train.labels, self.dataset.test.labels):
+            digest.update(labels.astype("<i8").tobytes())
+        for part in self._parts:
+            digest.update(part.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _environment(self) -> dict[str, str]:
+        return {"device": self.device.type, **_versions()}
+
+    def _save_model(
+        self, name: str, server_round: int, strategy: PartitionedTraining
+    ) -> None:
         config = self.config
         save_model(
-            self.folder.path / "model.safetensors",
+            self.folder.path / name,
             self.model,
-            head,
+            next(iter(self._heads(strategy).values())),
             ModelCard(
                 architecture=config.model.name,
                 feature_dim=config.model.feature_dim,
@@ -207,11 +382,19 @@ class Session:
                     "method": config.method,
                     "dataset": self.dataset.name,
                     "seed": config.seed,
+                    "round": server_round,
                     "rounds": config.federation.rounds,
                     "teacher": self.teacher.name if self.teacher else None,
                 },
             ),
         )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": python_version(),
+        **{name: version(name) for name in ("flwr", "torch", "numpy")},
+    }
 
 
 def _initial_model(config: RunConfig, num_classes: int) -> ImageClassifier:

@@ -7,6 +7,7 @@ from logging import INFO, WARNING
 import torch
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
+from torch import nn
 
 from clip2fl_common import records
 from clip2fl_common.config import Retraining, Synthesis, Upload
@@ -21,6 +22,10 @@ from strategy.synthesis import (
     prototype_contrastive_loss,
     synthesize,
 )
+
+# Names in a strategy's state.
+FEATURES = "federated-features"
+CLASSIFIER = "retrained-classifier"
 
 
 class CReFF(FedAvg):
@@ -80,6 +85,35 @@ class CReFF(FedAvg):
         self.classifier = new_classifier(
             feature_dim, num_classes, generator(plan.seed, "classifier")
         ).to(device)
+
+    @property
+    def retrained_classifier(self) -> nn.Linear | None:
+        """The classifier trained on the federated features."""
+        return self.classifier
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return federated features and re-trained classifier by name."""
+        return {
+            FEATURES: self.features,
+            **{
+                f"{CLASSIFIER}.{name}": tensor
+                for name, tensor in self.classifier.state_dict().items()
+            },
+        }
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back federated features and re-trained classifier."""
+        names = self.state().keys()
+        assert state.keys() == names, f"{sorted(state)} instead of {sorted(names)}"
+        assert state[FEATURES].shape == self.features.shape
+        self.features = state[FEATURES].to(self.device)
+        self.classifier.load_state_dict(
+            {
+                name.removeprefix(f"{CLASSIFIER}."): tensor
+                for name, tensor in state.items()
+                if name != FEATURES
+            }
+        )
 
     @property
     def text_features(self) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
 """What every method shares: seeded sampling of partitions, and checked replies."""
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any, cast
 
@@ -11,11 +11,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import nn
 
 from clip2fl_common import records
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
+from strategy.round_record import RoundRecord
 
 
 class NoRepliesError(RuntimeError):
@@ -59,38 +61,6 @@ class ClientPlan:
         return self.nodes[partition % len(self.nodes)]
 
 
-@dataclass
-class RoundRecord:
-    """What a round cost and brought.
-
-    Attributes
-    ----------
-    clients : list of int
-        Partitions whose replies were used.
-    dropped : int
-        Replies that were not.
-    bytes_down : int
-        Arrays sent to all clients.
-    upload_bytes, gradient_bytes : list of int
-        Arrays received from each of ``clients``, and the class gradients among them.
-    metrics : dict
-        Clients' metrics: losses averaged by number of images, the rest summed.
-    losses : dict
-        Losses computed at the server.
-    seconds : dict
-        Wall-clock seconds of each phase.
-    """
-
-    clients: list[int] = field(default_factory=list)
-    dropped: int = 0
-    bytes_down: int = 0
-    upload_bytes: list[int] = field(default_factory=list)
-    gradient_bytes: list[int] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 class PartitionedTraining(FlowerFedAvg):
     """Base of the methods: a Flower FedAvg with the plan's sampling, checking replies.
 
@@ -118,6 +88,23 @@ class PartitionedTraining(FlowerFedAvg):
         self.round = RoundRecord()
         self._sent = ArrayRecord()
         self._sent_at = 0.0
+
+    @property
+    def retrained_classifier(self) -> nn.Linear | None:
+        """The classifier that replaces the model's own, where a method has one."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return by name what a round leaves to the next, besides the global model.
+
+        Random numbers are no part of it: each generator comes from the run's seed,
+        its purpose, the round and the client.
+        """
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` returned."""
+        assert not state
 
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
@@ -181,9 +168,7 @@ class PartitionedTraining(FlowerFedAvg):
         arrays, metrics = super().aggregate_train(server_round, accepted)
         self._book("aggregation", started)
         assert metrics is not None
-        self.round.metrics = {
-            name: float(cast(float, value)) for name, value in metrics.items()
-        }
+        self._record(metrics)
         return arrays, metrics
 
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
@@ -228,6 +213,21 @@ class PartitionedTraining(FlowerFedAvg):
         self.round.upload_bytes = [records.payload_bytes(r.content) for r in ordered]
         self.round.gradient_bytes = [records.gradient_bytes(r.content) for r in ordered]
         return ordered
+
+    def _record(self, metrics: MetricRecord) -> None:
+        """Take the clients' summarised metrics into the round's record."""
+        values = {name: cast(float, value) for name, value in metrics.items()}
+        self.round.losses = {
+            "client": values["loss"],
+            "distillation": values["distillation-loss"],
+            **self.round.losses,
+        }
+        self.round.unreadable = int(values["unreadable-images"])
+        self.round.seconds |= {
+            f"clients-{name.removeprefix('seconds-')}": value
+            for name, value in values.items()
+            if name.startswith("seconds-")
+        }
 
     def _book(self, phase: str, started: float) -> None:
         self.round.seconds[phase] = time.perf_counter() - started

@@ -1,6 +1,10 @@
 """Settings of all tests."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
 
 # The tensors are small: more threads cost time, and sums then depend on the machine.
@@ -11,3 +15,16 @@ settings.register_profile(
     "clip2fl", derandomize=True, deadline=None, database=None, max_examples=30
 )
 settings.load_profile("clip2fl")
+
+
+def be_flower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(cache))
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)  # a Flower process sets them
+
+
+@pytest.fixture
+def federation_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whole federations run in this process."""
+    be_flower(tmp_path / "cache", monkeypatch)

@@ -3,61 +3,21 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Array, Error, Message
 
 from clip2fl_common import records
-from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import DatasetError, load_dataset
-from server_app.app import main
 from server_app.checkpoint import load_model
 from strategy.partitioned import NoRepliesError
 from tests.defaults import run_config
-from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+from tests.federation import METHODS, federate, metrics
+from tests.in_process_grid import Tamper
 
-METHODS = ["clip2fl", "creff", "fedavg", "fedprox"]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
-    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)  # a Flower process sets them
-
-
-def federate(
-    folder: Path,
-    method: str = "clip2fl",
-    nodes: int = 2,
-    tamper: Tamper | None = None,
-    **changes: Scalar,
-) -> InProcessGrid:
-    """Run a tiny federation into a folder."""
-    config = run_config(
-        method=method,
-        run__dir=str(folder.parent),
-        run__name=folder.name,
-        **changes,
-    )
-    grid = InProcessGrid(config, nodes, order_seed=nodes, tamper=tamper)
-    context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
-    main(as_grid(grid), context)
-    return grid
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return a run's metrics without its timings."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    rounds = [json.loads(line) for line in lines]
-    for line in rounds:
-        del line["seconds"]
-    return rounds
+pytestmark = pytest.mark.usefixtures("federation_process")
 
 
 @pytest.mark.parametrize("method", METHODS)

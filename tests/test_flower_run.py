@@ -1,17 +1,23 @@
 """The application under real Flower: simulation with Ray, and the bundle."""
 
-import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from scripts.simulate import RunResult, simulate
+from scripts.simulate import RunResult, own_processes, simulate
 from tests.defaults import ROOT
+from tests.federation import metrics
 
 TINY = (
     "federation.rounds=2 partition.clients=3 federation.clients-per-round=2 "
@@ -35,22 +41,16 @@ def run(folder: Path, *settings: str, supernodes: int = 2) -> RunResult:
     )
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return a run's metrics without its timings."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    rounds = [json.loads(line) for line in lines]
-    for line in rounds:
-        del line["seconds"]
-    return rounds
-
-
 def test_simulation_completes(tmp_path: Path) -> None:
     result = run(tmp_path / "run")
     assert result.completed, result.log
     assert "clip2fl, retrained head" in result.log
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "model-best.safetensors",
         "model.safetensors",
     }
 
@@ -70,6 +70,100 @@ def test_failed_run_says_why(tmp_path: Path) -> None:
     assert "model.feature-dim = 256, but the teacher's embedding has 512" in (
         result.details + result.log
     )
+
+
+def rounds_written(folder: Path) -> int:
+    """Return how many rounds' metrics a living run has written."""
+    return (folder / "metrics.jsonl").read_text("utf-8").count("\n")
+
+
+@contextmanager
+def started(
+    arguments: Sequence[str], temporary: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """Start scripts/simulate.py; at the end nothing of it is left."""
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            kill_tree(process, temporary)
+
+
+def kill_tree(process: subprocess.Popen[str], temporary: Path) -> None:
+    """Kill a simulation and all that it started, at once; they can do nothing more."""
+    sessions: set[int] = set()
+    for directory in temporary.glob("clip2fl-*"):
+        while pids := own_processes(directory, sessions):
+            for pid in [*pids, process.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        shutil.rmtree(directory, ignore_errors=True)
+    process.kill()
+    process.wait()
+
+
+def kill_server_app(process: subprocess.Popen[str], temporary: Path) -> None:
+    """Kill only the process in which the ServerApp runs; the rest ends by itself."""
+    (directory,) = temporary.glob("clip2fl-*")
+    for pid in own_processes(directory, set()):
+        with suppress(OSError):
+            if b"flwr-simulation" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=200) == 1
+
+
+def terminate(process: subprocess.Popen[str], temporary: Path) -> None:
+    """End a simulation as a service manager would."""
+    process.terminate()
+    assert process.wait(timeout=200) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux' /proc")
+def test_killed_run_ends_as_the_uninterrupted(tmp_path: Path) -> None:
+    """Killed at random moments, in three ways, and resumed each time."""
+    rounds = "federation.rounds=10"
+    assert run(tmp_path / "whole", rounds).completed
+    folder = tmp_path / "run"
+    place = f'{TINY} {rounds} run.dir="{tmp_path}" run.name="run"'
+    arguments = ["--set", place, "--supernodes", "2"]
+    moment = random.Random(11)
+    # Ray's socket paths leave no room for pytest's long names.
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as temporary:
+        for end in (kill_tree, kill_server_app, terminate, kill_tree):
+            with started(arguments, Path(temporary)) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("run folder:"):
+                        break
+                else:
+                    raise AssertionError("the run did not begin")
+                wanted = rounds_written(folder) + moment.choice([1, 1, 2])
+                while rounds_written(folder) < wanted and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(moment.uniform(0, 0.4))
+                end(process, Path(temporary))
+            arguments = ["--resume", str(folder), "--supernodes", "2"]
+    resumed = simulate(resume=folder, supernodes=3, timeout=400)
+    assert resumed.completed, resumed.details + resumed.log
+    assert "resumed after round" in resumed.log
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    for name in ("model.safetensors", "model-best.safetensors"):
+        whole = tmp_path / "whole" / name
+        assert (folder / name).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
+    assert run(tmp_path / "run").completed
+    refused = simulate(resume=tmp_path / "run", overrides=["seed=8"], timeout=400)
+    assert not refused.completed
+    assert "seed: the run has 7, now it is 8" in refused.details + refused.log
 
 
 def test_bundle_is_small_and_holds_the_application_only(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The simulation runs an app by itself, tells how it ended and leaves nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -184,6 +185,31 @@ def test_overrides_win_over_the_file(toy: Path, tmp_path: Path) -> None:
         toy, config, ['mode="a = b" group.factor=1e-7', "mode='c'"]
     )
     assert tomllib.loads(merged) == {"mode": "c", "group": {"factor": 1e-7}}
+
+
+def test_interrupted_run_keeps_its_configuration(toy: Path, tmp_path: Path) -> None:
+    """Its folder is made absolute; other settings are handed on, to be judged there."""
+    config = {"mode": "other", "group.factor": 3.0, "run.resume": "/before"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}), "utf-8")
+    project = toy / "pyproject.toml"
+    project.write_text(project.read_text("utf-8") + 'run.resume = ""\n', "utf-8")
+    relative = Path(os.path.relpath(tmp_path))
+    merged = merge_run_config(toy, None, ["mode='new'"], relative)
+    assert tomllib.loads(merged) == {
+        "mode": "new",
+        "group": {"factor": 3.0},
+        "run": {"resume": str(relative.absolute())},
+    }
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"seed": 7}'])
+def test_folder_without_a_run_is_refused(
+    toy: Path, tmp_path: Path, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"--resume .*config\.json cannot be read"):
+        merge_run_config(toy, None, [], tmp_path)
 
 
 @pytest.mark.parametrize("text", ["seed", "seed 8", "mode=fedavg", "seed=8 oops", "=1"])

@@ -14,7 +14,7 @@ from torch import nn
 from clip2fl_common.datasets import Normalization
 from clip2fl_common.models import ImageClassifier, build_model
 from server_app import checkpoint
-from server_app.checkpoint import ModelCard, load_model, save_model, write_atomically
+from server_app.checkpoint import ModelCard, load_model, save_model
 
 CLASSES, DIM = 3, 16
 
@@ -127,22 +127,3 @@ def test_later_model_replaces_the_earlier(tmp_path: Path) -> None:
         expected = classifier(trained(seed=2).features(images))
         assert torch.equal(load_model(path)[0](images), expected)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-def test_text_is_replaced_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "config.json"
-    write_atomically(path, "first")
-    write_atomically(path, "größer")
-    assert path.read_text("utf-8") == "größer"
-
-    def write_text(self: Path, text: str, encoding: str) -> int:
-        self.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "never there")
-    assert path.read_text("utf-8") == "größer"
-    assert list(tmp_path.iterdir()) == [path]

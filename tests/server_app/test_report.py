@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,15 @@ import pytest
 from clip2fl_common.config import RunConfig, known_keys
 from clip2fl_common.metrics import AccuracyReport, ShotGroups
 from server_app import report
-from server_app.report import Progress, RunFolder, accuracy_fields, final_table
-from tests.defaults import run_config
+from server_app.report import (
+    Progress,
+    RunFolder,
+    RunInUseError,
+    accuracy_fields,
+    accuracy_from_fields,
+    final_table,
+)
+from tests.defaults import ROOT, run_config
 
 GOOD = AccuracyReport(
     top1=200 / 3,
@@ -52,17 +61,59 @@ def test_without_a_place_it_goes_to_the_users_data(
 
 def test_existing_run_is_refused_and_stays(tmp_path: Path) -> None:
     first = folder(tmp_path)
+    first.begin_metrics("")
     first.append_metrics({"round": 1})
+    first.release()
     with pytest.raises(
         FileExistsError,
-        match=rf"{re.escape(str(first.path))} already holds a run; choose another "
-        r"run\.name or run\.dir, or remove that folder",
+        match=rf"{re.escape(str(first.path))} already holds a run; go on with it by "
+        r"run\.resume, choose another run\.name or run\.dir, or remove that folder",
     ):
         folder(tmp_path)
     first.append_metrics({"round": 2})
     lines = (first.path / "metrics.jsonl").read_text("utf-8").splitlines()
     assert lines == ['{"round": 1}', '{"round": 2}']
     assert folder(tmp_path, "another").path != first.path
+
+
+def test_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    """Whether it would be a new one or resume the first."""
+    first = folder(tmp_path)
+    first.begin_metrics("")
+    resuming = run_config(run__resume=str(first.path))
+    for second in (resuming, run_config(run__dir=str(tmp_path), run__name="run")):
+        with pytest.raises(
+            RunInUseError, match=rf"another run works in {re.escape(str(first.path))}"
+        ):
+            RunFolder(second, 124)
+    first.release()
+    RunFolder(resuming, 125).release()
+
+
+def test_process_that_is_killed_leaves_no_lock(tmp_path: Path) -> None:
+    """And one that lives holds it: both seen from another process."""
+    program = (
+        "from tests.server_app.test_report import folder; from pathlib import Path; "
+        f"run = folder(Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RunInUseError):
+            folder(tmp_path)
+        other.kill()
+    folder(tmp_path).release()
+
+
+def test_resuming_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"resume = '.*nowhere' is no fold"):
+        RunFolder(run_config(run__resume=str(tmp_path / "nowhere")), 1)
 
 
 def test_line_is_on_disk_when_the_call_returns(
@@ -98,10 +149,7 @@ def test_config_is_resolved(tmp_path: Path) -> None:
     assert sorted(content["config"]) == known_keys()
     assert content["config"]["seed"] == 12
     assert RunConfig.from_run_config(content["config"]) == config
-    assert {file.name for file in run.path.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-    }
+    assert {file.name for file in run.path.iterdir()} == {".lock", "config.json"}
 
 
 def test_accuracies_are_rounded_and_holes_kept() -> None:
@@ -115,6 +163,9 @@ def test_accuracies_are_rounded_and_holes_kept() -> None:
         "per_class": [100.0, None, 14.2857],
     }
     assert json.loads(json.dumps(fields)) == fields
+    again = accuracy_from_fields(json.loads(json.dumps(fields)))
+    assert accuracy_fields(again) == fields
+    assert isinstance(again.per_class, tuple)
 
 
 def test_progress_tells_accuracy_loss_and_time_left(
@@ -136,7 +187,8 @@ def test_progress_tells_accuracy_loss_and_time_left(
     assert progress.line(3, {"fedavg": POOR}, 0.5).endswith(
         "20.0 s, 1:14:15 left"  # 297 times the mean of 10 s and 20 s
     )
-    assert progress.line(300, {"fedavg": POOR}, 0.5).endswith("15.0 s, 0:00:00 left")
+    kept = progress.line(300, {"fedavg": POOR}, None)
+    assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
 
 
 def test_final_table() -> None:

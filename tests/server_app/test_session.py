@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import load_dataset, partition_indices
-from server_app.session import RoundOutcome, Session
+from server_app.session import Session
+from strategy.creff import CReFF
+from strategy.fedavg import FedAvg
+from strategy.partitioned import ClientPlan, PartitionedTraining
+from strategy.round_record import RoundRecord
 from tests.defaults import run_config
 
 
@@ -29,9 +32,21 @@ def session(folder: Path, **changes: Scalar) -> Session:
     return Session(run_config(**{**place, **changes}), 1)
 
 
-def outcome() -> RoundOutcome:
-    """Return what a strategy may report."""
-    return RoundOutcome(
+def strategy(run: Session) -> PartitionedTraining:
+    """Return a strategy that has just closed a round."""
+    plan = ClientPlan((1,), 3, 2, 7)
+    made: PartitionedTraining = FedAvg(plan)
+    if run.config.method == "creff":
+        made = CReFF(
+            plan,
+            num_classes=10,
+            feature_dim=512,
+            synthesis=run.config.synthesis,
+            retraining=run.config.retraining,
+            upload=run.config.upload,
+            device=torch.device("cpu"),
+        )
+    made.round = RoundRecord(
         clients=[0, 2],
         dropped=1,
         bytes_down=3000,
@@ -41,11 +56,12 @@ def outcome() -> RoundOutcome:
         unreadable=4,
         seconds={"clients": 1.23456789},
     )
+    return made
 
 
 def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
     run = session(tmp_path / "run")
-    run.open()
+    run.open(strategy(run))
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     config = run_config()
     dataset = load_dataset(config.dataset)
@@ -71,7 +87,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
 def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
     """So that a teacher which cannot be had does not stop the others."""
     run = session(tmp_path / "run", method=method, teacher__model="no-such-model")
-    run.open()
+    run.open(strategy(run))
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     assert run.teacher is None
     assert "teacher" not in facts
@@ -94,8 +110,10 @@ def test_round_is_written_with_all_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
-    retrained = nn.Linear(512, 10)
-    run.close_round(1, retrained, outcome())
+    creff = strategy(run)
+    run.open(creff)
+    capsys.readouterr()
+    run.close_round(1, creff)
     text = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
     line = json.loads(text)
     assert line.pop("seconds").keys() == {"clients", "evaluation"}
@@ -106,6 +124,7 @@ def test_round_is_written_with_all_its_numbers(
         "round": 1,
         "clients": [0, 2],
         "dropped_replies": 1,
+        "kept_model": False,
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},
         "unreadable_images": {"train": 4, "test": 0},
@@ -120,7 +139,8 @@ def test_round_is_written_with_all_its_numbers(
     assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
-    run.close_round(2, retrained, outcome())
+    run.close_round(2, creff)
     last = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
     assert json.loads(last)["test_images"] == 30
+    run.close(creff)
     assert (tmp_path / "run" / "model.safetensors").exists()

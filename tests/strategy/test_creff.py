@@ -152,8 +152,8 @@ def test_round_equals_its_parts_called_by_hand(init: Literal["fresh", "warm"]) -
         assert torch.equal(strategy.features, features)
         assert torch.equal(strategy.classifier.weight, weight)
         assert torch.equal(strategy.classifier.bias, bias)
-        assert strategy.round.losses == {"gradient_matching": float(loss)}
-        assert set(strategy.round.seconds) == {
+        assert strategy.round.losses["gradient_matching"] == float(loss)
+        assert {s for s in strategy.round.seconds if "clients-" not in s} == {
             "clients",
             "checks",
             "synthesis",

@@ -326,9 +326,16 @@ def test_metrics_are_averaged_or_summed() -> None:
         "seconds-training": 12.0,
     }
     assert dict(metrics) == pytest.approx(expected)
-    assert strategy.round.metrics == pytest.approx(expected)
-    assert set(strategy.round.seconds) == {"clients", "checks", "aggregation"}
-    assert all(seconds >= 0 for seconds in strategy.round.seconds.values())
+    assert strategy.round.losses == pytest.approx({"client": 1.5, "distillation": 0.5})
+    assert strategy.round.unreadable == 3
+    seconds = dict(strategy.round.seconds)
+    of_clients = {
+        name: seconds.pop(f"clients-{name}")
+        for name in ("data", "gradients", "training")
+    }
+    assert of_clients == pytest.approx({"data": 2, "gradients": 0.75, "training": 12})
+    assert set(seconds) == {"clients", "checks", "aggregation"}
+    assert all(s >= 0 for s in seconds.values())
 
 
 def test_a_round_starts_with_a_clean_record() -> None:

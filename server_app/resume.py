@@ -1,0 +1,371 @@
+"""Checkpoints of a run: all that the next round needs, whole or absent.
+
+A checkpoint is a folder ``checkpoints/round-000012`` in the run's folder:
+
+- ``tensors.safetensors``: the global model (``model.*``) and the strategy's state
+  (``strategy.*``: federated features, re-trained classifier);
+- ``state.json``: format version, round, configuration, what the run was made with
+  (code, teacher, data), random state, best round so far;
+- ``metrics.jsonl``: the lines of all rounds so far;
+- ``SHA256SUMS``: checksums of the others, as ``sha256sum --check`` reads them.
+
+No pickle: a checkpoint cannot bring code with it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from clip2fl_common.config import Scalar
+from server_app.durable import remove, replaced_whole
+
+logger = getLogger(__name__)
+
+FORMAT = 1
+
+FOLDER = "checkpoints"
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+METRICS = "metrics.jsonl"
+SUMS = "SHA256SUMS"
+
+MODEL_PREFIX = "model."
+STRATEGY_PREFIX = "strategy."
+
+# Keys that decide where results lie, how long is waited and what is kept, but not
+# what comes out: they may differ when a run goes on.
+FREE_KEYS = (
+    "run.dir",
+    "run.name",
+    "run.resume",
+    "federation.round-timeout",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from what its folder holds; says why and what to do."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written; says which file."""
+
+
+@dataclass(frozen=True)
+class BestRound:
+    """The best round among those with a checkpoint, by ``checkpoint.best-metric``.
+
+    Attributes
+    ----------
+    round : int
+        Its number.
+    value : float
+        The metric, in percent.
+    """
+
+    round: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All state of a run after one of its rounds.
+
+    Attributes
+    ----------
+    round : int
+        The round that is over; 0 before the first.
+    config : Mapping
+        The run configuration, dotted keys to values.
+    made_with : Mapping
+        Fingerprints of what has to be the same when the run goes on: ``code``,
+        ``data`` and, where there is one, ``teacher``.
+    environment : Mapping
+        What should be the same for the same bits: ``device``, versions.
+    best : BestRound or None
+        None before any round.
+    resumed_after : tuple of int
+        Rounds after which the run was interrupted and went on.
+    metrics : str
+        Content of ``metrics.jsonl``.
+    model : Mapping
+        State of the global model.
+    strategy : Mapping
+        State of the strategy.
+    """
+
+    round: int
+    config: Mapping[str, Scalar]
+    made_with: Mapping[str, str]
+    environment: Mapping[str, str]
+    best: BestRound | None
+    resumed_after: tuple[int, ...]
+    metrics: str
+    model: Mapping[str, torch.Tensor]
+    strategy: Mapping[str, torch.Tensor]
+
+
+def checkpoint_path(run_folder: Path, server_round: int) -> Path:
+    """Return where the checkpoint of a round lies."""
+    return run_folder / FOLDER / f"round-{server_round:06d}"
+
+
+def rounds_with_checkpoint(run_folder: Path) -> list[int]:
+    """Return the rounds that have a checkpoint, whole or damaged, ascending."""
+    names = [path.name for path in (run_folder / FOLDER).glob("round-??????")]
+    return sorted(int(name.removeprefix("round-")) for name in names)
+
+
+def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint into a run's folder; on disk when this returns.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The run's folder.
+    checkpoint : Checkpoint
+        State after a round.
+    """
+    state = {
+        "format": FORMAT,
+        "round": checkpoint.round,
+        "config": checkpoint.config,
+        "made_with": checkpoint.made_with,
+        "environment": checkpoint.environment,
+        "best": asdict(checkpoint.best) if checkpoint.best else None,
+        "resumed_after": checkpoint.resumed_after,
+        "random": {
+            "seed": checkpoint.config["seed"],
+            "next_round": checkpoint.round + 1,
+            "note": "each generator comes from seed, purpose, round and client",
+        },
+    }
+    named = {f"{MODEL_PREFIX}{n}": t for n, t in checkpoint.model.items()}
+    named |= {f"{STRATEGY_PREFIX}{n}": t for n, t in checkpoint.strategy.items()}
+    place = checkpoint_path(run_folder, checkpoint.round)
+    place.parent.mkdir(exist_ok=True)
+    with replaced_whole(place) as folder:
+        folder.mkdir()
+        save_file(
+            {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in named.items()
+            },
+            folder / TENSORS,
+        )
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+        (folder / METRICS).write_text(checkpoint.metrics, "utf-8")
+        sums = "".join(
+            f"{_sha256(folder / name)}  {name}\n" for name in (TENSORS, STATE, METRICS)
+        )
+        (folder / SUMS).write_text(sums, "utf-8")
+
+
+def load_checkpoint(run_folder: Path, server_round: int) -> Checkpoint:
+    """Read one checkpoint.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The run's folder.
+    server_round : int
+        Round of the checkpoint.
+
+    Returns
+    -------
+    Checkpoint
+        Tensors on the CPU.
+
+    Raises
+    ------
+    DamagedCheckpointError
+        If a file is missing or is not what was written.
+    ResumeError
+        If it was written in another format.
+    """
+    folder = checkpoint_path(run_folder, server_round)
+    _verify(folder)
+    state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+    if state["format"] != FORMAT:
+        raise ResumeError(
+            f"{folder} has the checkpoint format {state['format']}, this program reads "
+            f"{FORMAT}: resume with the version of the program that began the run"
+        )
+    tensors = load_file(folder / TENSORS)
+    return Checkpoint(
+        round=state["round"],
+        config=state["config"],
+        made_with=state["made_with"],
+        environment=state["environment"],
+        best=BestRound(**state["best"]) if state["best"] else None,
+        resumed_after=tuple(state["resumed_after"]),
+        metrics=(folder / METRICS).read_text("utf-8"),
+        model=_with_prefix(tensors, MODEL_PREFIX),
+        strategy=_with_prefix(tensors, STRATEGY_PREFIX),
+    )
+
+
+def load_newest(run_folder: Path) -> Checkpoint:
+    """Read the newest checkpoint that is whole, and put damaged newer ones aside.
+
+    A damaged one is renamed, so that nothing takes it for a checkpoint any more.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The run's folder.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    ResumeError
+        If there is none.
+    """
+    damaged: dict[int, str] = {}
+    for server_round in reversed(rounds_with_checkpoint(run_folder)):
+        try:
+            checkpoint = load_checkpoint(run_folder, server_round)
+        except DamagedCheckpointError as error:
+            damaged[server_round] = str(error)
+            continue
+        for bad, reason in damaged.items():
+            path = checkpoint_path(run_folder, bad)
+            aside = path.with_name(f"{path.name}.damaged")
+            logger.warning(
+                "checkpoint %s is damaged (%s); it is kept as %s, and the run goes on "
+                "from %s",
+                path,
+                reason,
+                aside.name,
+                checkpoint_path(run_folder, server_round),
+            )
+            remove(aside)
+            path.rename(aside)
+        return checkpoint
+    if damaged:
+        raise ResumeError(
+            f"every checkpoint in {run_folder / FOLDER} is damaged ("
+            + "; ".join(f"round {r}: {reason}" for r, reason in damaged.items())
+            + "): restore one from a backup, or start the run anew in another folder"
+        )
+    raise ResumeError(
+        f"{run_folder / FOLDER} holds no checkpoint, so there is nothing to resume: "
+        "start the run without run.resume"
+    )
+
+
+def prune(run_folder: Path, keep: int) -> None:
+    """Remove old checkpoints.
+
+    What stays are the last ``keep`` and, for each of them, the best one so far: where
+    the newest turns out to be damaged, the one before still finds its best.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The run's folder.
+    keep : int
+        How many of the last checkpoints stay, at least 1.
+    """
+    rounds = rounds_with_checkpoint(run_folder)
+    wanted = set(rounds[-keep:])
+    for server_round in rounds[-keep:]:
+        state = checkpoint_path(run_folder, server_round) / STATE
+        if best := json.loads(state.read_text("utf-8"))["best"]:
+            wanted.add(best["round"])
+    for server_round in set(rounds) - wanted:
+        remove(checkpoint_path(run_folder, server_round))
+
+
+def refuse_differences(
+    checkpoint: Checkpoint, config: Mapping[str, Scalar], made_with: Mapping[str, str]
+) -> None:
+    """Refuse to go on with anything that would make it another run.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the run is to go on.
+    config : Mapping
+        The configuration it is to go on with; `FREE_KEYS` may differ.
+    made_with : Mapping
+        Fingerprints of the code, data and teacher at hand.
+
+    Raises
+    ------
+    ResumeError
+        Names every difference, with both values.
+    """
+    nothing = "nothing"
+    keys = sorted(checkpoint.config.keys() | config.keys())
+    differences = [
+        f"{key}: the run has {checkpoint.config.get(key, nothing)!r}, now it is "
+        f"{config.get(key, nothing)!r}"
+        for key in keys
+        if key not in FREE_KEYS and checkpoint.config.get(key) != config.get(key)
+    ]
+    if differences:
+        raise ResumeError(
+            "the configuration is not the run's, so that it cannot go on from round "
+            f"{checkpoint.round}:\n"
+            + "\n".join(f"  - {line}" for line in differences)
+            + "\nTake the run's own values, or start another run."
+        )
+    remedies = {
+        "code": "check out the code that began the run",
+        "teacher": "install the weights that the run began with",
+        "data": "restore the images that the run began with",
+    }
+    for name, remedy in remedies.items():
+        then, now = (
+            found.get(name, nothing) for found in (checkpoint.made_with, made_with)
+        )
+        if then != now:
+            raise ResumeError(
+                f"the {name} is not the run's: it began with {then[:16]}, here is "
+                f"{now[:16]}. To go on from round {checkpoint.round}, {remedy}; or "
+                "start another run."
+            )
+
+
+def _verify(folder: Path) -> None:
+    try:
+        sums: dict[str, str] = {}
+        for line in (folder / SUMS).read_text("utf-8").splitlines():
+            checksum, name = line.split("  ", 1)
+            sums[name] = checksum
+        if set(sums) != {TENSORS, STATE, METRICS}:
+            raise DamagedCheckpointError(f"{SUMS} is not as it was written")
+        for name, expected in sums.items():
+            if _sha256(folder / name) != expected:
+                raise DamagedCheckpointError(f"{name} does not have its checksum")
+    except (OSError, ValueError) as error:
+        if isinstance(error, DamagedCheckpointError):
+            raise
+        raise DamagedCheckpointError(str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_prefix(
+    tensors: Mapping[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

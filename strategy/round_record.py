@@ -1,0 +1,40 @@
+"""What a strategy reports of a round, besides the global model."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RoundRecord:
+    """What a round cost and brought.
+
+    Attributes
+    ----------
+    clients : list of int
+        Partitions whose replies were used.
+    dropped : int
+        Replies that were not.
+    kept_model : bool
+        Whether too few replies were good, so that the model is the round's before.
+    bytes_down : int
+        Arrays sent to all clients.
+    upload_bytes, gradient_bytes : list of int
+        Arrays received from each of ``clients``, and the class gradients among them.
+    losses : dict
+        Losses by name: ``client`` and ``distillation`` are the clients', averaged by
+        number of images; the others are computed at the server.
+    unreadable : int
+        Training images left out by the clients.
+    seconds : dict
+        Wall-clock seconds of each phase at the server; those named ``clients-...``
+        are summed over the clients.
+    """
+
+    clients: list[int] = field(default_factory=list)
+    dropped: int = 0
+    kept_model: bool = False
+    bytes_down: int = 0
+    upload_bytes: list[int] = field(default_factory=list)
+    gradient_bytes: list[int] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    unreadable: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
