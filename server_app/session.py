@@ -22,6 +22,7 @@ from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoint import ModelCard, save_model
 from server_app.evaluation import Evaluator
 from server_app.report import Progress, RunFolder, accuracy_fields, final_table
+from strategy.registry import method_named
 
 FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
@@ -98,7 +99,7 @@ class Session:
         self._rows: dict[str, AccuracyReport] = {}
 
     def _load_teacher(self) -> Teacher | None:
-        if self.config.method != "clip2fl":
+        if not method_named(self.config.method).needs_teacher:
             return None
         teacher = self.config.teacher
         return load_teacher(

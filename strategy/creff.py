@@ -3,22 +3,25 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Any, Self
 
 import torch
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
+from torch import nn
 
 from clip2fl_common import records
 from clip2fl_common.config import Retraining, Synthesis, Upload
 from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
 from strategy.fedavg import FedAvg
-from strategy.partitioned import ClientPlan
+from strategy.partitioned import ClientPlan, Setting
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
+    step_size,
     synthesize,
 )
 
@@ -46,6 +49,8 @@ class CReFF(FedAvg):
         How clients send their class gradients.
     device : torch.device
         Where both are computed.
+    rounds : int
+        Rounds of the run, over which a schedule of the features' step size goes.
 
     Attributes
     ----------
@@ -54,6 +59,8 @@ class CReFF(FedAvg):
     classifier : torch.nn.Linear
         Re-trained classifier of the last round; freshly initialised before round 1.
     """
+
+    classifier: nn.Linear
 
     def __init__(
         self,
@@ -65,9 +72,11 @@ class CReFF(FedAvg):
         retraining: Retraining,
         upload: Upload,
         device: torch.device,
+        rounds: int,
     ) -> None:
         super().__init__(plan)
         self.synthesis = synthesis
+        self.rounds = rounds
         self.retraining = retraining
         self.gradient_format = records.GradientFormat(num_classes, feature_dim, upload)
         self.device = device
@@ -81,10 +90,34 @@ class CReFF(FedAvg):
             feature_dim, num_classes, generator(plan.seed, "classifier")
         ).to(device)
 
+    @classmethod
+    def build(cls, setting: Setting) -> Self:
+        """Return the method as a run's configuration wants it."""
+        return cls(setting.plan, **cls.settings(setting))
+
+    @staticmethod
+    def settings(setting: Setting) -> dict[str, Any]:
+        """Return the keyword arguments that a run's configuration decides."""
+        config = setting.config
+        return {
+            "num_classes": len(setting.class_names),
+            "feature_dim": config.model.feature_dim,
+            "synthesis": config.synthesis,
+            "retraining": config.retraining,
+            "upload": config.upload,
+            "device": setting.device,
+            "rounds": config.federation.rounds,
+        }
+
     @property
     def text_features(self) -> torch.Tensor | None:
         """Class prototypes near which features are held; CReFF has none."""
         return None
+
+    def artifacts(self) -> dict[str, torch.Tensor]:
+        """Return the federated features and, where there are any, the prototypes."""
+        found = {"features": self.features, "text_features": self.text_features}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def summary(self) -> None:
         """Log the settings of synthesis and re-training."""
@@ -100,9 +133,10 @@ class CReFF(FedAvg):
         log(INFO, "\t│\t├── Shape (classes, per class, width): %s", self.shape)
         log(
             INFO,
-            "\t│\t└── %d steps, learning rate %g",
+            "\t│\t└── %d steps, learning rate %g in round 1, %g in the last",
             self.synthesis.steps,
-            self.synthesis.learning_rate,
+            self._step_size(1),
+            self._step_size(self.rounds),
         )
         log(INFO, "\t├──> Re-training:")
         log(
@@ -160,7 +194,7 @@ class CReFF(FedAvg):
             bias,
             self.text_features,
             steps=self.synthesis.steps,
-            learning_rate=self.synthesis.learning_rate,
+            learning_rate=self._step_size(server_round),
             contrast_weight=self.synthesis.contrast_weight,
             temperature=self.synthesis.contrast_temperature,
         )
@@ -176,6 +210,14 @@ class CReFF(FedAvg):
             initial=self.classifier if self.retraining.init == "warm" else None,
         )
         self._book("retraining", started)
+
+    def _step_size(self, server_round: int) -> float:
+        return step_size(
+            self.synthesis.learning_rate,
+            self.synthesis.learning_rate_final,
+            server_round,
+            self.rounds,
+        )
 
     def _synthesis_losses(
         self,

@@ -17,10 +17,9 @@ from clip2fl_common.datasets import DatasetError, load_dataset
 from server_app.app import main
 from server_app.checkpoint import load_model
 from strategy.partitioned import NoRepliesError
+from strategy.registry import METHODS
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid, Tamper, as_grid
-
-METHODS = ["clip2fl", "creff", "fedavg", "fedprox"]
 
 
 @pytest.fixture(autouse=True)

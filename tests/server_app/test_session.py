@@ -67,7 +67,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
     assert set(facts["versions"]) == {"python", "flwr", "torch", "numpy"}
 
 
-@pytest.mark.parametrize("method", ["creff", "fedavg", "fedprox"])
+@pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
 def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
     """So that a teacher which cannot be had does not stop the others."""
     run = session(tmp_path / "run", method=method, teacher__model="no-such-model")
