@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMMAND := $(BIN)/clip2fl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-install: $(INSTALLED) ## Create .venv with the locked packages
+install: $(COMMAND) ## Create .venv with the locked packages and the clip2fl command
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): requirements.lock
@@ -25,6 +26,12 @@ $(INSTALLED): requirements.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r $(VENV)/uv.lock
 	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode \
 		-r requirements.lock
+	@touch $@
+
+# The command runs this checkout's code. What builds its entry point is locked, too.
+$(COMMAND): $(INSTALLED) pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
+		--offline --editable .
 	@touch $@
 
 demo: install ## Train on drawn images, without any download
@@ -49,7 +56,7 @@ lock: ## Write requirements.lock from pyproject.toml
 	@test -x $(BIN)/uv || { echo "uv is missing: run 'make install' first" >&2; exit 1; }
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 		--no-emit-index-url --custom-compile-command "make lock" \
-		--extra dev --output-file requirements.lock pyproject.toml
+		--all-extras --output-file requirements.lock pyproject.toml
 
 clean: ## Remove caches and build results, but neither .venv nor runs
 	rm -rf build dist *.egg-info *.fab .mypy_cache .pytest_cache .ruff_cache \

@@ -44,6 +44,8 @@ class Run:
     """Folder that receives one sub-folder a run; empty: the user's data folder."""
     name: str
     """Name of the run's folder; empty: method, data set, seed and Flower's run id."""
+    trackers: str
+    """``tensorboard``, ``mlflow``, ``wandb``, separated by spaces; empty: none."""
 
 
 @dataclass(frozen=True, config=_strict)

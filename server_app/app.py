@@ -102,6 +102,7 @@ def _outcome(strategy: PartitionedTraining) -> RoundOutcome:
             **record.losses,
         },
         unreadable=int(metrics["unreadable-images"]),
+        artifacts=strategy.artifacts(),
         seconds={
             **record.seconds,
             **{

@@ -9,15 +9,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+import numpy.typing as npt
 import platformdirs
+import torch
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.metrics import AccuracyReport, ShotGroups
-from server_app.checkpoint import write_atomically
+from server_app.checkpoint import save_tensors, write_atomically
+
+# Federated features that a run keeps for its report, over all classes.
+SHOWN_FEATURES = 2000
 
 
 class RunFolder:
-    """A run's folder: ``config.json``, ``metrics.jsonl``, later ``model.safetensors``.
+    """A run's folder: ``config.json``, ``metrics.jsonl`` and, at the end, two more.
+
+    ``artifacts.safetensors`` holds what a report shows besides numbers; the delivered
+    ``model.safetensors`` comes last, so that it marks a complete run.
 
     Parameters
     ----------
@@ -65,6 +74,35 @@ class RunFolder:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
+
+    def write_artifacts(
+        self,
+        method: Mapping[str, torch.Tensor],
+        confusion: Mapping[str, npt.NDArray[np.int64]],
+        held: npt.NDArray[np.int64],
+    ) -> None:
+        """Write ``artifacts.safetensors``.
+
+        Parameters
+        ----------
+        method : mapping of str to Tensor
+            The method's own. Of ``features`` [C, m, d] each class keeps so many that
+            there are `SHOWN_FEATURES` at most, in half precision: enough to be drawn.
+        confusion : mapping of str to ndarray of int64, shape [C, C]
+            Test images by true and predicted class, for each head.
+        held : ndarray of int64, shape [K, C]
+            Training images by client and class.
+        """
+        tensors = {
+            "clients_by_class": torch.from_numpy(held),
+            **{f"confusion.{n}": torch.from_numpy(c) for n, c in confusion.items()},
+            **method,
+        }
+        if "features" in tensors:
+            features = tensors["features"]
+            shown = max(1, SHOWN_FEATURES // len(features))
+            tensors["features"] = features[:, :shown].bfloat16()
+        save_tensors(self.path / "artifacts.safetensors", tensors)
 
 
 def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:

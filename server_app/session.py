@@ -1,13 +1,12 @@
 """One run at the server: what is prepared, evaluated each round and left behind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from platform import python_version
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,12 +15,14 @@ from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indice
 from clip2fl_common.devices import resolve_device
 from clip2fl_common.metrics import AccuracyReport, shot_groups
 from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.partition import class_counts
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoint import ModelCard, save_model
 from server_app.evaluation import Evaluator
 from server_app.report import Progress, RunFolder, accuracy_fields, final_table
+from server_app.tracking import open_trackers, scalars
 from strategy.registry import method_named
 
 FEDAVG_HEAD = "fedavg"
@@ -49,6 +50,8 @@ class RoundOutcome:
         Training images left out by the clients.
     seconds : dict
         Seconds of each phase.
+    artifacts : mapping of str to Tensor
+        What a report may show of the method's state.
     """
 
     clients: Sequence[int]
@@ -59,6 +62,7 @@ class RoundOutcome:
     losses: dict[str, float] = field(default_factory=dict)
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    artifacts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Session:
@@ -80,10 +84,10 @@ class Session:
         self._parts = partition_indices(
             config.dataset, partition.clients, partition.alpha, config.seed
         )
-        self.counts = np.bincount(
-            self.dataset.train.labels[np.concatenate(self._parts)],
-            minlength=len(self.dataset.class_names),
+        self._held = class_counts(
+            self._parts, self.dataset.train.labels, len(self.dataset.class_names)
         )
+        self.counts = self._held.sum(axis=0)
         self.model = _initial_model(config, len(self.dataset.class_names))
         self.evaluator = Evaluator(
             self.dataset,
@@ -95,6 +99,7 @@ class Session:
         )
         self.teacher = self._load_teacher()
         self.folder = RunFolder(config, run_id)
+        self._trackers = open_trackers(config, self.folder.path)
         self._progress = Progress(config.federation.rounds)
         self._rows: dict[str, AccuracyReport] = {}
 
@@ -156,27 +161,28 @@ class Session:
             heads = {RETRAINED_HEAD: retrained, **heads}
         reports = self.evaluator.evaluate(self.model, heads, final)
         seconds = {**outcome.seconds, "evaluation": perf_counter() - started}
-        self.folder.append_metrics(
-            {
-                "round": server_round,
-                "clients": list(outcome.clients),
-                "dropped_replies": outcome.dropped,
-                "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
-                "test_images": len(self.evaluator.indices(final)),
-                "losses": outcome.losses,
-                "unreadable_images": {
-                    "train": outcome.unreadable,
-                    "test": self.evaluator.unreadable,
-                },
-                "bytes": {
-                    "down": outcome.bytes_down,
-                    "up": sum(outcome.upload_bytes),
-                    "per_client": list(outcome.upload_bytes),
-                    "class_gradients": list(outcome.gradient_bytes),
-                },
-                "seconds": {name: round(s, 4) for name, s in seconds.items()},
-            }
-        )
+        line = {
+            "round": server_round,
+            "clients": list(outcome.clients),
+            "dropped_replies": outcome.dropped,
+            "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
+            "test_images": len(self.evaluator.indices(final)),
+            "losses": outcome.losses,
+            "unreadable_images": {
+                "train": outcome.unreadable,
+                "test": self.evaluator.unreadable,
+            },
+            "bytes": {
+                "down": outcome.bytes_down,
+                "up": sum(outcome.upload_bytes),
+                "per_client": list(outcome.upload_bytes),
+                "class_gradients": list(outcome.gradient_bytes),
+            },
+            "seconds": {name: round(s, 4) for name, s in seconds.items()},
+        }
+        self.folder.append_metrics(line)
+        for tracker in self._trackers:
+            tracker.log(server_round, scalars(line))
         print(
             self._progress.line(server_round, reports, outcome.losses["client"]),
             flush=True,
@@ -185,10 +191,15 @@ class Session:
             method = self.config.method
             students = {f"{method}, {name} head": r for name, r in reports.items()}
             self._rows = students | self._rows
+            self.folder.write_artifacts(
+                outcome.artifacts, self.evaluator.confusion, self._held
+            )
             self._save(next(iter(heads.values())))
 
     def close(self) -> None:
         """Print the final table, after everything that Flower prints."""
+        for tracker in self._trackers:
+            tracker.close()
         table = final_table(self._rows, self.evaluator.groups, self.dataset.class_names)
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 

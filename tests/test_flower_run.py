@@ -49,6 +49,7 @@ def test_simulation_completes(tmp_path: Path) -> None:
     assert result.completed, result.log
     assert "clip2fl, retrained head" in result.log
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "artifacts.safetensors",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",

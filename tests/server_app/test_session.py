@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from clip2fl_common.config import Scalar
@@ -119,8 +120,38 @@ def test_round_is_written_with_all_its_numbers(
     assert '"clients": 1.2346' in text
     assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "artifacts.safetensors").exists()
 
     run.close_round(2, retrained, outcome())
     last = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
     assert json.loads(last)["test_images"] == 30
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_artifacts_are_what_a_report_shows(tmp_path: Path) -> None:
+    """Confusion agrees with accuracy, clients with the partition; features are few."""
+    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    features = torch.arange(10 * 300 * 2).reshape(10, 300, 2) / 7
+    last = outcome()
+    last.artifacts = {"features": features, "text_features": torch.ones(10, 2)}
+    run.close_round(2, nn.Linear(512, 10), last)
+    found = load_file(tmp_path / "run" / "artifacts.safetensors")
+    assert set(found) == {
+        *("features", "text_features", "clients_by_class"),
+        *("confusion.retrained", "confusion.fedavg"),
+    }
+    assert torch.equal(found["features"], features[:, :200].bfloat16())
+    assert torch.equal(found["text_features"], torch.ones(10, 2))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8"))
+    for head in ("retrained", "fedavg"):
+        confusion = found[f"confusion.{head}"]
+        assert confusion.sum(dim=1).tolist() == [3] * 10
+        recall = 100 * confusion.diagonal() / 3
+        assert line["accuracy"][head]["per_class"] == pytest.approx(
+            recall.tolist(), abs=1e-4
+        )
+    config = run_config()
+    labels = load_dataset(config.dataset).train.labels
+    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    for row, part in zip(found["clients_by_class"], parts, strict=True):
+        assert row.tolist() == [(labels[part] == c).sum() for c in range(10)]

@@ -1,0 +1,5 @@
+"""The clip2fl command: wires its subcommands together."""
+
+import typer
+
+app = typer.Typer()
