@@ -9,7 +9,7 @@ COMMAND := $(BIN)/clip2fl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check lock clean
+.PHONY: help install demo test test-all check docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,9 +34,10 @@ $(COMMAND): $(INSTALLED) pyproject.toml
 		--offline --editable .
 	@touch $@
 
-demo: install ## Train on drawn images, without any download
+demo: install ## Train on drawn images, without any download, and write a report
 	$(BIN)/python scripts/simulate.py --run-config conf/demo.toml \
 		--set 'run.dir="$(CURDIR)/runs"'
+	$(COMMAND) report "$$(ls -td runs/*/ | head -n 1)"
 
 test: install ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
@@ -50,6 +51,10 @@ check: install ## Lint, check format, types, imports and configuration keys
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m scripts.check_config_keys
+	$(BIN)/python -m scripts.configuration_page --check
+
+docs: install ## Write docs/configuration.md from the code
+	$(BIN)/python -m scripts.configuration_page
 
 # Pins stay as they are while they still fit; remove requirements.lock to renew them all.
 lock: ## Write requirements.lock from pyproject.toml
