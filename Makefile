@@ -5,15 +5,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMMAND := $(BIN)/clip2fl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check bench lock clean
+.PHONY: help install demo test test-all check docs bench lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-install: $(INSTALLED) ## Create .venv with the locked packages
+install: $(COMMAND) ## Create .venv with the locked packages and the clip2fl command
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): requirements.lock
@@ -27,9 +28,16 @@ $(INSTALLED): requirements.lock
 		-r requirements.lock
 	@touch $@
 
-demo: install ## Train on drawn images, without any download
+# The command runs this checkout's code. What builds its entry point is locked, too.
+$(COMMAND): $(INSTALLED) pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
+		--offline --editable .
+	@touch $@
+
+demo: install ## Train on drawn images, without any download, and write a report
 	$(BIN)/python scripts/simulate.py --run-config conf/demo.toml \
 		--set 'run.dir="$(CURDIR)/runs"'
+	$(COMMAND) report "$$(ls -td runs/*/ | head -n 1)"
 
 test: install ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
@@ -43,6 +51,10 @@ check: install ## Lint, check format, types, imports and configuration keys
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m scripts.check_config_keys
+	$(BIN)/python -m scripts.configuration_page --check
+
+docs: install ## Write docs/configuration.md from the code
+	$(BIN)/python -m scripts.configuration_page
 
 bench: install ## Time every stage against the published loops; half an hour
 	$(BIN)/python -m benchmarks.stages
@@ -54,7 +66,7 @@ lock: ## Write requirements.lock from pyproject.toml
 	@test -x $(BIN)/uv || { echo "uv is missing: run 'make install' first" >&2; exit 1; }
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 		--no-emit-index-url --custom-compile-command "make lock" \
-		--extra dev --output-file requirements.lock pyproject.toml
+		--all-extras --output-file requirements.lock pyproject.toml
 
 clean: ## Remove caches and build results, but neither .venv nor runs
 	rm -rf build dist *.egg-info *.fab .mypy_cache .pytest_cache .ruff_cache \

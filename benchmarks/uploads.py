@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.compare_methods import FinishedRun
 from benchmarks.measure import markdown, write_results
 from benchmarks.stages import DRAWS, SAMPLES_PER_CLASS, our_retraining
 from client_app.gradients import class_gradients
 from client_app.training import augmented_features
+from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset
 from clip2fl_common.gradient_coding import (
@@ -70,8 +70,8 @@ def clip_features(path: Path) -> Features:
 def student_features(run: Path) -> Features:
     """Return a delivered model's features of augmented test images, and classes."""
     model, card = load_model(run / "model.safetensors")
-    config = FinishedRun.read(run).config["config"]
-    dataset = load_dataset(RunConfig.from_run_config(config).dataset)
+    config = RunConfig.from_run_config(FinishedRun.read(run).config)
+    dataset = load_dataset(config.dataset)
     loaded = dataset.test.load(np.arange(len(dataset.test.labels)))
     return augmented_features(
         model,
@@ -148,14 +148,14 @@ def accuracy_rows(settings: Sequence[str]) -> list[list[str]]:
             ),
             key=lambda run: run.seed,
         )
-        upload = runs[0].config["config"]
+        upload = runs[0].config
         gradient_bytes = [
             statistics.mean(line["bytes"]["class_gradients"])
             for run in runs
             for line in run.rounds
         ]
-        balanced = [run.last("retrained", "balanced") for run in runs]
-        few = [run.last("retrained", "few") for run in runs]
+        balanced = [run.last("retrained", "balanced") or 0.0 for run in runs]
+        few = [run.last("retrained", "few") or 0.0 for run in runs]
         rows.append(
             [
                 label,

@@ -13,6 +13,7 @@ from client_app.training import (
     LocalObjective,
     PixelImages,
     augmented_features,
+    logit_offsets,
     train_locally,
 )
 from clip2fl_common import records
@@ -100,6 +101,7 @@ def train(message: Message, context: Context) -> Message:
         )
     clock.lap("gradients")
 
+    strength = config.client.logit_adjustment
     losses = train_locally(
         model,
         images,
@@ -112,6 +114,11 @@ def train(message: Message, context: Context) -> Message:
         crop_padding=config.client.crop_padding,
         generator=generator(
             config.seed, "batches", request.server_round, request.partition
+        ),
+        offsets=(
+            logit_offsets(labels, len(dataset.class_names), strength)
+            if strength > 0
+            else None
         ),
         augment_per_image=config.client.augment_per == "image",
         precision=precision,

@@ -1,4 +1,4 @@
-"""Local training: cross-entropy, distillation from the teacher, proximal term."""
+"""Local training: (logit-adjusted) cross-entropy, distillation, proximal term."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +38,40 @@ def distillation_loss(
         reduction="batchmean",
         log_target=True,
     )
+
+
+def logit_offsets(
+    labels: torch.Tensor, num_classes: int, strength: float
+) -> torch.Tensor:
+    """Return ``strength * log(prior)`` from the labels' own frequencies.
+
+    Added to the logits inside the cross-entropy (Menon et al. 2021, Eq. 10), it asks
+    for a larger margin of rare classes over frequent ones, and the classifier without
+    it is fit for balanced classes. In a federation the prior is each client's own, as
+    in FedLC (Zhang et al. 2022), so that no label counts leave the client.
+
+    A class that the client does not hold has the offset -infinity: it takes no part in
+    the softmax, so that this client neither raises nor lowers its score. That is the
+    limit of the formula (FedLC's, too) and FedRS's restricted softmax (Li and Zhan
+    2021); any finite offset would let the clients without a rare class, which are most
+    of them, unlearn it in every step.
+
+    Parameters
+    ----------
+    labels : Tensor of int64, shape [N]
+        The client's labels.
+    num_classes : int
+        Number of classes C.
+    strength : float
+        tau > 0; Menon et al. use 1.
+
+    Returns
+    -------
+    Tensor, shape [C]
+        On the labels' device.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    return strength * (counts / len(labels)).log()
 
 
 @dataclass(frozen=True)
@@ -124,6 +158,7 @@ def train_locally(
     learning_rate: float,
     crop_padding: int,
     generator: torch.Generator,
+    offsets: torch.Tensor | None = None,
     augment_per_image: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> TrainingLosses:
@@ -149,6 +184,9 @@ def train_locally(
         Zero pixels around an image before its crop (see `random_crop_flip`).
     generator : torch.Generator
         CPU source of shuffling and augmentation.
+    offsets : Tensor or None, shape [C]
+        Added to the logits in the cross-entropy (see `logit_offsets`). Distillation
+        compares the logits without them: the teacher knows no client's frequencies.
     augment_per_image : bool
         Draw crop and flip for each image instead of each batch.
     precision : torch.dtype
@@ -180,7 +218,8 @@ def train_locally(
             )
             with mixed_precision(images.device, precision):
                 logits = model(augmented).float()
-            loss = functional.cross_entropy(logits, labels[chosen])
+            scores = logits if offsets is None else logits + offsets
+            loss = functional.cross_entropy(scores, labels[chosen])
             if teacher_logits is not None:
                 distillation = distillation_loss(
                     logits, teacher_logits[chosen], objective.distillation_temperature

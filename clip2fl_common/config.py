@@ -19,8 +19,6 @@ from clip2fl_common.gradient_coding import Precision
 
 Scalar = bool | int | float | str
 
-METHODS = ("clip2fl", "creff", "fedavg", "fedprox")
-
 _strict = ConfigDict(
     extra="forbid",
     strict=True,
@@ -48,6 +46,8 @@ class Run:
     """Name of the run's folder; empty: method, data set, seed and Flower's run id."""
     resume: str
     """Folder of an interrupted run that goes on there; empty: a new run."""
+    trackers: str
+    """``tensorboard``, ``mlflow``, ``wandb``, separated by spaces; empty: none."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -132,6 +132,8 @@ class Client:
     """Zero pixels around an image before its random crop; 0: no crop."""
     augment_per: Literal["batch", "image"]
     """What place of the crop and flip are drawn for."""
+    logit_adjustment: Weight
+    """tau: weight of the client's log class frequencies in its loss; 0: plain loss."""
     precision: Literal["float32", "bfloat16"]
     """Of forward and backward passes; weights and losses stay in float32."""
 
@@ -152,6 +154,16 @@ class FedProx:
 
     mu: Weight
     """Weight of the squared distance to the global model, halved."""
+
+
+@dataclass(frozen=True, config=_strict)
+class FedAvgM:
+    """Momentum at the server (fedavgm)."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the last round's step that is taken again."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    """Step size of the server; 1 goes all the way to the clients' average."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -185,7 +197,9 @@ class Synthesis:
     steps: Positive
     """Descent steps each round."""
     learning_rate: PositiveFloat
-    """Step size on the features."""
+    """Step size on the features, of round 1 where it changes."""
+    learning_rate_final: Weight
+    """Step size of the last round, geometric in between; 0: the same throughout."""
     contrast_weight: Weight
     """eta: weight of the prototype contrastive loss (clip2fl)."""
     contrast_temperature: PositiveFloat
@@ -234,8 +248,8 @@ class Evaluation:
 class RunConfig:
     """Everything that decides a run's outcome."""
 
-    method: Literal["clip2fl", "creff", "fedavg", "fedprox"]
-    """Algorithm."""
+    method: str
+    """Algorithm: a name in strategy/registry.py, which the server looks up."""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Fixes partition, initial model, sampling, batches, augmentation, synthesis."""
     device: str
@@ -249,6 +263,7 @@ class RunConfig:
     client: Client
     distillation: Distillation
     fedprox: FedProx
+    fedavgm: FedAvgM
     class_gradients: ClassGradients
     upload: Upload
     synthesis: Synthesis

@@ -143,6 +143,31 @@ def long_tail_partition(
     return np.array_split(np.concatenate(ordered), num_clients)
 
 
+def class_counts(
+    parts: Sequence[npt.NDArray[np.integer]],
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+) -> npt.NDArray[np.int64]:
+    """Count each client's samples of each class.
+
+    Parameters
+    ----------
+    parts : sequence of ndarray of int, length K
+        Each client's indices into ``labels``.
+    labels : ndarray of int, shape [N]
+        Class of each sample.
+    num_classes : int
+        Number of classes C.
+
+    Returns
+    -------
+    ndarray of int64, shape [K, C]
+    """
+    return np.stack(
+        [np.bincount(labels[part], minlength=num_classes) for part in parts]
+    ).astype(np.int64)
+
+
 def _sample_long_tail(
     members: Sequence[IndexArray],
     counts: Sequence[int],

@@ -78,6 +78,12 @@ class Teacher:
         self.fingerprint = _fingerprint(model, preprocess)
         self._store = FeatureStore(self.fingerprint)
 
+    @property
+    def network(self) -> nn.Module:
+        """The open_clip model itself."""
+        network: nn.Module = self._model
+        return network
+
     @torch.no_grad()
     def text_features(self, class_names: Sequence[str]) -> torch.Tensor:
         """Return the class prototypes.

@@ -2,8 +2,8 @@
 
 A key of ``[tool.flwr.app.config]`` in pyproject.toml needs a comment, one field of
 `RunConfig` in clip2fl_common/config.py and code that reads this field; a file in conf/
-may only use keys that exist. Everything is read from the files' text, so that the
-check needs no import of the app::
+(an experiment, or a comparison of variants) may only use keys that exist. Everything is
+read from the files' text, so that the check needs no import of the app::
 
     python -m scripts.check_config_keys
 
@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scripts.simulate import flatten
 
@@ -65,11 +66,11 @@ def declared_fields(source: str) -> ConfigClasses:
     return ConfigClasses(keys, paths)
 
 
-def commented_keys(text: str) -> set[str]:
-    """Find the keys with a comment on their line or on the line above."""
-    commented = set()
+def key_comments(text: str) -> dict[str, str]:
+    """Find each key's comment, on its line or on the lines above, in one line."""
+    commented: dict[str, str] = {}
     prefix: str | None = None
-    above = ""
+    above: list[str] = []
     for raw in text.splitlines():
         line = raw.strip()
         if line.startswith("["):
@@ -77,12 +78,17 @@ def commented_keys(text: str) -> set[str]:
             prefix = None
             if f"{name}.".startswith(f"{SECTION}."):
                 prefix = name.removeprefix(SECTION).removeprefix(".")
-        elif prefix is not None and line and not line.startswith("#"):
+        elif line.startswith("#"):
+            above.append(line.removeprefix("#").strip())
+            continue
+        elif prefix is not None and line:
             value, comment = _split_comment(line)
-            if comment or above.startswith("#"):
+            if comment or above:
                 (key,) = flatten(tomllib.loads(value))
-                commented.add(f"{prefix}.{key}" if prefix else key)
-        above = line
+                commented[f"{prefix}.{key}" if prefix else key] = comment or " ".join(
+                    above
+                )
+        above = []
     return commented
 
 
@@ -214,7 +220,7 @@ def problems(root: Path) -> Iterator[str]:
     text = (root / "pyproject.toml").read_text("utf-8")
     keys = flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
     classes = declared_fields((root / CONFIG_FILE).read_text("utf-8"))
-    commented = commented_keys(text)
+    commented = key_comments(text)
     read = read_fields(root, classes)
     for key in keys:
         field = classes.keys.get(key)
@@ -234,9 +240,21 @@ def problems(root: Path) -> Iterator[str]:
 
 
 def _unknown(name: Path, text: str, keys: Mapping[str, object]) -> Iterator[str]:
-    for key in flatten(tomllib.loads(text)):
-        if key not in keys:
-            yield f"{name}: {key}: no such key in pyproject.toml; correct or drop it"
+    for table in _run_configurations(tomllib.loads(text)):
+        for key in flatten(table):
+            if key not in keys:
+                problem = "no such key in pyproject.toml; correct or drop it"
+                yield f"{name}: {key}: {problem}"
+
+
+def _run_configurations(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the tables of run configuration keys in a file: one, or a comparison's."""
+    if "variants" not in content:
+        yield content
+        return
+    yield content.get("settings", {})
+    for variant in content["variants"].values():
+        yield {key: value for key, value in variant.items() if key != "seeds"}
 
 
 def main() -> int:

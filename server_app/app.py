@@ -1,19 +1,14 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
-from typing import Any
-
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig
 from server_app.session import Session
-from strategy.clip2fl import CLIP2FL
 from strategy.continuation import Continuation
-from strategy.creff import CReFF
-from strategy.fedavg import FedAvg
-from strategy.fedprox import FedProx
-from strategy.partitioned import ClientPlan, PartitionedTraining
+from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
+from strategy.registry import method_named
 
 app = ServerApp()
 
@@ -83,25 +78,12 @@ def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTrain
         config.federation.clients_per_round,
         config.seed,
     )
-    if config.method == "fedavg":
-        return FedAvg(plan)
-    if config.method == "fedprox":
-        return FedProx(plan, proximal_mu=config.fedprox.mu)
-    settings: dict[str, Any] = {
-        "num_classes": len(session.dataset.class_names),
-        "feature_dim": config.model.feature_dim,
-        "synthesis": config.synthesis,
-        "retraining": config.retraining,
-        "upload": config.upload,
-        "device": session.device,
-    }
-    if config.method == "creff":
-        return CReFF(plan, **settings)
-    assert session.teacher is not None
-    return CLIP2FL(
-        plan,
-        text_features=session.teacher.text_features(session.dataset.class_names),
-        teacher_fingerprint=session.teacher.fingerprint,
-        distillation=config.distillation,
-        **settings,
+    return method_named(config.method).build(
+        Setting(
+            plan,
+            config,
+            session.dataset.class_names,
+            session.device,
+            session.teacher,
+        )
     )

@@ -61,11 +61,30 @@ def save_model(
     """
     state = dict(model.state_dict())
     state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
+    save_tensors(path, state, {"card": json.dumps(asdict(card))})
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File to write; one that is there is replaced.
+    tensors : mapping of str to Tensor
+        Its content.
+    metadata : mapping of str to str or None
+        Goes along with it.
+    """
     with replaced_whole(path) as temporary:
         save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in state.items()},
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={"card": json.dumps(asdict(card))},
+            metadata=None if metadata is None else dict(metadata),
         )
 
 

@@ -45,6 +45,8 @@ class Evaluator:
         Where the model runs.
     seed : int
         Seed of the drawn test images.
+    confusion : dict of str to ndarray of int64, shape [C, C]
+        Test images by true and predicted class, of each head evaluated last.
     """
 
     dataset: ImageDataset
@@ -60,6 +62,7 @@ class Evaluator:
         self._subset = self._draw_subset()
         self._kept: dict[tuple[bool, int], LoadedImages] = {}
         self.unreadable = 0
+        self.confusion: dict[str, npt.NDArray[np.int64]] = {}
 
     def indices(self, final: bool) -> npt.NDArray[np.int64]:
         """Return which test images an evaluation uses."""
@@ -85,6 +88,7 @@ class Evaluator:
         Returns
         -------
         dict of str to AccuracyReport
+            The confusion matrices behind it stay in ``confusion``.
         """
         model.to(self.device).eval()
         labels: list[torch.Tensor] = []
@@ -103,9 +107,13 @@ class Evaluator:
             list(map_pieces(predict, batches(), self.device)), dim=1
         ).cpu()
         truth = torch.cat(labels)
-        return {
-            name: self._report(truth, predicted)
+        self.confusion = {
+            name: self._confusion(truth, predicted)
             for name, predicted in zip(heads, predictions, strict=True)
+        }
+        return {
+            name: accuracy_report(confusion, self.groups)
+            for name, confusion in self.confusion.items()
         }
 
     def teacher_accuracy(self, teacher: Teacher) -> AccuracyReport:
@@ -116,15 +124,15 @@ class Evaluator:
             labels.append(block.labels)
             features = teacher.cached_image_features(block.images)
             predictions.append((features @ prototypes.T).argmax(1))
-        return self._report(torch.cat(labels), torch.cat(predictions))
+        confusion = self._confusion(torch.cat(labels), torch.cat(predictions))
+        return accuracy_report(confusion, self.groups)
 
-    def _report(
+    def _confusion(
         self, labels: torch.Tensor, predictions: torch.Tensor
-    ) -> AccuracyReport:
-        confusion = confusion_matrix(
+    ) -> npt.NDArray[np.int64]:
+        return confusion_matrix(
             labels.numpy(), predictions.numpy(), len(self.dataset.class_names)
         )
-        return accuracy_report(confusion, self.groups)
 
     def _blocks(self, final: bool) -> Iterator[LoadedImages]:
         """Yield the test images in blocks, from memory where they fit into it."""

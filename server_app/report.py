@@ -9,16 +9,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import platformdirs
+import torch
 from filelock import FileLock, Timeout
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from server_app.checkpoint import save_tensors
 from server_app.durable import write_whole
 from server_app.resume import METRICS, rounds_with_checkpoint
 
 MODEL = "model.safetensors"
 BEST_MODEL = "model-best.safetensors"
+ARTIFACTS = "artifacts.safetensors"
+
+# Federated features that a run keeps for its report, over all classes.
+SHOWN_FEATURES = 2000
 
 
 class RunInUseError(RuntimeError):
@@ -28,7 +36,9 @@ class RunInUseError(RuntimeError):
 class RunFolder:
     """A run's folder, which is this run's alone until `release`.
 
-    It holds ``config.json``, ``metrics.jsonl``, ``checkpoints`` and later the models.
+    It holds ``config.json``, ``metrics.jsonl``, ``checkpoints`` and, from the last
+    round on, ``artifacts.safetensors``, which is what a report shows besides numbers.
+    The delivered ``model.safetensors`` comes last, so that it marks a complete run.
 
     Parameters
     ----------
@@ -103,6 +113,35 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self._metrics += text
+
+    def write_artifacts(
+        self,
+        method: Mapping[str, torch.Tensor],
+        confusion: Mapping[str, npt.NDArray[np.int64]],
+        held: npt.NDArray[np.int64],
+    ) -> None:
+        """Write ``artifacts.safetensors``.
+
+        Parameters
+        ----------
+        method : mapping of str to Tensor
+            The method's own. Of ``features`` [C, m, d] each class keeps so many that
+            there are `SHOWN_FEATURES` at most, in half precision: enough to be drawn.
+        confusion : mapping of str to ndarray of int64, shape [C, C]
+            Test images by true and predicted class, for each head.
+        held : ndarray of int64, shape [K, C]
+            Training images by client and class.
+        """
+        tensors = {
+            "clients_by_class": torch.from_numpy(held),
+            **{f"confusion.{n}": torch.from_numpy(c) for n, c in confusion.items()},
+            **method,
+        }
+        if "features" in tensors:
+            features = tensors["features"]
+            shown = max(1, SHOWN_FEATURES // len(features))
+            tensors["features"] = features[:, :shown].bfloat16()
+        save_tensors(self.path / ARTIFACTS, tensors)
 
 
 def _place(config: RunConfig, run_id: int) -> Path:

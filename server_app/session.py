@@ -10,7 +10,6 @@ from platform import python_version
 from time import perf_counter
 from typing import Any, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -20,6 +19,7 @@ from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indice
 from clip2fl_common.devices import resolve_device
 from clip2fl_common.metrics import AccuracyReport, shot_groups
 from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.partition import class_counts
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
@@ -44,7 +44,9 @@ from server_app.resume import (
     refuse_differences,
     save_checkpoint,
 )
+from server_app.tracking import open_trackers, scalars
 from strategy.partitioned import PartitionedTraining
+from strategy.registry import method_named
 from strategy.round_record import RoundRecord
 
 logger = getLogger(__name__)
@@ -77,10 +79,10 @@ class Session:
         self._parts = partition_indices(
             config.dataset, partition.clients, partition.alpha, config.seed
         )
-        self.counts = np.bincount(
-            self.dataset.train.labels[np.concatenate(self._parts)],
-            minlength=len(self.dataset.class_names),
+        self._held = class_counts(
+            self._parts, self.dataset.train.labels, len(self.dataset.class_names)
         )
+        self.counts = self._held.sum(axis=0)
         self.model = _initial_model(config, len(self.dataset.class_names))
         self.evaluator = Evaluator(
             self.dataset,
@@ -96,6 +98,7 @@ class Session:
         self._best: BestRound | None = None
         self._resumed_after: tuple[int, ...] = ()
         self.folder = RunFolder(config, run_id)
+        self._trackers = open_trackers(config, self.folder.path)
 
     def __enter__(self) -> Self:
         """Return the session, whose folder is its alone until the end."""
@@ -106,7 +109,7 @@ class Session:
         self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
-        if self.config.method != "clip2fl":
+        if not method_named(self.config.method).needs_teacher:
             return None
         teacher = self.config.teacher
         return load_teacher(
@@ -239,8 +242,14 @@ class Session:
         line = self._metrics_line(server_round, strategy.round, reports, seconds)
         with self._storing(f"round {server_round}"):
             self.folder.append_metrics(line)
+            if final:
+                self.folder.write_artifacts(
+                    strategy.artifacts(), self.evaluator.confusion, self._held
+                )
             if final or server_round % config.checkpoint.every == 0:
                 self._keep_round(server_round, strategy, next(iter(reports.values())))
+        for tracker in self._trackers:
+            tracker.log(server_round, scalars(line))
         print(
             self._progress.line(
                 server_round, reports, strategy.round.losses.get("client")
@@ -252,6 +261,8 @@ class Session:
         """Write the final model and print the table, after all that Flower prints."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
+        for tracker in self._trackers:
+            tracker.close()
         last = json.loads(self.folder.metrics.splitlines()[-1])
         students = {
             f"{self.config.method}, {head} head": accuracy_from_fields(fields)
@@ -279,7 +290,7 @@ class Session:
     def _heads(self, strategy: PartitionedTraining) -> dict[str, nn.Linear]:
         """Return the classifiers by name, the delivered one first."""
         own = {FEDAVG_HEAD: self.model.classifier}
-        retrained = strategy.retrained_classifier
+        retrained = strategy.classifier
         return own if retrained is None else {RETRAINED_HEAD: retrained, **own}
 
     def _metrics_line(

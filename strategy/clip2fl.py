@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from clip2fl_common import records
 from clip2fl_common.config import Distillation
 from strategy.creff import CReFF
-from strategy.partitioned import ClientPlan
+from strategy.partitioned import ClientPlan, Setting
 
 
 class CLIP2FL(CReFF):
@@ -40,6 +40,8 @@ class CLIP2FL(CReFF):
     ValueError
         If the teacher's embedding is not as wide as the student's features.
     """
+
+    needs_teacher: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -71,6 +73,17 @@ class CLIP2FL(CReFF):
                 "synthesis.contrast-weight = 0: the text prototypes are not used; only "
                 "the distillation at the clients is left of CLIP2FL",
             )
+
+    @staticmethod
+    def settings(setting: Setting) -> dict[str, Any]:
+        """Return the keyword arguments that a run's configuration decides."""
+        assert setting.teacher is not None
+        return {
+            "text_features": setting.teacher.text_features(setting.class_names),
+            "teacher_fingerprint": setting.teacher.fingerprint,
+            "distillation": setting.config.distillation,
+            **CReFF.settings(setting),
+        }
 
     @property
     def text_features(self) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Any, Self
 
 import torch
 from flwr.app import Message, RecordDict
@@ -14,12 +15,13 @@ from clip2fl_common.config import Retraining, Synthesis, Upload
 from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
 from strategy.fedavg import FedAvg
-from strategy.partitioned import ClientPlan
+from strategy.partitioned import ClientPlan, Setting
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
+    step_size,
     synthesize,
 )
 
@@ -51,6 +53,8 @@ class CReFF(FedAvg):
         How clients send their class gradients.
     device : torch.device
         Where both are computed.
+    rounds : int
+        Rounds of the run, over which a schedule of the features' step size goes.
 
     Attributes
     ----------
@@ -59,6 +63,8 @@ class CReFF(FedAvg):
     classifier : torch.nn.Linear
         Re-trained classifier of the last round; freshly initialised before round 1.
     """
+
+    classifier: nn.Linear
 
     def __init__(
         self,
@@ -70,9 +76,11 @@ class CReFF(FedAvg):
         retraining: Retraining,
         upload: Upload,
         device: torch.device,
+        rounds: int,
     ) -> None:
         super().__init__(plan)
         self.synthesis = synthesis
+        self.rounds = rounds
         self.retraining = retraining
         self.gradient_format = records.GradientFormat(num_classes, feature_dim, upload)
         self.device = device
@@ -86,10 +94,24 @@ class CReFF(FedAvg):
             feature_dim, num_classes, generator(plan.seed, "classifier")
         ).to(device)
 
-    @property
-    def retrained_classifier(self) -> nn.Linear | None:
-        """The classifier trained on the federated features."""
-        return self.classifier
+    @classmethod
+    def build(cls, setting: Setting) -> Self:
+        """Return the method as a run's configuration wants it."""
+        return cls(setting.plan, **cls.settings(setting))
+
+    @staticmethod
+    def settings(setting: Setting) -> dict[str, Any]:
+        """Return the keyword arguments that a run's configuration decides."""
+        config = setting.config
+        return {
+            "num_classes": len(setting.class_names),
+            "feature_dim": config.model.feature_dim,
+            "synthesis": config.synthesis,
+            "retraining": config.retraining,
+            "upload": config.upload,
+            "device": setting.device,
+            "rounds": config.federation.rounds,
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return federated features and re-trained classifier by name."""
@@ -120,6 +142,11 @@ class CReFF(FedAvg):
         """Class prototypes near which features are held; CReFF has none."""
         return None
 
+    def artifacts(self) -> dict[str, torch.Tensor]:
+        """Return the federated features and, where there are any, the prototypes."""
+        found = {"features": self.features, "text_features": self.text_features}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def summary(self) -> None:
         """Log the settings of synthesis and re-training."""
         upload = self.gradient_format.upload
@@ -134,9 +161,10 @@ class CReFF(FedAvg):
         log(INFO, "\t│\t├── Shape (classes, per class, width): %s", self.shape)
         log(
             INFO,
-            "\t│\t└── %d steps, learning rate %g",
+            "\t│\t└── %d steps, learning rate %g in round 1, %g in the last",
             self.synthesis.steps,
-            self.synthesis.learning_rate,
+            self._step_size(1),
+            self._step_size(self.rounds),
         )
         log(INFO, "\t├──> Re-training:")
         log(
@@ -194,7 +222,7 @@ class CReFF(FedAvg):
             bias,
             self.text_features,
             steps=self.synthesis.steps,
-            learning_rate=self.synthesis.learning_rate,
+            learning_rate=self._step_size(server_round),
             contrast_weight=self.synthesis.contrast_weight,
             temperature=self.synthesis.contrast_temperature,
         )
@@ -210,6 +238,14 @@ class CReFF(FedAvg):
             initial=self.classifier if self.retraining.init == "warm" else None,
         )
         self._book("retraining", started)
+
+    def _step_size(self, server_round: int) -> float:
+        return step_size(
+            self.synthesis.learning_rate,
+            self.synthesis.learning_rate_final,
+            server_round,
+            self.rounds,
+        )
 
     def _synthesis_losses(
         self,

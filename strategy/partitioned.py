@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,9 +14,11 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
 
 from clip2fl_common import records
+from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
+from clip2fl_common.teacher import Teacher
 from strategy.round_record import RoundRecord
 
 
@@ -61,6 +63,31 @@ class ClientPlan:
         return self.nodes[partition % len(self.nodes)]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Everything from which a method may be built.
+
+    Attributes
+    ----------
+    plan : ClientPlan
+        Who trains when and where.
+    config : RunConfig
+        The run's configuration, from which a method takes its own settings.
+    class_names : tuple of str
+        Names of the C classes.
+    device : torch.device
+        Where the server computes.
+    teacher : Teacher or None
+        There for methods with ``needs_teacher``, else None.
+    """
+
+    plan: ClientPlan
+    config: RunConfig
+    class_names: tuple[str, ...]
+    device: torch.device
+    teacher: Teacher | None
+
+
 class PartitionedTraining(FlowerFedAvg):
     """Base of the methods: a Flower FedAvg with the plan's sampling, checking replies.
 
@@ -72,7 +99,22 @@ class PartitionedTraining(FlowerFedAvg):
         Who trains when and where.
     **flower_settings : Any
         Settings of the Flower strategy (``proximal_mu``, ...).
+
+    Attributes
+    ----------
+    needs_teacher : bool
+        Whether the run has to load the teacher for this method.
+    classifier : torch.nn.Linear or None
+        Classifier that is delivered instead of the global model's own, if any.
     """
+
+    needs_teacher: ClassVar[bool] = False
+    classifier: nn.Linear | None = None
+
+    @classmethod
+    def build(cls, setting: Setting) -> Self:
+        """Return the method as a run's configuration wants it."""
+        return cls(setting.plan)
 
     def __init__(self, plan: ClientPlan, **flower_settings: Any) -> None:
         # All nodes are handed to `_construct_messages`, which picks from them.
@@ -88,11 +130,6 @@ class PartitionedTraining(FlowerFedAvg):
         self.round = RoundRecord()
         self._sent = ArrayRecord()
         self._sent_at = 0.0
-
-    @property
-    def retrained_classifier(self) -> nn.Linear | None:
-        """The classifier that replaces the model's own, where a method has one."""
-        return None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return by name what a round leaves to the next, besides the global model.
@@ -173,6 +210,10 @@ class PartitionedTraining(FlowerFedAvg):
 
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
         """Take what a method needs beyond model and metrics out of good replies."""
+
+    def artifacts(self) -> dict[str, torch.Tensor]:
+        """Return what a report may show of the method's state, by name."""
+        return {}
 
     def check(self, reply: Message) -> None:
         """Raise `ReplyError` if a reply is not as agreed."""

@@ -11,8 +11,6 @@ from server_app.app import main
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid, Tamper, as_grid
 
-METHODS = ["clip2fl", "creff", "fedavg", "fedprox"]
-
 
 def federate(
     folder: Path,

@@ -13,8 +13,9 @@ from clip2fl_common import records
 from clip2fl_common.datasets import DatasetError, load_dataset
 from server_app.checkpoint import load_model
 from strategy.partitioned import NoRepliesError
+from strategy.registry import METHODS
 from tests.defaults import run_config
-from tests.federation import METHODS, federate, metrics
+from tests.federation import federate, metrics
 from tests.in_process_grid import Tamper
 
 pytestmark = pytest.mark.usefixtures("federation_process")

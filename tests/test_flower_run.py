@@ -47,6 +47,7 @@ def test_simulation_completes(tmp_path: Path) -> None:
     assert "clip2fl, retrained head" in result.log
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
         ".lock",
+        "artifacts.safetensors",
         "checkpoints",
         "config.json",
         "metrics.jsonl",

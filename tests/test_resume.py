@@ -25,9 +25,10 @@ from server_app import durable, resume, session
 from server_app.checkpoint import load_model
 from server_app.resume import ResumeError, checkpoint_path, rounds_with_checkpoint
 from server_app.session import StorageError
+from strategy.registry import METHODS
 from tests.conftest import be_flower
 from tests.defaults import run_config
-from tests.federation import METHODS, federate, metrics
+from tests.federation import federate, metrics
 from tests.in_process_grid import Tamper
 
 pytestmark = pytest.mark.usefixtures("federation_process")

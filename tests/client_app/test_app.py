@@ -242,6 +242,17 @@ def test_precision_of_the_configuration_reaches_training_and_gradients() -> None
         np.testing.assert_allclose(half, full, atol=0.05)
 
 
+def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
+    """For a request of any method; at another strength the outcome is another."""
+    outcomes = [
+        array_bytes(
+            answer(request(), config=run_config(client__logit_adjustment=strength))
+        )[records.ARRAYS]["bn1.bias"]
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert len(set(outcomes)) == 3
+
+
 def test_terms_of_the_request_change_the_training() -> None:
     """Distillation and the proximal term, and the weight of each."""
     outcomes = [

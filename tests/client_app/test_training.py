@@ -16,6 +16,7 @@ from client_app.training import (
     PixelImages,
     augmented_features,
     distillation_loss,
+    logit_offsets,
     train_locally,
 )
 from clip2fl_common.models import ImageClassifier, build_model
@@ -114,10 +115,67 @@ def small_problem() -> tuple[ImageClassifier, torch.Tensor, torch.Tensor, torch.
     return model, images, labels, 5 * torch.randn(10, 3)
 
 
-@pytest.mark.parametrize(("alpha", "mu"), [(0.0, 0.0), (1.0, 0.0), (0.5, 0.3)])
-def test_training_equals_a_plain_loop(alpha: float, mu: float) -> None:
-    """CE + alpha * distillation + mu/2 * squared distance, by plain SGD."""
+def test_offsets_are_logs_of_the_clients_own_shares() -> None:
+    """Six, three and one of ten images; the class nobody holds is left out."""
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])
+    offsets = logit_offsets(labels, 4, 2.0)
+    expected = [2 * math.log(0.6), 2 * math.log(0.3), -math.inf, 2 * math.log(0.1)]
+    assert offsets.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@given(seed=st.integers(0, 1000), strength=st.floats(0.1, 3.0))
+def test_adjusted_loss_is_the_pairwise_form(seed: int, strength: float) -> None:
+    """Menon et al., Eq. 11: log(1 + sum over others of (pi_k/pi_y)^tau e^(f_k-f_y))."""
+    logits = random_logits(seed, 10, 3)
+    counts = [6, 3, 1]
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    offsets = logit_offsets(labels, 3, strength).double()
+    loss = functional.cross_entropy(logits + offsets, labels).item()
+    slow = 0.0
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        others = sum(
+            (counts[k] / counts[y]) ** strength * math.exp(row[k] - row[y])
+            for k in range(3)
+            if k != y
+        )
+        slow += math.log(1 + others) / 10
+    assert loss == pytest.approx(slow, rel=1e-5)
+
+
+def test_classes_that_a_client_lacks_are_left_alone() -> None:
+    """Their rows of the classifier do not move, and the others are trained."""
+    model, images, labels, _ = small_problem()
+    labels = labels.clamp(max=1)
+    before = copy.deepcopy(model.classifier)
+    train_locally(
+        model,
+        images,
+        labels,
+        None,
+        LocalObjective(),
+        epochs=2,
+        batch_size=4,
+        learning_rate=0.05,
+        crop_padding=0,
+        generator=torch.Generator().manual_seed(5),
+        offsets=logit_offsets(labels, 3, 1.0),
+    )
+    moved = (model.classifier.weight != before.weight).any(dim=1)
+    assert moved.tolist() == [True, True, False]
+    assert (model.classifier.bias != before.bias).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mu", "tau"),
+    [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.3, 0.0), (0.5, 0.0, 1.5)],
+)
+def test_training_equals_a_plain_loop(alpha: float, mu: float, tau: float) -> None:
+    """CE + alpha * distillation + mu/2 * squared distance, by plain SGD.
+
+    With tau, the cross-entropy alone sees logits + tau * log(class share).
+    """
     model, images, labels, teacher = small_problem()
+    shares = torch.tensor([0.5, 0.3, 0.2])  # of small_problem's ten labels
     slow = copy.deepcopy(model)
     start = copy.deepcopy(model)
     losses = train_locally(
@@ -131,6 +189,7 @@ def test_training_equals_a_plain_loop(alpha: float, mu: float) -> None:
         learning_rate=0.05,
         crop_padding=2,
         generator=torch.Generator().manual_seed(5),
+        offsets=logit_offsets(labels, 3, tau) if tau else None,
     )
 
     generator = torch.Generator().manual_seed(5)
@@ -139,7 +198,8 @@ def test_training_equals_a_plain_loop(alpha: float, mu: float) -> None:
         totals = []
         for batch in torch.split(torch.randperm(10, generator=generator), 4):
             logits = slow(random_crop_flip(images[batch], 2, generator))
-            loss = functional.cross_entropy(logits, labels[batch])
+            adjusted = logits + tau * shares.log()
+            loss = functional.cross_entropy(adjusted, labels[batch])
             soft = functional.softmax(teacher[batch] / 3, dim=1)
             log_student = functional.log_softmax(logits / 3, dim=1)
             divergence = (soft * (soft.log() - log_student)).sum(1).mean()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_config_keys import ROOT, commented_keys, problems
+from scripts.check_config_keys import ROOT, key_comments, problems
 
 PYPROJECT = """
 [tool.flwr.app.config]
@@ -101,6 +101,23 @@ def test_problem_is_found(
     assert any(f" {key}: {reason}" in problem for problem in problems(app))
 
 
+def test_comparison_is_looked_into(app: Path) -> None:
+    """Its own keys are none of the run configuration; those of its variants are."""
+    comparison = app / "conf" / "compare.toml"
+    comparison.write_text(
+        'experiment = "demo.toml"\nseeds = [1]\nbaseline = "a"\n'
+        "[settings]\nseed = 3\n[variants.a]\nseeds = [2]\nseed = 4\n"
+        "[variants.b]\nmodel.name = 'x'\n",
+        "utf-8",
+    )
+    assert list(problems(app)) == []
+    replace(comparison, "seed = 4", "sead = 4")
+    replace(comparison, "[settings]\nseed", "[settings]\nseet")
+    found = list(problems(app))
+    assert len(found) == 2
+    assert all("conf/compare.toml: " in p and "no such key" in p for p in found)
+
+
 def test_same_name_of_another_variable_is_no_read(app: Path) -> None:
     """An argument of another type hides the configuration of the same name."""
     replace(app / "clip2fl_common/datasets.py", ": DatasetConfig", ": Other")
@@ -108,12 +125,10 @@ def test_same_name_of_another_variable_is_no_read(app: Path) -> None:
 
 
 def test_comment_belongs_to_one_key() -> None:
-    """The comment above a key does not serve the key below it."""
-    text = "[tool.flwr.app.config]\n# One.\na = 1\nb = 2\n[tool.flwr.app.config.g]\n"
-    assert commented_keys(text + "# Three.\nc = 3\n[other]\n# Four.\nd = 4\n") == {
-        "a",
-        "g.c",
-    }
+    """The comment above a key does not serve the key below it; lines are joined."""
+    text = "[tool.flwr.app.config]\n# One,\n# two.\na = 1\nb = 2\nd = '#' # Four.\n"
+    text += "[tool.flwr.app.config.g]\n# Three.\nc = 3\n[other]\n# Five.\ne = 4\n"
+    assert key_comments(text) == {"a": "One, two.", "d": "Four.", "g.c": "Three."}
 
 
 def test_this_app_has_no_problems() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import load_dataset, partition_indices
 from server_app.session import Session
-from strategy.creff import CReFF
-from strategy.fedavg import FedAvg
-from strategy.partitioned import ClientPlan, PartitionedTraining
+from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
+from strategy.registry import method_named
 from strategy.round_record import RoundRecord
 from tests.defaults import run_config
 
@@ -34,18 +34,15 @@ def session(folder: Path, **changes: Scalar) -> Session:
 
 def strategy(run: Session) -> PartitionedTraining:
     """Return a strategy that has just closed a round."""
-    plan = ClientPlan((1,), 3, 2, 7)
-    made: PartitionedTraining = FedAvg(plan)
-    if run.config.method == "creff":
-        made = CReFF(
-            plan,
-            num_classes=10,
-            feature_dim=512,
-            synthesis=run.config.synthesis,
-            retraining=run.config.retraining,
-            upload=run.config.upload,
-            device=torch.device("cpu"),
+    made = method_named(run.config.method).build(
+        Setting(
+            ClientPlan((1,), 3, 2, 7),
+            run.config,
+            run.dataset.class_names,
+            torch.device("cpu"),
+            run.teacher,
         )
+    )
     made.round = RoundRecord(
         clients=[0, 2],
         dropped=1,
@@ -83,7 +80,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
     assert set(facts["versions"]) == {"python", "flwr", "torch", "numpy"}
 
 
-@pytest.mark.parametrize("method", ["creff", "fedavg", "fedprox"])
+@pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
 def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
     """So that a teacher which cannot be had does not stop the others."""
     run = session(tmp_path / "run", method=method, teacher__model="no-such-model")
@@ -138,9 +135,43 @@ def test_round_is_written_with_all_its_numbers(
     assert '"clients": 1.2346' in text
     assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "artifacts.safetensors").exists()
 
     run.close_round(2, creff)
     last = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
     assert json.loads(last)["test_images"] == 30
     run.close(creff)
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_artifacts_are_what_a_report_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Confusion agrees with accuracy, clients with the partition; features are few."""
+    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    features = torch.arange(10 * 300 * 2).reshape(10, 300, 2) / 7
+    own = {"features": features, "text_features": torch.ones(10, 2)}
+    creff = strategy(run)
+    monkeypatch.setattr(creff, "artifacts", lambda: own)
+    run.open(creff)
+    run.close_round(2, creff)
+    found = load_file(tmp_path / "run" / "artifacts.safetensors")
+    assert set(found) == {
+        *("features", "text_features", "clients_by_class"),
+        *("confusion.retrained", "confusion.fedavg"),
+    }
+    assert torch.equal(found["features"], features[:, :200].bfloat16())
+    assert torch.equal(found["text_features"], torch.ones(10, 2))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8"))
+    for head in ("retrained", "fedavg"):
+        confusion = found[f"confusion.{head}"]
+        assert confusion.sum(dim=1).tolist() == [3] * 10
+        recall = 100 * confusion.diagonal() / 3
+        assert line["accuracy"][head]["per_class"] == pytest.approx(
+            recall.tolist(), abs=1e-4
+        )
+    config = run_config()
+    labels = load_dataset(config.dataset).train.labels
+    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    for row, part in zip(found["clients_by_class"], parts, strict=True):
+        assert row.tolist() == [(labels[part] == c).sum() for c in range(10)]

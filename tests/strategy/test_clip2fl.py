@@ -56,6 +56,7 @@ def strategies(
         retraining=config.retraining,
         upload=config.upload,
         device=device,
+        rounds=1,
     )
     clip2fl = CLIP2FL(
         plan,
@@ -65,6 +66,7 @@ def strategies(
         retraining=config.retraining,
         upload=config.upload,
         device=device,
+        rounds=1,
         text_features=text_features,
         teacher_fingerprint="fingerprint-of-the-teacher",
         distillation=config.distillation,

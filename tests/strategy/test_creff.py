@@ -43,12 +43,14 @@ def creff(
     seed: int = 7,
     init: Literal["fresh", "warm"] = "fresh",
     upload: Upload | None = None,
+    final_step: float = 0.0,
 ) -> CReFF:
     """Return a small CReFF."""
     config = run_config(
         synthesis__features_per_class=PER_CLASS,
         synthesis__steps=7,
         synthesis__learning_rate=0.2,
+        synthesis__learning_rate_final=final_step,
         retraining__init=init,
         retraining__epochs=4,
         retraining__batch_size=5,
@@ -63,6 +65,7 @@ def creff(
         retraining=config.retraining,
         upload=upload or config.upload,
         device=torch.device("cpu"),
+        rounds=2,
     )
 
 
@@ -116,10 +119,15 @@ def test_initial_state_comes_from_the_seed() -> None:
     assert first.classifier.weight.abs().max() <= DIM**-0.5
 
 
-@pytest.mark.parametrize("init", ["fresh", "warm"])
-def test_round_equals_its_parts_called_by_hand(init: Literal["fresh", "warm"]) -> None:
+@pytest.mark.parametrize(
+    ("init", "steps"),
+    [("fresh", (0.2, 0.2)), ("warm", (0.2, 0.2)), ("fresh", (0.2, 5.0))],
+)
+def test_round_equals_its_parts_called_by_hand(
+    init: Literal["fresh", "warm"], steps: tuple[float, float]
+) -> None:
     """Two rounds, each with the features and the classifier of the one before."""
-    strategy = creff(init=init)
+    strategy = creff(init=init, final_step=steps[1] if steps[1] != steps[0] else 0.0)
     classifier = copy.deepcopy(strategy.classifier)
     features = strategy.features.clone()
     weight = strategy.classifier.weight.detach().clone()
@@ -135,7 +143,7 @@ def test_round_equals_its_parts_called_by_hand(init: Literal["fresh", "warm"]) -
             bias,
             None,
             steps=7,
-            learning_rate=0.2,
+            learning_rate=steps[server_round - 1],
             contrast_weight=0.0,
             temperature=1.0,
         )
@@ -336,10 +344,10 @@ def test_bad_gradients_are_dropped_with_their_model(
 
 def test_summary_names_every_setting(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        creff().summary()
+        creff(final_step=0.5).summary()
     for text in (
         "Shape (classes, per class, width): (3, 4, 6)",
-        "7 steps, learning rate 0.2",
+        "7 steps, learning rate 0.2 in round 1, 0.5 in the last",
         "4 epochs, batch size 5, learning rate 0.05",
         "Drawn each round: 3 of 3 (seed 7)",
         "full precision, smallest cosine of a row 1",

@@ -1,0 +1,1 @@
+"""The clip2fl command: comparisons, reports, predictions and exported models."""

@@ -1,0 +1,250 @@
+"""The clip2fl command: wires its subcommands together.
+
+What a subcommand needs is imported when it runs, since torch and matplotlib take
+seconds.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="clip2fl",
+    help="Compare, look at and take away what CLIP2FL on Flower has trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Answers go to standard output, everything else to standard error.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="'KEY=VALUE ...'",
+        help="Run configuration keys that win over the file; may be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Model = Annotated[
+    Path,
+    typer.Option("--model", help="A run's folder, or its model.safetensors."),
+]
+
+
+@app.command()
+def compare(
+    comparison: Annotated[
+        Path, typer.Argument(help="TOML file, such as conf/demo-compare.toml.")
+    ],
+    runs: Annotated[
+        Path, typer.Option(help="Folder under which the comparison has its own.")
+    ] = Path("runs"),
+    settings: Settings = [],  # noqa: B006
+    seeds: Annotated[
+        list[int],
+        typer.Option("--seed", help="Instead of the file's; may be repeated."),
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Run variants over seeds; write their table and report.
+
+    Runs that are complete are not repeated: after an interruption, the same command
+    goes on where it stopped.
+    """
+    from clip2fl_cli import comparison as comparisons
+    from clip2fl_cli.progress import ComparisonProgress
+    from clip2fl_cli.results import write_results
+    from scripts.simulate import Interrupted
+
+    compared = comparisons.Comparison.read(comparison, runs, settings, seeds)
+    missing = compared.missing()
+    there = len(compared.plan) - len(missing)
+    err.print(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
+    try:
+        with ComparisonProgress(missing, there, err) as progress:
+            failed = list(comparisons.complete(compared, progress))
+    except Interrupted as interruption:
+        err.print(f"{interruption}; the same command goes on where this one stopped")
+        raise typer.Exit(128 + interruption.signum) from None
+    finished = compared.finished()
+    if not finished:
+        raise typer.Exit(1)
+    command = shlex.join(["clip2fl", *sys.argv[1:]])
+    written = write_results(compared, finished, command)
+    answer = written.json if as_json else written.markdown
+    out.print(answer, markup=False, soft_wrap=True)
+    err.print(f"Report: {written.page}")
+    for run in failed:
+        err.print(f"failed: {run.variant}, seed {run.seed}", style="bold red")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def partition(
+    run_config: Annotated[
+        Path | None, typer.Option(help="TOML file of an experiment; none: the demo.")
+    ] = None,
+    settings: Settings = [],  # noqa: B006
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw a heat map here (.png, .svg, .pdf).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which client would hold how many images of which class."""
+    from clip2fl_cli.configuration import resolve
+    from clip2fl_cli.holdings import Holdings
+
+    held = Holdings.of(resolve(run_config, settings))
+    if figure is not None:
+        held.draw(figure)
+        err.print(f"Heat map: {figure}")
+    if as_json:
+        _print_json({"classes": held.class_names, "images": held.counts.tolist()})
+        return
+    rows = [[str(client), *row, sum(row)] for client, row in enumerate(held.counts)]
+    totals = held.counts.sum(axis=0)
+    rows.append(["all", *totals, totals.sum()])
+    _print_table(["client", *held.class_names, "all"], rows)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="A complete run's folder, or a comparison's.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Run of FedAvg to set a run's classes against."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html, with its pictures also as PNG and SVG, into the folder."""
+    from clip2fl_cli.report import write_run_report
+    from clip2fl_cli.results import SUMMARY_FILE, rewrite_report
+    from clip2fl_cli.runs import FinishedRun
+
+    if (folder / SUMMARY_FILE).is_file():
+        page = rewrite_report(folder)
+    else:
+        other = None if against is None else FinishedRun.read(against)
+        page = write_run_report(FinishedRun.read(folder), other)
+    _print_json({"report": str(page)}) if as_json else out.print(str(page))
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Model,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is on images, by a delivered model."""
+    from clip2fl_cli.prediction import predict as classify
+
+    found = classify(model, images, top)
+    if as_json:
+        answer = [
+            {
+                "image": str(prediction.file),
+                "classes": [
+                    {"name": name, "probability": round(probability, 6)}
+                    for name, probability in prediction.classes
+                ],
+            }
+            for prediction in found
+        ]
+        _print_json(answer)
+        return
+    for prediction in found:
+        named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+        out.print(f"{prediction.file}: {named}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for the files.")],
+    costs: Annotated[
+        bool, typer.Option(help="Measure size and CPU latency, and the teacher's.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write a delivered model as safetensors and ONNX, and say what it costs."""
+    from clip2fl_cli import exporting
+    from clip2fl_cli.prediction import model_file
+
+    file = model_file(model)
+    written = exporting.export(file, output)
+    measured = exporting.costs(file) if costs else []
+    if as_json:
+        _print_json(
+            {
+                "files": [str(path) for path in written],
+                "costs": [vars(cost) for cost in measured],
+            }
+        )
+        return
+    for path in written:
+        out.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+    if measured:
+        _print_table(
+            ["model", "parameters", "MB", "ms an image, 1 thread"],
+            [
+                [
+                    cost.name,
+                    f"{cost.parameters:,}",
+                    f"{cost.megabytes:.2f}",
+                    f"{cost.milliseconds:.2f}",
+                ]
+                for cost in measured
+            ],
+        )
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line and exit status 2."""
+    from clip2fl_common.teacher import TeacherError
+    from scripts.simulate import SimulationError
+
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        _fail(error, 2)
+    except (TeacherError, SimulationError) as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    err.print(f"clip2fl: {error}", style="bold red", markup=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _print_json(content: Any) -> None:
+    out.print(json.dumps(content), markup=False, soft_wrap=True)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table()
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    # A table that is wider than the terminal, or goes to a file, is not cut.
+    unlimited = out.options.update(max_width=100_000)
+    width = out.measure(table, options=unlimited).maximum
+    Console(highlight=False, width=max(width, out.width)).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""The pictures of a report, drawn by matplotlib without a display.
+
+All are narrow, so that their text stays readable on a phone. Colours are Okabe and
+Ito's, which colour-blind readers tell apart, and lines also differ by their dashes;
+areas are coloured by cividis.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH_INCHES = 4.8
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X<>"
+# More class names than this do not fit beside an axis.
+MAX_NAMES = 30
+# More cells than this are too small to hold their number.
+MAX_NUMBERED_CELLS = 150
+# Classes whose features are shown; more of them are a cloud.
+MAX_CLOUDS = 10
+
+# matplotlib lists every key there is in its type; Any keeps this readable.
+STYLE: Any = {
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "svg.hashsalt": "clip2fl",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line over the rounds.
+
+    Attributes
+    ----------
+    label : str
+        What it is; empty where nothing else is in the picture.
+    values : ndarray, shape [S, R]
+        One row a seed, one column a round; nan where there is no value.
+    """
+
+    label: str
+    values: npt.NDArray[np.float64]
+
+
+def styled(number: int) -> dict[str, Any]:
+    """Return colour and dashes of the n-th line of a picture."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]
+        if number >= len(COLOURS)
+        else DASHES[number % len(DASHES)],
+    }
+
+
+@rc_context(STYLE)
+def over_rounds(panels: Mapping[str, Sequence[Curve]]) -> Figure:
+    """Draw curves over the rounds, one panel above the other.
+
+    Parameters
+    ----------
+    panels : mapping of str to sequence of Curve
+        Title of each panel's vertical axis, and its curves. Several seeds are drawn
+        as their mean in a band from the smallest to the largest.
+
+    Returns
+    -------
+    Figure
+    """
+    labels = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
+    figure = Figure((WIDTH_INCHES, 1.5 * len(panels) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for curve in curves:
+            style = styled(labels.index(curve.label))
+            rounds = np.arange(1, curve.values.shape[1] + 1)
+            mean = curve.values.mean(axis=0)
+            marker = "o" if len(rounds) == 1 else None
+            axis.plot(
+                rounds, mean, label=curve.label, linewidth=1.6, marker=marker, **style
+            )
+            if len(curve.values) > 1:
+                axis.fill_between(
+                    rounds,
+                    curve.values.min(axis=0),
+                    curve.values.max(axis=0),
+                    color=style["color"],
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        axis.set_ylabel(title)
+    axes[-1].set_xlabel("round")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(figure, list(axes), len(labels))
+    return figure
+
+
+@rc_context(STYLE)
+def by_class(
+    values: Mapping[str, Sequence[float | None]],
+    names: Sequence[str],
+    counts: Sequence[int],
+) -> Figure:
+    """Draw per-class accuracy, the commonest class on top.
+
+    Parameters
+    ----------
+    values : mapping of str to sequence of (float or None)
+        Accuracy of each class, for each thing compared.
+    names : sequence of str
+        Class names in the order of ``values``.
+    counts : sequence of int
+        Training images of each class.
+
+    Returns
+    -------
+    Figure
+    """
+    order = sorted(range(len(names)), key=lambda c: -counts[c])
+    named = len(names) <= MAX_NAMES
+    height = 0.34 * len(names) + 1.0 if named else 6.0
+    # Side by side, so that no marker hides another.
+    dodge = min(0.14, 0.8 / len(values))
+    figure = Figure((WIDTH_INCHES, height), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, accuracy) in enumerate(values.items()):
+        axis.plot(
+            [np.nan if (v := accuracy[c]) is None else v for c in order],
+            np.arange(len(order)) + dodge * (number - (len(values) - 1) / 2),
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=6 if named else 3,
+            linestyle="none",
+            alpha=0.9,
+            label=label,
+        )
+    if named:
+        axis.set_yticks(
+            range(len(order)), [f"{names[c]} ({counts[c]:,})" for c in order]
+        )
+        axis.set_ylabel("class (training images)")
+    else:
+        axis.set_ylabel("class, by frequency rank")
+    axis.invert_yaxis()
+    axis.set_xlim(-3, 103)
+    axis.set_xlabel("test accuracy, %")
+    _legend_below(figure, [axis], len(values))
+    return figure
+
+
+@rc_context(STYLE)
+def heat_map(
+    matrix: npt.NDArray[np.int64],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_title: str,
+    column_title: str,
+    bar_title: str,
+    share_of_row: bool = False,
+) -> Figure:
+    """Draw counts as colours, with their numbers where there is room.
+
+    Parameters
+    ----------
+    matrix : ndarray of int, shape [R, K]
+        Counts.
+    rows, columns : sequence of str
+        Their names.
+    row_title, column_title, bar_title : str
+        What rows, columns and colours are.
+    share_of_row : bool
+        Colour by the percentage of the row instead of the logarithm of the count.
+
+    Returns
+    -------
+    Figure
+    """
+    if share_of_row:
+        totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        shown = 100 * matrix / totals
+    else:
+        shown = np.log10(np.maximum(matrix, 0.5))
+    height = float(np.clip(0.26 * len(rows) + 1.6, 2.5, 7.5))
+    figure = Figure((WIDTH_INCHES, height), layout="constrained")
+    axis = figure.subplots()
+    axis.grid(visible=False)
+    image = axis.imshow(shown, cmap="cividis", aspect="auto", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    bar.set_label(bar_title)
+    if not share_of_row:
+        ticks = [n for n in range(6) if 10**n <= max(int(matrix.max()), 1)]
+        bar.set_ticks(ticks, labels=[f"{10**n:,}" for n in ticks])
+    for names, title, which in (
+        (columns, column_title, axis.xaxis),
+        (rows, row_title, axis.yaxis),
+    ):
+        which.set_label_text(title)
+        if len(names) <= MAX_NAMES:
+            which.set_ticks(range(len(names)), names)
+    if len(columns) <= MAX_NAMES:
+        axis.tick_params("x", rotation=60)
+    if matrix.size <= MAX_NUMBERED_CELLS:
+        middle = (shown.min() + shown.max()) / 2
+        for (row, column), count in np.ndenumerate(matrix):
+            axis.text(
+                column,
+                row,
+                f"{count}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if shown[row, column] > middle else "white",
+            )
+    return figure
+
+
+def principal_plane(
+    features: npt.NDArray[np.float64], text_features: npt.NDArray[np.float64] | None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
+    """Project unit features and unit prototypes on the plane that shows most of them.
+
+    The plane is that of the first two principal components of both, each of the two
+    kinds brought to mean 0 first: features are far from all prototypes, and without
+    that the picture would show this distance and nothing else.
+
+    Parameters
+    ----------
+    features : ndarray, shape [C, m, d]
+        Federated features.
+    text_features : ndarray or None, shape [C, d]
+        Prototypes.
+
+    Returns
+    -------
+    ndarray, shape [C, m, 2]
+        Features in the plane.
+    ndarray or None, shape [C, 2]
+        Prototypes in the plane.
+    """
+
+    def centred(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
+
+    points = centred(features)
+    # Class means span the plane: the noise within a class has as many dimensions as
+    # there are, and would decide it otherwise.
+    kinds = [points.mean(axis=1)]
+    prototypes = None if text_features is None else centred(text_features)
+    if prototypes is not None:
+        kinds.append(prototypes)
+    scaled = [kind / max(np.linalg.norm(kind), 1e-12) for kind in kinds]
+    _, _, directions = np.linalg.svd(np.concatenate(scaled), full_matrices=False)
+    plane = directions[:2].T
+    return points @ plane, None if prototypes is None else prototypes @ plane
+
+
+@rc_context(STYLE)
+def clouds(
+    features: npt.NDArray[np.float64],
+    text_features: npt.NDArray[np.float64] | None,
+    names: Sequence[str],
+    counts: Sequence[int],
+) -> Figure:
+    """Draw federated features and text prototypes in two dimensions.
+
+    Parameters
+    ----------
+    features : ndarray, shape [C, m, d]
+        Federated features.
+    text_features : ndarray or None, shape [C, d]
+        Prototypes.
+    names : sequence of str
+        Class names.
+    counts : sequence of int
+        Training images of each class; of many classes, `MAX_CLOUDS` evenly over the
+        frequencies are drawn.
+
+    Returns
+    -------
+    Figure
+    """
+    points, prototypes = principal_plane(features, text_features)
+    order = sorted(range(len(names)), key=lambda c: -counts[c])
+    places = np.linspace(0, len(order) - 1, min(MAX_CLOUDS, len(order)))
+    titles = ["federated features", "means of their classes, enlarged"]
+    if prototypes is not None:
+        titles.append("text prototypes, same plane")
+    figure = Figure((WIDTH_INCHES, 2.9 * len(titles) + 0.6), layout="constrained")
+    axes = figure.subplots(len(titles), 1)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.locator_params(nbins=6)
+    for number, place in enumerate(places):
+        c = order[round(place)]
+        style = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": "none",
+        }
+        large = {"markersize": 9, "markeredgecolor": "black", **style}
+        axes[0].plot(*points[c].T, markersize=2.5, alpha=0.5, **style)
+        label = f"{names[c]} ({counts[c]:,})"
+        axes[1].plot(*points[c].mean(axis=0), label=label, **large)
+        if prototypes is not None:
+            axes[2].plot(*prototypes[c], **large)
+    _legend_below(figure, [axes[1]], len(places))
+    return figure
+
+
+@rc_context(STYLE)
+def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw horizontal bars with their numbers, one panel above the other.
+
+    Parameters
+    ----------
+    panels : mapping of str to mapping of str to float
+        Title of each panel's axis; name and length of its bars.
+
+    Returns
+    -------
+    Figure
+    """
+    lengths = [len(panel) + 2 for panel in panels.values()]
+    figure = Figure((WIDTH_INCHES, 0.26 * sum(lengths) + 0.3), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lengths)[:, 0]
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        drawn = axis.barh(list(panel), list(panel.values()), color=COLOURS[0])
+        axis.bar_label(drawn, fmt=" {:,.3g}", fontsize=8)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_xlabel(title)
+    return figure
+
+
+def _legend_below(figure: Figure, axes: Sequence[Axes], entries: int) -> None:
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        columns = 2 if entries > 1 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)

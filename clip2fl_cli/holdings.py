@@ -1,0 +1,55 @@
+"""Who would hold which images, before anybody trains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clip2fl_common.config import RunConfig
+from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.partition import class_counts
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Training images by client and class.
+
+    Attributes
+    ----------
+    class_names : tuple of str
+        Names of the C classes.
+    counts : ndarray of int64, shape [K, C]
+        One row a client.
+    """
+
+    class_names: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Holdings":
+        """Divide the data set as a run with this configuration would."""
+        dataset = load_dataset(config.dataset)
+        parts = partition_indices(
+            config.dataset,
+            config.partition.clients,
+            config.partition.alpha,
+            config.seed,
+        )
+        names = dataset.class_names
+        return cls(names, class_counts(parts, dataset.train.labels, len(names)))
+
+    def draw(self, file: Path) -> None:
+        """Write the heat map; the file's ending decides its format."""
+        from clip2fl_cli.figures import heat_map
+
+        order = np.argsort(-self.counts.sum(axis=0), kind="stable")
+        figure = heat_map(
+            self.counts[:, order],
+            rows=[str(client) for client in range(len(self.counts))],
+            columns=[self.class_names[c] for c in order],
+            row_title="client",
+            column_title="class, most frequent first",
+            bar_title="training images",
+        )
+        figure.savefig(file, dpi=200)

@@ -1,0 +1,285 @@
+"""A comparison's numbers: means, deviations and paired differences over seeds."""
+
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+from scipy import stats
+
+from clip2fl_cli.runs import COLUMNS, LAST_ROUNDS, FinishedRun
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample deviation over seeds; no deviation of a single one."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return that of some values, at least one."""
+        several = len(values) > 1
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if several else None
+        )
+
+    def __str__(self) -> str:
+        """Return it to one decimal."""
+        if self.deviation is None:
+            return f"{self.mean:.1f}"
+        return f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Difference to the baseline, seed by seed.
+
+    Attributes
+    ----------
+    seeds : tuple of int
+        Seeds that both have.
+    mean : float
+        Mean difference in points.
+    interval : tuple of float or None
+        Limits of the mean's 95 % confidence interval (Student's t); None for one seed.
+    """
+
+    seeds: tuple[int, ...]
+    mean: float
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        """Return mean and interval to one decimal."""
+        if self.interval is None:
+            return f"{self.mean:+.1f}"
+        low, high = self.interval
+        return f"{self.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One classifier of one variant.
+
+    Attributes
+    ----------
+    variant, head : str
+        Which one.
+    delivered : bool
+        Whether the variant delivers this classifier.
+    seeds : tuple of int
+        Seeds of its runs.
+    columns : dict of str to (Spread or None)
+        Accuracy columns, mean of the last rounds; None where the data has a hole.
+    last_round : Spread
+        Balanced accuracy of the last round alone.
+    difference : PairedDifference or None
+        To the baseline's delivered classifier, in balanced accuracy; None for that
+        one itself, and without a common seed.
+    """
+
+    variant: str
+    head: str
+    delivered: bool
+    seeds: tuple[int, ...]
+    columns: dict[str, Spread | None]
+    last_round: Spread
+    difference: PairedDifference | None
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float]
+) -> PairedDifference | None:
+    """Compare two variants seed by seed.
+
+    The seed decides partition, sampling and initial model, so differences within a
+    seed vary less than those between seeds.
+
+    Parameters
+    ----------
+    values, baseline : mapping of int to float
+        Seed to a value.
+
+    Returns
+    -------
+    PairedDifference or None
+        None without a common seed.
+    """
+    seeds = tuple(sorted(set(values) & set(baseline)))
+    if not seeds:
+        return None
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    mean = statistics.fmean(differences)
+    interval = None
+    if len(seeds) > 1:
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
+        margin = float(quantile) * statistics.stdev(differences) / len(seeds) ** 0.5
+        interval = (mean - margin, mean + margin)
+    return PairedDifference(seeds, mean, interval)
+
+
+def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[Row]:
+    """Return the table's rows, variant by variant.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's runs.
+    baseline : str
+        Variant that the others are set against.
+
+    Returns
+    -------
+    list of Row
+    """
+    reference = _balanced(runs[baseline], None) if baseline in runs else {}
+    rows = []
+    for variant, group in runs.items():
+        delivered = group[0].heads[0]
+        for head in group[0].heads:
+            itself = variant == baseline and head == delivered
+            rows.append(
+                Row(
+                    variant,
+                    head,
+                    head == delivered,
+                    tuple(run.seed for run in group),
+                    {column: _spread(group, head, column) for column in COLUMNS},
+                    Spread.of(
+                        [run.rounds[-1]["accuracy"][head]["balanced"] for run in group]
+                    ),
+                    None
+                    if itself
+                    else paired_difference(_balanced(group, head), reference),
+                )
+            )
+    return rows
+
+
+def teachers(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, float]]:
+    """Return the zero-shot accuracy of every teacher that took part, by name."""
+    return {
+        run.teacher["name"]: run.teacher["zero_shot"]
+        for group in runs.values()
+        for run in group
+        if run.teacher
+    }
+
+
+def markdown(
+    runs: Mapping[str, Sequence[FinishedRun]], baseline: str, title: str, command: str
+) -> str:
+    """Return the dated Markdown page of a comparison, to be kept with the results.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's runs.
+    baseline : str
+        Variant that the others are set against.
+    title, command : str
+        Heading, and the command that made it.
+
+    Returns
+    -------
+    str
+    """
+    every = [run for group in runs.values() for run in group]
+    facts = every[0].facts
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items())
+    groups = facts["shot_groups"]
+    minutes = ", ".join(
+        f"{run.folder.name} {run.wall_seconds() / 60:.0f}" for run in every
+    )
+    codes = ", ".join(sorted({run.facts["code"] for run in every}))
+    return f"""# {title}
+
+Date: {date.today().isoformat()}. Command:
+
+    {command}
+
+Accuracy in percent on {facts["test_images"]} test images, mean of the last
+{LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
+many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
+Difference: to the delivered classifier of {baseline}, in balanced accuracy, seed by
+seed, with its 95 % confidence interval (Student's t).
+
+{main_table(runs, baseline)}
+
+Per class:
+
+{class_table(runs)}
+
+Hardware: {os.cpu_count()} cores, {platform.machine()}, {platform.system()}.
+Versions: {versions}. Client code: {codes}.
+Minutes a run, not comparable where other work shared the machine: {minutes}.
+"""
+
+
+def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:
+    """Return the Markdown table of `summarise` and the teachers."""
+    titles = ["top-1", *COLUMNS[1:]]
+    rows = [
+        [
+            row.variant,
+            row.head,
+            ", ".join(map(str, row.seeds)),
+            *("-" if cell is None else str(cell) for cell in row.columns.values()),
+            str(row.last_round),
+            "-" if row.difference is None else str(row.difference),
+        ]
+        for row in summarise(runs, baseline)
+    ]
+    for name, accuracy in teachers(runs).items():
+        cells = [_percent(accuracy[column]) for column in COLUMNS]
+        rows.append([f"teacher {name}", "zero-shot", "-", *cells, cells[1], "-"])
+    header = ["variant", "head", "seeds", *titles, "last round", "difference"]
+    return _markdown_table(header, rows)
+
+
+def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
+    """Return the Markdown table of per-class accuracy, commonest class first."""
+    first = next(iter(runs.values()))[0]
+    images = first.facts["train_images_per_class"]
+    order = first.by_frequency
+    rows = [["training images", "", *(str(images[c]) for c in order)]]
+    for variant, group in runs.items():
+        for head in group[0].heads:
+            columns = zip(*(run.per_class(head) for run in group), strict=True)
+            means = [
+                None if None in column else statistics.fmean(column)
+                for column in columns
+            ]
+            rows.append([variant, head, *(_percent(means[c]) for c in order)])
+    header = ["variant", "head", *(first.class_names[c] for c in order)]
+    return _markdown_table(header, rows)
+
+
+def _spread(runs: Sequence[FinishedRun], head: str, column: str) -> Spread | None:
+    values = [run.last(head, column) for run in runs]
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if len(known) == len(values) else None
+
+
+def _balanced(runs: Sequence[FinishedRun], head: str | None) -> dict[int, float]:
+    """Return seed to balanced accuracy; of the delivered head for None."""
+    found = {}
+    for run in runs:
+        value = run.last(head or run.heads[0], "balanced")
+        assert value is not None, "balanced accuracy has no holes"
+        found[run.seed] = value
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,46 @@
+"""The methods by name: a new one is a file in this package and a line here."""
+
+import difflib
+
+from clip2fl_common.config import ConfigError
+from strategy.clip2fl import CLIP2FL
+from strategy.creff import CReFF
+from strategy.fedavg import FedAvg
+from strategy.fedavgm import FedAvgM
+from strategy.fedprox import FedProx
+from strategy.partitioned import PartitionedTraining
+
+METHODS: dict[str, type[PartitionedTraining]] = {
+    "clip2fl": CLIP2FL,
+    "creff": CReFF,
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedprox": FedProx,
+}
+
+
+def method_named(name: str) -> type[PartitionedTraining]:
+    """Return a method's strategy.
+
+    Parameters
+    ----------
+    name : str
+        The configuration's ``method``.
+
+    Returns
+    -------
+    type
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method; names those there are.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"method = {name!r}, but it must be one of {', '.join(METHODS)} "
+            f"(strategy/registry.py){hint}"
+        )
+    return METHODS[name]

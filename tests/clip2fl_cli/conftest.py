@@ -1,0 +1,27 @@
+"""Real, tiny runs for the command's tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clip2fl_cli.runs import FinishedRun
+from tests.conftest import be_flower
+from tests.federation import federate
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Return the folders of finished runs of three methods; leave them as they are."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        be_flower(folder / "cache", patch)
+        for method in ("clip2fl", "creff", "fedavg"):
+            federate(folder / method, method)
+        yield {method: folder / method for method in ("clip2fl", "creff", "fedavg")}
+
+
+@pytest.fixture(scope="session")
+def runs(trained: dict[str, Path]) -> dict[str, FinishedRun]:
+    """Return the runs, read."""
+    return {method: FinishedRun.read(folder) for method, folder in trained.items()}

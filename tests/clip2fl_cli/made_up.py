@@ -1,0 +1,53 @@
+"""Folders of runs whose numbers are chosen."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip2fl_cli.runs import MODEL_FILE, FinishedRun
+from clip2fl_common.config import Scalar
+from tests.defaults import default_config
+
+
+def accuracy(value: float) -> dict[str, Any]:
+    """Return an accuracy report of which all columns are one value."""
+    groups = dict.fromkeys(("top1", "balanced", "many", "medium", "few"), value)
+    return {**groups, "per_class": [value, value + 2.0]}
+
+
+def write_run(
+    folder: Path,
+    values: Sequence[float],
+    *,
+    method: str = "fedavg",
+    seed: int = 1,
+    **config: Scalar,
+) -> FinishedRun:
+    """Write a complete run with one accuracy a round; ``__`` in a key is a dot."""
+    folder.mkdir(parents=True)
+    own = {k.replace("__", ".").replace("_", "-"): v for k, v in config.items()}
+    facts = {
+        "config": {**default_config(), "method": method, "seed": seed, **own},
+        "class_names": ["rare", "common"],
+        "train_images_per_class": [3, 300],
+        "test_images": 20,
+        "shot_groups": {"rule": "rank", "many": [1], "medium": [], "few": [0]},
+        "versions": {"torch": "2"},
+        "code": "abc",
+        "teacher": {"name": "tiny", "zero_shot": accuracy(91.0)},
+    }
+    (folder / "config.json").write_text(json.dumps(facts))
+    lines = [
+        {
+            "round": n,
+            "accuracy": {"fedavg": accuracy(value)},
+            "losses": {"client": 1.5},
+            "seconds": {"clients": 60.0, "clients-training": 9},
+            "bytes": {"up": 10, "down": 20},
+        }
+        for n, value in enumerate(values, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / MODEL_FILE).touch()
+    return FinishedRun.read(folder)

@@ -1,0 +1,271 @@
+"""The command as it is typed."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.core import TyperGroup
+
+from clip2fl_cli import app as module
+from clip2fl_cli import comparison as comparisons
+from clip2fl_cli import exporting
+from clip2fl_cli.runs import FinishedRun
+from clip2fl_common.datasets import load_dataset
+from scripts.simulate import Interrupted
+from tests.clip2fl_cli.made_up import write_run
+from tests.clip2fl_cli.test_comparison import FILE
+from tests.defaults import ROOT, run_config
+
+SMALL = (
+    "dataset.demo-train-per-class=20 dataset.imbalance-factor=10.0 "
+    "dataset.demo-test-per-class=3 partition.clients=3 federation.clients-per-round=2"
+)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | int | Path) -> int:
+    """Run the command in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["clip2fl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        module.main()
+    code = exit_.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return the test images as files, in the order of the test set."""
+    folder = tmp_path_factory.mktemp("photographs")
+    test = load_dataset(run_config().dataset).test
+    files = []
+    for n, pixels in enumerate(test.load(np.arange(len(test.labels))).images):
+        files.append(folder / f"{n}.png")
+        Image.fromarray(pixels.numpy().transpose(1, 2, 0)).save(files[-1])
+    return files
+
+
+def test_prediction_of_files_agrees_with_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: dict[str, FinishedRun],
+    photographs: list[Path],
+) -> None:
+    """All 30 test images: the same confusion matrix as at the end of the run."""
+    finished = runs["clip2fl"]
+    assert (
+        run(monkeypatch, "predict", "--model", finished.folder, "--json", *photographs)
+        == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert [entry["image"] for entry in answer] == [str(file) for file in photographs]
+    labels = load_dataset(run_config().dataset).test.labels
+    confusion = np.zeros((10, 10), dtype=int)
+    for label, entry in zip(labels, answer, strict=True):
+        (likeliest,) = entry["classes"]
+        confusion[label, finished.class_names.index(likeliest["name"])] += 1
+        assert 0.1 <= likeliest["probability"] <= 1
+    assert confusion.tolist() == finished.artifacts["confusion.retrained"].tolist()
+
+
+def test_prediction_names_several_classes_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: dict[str, FinishedRun],
+    photographs: list[Path],
+) -> None:
+    model = runs["fedavg"].folder / "model.safetensors"
+    assert (
+        run(monkeypatch, "predict", "--model", model, "--top", 10, photographs[0]) == 0
+    )
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{photographs[0]}: ")
+    shares = [float(part.split()[-2]) for part in line.split(": ")[1].split(", ")]
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_what_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: dict[str, FinishedRun],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    folder = runs["fedavg"].folder
+    assert run(monkeypatch, "predict", "--model", folder, tmp_path / "x.png") == 2
+    assert "x.png cannot be read as an image" in capsys.readouterr().err
+    assert run(monkeypatch, "predict", "--model", tmp_path, tmp_path / "x.png") == 2
+    assert "give a model.safetensors or a complete run's" in capsys.readouterr().err
+
+
+def test_partition_shows_who_holds_what(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: dict[str, FinishedRun],
+    tmp_path: Path,
+) -> None:
+    """The same as a run with this configuration finds; table, JSON and picture."""
+    held = runs["fedavg"].artifacts["clients_by_class"].tolist()
+    assert run(monkeypatch, "partition", "--set", SMALL, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["images"] == held
+    assert answer["classes"] == runs["fedavg"].class_names
+
+    picture = tmp_path / "held.png"
+    assert run(monkeypatch, "partition", "--set", SMALL, "--figure", picture) == 0
+    table = capsys.readouterr().out.splitlines()
+    rows = [line.strip("│ ").split("│") for line in table if line.startswith("│")]
+    numbers = [[int(cell) for cell in row[1:]] for row in rows]
+    assert numbers[:-1] == [[*row, sum(row)] for row in held]
+    assert numbers[-1][-1] == sum(map(sum, held))
+    with Image.open(picture) as image:
+        assert image.width > 600
+
+
+def test_unknown_key_is_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "partition", "--set", "partition.client=2") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("clip2fl: run configuration key 'partition.client'")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_export_writes_both_files_and_says_what_they_cost(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: dict[str, FinishedRun],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(exporting, "MEASURED_SECONDS", 0.01)
+    arguments = ("export", "--model", runs["clip2fl"].folder, "--output", tmp_path)
+    assert run(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {Path(file).name for file in answer["files"]} == {
+        "model.safetensors",
+        "model.onnx",
+    }
+    assert all(Path(file).is_file() for file in answer["files"])
+    assert [cost["name"] for cost in answer["costs"]] == [
+        "student resnet8-slim",
+        "teacher demo",
+    ]
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """Return the file of a comparison whose runs are all there."""
+    (tmp_path / "experiment.toml").write_text("federation.rounds = 2\n")
+    (tmp_path / "x.toml").write_text(FILE)
+    for planned in comparisons.Comparison.read(
+        tmp_path / "x.toml", tmp_path / "runs"
+    ).plan:
+        write_run(
+            planned.folder,
+            [50.0, 60.0],
+            **{
+                key.replace("-", "_").replace(".", "__"): value
+                for key, value in planned.config.to_flat().items()
+            },  # type: ignore[arg-type]
+        )
+    return tmp_path / "x.toml"
+
+
+def test_comparison_leaves_table_summary_and_reports(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    comparison: Path,
+) -> None:
+    runs = comparison.parent / "runs"
+    assert run(monkeypatch, "compare", comparison, "--runs", runs) == 0
+    captured = capsys.readouterr()
+    assert "3 of 3 runs are there" in captured.err
+    assert "| plain | fedavg | 1, 2 | 55.0 ± 0.0 |" in captured.out
+    folder = runs / "x"
+    assert captured.out.strip() == (folder / "comparison.md").read_text().strip()
+    assert (folder / "report.html").is_file()
+    assert (folder / "plain-seed1" / "report.html").is_file()
+
+    assert run(monkeypatch, "compare", comparison, "--runs", runs, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == json.loads((folder / "comparison.json").read_text())
+    assert [row["variant"] for row in answer["rows"]] == ["plain", "adjusted"]
+    assert answer["rows"][1]["difference"]["mean"] == 0.0
+
+    (folder / "report.html").unlink()
+    assert run(monkeypatch, "report", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "report": str(folder / "report.html")
+    }
+    assert (folder / "report.html").is_file()
+
+
+def test_interrupted_comparison_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    comparison: Path,
+) -> None:
+    runs = comparison.parent / "runs"
+    (runs / "x" / "plain-seed2" / "model.safetensors").unlink()
+
+    def simulate(**_: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(comparisons, "simulate", simulate)
+    status = run(monkeypatch, "compare", comparison, "--runs", runs)
+    assert status == 128 + signal.SIGTERM
+    assert "goes on where this one stopped" in capsys.readouterr().err
+
+
+def test_installed_command_and_module_are_the_same() -> None:
+    """``make install`` leaves ``.venv/bin/clip2fl``; ``python -m`` does without."""
+    helps = []
+    for command in (
+        [str(Path(sys.executable).with_name("clip2fl"))],
+        [sys.executable, "-m", "clip2fl_cli.app"],
+    ):
+        done = subprocess.run(
+            [*command, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        helps.append(done.stdout.replace("python -m clip2fl_cli.app", "clip2fl"))
+    for name in ("compare", "partition", "report", "predict", "export"):
+        assert all(name in text for text in helps)
+
+
+def documented() -> list[str]:
+    """Return the commands in the README and in docs/, each on one line."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text("utf-8") for page in pages).replace("\\\n", " ")
+    return sorted(set(re.findall(r"\.venv/bin/clip2fl ([^`\n]+)", text)))
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_are_understood(line: str) -> None:
+    """Subcommand, options and their types; each subcommand is run by other tests."""
+    group = cast(TyperGroup, typer.main.get_command(module.app))
+    name, *arguments = shlex.split(line)
+    if name == "--help":
+        return
+    context = typer.Context(group, info_name="clip2fl")
+    subcommand = group.get_command(context, name)
+    assert subcommand is not None
+    parsed = subcommand.make_context(name, arguments, parent=context)
+    for option in ("run_config", "comparison"):
+        if parsed.params.get(option):
+            assert (ROOT / parsed.params[option]).is_file()
+
+
+def test_documentation_has_every_subcommand() -> None:
+    used = {line.split()[0] for line in documented()}
+    assert used >= {"compare", "partition", "report", "predict", "export"}

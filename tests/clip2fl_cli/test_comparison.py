@@ -1,0 +1,251 @@
+"""Which runs a comparison has, and that it repeats none of them."""
+
+import io
+import json
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from rich.console import Console
+
+from clip2fl_cli import comparison as module
+from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
+from clip2fl_cli.progress import ComparisonProgress, RoundLines
+from clip2fl_common.config import ConfigError
+from scripts.simulate import RunResult
+from tests.clip2fl_cli.made_up import write_run
+from tests.defaults import ROOT
+
+FILE = """
+experiment = "experiment.toml"
+seeds = [1, 2]
+baseline = "plain"
+
+[settings]
+client.epochs = 4
+
+[variants.plain]
+method = "fedavg"
+
+[variants.adjusted]
+method = "fedavg"
+client.logit-adjustment = 1.5
+client.epochs = 6
+seeds = [2]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Return the file of a comparison of two variants."""
+    (tmp_path / "experiment.toml").write_text(
+        "client.epochs = 3\nfederation.rounds = 2\nfederation.clients-per-round = 2\n"
+    )
+    (tmp_path / "x.toml").write_text(FILE)
+    return tmp_path / "x.toml"
+
+
+def read(file: Path, *overrides: str, seeds: tuple[int, ...] = ()) -> Comparison:
+    """Read a comparison whose runs lie beside it."""
+    return Comparison.read(file, file.parent / "runs", overrides, seeds)
+
+
+class Watcher:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.log = io.StringIO()
+        self.ends: list[tuple[str, bool]] = []
+
+    def started(self, run: PlannedRun) -> TextIO:
+        """Return where the log goes."""
+        return self.log
+
+    def ended(self, run: PlannedRun, result: RunResult) -> None:
+        """Note the end."""
+        self.ends.append((run.folder.name, result.completed))
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Replace the simulation: runs complete at once, but those of seed 99 fail."""
+    made: list[dict[str, object]] = []
+
+    def simulate(*, run_config: Path, output: TextIO) -> RunResult:
+        pairs = dict(
+            line.split(" = ", 1) for line in run_config.read_text().split("\n")[:-1]
+        )
+        config = {key: json.loads(value) for key, value in pairs.items()}
+        made.append(config)
+        if config["seed"] == 99:
+            return RunResult("finished:failed", "no more", "")
+        output.write("round 1/2: fine\n")
+        write_run(
+            Path(config["run.dir"]) / config["run.name"],
+            [50.0, 60.0],
+            **{k.replace("-", "_").replace(".", "__"): v for k, v in config.items()},
+        )
+        return RunResult("finished:completed", "", "")
+
+    monkeypatch.setattr(module, "simulate", simulate)
+    return made
+
+
+def test_settings_of_file_variant_and_command_line(file: Path) -> None:
+    """The experiment's, then for all, then the variant's, then the command line's."""
+    found = read(file, "federation.rounds=9")
+    assert found.baseline == "plain"
+    runs = {run.folder.relative_to(file.parent).as_posix(): run for run in found.plan}
+    assert list(runs) == [
+        "runs/x/plain-seed1",
+        "runs/x/adjusted-seed2",
+        "runs/x/plain-seed2",
+    ]
+    plain, adjusted = runs["runs/x/plain-seed1"], runs["runs/x/adjusted-seed2"]
+    assert (plain.config.seed, adjusted.config.seed) == (1, 2)
+    assert (plain.config.client.epochs, adjusted.config.client.epochs) == (4, 6)
+    assert plain.config.client.logit_adjustment == 0.0
+    assert adjusted.config.client.logit_adjustment == 1.5
+    assert {run.config.federation.rounds for run in found.plan} == {9}
+
+
+def test_seeds_of_the_command_line_win(file: Path) -> None:
+    found = [(run.variant, run.seed) for run in read(file, seeds=(5, 6)).plan]
+    assert found == [
+        *(("plain", 5), ("adjusted", 5)),
+        *(("plain", 6), ("adjusted", 6)),
+    ]
+
+
+def test_complete_runs_are_not_repeated(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    first = read(file)
+    watcher = Watcher()
+    assert list(complete(first, watcher)) == []
+    assert [config["run.name"] for config in simulated] == [
+        run.folder.name for run in first.plan
+    ]
+    assert simulated[1]["client.logit-adjustment"] == 1.5
+    assert watcher.ends == [(run.folder.name, True) for run in first.plan]
+    assert "round 1/2: fine" in watcher.log.getvalue()
+    assert list(complete(read(file), watcher)) == []
+    assert len(simulated) == 3
+    assert {v: [r.seed for r in runs] for v, runs in first.finished().items()} == {
+        "plain": [1, 2],
+        "adjusted": [2],
+    }
+
+
+def test_interrupted_run_starts_again_beside_its_remains(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    run = read(file).plan[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"round": 1}\n')
+    list(complete(read(file), Watcher()))
+    assert len(simulated) == 3
+    aside = run.folder.with_name("plain-seed1.part1")
+    assert (aside / "metrics.jsonl").read_text() == '{"round": 1}\n'
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_failed_run_does_not_stop_the_others(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    failed = list(complete(read(file, seeds=(99, 3)), Watcher()))
+    assert [(run.variant, run.seed) for run in failed] == [
+        ("plain", 99),
+        ("adjusted", 99),
+    ]
+    assert len(simulated) == 4
+    assert [r.seed for r in read(file, seeds=(99, 3)).finished()["plain"]] == [3]
+
+
+def test_complete_run_with_other_settings_is_not_taken_for_this_one(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    list(complete(read(file), Watcher()))
+    with pytest.raises(
+        ComparisonError,
+        match=r"plain-seed1 was made with client.batch-size = 32, but the comparison "
+        "now wants 16: choose another folder",
+    ):
+        read(file, "client.batch-size=16").missing()
+    # Who watches a run does not change it.
+    assert read(file, 'run.trackers="tensorboard"').missing() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('baseline = "plain"', 'baseline = "plan"', "baseline = 'plan' is none of the"),
+        ("seeds = [1, 2]", "", "seeds: Field required"),
+        ("seeds = [1, 2]", 'seeds = ["1"]', "seeds.0: Input should be a valid integer"),
+        ("seeds = [1, 2]", "seeds = [1", "x.toml"),
+        ("[settings]", "[setings]", "setings: Extra inputs are not permitted"),
+    ],
+)
+def test_bad_file_is_named_with_what_is_wrong(
+    file: Path, old: str, new: str, message: str
+) -> None:
+    file.write_text(FILE.replace(old, new, 1))
+    with pytest.raises(ComparisonError, match=message):
+        read(file)
+
+
+def test_bad_key_of_a_variant_is_named(file: Path) -> None:
+    file.write_text(FILE.replace("client.logit-adjustment", "client.logit-adjustmint"))
+    with pytest.raises(ConfigError, match="did you mean client.logit-adjustment"):
+        read(file)
+
+
+def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match="cannot read the comparison .*none.toml"):
+        read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("file_name", ["demo-compare.toml", "photos-compare.toml"])
+def test_comparisons_of_this_app_are_sound(tmp_path: Path, file_name: str) -> None:
+    found = Comparison.read(
+        ROOT / "conf" / file_name, tmp_path, ['dataset.root="/photos"']
+    )
+    assert len({run.folder for run in found.plan}) == len(found.plan)
+    assert found.baseline in {run.variant for run in found.plan}
+
+
+def test_progress_is_plain_lines_without_a_terminal(file: Path) -> None:
+    plan = list(read(file).plan)
+    stream = io.StringIO()
+    console = Console(file=stream, width=40)
+    with ComparisonProgress(plan[:1], 2, console) as progress:
+        log = progress.started(plan[0])
+        log.write("INFO : noise\nround 1/2: fedavg balan")
+        log.write("ced 10.0 %\nround 2/2: [red]\n")
+        progress.ended(plan[0], RunResult("finished:failed", "out of luck", ""))
+    assert stream.getvalue().splitlines() == [
+        "[3/3] plain, seed 1: starts",
+        "[3/3] plain, seed 1: round 1/2: fedavg balanced 10.0 %",
+        "[3/3] plain, seed 1: round 2/2: [red]",
+        "plain, seed 1: did not complete (finished:failed): out of luck",
+    ]
+
+
+def test_progress_shows_rounds_and_time_left_on_a_terminal(file: Path) -> None:
+    plan = list(read(file).plan)
+    stream = io.StringIO()
+    console = Console(file=stream, width=120, force_terminal=True)
+    with ComparisonProgress(plan, 0, console) as progress:
+        progress.started(plan[0]).write("round 1/2: x\n")
+    shown = stream.getvalue()
+    assert "[1/3] plain, seed 1" in shown
+    assert "1/6" in shown
+    assert "left" in shown
+
+
+def test_lines_of_rounds_are_handed_on_once_whole() -> None:
+    found: list[tuple[int, str]] = []
+    lines = RoundLines(lambda number, line: found.append((number, line)))
+    for character in "x\nround 12/20: a\nround 3: b\n round 4/20: c\n":
+        lines.write(character)
+    assert found == [(12, "round 12/20: a")]

@@ -1,0 +1,239 @@
+"""Reports: every section is there, with the numbers of the run's files."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from clip2fl_cli.figures import principal_plane
+from clip2fl_cli.report import write_comparison_report, write_run_report
+from clip2fl_cli.runs import FinishedRun, RunError
+from tests.clip2fl_cli.html_page import Page
+from tests.clip2fl_cli.made_up import write_run
+
+SECTIONS = [
+    "results",
+    "accuracy",
+    "classes",
+    "clients",
+    "features",
+    "losses",
+    "costs",
+    "confusion",
+    "configuration",
+]
+PICTURES = [
+    section for section in SECTIONS if section not in ("results", "configuration")
+]
+COLUMNS = {"top1": "top-1", "balanced": "balanced", "many": "many", "few": "few"}
+
+
+def copied(run: FinishedRun, folder: Path) -> FinishedRun:
+    """Return the same run in another folder."""
+    shutil.copytree(run.folder, folder)
+    return FinishedRun.read(folder)
+
+
+@pytest.fixture(scope="module")
+def run(
+    runs: dict[str, FinishedRun], tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """Return a run of CLIP2FL in a folder of its own, with its report."""
+    run = copied(runs["clip2fl"], tmp_path_factory.mktemp("reported") / "a-run")
+    write_run_report(run, runs["fedavg"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: FinishedRun) -> Page:
+    """Return the report's page."""
+    return Page(run.folder / "report.html")
+
+
+def exact(value: float | int | None) -> str | None:
+    """Return what ``data-value`` must be."""
+    return None if value is None else json.dumps(value)
+
+
+def test_run_report_has_every_section_with_the_numbers_of_the_run(
+    run: FinishedRun, page: Page
+) -> None:
+    assert page.sections == SECTIONS
+    lines = [
+        json.loads(line)
+        for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
+
+    accuracy = page.tables["accuracy-rounds"]
+    assert accuracy.column("round") == ["1", "2"]
+    for head in ("retrained", "fedavg"):
+        for column, title in COLUMNS.items():
+            expected = [exact(line["accuracy"][head][column]) for line in lines]
+            assert accuracy.column(f"{head} {title}") == expected
+
+    losses = page.tables["losses-rounds"]
+    for name, title in (
+        ("client", "client (total)"),
+        ("gradient_matching", "gradient matching"),
+        ("prototype_contrast", "prototype contrast"),
+    ):
+        assert losses.column(title) == [exact(line["losses"][name]) for line in lines]
+
+    costs = page.tables["costs-rounds"]
+    for phase in ("clients", "synthesis", "evaluation", "clients-training"):
+        expected = [exact(line["seconds"][phase]) for line in lines]
+        assert costs.column(f"s {phase}") == expected
+    assert costs.column("bytes up") == [exact(line["bytes"]["up"]) for line in lines]
+    gradients = [sum(line["bytes"]["class_gradients"]) for line in lines]
+    assert costs.column("bytes of class gradients") == [exact(n) for n in gradients]
+
+    results = page.tables["results"]
+    assert results.texts[0][:2] == ["clip2fl, retrained head", "last round"]
+    final = lines[-1]["accuracy"]["retrained"]
+    assert results.column("balanced")[0] == exact(final["balanced"])
+    assert results.column("few")[0] == exact(final["few"])
+    mean = statistics.fmean(
+        line["accuracy"]["retrained"]["balanced"] for line in lines
+    )  # of all, since there are fewer than five
+    assert results.column("balanced")[1] == exact(mean)
+    teacher = run.facts["teacher"]["zero_shot"]["balanced"]
+    assert results.column("balanced")[-1] == exact(teacher)
+
+
+def test_classes_stand_by_frequency_against_fedavg(
+    run: FinishedRun, runs: dict[str, FinishedRun], page: Page
+) -> None:
+    table = page.tables["classes-table"]
+    counts = run.facts["train_images_per_class"]
+    assert table.column("training images") == [
+        str(count) for count in sorted(counts, reverse=True)
+    ]
+    names = [row[0] for row in table.texts]
+    for title, other, head in (
+        ("retrained head", run, "retrained"),
+        ("fedavg head", run, "fedavg"),
+        ("run fedavg", runs["fedavg"], "fedavg"),
+    ):
+        for name, value in zip(names, table.column(title), strict=True):
+            c = run.class_names.index(name)
+            expected = statistics.fmean(
+                line["accuracy"][head]["per_class"][c] for line in other.rounds
+            )
+            assert value == exact(expected)
+
+
+def test_clients_and_confusion_are_the_artifacts(run: FinishedRun, page: Page) -> None:
+    tables = page.tables
+    held = load_file(run.folder / "artifacts.safetensors")["clients_by_class"]
+    for c, name in enumerate(run.class_names):
+        assert tables["clients-table"].column(name) == [
+            str(n) for n in held[:, c].tolist()
+        ]
+    confusion = tables["confusion-table"]
+    diagonal = {row[0]: row for row in confusion.texts}
+    for c, name in enumerate(run.class_names):
+        hits = int(diagonal[name][confusion.header.index(name)])
+        share = run.rounds[-1]["accuracy"]["retrained"]["per_class"][c]
+        assert 100 * hits / 3 == pytest.approx(share, abs=1e-3)  # 3 test images each
+
+
+def test_configuration_is_whole(run: FinishedRun, page: Page) -> None:
+    table = page.tables["configuration-table"]
+    stored = json.loads((run.folder / "config.json").read_text("utf-8"))["config"]
+    assert {row[0]: json.loads(row[1]) for row in table.texts} == stored
+
+
+def test_page_is_self_contained_and_pictures_lie_beside_it(
+    run: FinishedRun, page: Page
+) -> None:
+    assert len(page.images) == len(PICTURES)
+    for image in page.images:
+        assert str(image["src"]).startswith("data:image/svg+xml;base64,")
+        assert image["alt"]
+    assert all(a.startswith(("data:", "#")) for a in page.addresses)
+    for name in PICTURES:
+        with Image.open(run.folder / "figures" / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.shape[1] > 600
+        assert pixels.std() > 5, name  # something is drawn
+        svg = (run.folder / "figures" / f"{name}.svg").read_text("utf-8")
+        assert "<svg" in svg
+
+
+def test_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [50.0, 60.0])
+    first = write_run_report(run).read_bytes()
+    assert write_run_report(run).read_bytes() == first
+
+
+def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", [50.0], teacher__prompt="<script>alert(1)</script>{class}"
+    )
+    html = write_run_report(run).read_text("utf-8")
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)" in html
+
+
+def test_method_without_features_and_old_run_say_so(tmp_path: Path) -> None:
+    """A run that kept no artifacts has its sections all the same."""
+    page = write_run_report(write_run(tmp_path / "run", [50.0, 60.0]))
+    assert Page(page).sections == SECTIONS
+    text = page.read_text("utf-8")
+    assert "fedavg has no federated features." in text
+    assert text.count("The run is of a version that did not keep it.") == 2
+
+
+def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None:
+    copies = {
+        variant: [copied(run, tmp_path / f"{variant}-seed7")]
+        for variant, run in runs.items()
+    }
+    page = Page(write_comparison_report(tmp_path, "x", copies, "fedavg"))
+    assert page.sections == [*SECTIONS, "runs"]
+    results = page.tables["results"]
+    rows = [(variant, head) for variant, run in runs.items() for head in run.heads]
+    assert [tuple(row[:2]) for row in results.texts[:-1]] == rows
+    own = [runs[variant].last(head, "balanced") for variant, head in rows]
+    assert results.column("balanced")[:-1] == [exact(value) for value in own]
+    baseline = runs["fedavg"].last("fedavg", "balanced")
+    assert own[0] is not None and baseline is not None
+    assert results.texts[0][2] == f"{own[0] - baseline:+.1f}"
+    last = page.tables["accuracy-runs"]
+    finals = [runs[v].rounds[-1]["accuracy"][h]["balanced"] for v, h in rows]
+    assert last.column("balanced") == [exact(value) for value in finals]
+    differing = page.tables["differences-table"]
+    assert differing.header == ["variant", "method"]
+    assert differing.texts == [[v, json.dumps(v)] for v in runs]
+    links = [a for a in page.addresses if not a.startswith(("data:", "#"))]
+    assert links == [f"{variant}-seed7/report.html" for variant in runs]
+
+
+def test_what_is_no_complete_run_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [50.0])
+    with pytest.raises(RunError, match="is no run's folder: it has no config.json"):
+        FinishedRun.read(tmp_path)
+    (run.folder / "model.safetensors").unlink()
+    with pytest.raises(RunError, match="holds a run that did not end"):
+        FinishedRun.read(run.folder)
+
+
+def test_plane_shows_what_separates_classes() -> None:
+    """Of two class means that differ in one direction, and noise in others."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(scale=0.1, size=(2, 50, 20))
+    features[0, :, 3] += 5
+    features[1, :, 3] -= 5
+    prototypes = np.eye(20)[[3, 7]]
+    points, of_text = principal_plane(features, prototypes)
+    means = points.mean(axis=1)
+    spread = points.std(axis=1).max()
+    assert np.linalg.norm(means[0] - means[1]) > 20 * spread
+    assert of_text is not None
+    # Two centred prototypes lie on one line: the plane holds their whole distance.
+    assert np.linalg.norm(of_text[0] - of_text[1]) == pytest.approx(2**0.5)
