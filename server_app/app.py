@@ -82,12 +82,18 @@ def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTrain
         config.partition.clients,
         config.federation.clients_per_round,
         config.seed,
+        session.images_per_client,
     )
+    common: dict[str, Any] = {
+        "aggregation": config.aggregation,
+        "min_replies": config.federation.min_replies,
+    }
     if config.method == "fedavg":
-        return FedAvg(plan)
+        return FedAvg(plan, **common)
     if config.method == "fedprox":
-        return FedProx(plan, proximal_mu=config.fedprox.mu)
+        return FedProx(plan, proximal_mu=config.fedprox.mu, **common)
     settings: dict[str, Any] = {
+        **common,
         "num_classes": len(session.dataset.class_names),
         "feature_dim": config.model.feature_dim,
         "synthesis": config.synthesis,

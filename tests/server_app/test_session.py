@@ -15,6 +15,7 @@ from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan, PartitionedTraining
 from strategy.round_record import RoundRecord
 from tests.defaults import run_config
+from tests.strategy.messages import safeguards
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,8 @@ def session(folder: Path, **changes: Scalar) -> Session:
 
 def strategy(run: Session) -> PartitionedTraining:
     """Return a strategy that has just closed a round."""
-    plan = ClientPlan((1,), 3, 2, 7)
-    made: PartitionedTraining = FedAvg(plan)
+    plan = ClientPlan((1,), 3, 2, 7, (20, 20, 20))
+    made: PartitionedTraining = FedAvg(plan, **safeguards())
     if run.config.method == "creff":
         made = CReFF(
             plan,
@@ -45,10 +46,13 @@ def strategy(run: Session) -> PartitionedTraining:
             retraining=run.config.retraining,
             upload=run.config.upload,
             device=torch.device("cpu"),
+            **safeguards(),
         )
     made.round = RoundRecord(
         clients=[0, 2],
         dropped=1,
+        shortened_updates=2,
+        shortened_gradients=5,
         bytes_down=3000,
         upload_bytes=[400, 600],
         gradient_bytes=[100, 200],
@@ -125,6 +129,7 @@ def test_round_is_written_with_all_its_numbers(
         "clients": [0, 2],
         "dropped_replies": 1,
         "kept_model": False,
+        "shortened": {"updates": 2, "class_gradients": 5},
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},
         "unreadable_images": {"train": 4, "test": 0},

@@ -24,6 +24,7 @@ from tests.strategy.messages import (
     global_model,
     random_gradients,
     random_model,
+    safeguards,
     train_reply,
 )
 
@@ -56,6 +57,7 @@ def strategies(
         retraining=config.retraining,
         upload=config.upload,
         device=device,
+        **safeguards(),
     )
     clip2fl = CLIP2FL(
         plan,
@@ -68,6 +70,7 @@ def strategies(
         text_features=text_features,
         teacher_fingerprint="fingerprint-of-the-teacher",
         distillation=config.distillation,
+        **safeguards(),
     )
     return clip2fl, creff
 

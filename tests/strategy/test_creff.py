@@ -30,6 +30,7 @@ from tests.strategy.messages import (
     global_model,
     random_gradients,
     random_model,
+    safeguards,
     train_reply,
     wire_bytes,
 )
@@ -63,6 +64,7 @@ def creff(
         retraining=config.retraining,
         upload=upload or config.upload,
         device=torch.device("cpu"),
+        **safeguards(),
     )
 
 
