@@ -106,6 +106,22 @@ class Federation:
     """Clients drawn without replacement each round."""
     round_timeout: PositiveFloat
     """Seconds to wait for a round's replies."""
+    min_replies: Positive
+    """Good replies that a round needs; with fewer, the model stays as it is."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Aggregation:
+    """How what clients send becomes one model, and how much one of them can move it."""
+
+    rule: Literal["mean", "median", "trimmed-mean"]
+    """Mean, or coordinate-wise median or trimmed mean, of models and gradients."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)]
+    """trimmed-mean: share of the values cut off at each end."""
+    max_update_norm: Weight
+    """Norm to which a client's update is shortened; 0: no bound."""
+    max_gradient_norm: Weight
+    """The same for each of its class gradients; 0: no bound."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -259,6 +275,7 @@ class RunConfig:
     dataset: Dataset
     partition: Partition
     federation: Federation
+    aggregation: Aggregation
     model: Model
     client: Client
     distillation: Distillation
@@ -363,6 +380,12 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append(
             f"federation.clients-per-round = {sampled} is more than partition.clients "
             f"= {clients}; lower the first or raise the second"
+        )
+    if config.federation.min_replies > sampled:
+        problems.append(
+            f"federation.min-replies = {config.federation.min_replies} is more than "
+            f"federation.clients-per-round = {sampled}: no round could succeed; lower "
+            "the first or raise the second"
         )
     if "{class}" not in config.teacher.prompt:
         problems.append(

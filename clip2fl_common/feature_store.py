@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import torch
+from filelock import FileLock
 
 logger = getLogger(__name__)
 
 CACHE_VARIABLE = "CLIP2FL_CACHE_DIR"
 # Clients that start together wait for each other's writes, which take milliseconds.
 LOCK_TIMEOUT_S = 120.0
+# Each row with a checksum of its own: SQLite has none.
+TABLE = "checked_feature"
 # SQLite's limit on the variables of one statement, in its oldest builds.
 QUERY_SIZE = 900
 
@@ -62,7 +65,8 @@ class FeatureStore:
     """The features of one teacher, by content key.
 
     A cache that cannot be read or written costs time, never a run: the features are
-    computed again and a warning says which file to look at.
+    computed again and a warning says which file to look at. What is damaged is taken
+    out, a row or the whole file, so that it is filled again.
 
     Parameters
     ----------
@@ -82,8 +86,8 @@ class FeatureStore:
         try:
             with connection:
                 connection.execute(
-                    "CREATE TABLE IF NOT EXISTS feature "
-                    "(key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
+                    f"CREATE TABLE IF NOT EXISTS {TABLE} (key BLOB PRIMARY KEY, "
+                    "value BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID"
                 )
                 yield connection
         finally:
@@ -103,19 +107,35 @@ class FeatureStore:
             Without the keys that are not in the store.
         """
         found: dict[bytes, torch.Tensor] = {}
+        damaged: list[bytes] = []
         try:
             with self._open() as connection:
                 for start in range(0, len(keys), QUERY_SIZE):
                     chunk = list(keys[start : start + QUERY_SIZE])
                     marks = ",".join("?" * len(chunk))
                     rows = connection.execute(
-                        f"SELECT key, value FROM feature WHERE key IN ({marks})", chunk
+                        f"SELECT key, value, digest FROM {TABLE} "
+                        f"WHERE key IN ({marks})",
+                        chunk,
                     )
-                    for key, value in rows:
+                    for key, value, digest in rows:
+                        if digest != _digest(key, value):
+                            damaged.append(key)
+                            continue
                         array = np.frombuffer(value, dtype="<f4")
                         found[key] = torch.from_numpy(array.copy())
+                connection.executemany(
+                    f"DELETE FROM {TABLE} WHERE key = ?", [(key,) for key in damaged]
+                )
         except (OSError, sqlite3.Error) as error:
-            self._warn("read", error)
+            self._handle("read", error)
+        if damaged:
+            logger.warning(
+                "%d of the teacher's cached features in %s were damaged; they are "
+                "computed again. If this repeats, check the disk.",
+                len(damaged),
+                self.path,
+            )
         return found
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
@@ -129,20 +149,58 @@ class FeatureStore:
             Their features.
         """
         values = features.cpu().numpy().astype("<f4")
-        rows = [(key, v.tobytes()) for key, v in zip(keys, values, strict=True)]
+        rows = [
+            (key, value.tobytes(), _digest(key, value.tobytes()))
+            for key, value in zip(keys, values, strict=True)
+        ]
         try:
             with self._open() as connection:
                 connection.executemany(
-                    "INSERT OR IGNORE INTO feature VALUES (?, ?)", rows
+                    f"INSERT OR IGNORE INTO {TABLE} VALUES (?, ?, ?)", rows
                 )
         except (OSError, sqlite3.Error) as error:
-            self._warn("write", error)
+            self._handle("write", error)
 
-    def _warn(self, action: str, error: Exception) -> None:
+    def _handle(self, action: str, error: Exception) -> None:
+        """Remove a file that is damaged; warn of anything else."""
+        # SQLite's subclasses of this error tell of locks, disks and permissions.
+        if type(error) is sqlite3.DatabaseError:
+            with contextlib.suppress(OSError):
+                self._remove_damaged(error)
+                return
         logger.warning(
             "cannot %s the teacher's cached features in %s (%s); they are computed "
-            "again. Check the disk, or delete the file if it is damaged.",
+            "again. Check the disk and who may write there.",
             action,
             self.path,
             error,
         )
+
+    def _remove_damaged(self, error: Exception) -> None:
+        """Remove the file unless another process has done so and begun a new one."""
+        with FileLock(f"{self.path}.lock"):
+            if _is_sound(self.path):
+                return
+            self.path.unlink(missing_ok=True)
+            self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+        logger.warning(
+            "the teacher's cached features in %s were damaged (%s); the file is "
+            "removed, and they are computed again. If this repeats, check the disk.",
+            self.path,
+            error,
+        )
+
+
+def _digest(key: bytes, value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=8, key=key).digest()
+
+
+def _is_sound(path: Path) -> bool:
+    connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)
+    try:
+        verdict: tuple[str] = connection.execute("PRAGMA quick_check").fetchone()
+        return verdict == ("ok",)
+    except sqlite3.Error:
+        return False
+    finally:
+        connection.close()

@@ -48,6 +48,14 @@ DISTILLATION_TEMPERATURE = "distillation-temperature"
 TEACHER_FINGERPRINT = "teacher-fingerprint"
 CODE_FINGERPRINT = "code-fingerprint"
 
+# No training brings about larger numbers. Sums, squares and products of those below
+# stay finite in float32, so that no reply can leave behind what is not a number.
+LARGEST_VALUE = 1e12
+# Bytes before an array's values; numpy needs 128 for the names and shapes used here.
+LONGEST_HEADER = 256
+# BatchNorm's, of which the square root is taken.
+VARIANCE = "running_var"
+
 # Numbers that every train reply carries besides NUM_EXAMPLES and PARTITION.
 AVERAGED_METRICS = ("loss", "distillation-loss")
 SUMMED_METRICS = (
@@ -137,6 +145,16 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
         if not tensor.is_floating_point()
     }
     model.load_state_dict(state | counters)
+
+
+def arrays_to_numpy(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
+    """Return the values of arrays that have been checked, by name."""
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def numpy_to_arrays(values: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Return values as Flower's arrays."""
+    return ArrayRecord({name: Array(array) for name, array in values.items()})
 
 
 def _linear(arrays: ArrayRecord) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,10 +283,11 @@ def gradients_from_arrays(
     )
     if len(left):
         largest = left.abs().max().double() * right.abs().max() * expected.max_rank
-        if largest > torch.finfo(torch.float32).max:
+        if largest > LARGEST_VALUE:
             raise ReplyError(
-                "arrays class-gradients.left and class-gradients.right are finite, but "
-                "their product need not be; expected values of gradients"
+                "arrays class-gradients.left and class-gradients.right have a product "
+                f"that may reach {float(largest):.1e}, expected {LARGEST_VALUE:.0e} at "
+                "most"
             )
     dense = iter(weight)
     factors = zip(left.split(ranks.tolist()), right.split(ranks.tolist()), strict=True)
@@ -317,13 +336,15 @@ def _from_wire(
     if precision == "full":
         return tensor
     values = tensor.view(torch.bfloat16).float()
-    if not torch.isfinite(values).all():
-        raise _not_finite(name)
+    _check_values(name, values.numpy())
     return values
 
 
 def check_reply(
-    reply: Message, reference: ArrayRecord, gradients: GradientFormat | None
+    reply: Message,
+    reference: ArrayRecord,
+    gradients: GradientFormat | None,
+    asked: Mapping[int, int],
 ) -> None:
     """Check a train reply before it touches any state.
 
@@ -335,6 +356,8 @@ def check_reply(
         The global model that was sent out.
     gradients : GradientFormat or None
         What is expected of class gradients, where they belong into the reply.
+    asked : mapping of int to int
+        Partitions that the sender was asked for, each with its number of images.
 
     Raises
     ------
@@ -345,20 +368,24 @@ def check_reply(
     expected = {ARRAYS, METRICS} | ({GRADIENTS} if gradients else set())
     if set(content) != expected:
         raise ReplyError(f"records are {sorted(content)}, expected {sorted(expected)}")
-    if set(content.array_records) != expected - {METRICS}:
+    if set(content.array_records) != expected - {METRICS} or set(
+        content.metric_records
+    ) != {METRICS}:
         raise ReplyError("a record is not of the type it should be")
     arrays = content.array_records[ARRAYS]
     if set(arrays) != set(reference):
         difference = sorted(set(arrays) ^ set(reference))
         raise ReplyError(f"model arrays missing or unknown: {', '.join(difference)}")
     for name, sent in reference.items():
-        _checked(name, arrays[name], tuple(sent.shape), sent.dtype)
+        values = _checked(name, arrays[name], tuple(sent.shape), sent.dtype)
+        if name.endswith(VARIANCE) and values.min(initial=0) < 0:
+            raise ReplyError(f"array {name} is a variance, but has negative values")
     if gradients:
         gradients_from_arrays(content.array_records[GRADIENTS], gradients)
-    _check_metrics(content.metric_records[METRICS])
+    _check_metrics(content.metric_records[METRICS], asked)
 
 
-def _check_metrics(metrics: MetricRecord) -> None:
+def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
     expected = {NUM_EXAMPLES, PARTITION, *AVERAGED_METRICS, *SUMMED_METRICS}
     if set(metrics) != expected:
         difference = sorted(set(metrics) ^ expected)
@@ -366,9 +393,25 @@ def _check_metrics(metrics: MetricRecord) -> None:
     for name, value in metrics.items():
         if isinstance(value, list) or not math.isfinite(value):
             raise ReplyError(f"metric {name} = {value} is not a finite number")
-    examples = metrics[NUM_EXAMPLES]
+        least = -LARGEST_VALUE if name in AVERAGED_METRICS else 0
+        if name != NUM_EXAMPLES and not least <= value <= LARGEST_VALUE:
+            raise ReplyError(
+                f"metric {name} = {value}; it must be from {least:g} to "
+                f"{LARGEST_VALUE:g}"
+            )
+    partition = metrics[PARTITION]
+    if not isinstance(partition, int) or partition not in asked:
+        raise ReplyError(
+            f"{PARTITION} = {partition}, but the node was asked for {sorted(asked)}"
+        )
+    examples, unreadable = metrics[NUM_EXAMPLES], metrics["unreadable-images"]
     if not isinstance(examples, int) or examples < 1:
         raise ReplyError(f"{NUM_EXAMPLES} = {examples}; it must be a positive integer")
+    if not isinstance(unreadable, int) or examples + unreadable > asked[partition]:
+        raise ReplyError(
+            f"{NUM_EXAMPLES} = {examples} and {unreadable} unreadable images, but "
+            f"partition {partition} has {asked[partition]} images"
+        )
 
 
 def _checked(
@@ -382,9 +425,18 @@ def _checked(
     if found != wanted:
         raise ReplyError(f"array {name} has type {found}, expected {wanted}")
     decoded = _decode(name, array)
-    if not np.isfinite(decoded).all():
-        raise _not_finite(name)
+    _check_values(name, decoded)
     return decoded
+
+
+def _check_values(name: str, values: npt.NDArray[Any]) -> None:
+    if not np.isfinite(values).all():
+        raise ReplyError(f"array {name} has values that are not finite")
+    if values.dtype.kind == "f" and np.abs(values).max(initial=0) > LARGEST_VALUE:
+        raise ReplyError(
+            f"array {name} has values up to {float(np.abs(values).max()):.1e}, "
+            f"expected {LARGEST_VALUE:.0e} at most"
+        )
 
 
 def _header(name: str, array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -406,17 +458,18 @@ def _header(name: str, array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _decode(name: str, array: Array) -> npt.NDArray[Any]:
     try:
-        return array.numpy()
+        values = array.numpy()
     except Exception as error:
         raise _undecodable(name, error) from None
+    # Numpy passes over what follows the values, of whatever size.
+    surplus = len(array.data) - values.nbytes
+    if surplus > LONGEST_HEADER:
+        raise ReplyError(f"array {name} has {surplus} bytes besides its values")
+    return values
 
 
 def _undecodable(name: str, error: Exception) -> ReplyError:
     return ReplyError(f"array {name} cannot be decoded ({error})")
-
-
-def _not_finite(name: str) -> ReplyError:
-    return ReplyError(f"array {name} has values that are not finite")
 
 
 def partition_of(reply: Message) -> int:

@@ -77,6 +77,7 @@ def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTrain
         config.partition.clients,
         config.federation.clients_per_round,
         config.seed,
+        session.images_per_client,
     )
     return method_named(config.method).build(
         Setting(

@@ -79,6 +79,7 @@ class Session:
         self._parts = partition_indices(
             config.dataset, partition.clients, partition.alpha, config.seed
         )
+        self.images_per_client = tuple(len(part) for part in self._parts)
         self._held = class_counts(
             self._parts, self.dataset.train.labels, len(self.dataset.class_names)
         )
@@ -155,7 +156,7 @@ class Session:
         facts: dict[str, Any] = {
             "class_names": self.dataset.class_names,
             "train_images_per_class": self.counts.tolist(),
-            "train_images_per_client": [len(part) for part in self._parts],
+            "train_images_per_client": self.images_per_client,
             "test_images": len(self.dataset.test.labels),
             "shot_groups": vars(self.evaluator.groups),
             "code": code_fingerprint(),
@@ -306,6 +307,10 @@ class Session:
             "clients": record.clients,
             "dropped_replies": record.dropped,
             "kept_model": record.kept_model,
+            "shortened": {
+                "updates": record.shortened_updates,
+                "class_gradients": record.shortened_gradients,
+            },
             "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
             "test_images": len(self.evaluator.indices(final)),
             "losses": record.losses,

@@ -14,12 +14,12 @@ from clip2fl_common import records
 from clip2fl_common.config import Retraining, Synthesis, Upload
 from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
+from strategy.aggregation import combine_class_gradients, shorten_gradient
 from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan, Setting
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.synthesis import (
     gradient_matching_loss,
-    mean_class_gradients,
     prototype_contrastive_loss,
     step_size,
     synthesize,
@@ -55,6 +55,8 @@ class CReFF(FedAvg):
         Where both are computed.
     rounds : int
         Rounds of the run, over which a schedule of the features' step size goes.
+    **common_settings : Any
+        Settings of `PartitionedTraining`.
 
     Attributes
     ----------
@@ -77,12 +79,15 @@ class CReFF(FedAvg):
         upload: Upload,
         device: torch.device,
         rounds: int,
+        **common_settings: Any,
     ) -> None:
-        super().__init__(plan)
+        super().__init__(plan, **common_settings)
         self.synthesis = synthesis
         self.rounds = rounds
         self.retraining = retraining
-        self.gradient_format = records.GradientFormat(num_classes, feature_dim, upload)
+        self.gradient_format: records.GradientFormat = records.GradientFormat(
+            num_classes, feature_dim, upload
+        )
         self.device = device
         self.features = torch.randn(
             num_classes,
@@ -111,6 +116,7 @@ class CReFF(FedAvg):
             "upload": config.upload,
             "device": setting.device,
             "rounds": config.federation.rounds,
+            **setting.safeguards,
         }
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -190,20 +196,11 @@ class CReFF(FedAvg):
         record[records.CLASSIFIER] = records.model_to_arrays(self.classifier)
         return super()._construct_messages(record, node_ids, message_type)
 
-    def check(self, reply: Message) -> None:
-        """Raise `ReplyError` if model, metrics or class gradients are not as agreed."""
-        records.check_reply(reply, self._sent, self.gradient_format)
-
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
         """Synthesise federated features and re-train the classifier on them."""
         classes = len(self.features)
-        gradients = mean_class_gradients(
-            records.gradients_from_arrays(
-                # Popped, because Flower's FedAvg averages every array in a reply.
-                reply.content.array_records.pop(records.GRADIENTS),
-                self.gradient_format,
-            )
-            for reply in replies
+        gradients = combine_class_gradients(
+            map(self._gradients_of, replies), self.aggregation
         )
         if absent := sorted(set(range(classes)) - set(gradients)):
             log(
@@ -246,6 +243,21 @@ class CReFF(FedAvg):
             server_round,
             self.rounds,
         )
+
+    def _gradients_of(self, reply: Message) -> dict[int, CodedGradient]:
+        """Take the class gradients out of a reply, none longer than allowed."""
+        gradients = records.gradients_from_arrays(
+            # Popped, because Flower's FedAvg averages every array in a reply.
+            reply.content.array_records.pop(records.GRADIENTS),
+            self.gradient_format,
+        )
+        if limit := self.aggregation.max_gradient_norm:
+            for c, gradient in gradients.items():
+                shorter = shorten_gradient(gradient, limit)
+                if shorter is not None:
+                    gradients[c] = shorter
+                    self.round.shortened_gradients += 1
+        return gradients
 
     def _synthesis_losses(
         self,

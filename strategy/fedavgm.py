@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from logging import WARNING
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 
+from clip2fl_common.config import ConfigError
 from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
 
 BUFFERS = (".running_mean", ".running_var")
@@ -29,14 +30,35 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
         In [0, 1).
     learning_rate : float
         Of the server, in (0, 1].
+    **common_settings : Any
+        Settings of `PartitionedTraining`.
+
+    Raises
+    ------
+    ConfigError
+        If ``aggregation.rule`` is not the mean.
     """
 
     def __init__(
-        self, plan: ClientPlan, *, momentum: float, learning_rate: float
+        self,
+        plan: ClientPlan,
+        *,
+        momentum: float,
+        learning_rate: float,
+        **common_settings: Any,
     ) -> None:
         super().__init__(
-            plan, server_momentum=momentum, server_learning_rate=learning_rate
+            plan,
+            server_momentum=momentum,
+            server_learning_rate=learning_rate,
+            **common_settings,
         )
+        if self.aggregation.rule != "mean":
+            raise ConfigError(
+                f"aggregation.rule = {self.aggregation.rule!r}, but method = 'fedavgm' "
+                "steps from the clients' mean; set aggregation.rule = 'mean' or choose "
+                "another method"
+            )
         if momentum == 0 and learning_rate == 1:
             log(
                 WARNING,
@@ -52,6 +74,7 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
             setting.plan,
             momentum=fedavgm.momentum,
             learning_rate=fedavgm.learning_rate,
+            **setting.safeguards,
         )
 
     def state(self) -> dict[str, torch.Tensor]:

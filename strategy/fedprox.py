@@ -13,4 +13,8 @@ class FedProx(PartitionedTraining, FlowerFedProx):
     @classmethod
     def build(cls, setting: Setting) -> Self:
         """Return the method as a run's configuration wants it."""
-        return cls(setting.plan, proximal_mu=setting.config.fedprox.mu)
+        return cls(
+            setting.plan,
+            proximal_mu=setting.config.fedprox.mu,
+            **setting.safeguards,
+        )

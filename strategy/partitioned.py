@@ -1,6 +1,7 @@
 """What every method shares: seeded sampling of partitions, and checked replies."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
@@ -14,11 +15,12 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
 
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import Aggregation, RunConfig
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
+from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.round_record import RoundRecord
 
 
@@ -44,12 +46,15 @@ class ClientPlan:
         Partitions drawn without replacement each round.
     seed : int
         The run's seed.
+    images : tuple of int
+        Images of each partition: no client can have trained on more.
     """
 
     nodes: tuple[int, ...]
     num_clients: int
     clients_per_round: int
     seed: int
+    images: tuple[int, ...]
 
     def sample(self, server_round: int) -> list[int]:
         """Return the partitions that train in a round, ascending."""
@@ -87,6 +92,14 @@ class Setting:
     device: torch.device
     teacher: Teacher | None
 
+    @property
+    def safeguards(self) -> dict[str, Any]:
+        """Settings that every method has: how replies are combined, and how many."""
+        return {
+            "aggregation": self.config.aggregation,
+            "min_replies": self.config.federation.min_replies,
+        }
+
 
 class PartitionedTraining(FlowerFedAvg):
     """Base of the methods: a Flower FedAvg with the plan's sampling, checking replies.
@@ -97,6 +110,10 @@ class PartitionedTraining(FlowerFedAvg):
     ----------
     plan : ClientPlan
         Who trains when and where.
+    aggregation : Aggregation
+        How models are put together, and the bounds on what a client sends.
+    min_replies : int
+        Good replies that a round needs; with fewer, the model stays as it is.
     **flower_settings : Any
         Settings of the Flower strategy (``proximal_mu``, ...).
 
@@ -106,17 +123,29 @@ class PartitionedTraining(FlowerFedAvg):
         Whether the run has to load the teacher for this method.
     classifier : torch.nn.Linear or None
         Classifier that is delivered instead of the global model's own, if any.
+    gradient_format : GradientFormat or None
+        What is expected of class gradients, where a method asks for them.
+    round : RoundRecord
+        What the last round cost and brought.
     """
 
     needs_teacher: ClassVar[bool] = False
     classifier: nn.Linear | None = None
+    gradient_format: records.GradientFormat | None = None
 
     @classmethod
     def build(cls, setting: Setting) -> Self:
         """Return the method as a run's configuration wants it."""
-        return cls(setting.plan)
+        return cls(setting.plan, **setting.safeguards)
 
-    def __init__(self, plan: ClientPlan, **flower_settings: Any) -> None:
+    def __init__(
+        self,
+        plan: ClientPlan,
+        *,
+        aggregation: Aggregation,
+        min_replies: int,
+        **flower_settings: Any,
+    ) -> None:
         # All nodes are handed to `_construct_messages`, which picks from them.
         super().__init__(
             fraction_train=1.0,
@@ -127,7 +156,14 @@ class PartitionedTraining(FlowerFedAvg):
             **flower_settings,
         )
         self.plan = plan
+        self.aggregation = aggregation
+        self.min_replies = min_replies
         self.round = RoundRecord()
+        self._aggregator = flower_aggregator(
+            aggregation, train_metrics_aggr_fn=_summarise_metrics
+        )
+        # Partitions that each node was asked for in the round, with their images.
+        self._asked: dict[int, dict[int, int]] = {}
         self._sent = ArrayRecord()
         self._sent_at = 0.0
 
@@ -153,7 +189,27 @@ class PartitionedTraining(FlowerFedAvg):
             self.plan.num_clients,
             self.plan.seed,
         )
-        log(INFO, "\t│\t└── Simulated by %d nodes", len(self.plan.nodes))
+        log(INFO, "\t│\t├── Simulated by %d nodes", len(self.plan.nodes))
+        log(INFO, "\t│\t└── Good replies a round needs: %d", self.min_replies)
+        rule = self.aggregation
+        log(INFO, "\t├──> Aggregation:")
+        log(INFO, "\t│\t├── Rule: %s, trim %g", rule.rule, rule.trim)
+        log(
+            INFO,
+            "\t│\t└── Norms allowed (0: any): update %g, class gradient %g",
+            rule.max_update_norm,
+            rule.max_gradient_norm,
+        )
+        cut = int(rule.trim * self.plan.clients_per_round)
+        if rule.rule == "trimmed-mean" and cut == 0:
+            log(
+                WARNING,
+                "aggregation.trim = %g of %d clients a round cuts nobody off: this is "
+                "the unweighted mean; raise it to %g at least",
+                rule.trim,
+                self.plan.clients_per_round,
+                1 / self.plan.clients_per_round,
+            )
         super().summary()
 
     def _construct_messages(
@@ -165,6 +221,7 @@ class PartitionedTraining(FlowerFedAvg):
         self._sent = record.array_records[records.ARRAYS]
         self._sent_at = time.perf_counter()
         partitions = self.plan.sample(server_round)
+        self._asked = {node: {} for node in self.plan.nodes}
         log(INFO, "configure_train: clients %s train", partitions)
         messages = []
         for partition in partitions:
@@ -177,6 +234,7 @@ class PartitionedTraining(FlowerFedAvg):
                 }
             )
             node = self.plan.node_of(partition)
+            self._asked[node][partition] = self.plan.images[partition]
             messages.append(Message(content, node, message_type))
         self.round = RoundRecord(
             bytes_down=len(messages) * records.payload_bytes(record)
@@ -199,10 +257,33 @@ class PartitionedTraining(FlowerFedAvg):
         self._book("clients", self._sent_at)
         started = time.perf_counter()
         accepted = self._accept(server_round, replies)
+        self.round.dropped = len(replies) - len(accepted)
+        if len(accepted) < self.min_replies:
+            log(
+                WARNING,
+                "round %d: %d good replies, fewer than federation.min-replies = %d; "
+                "the model stays as it was",
+                server_round,
+                len(accepted),
+                self.min_replies,
+            )
+            self.round.kept_model = True
+            self._book("checks", started)
+            return None, None
+        self.round.clients = [records.partition_of(reply) for reply in accepted]
+        self.round.upload_bytes = [records.payload_bytes(r.content) for r in accepted]
+        self.round.gradient_bytes = [
+            records.gradient_bytes(r.content) for r in accepted
+        ]
+        self._shorten_updates(server_round, accepted)
         self._book("checks", started)
         self.use_replies(server_round, accepted)
         started = time.perf_counter()
-        arrays, metrics = super().aggregate_train(server_round, accepted)
+        # The mean is the Flower strategy's own step, whatever it adds to an average.
+        if self.aggregation.rule == "mean":
+            arrays, metrics = super().aggregate_train(server_round, accepted)
+        else:
+            arrays, metrics = self._aggregator.aggregate_train(server_round, accepted)
         self._book("aggregation", started)
         assert metrics is not None
         self._record(metrics)
@@ -215,45 +296,72 @@ class PartitionedTraining(FlowerFedAvg):
         """Return what a report may show of the method's state, by name."""
         return {}
 
-    def check(self, reply: Message) -> None:
-        """Raise `ReplyError` if a reply is not as agreed."""
-        records.check_reply(reply, self._sent, gradients=None)
-
     def _accept(self, server_round: int, replies: Sequence[Message]) -> list[Message]:
         """Return the good replies in the order of their partitions.
 
         Replies arrive in any order, and sums of floating-point numbers depend on it.
+        Where a node answers twice for a partition, which answer came first is chance,
+        so that neither is used.
         """
-        accepted: dict[int, Message] = {}
-        reasons = []
+        good: defaultdict[int, list[Message]] = defaultdict(list)
+        bad: list[tuple[Message, str]] = []
         for reply in replies:
             if reply.has_error():
                 reason = str(reply.error.reason)
                 if DatasetError.__name__ in reason:
                     raise DatasetError(f"round {server_round}: {reason}")
+                bad.append((reply, reason))
+                continue
+            try:
+                records.check_reply(
+                    reply,
+                    self._sent,
+                    self.gradient_format,
+                    self._asked.get(reply.metadata.src_node_id, {}),
+                )
+            except records.ReplyError as error:
+                bad.append((reply, str(error)))
             else:
-                try:
-                    self.check(reply)
-                except records.ReplyError as error:
-                    reason = str(error)
-                else:
-                    accepted[records.partition_of(reply)] = reply
-                    continue
-            reasons.append(f"node {reply.metadata.src_node_id}: {reason}")
-            log(WARNING, "round %d: dropped the reply of %s", server_round, reasons[-1])
-        if not accepted:
+                good[records.partition_of(reply)].append(reply)
+        for partition, answers in sorted(good.items()):
+            if len(answers) > 1:
+                reason = f"{len(answers)} replies for partition {partition}"
+                bad += [(reply, reason) for reply in answers]
+                del good[partition]
+        reasons = [
+            f"node {reply.metadata.src_node_id}: {reason}" for reply, reason in bad
+        ]
+        for reason in reasons:
+            log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
+        if not good:
             raise NoRepliesError(
                 f"round {server_round}: no usable reply from "
                 f"{self.plan.clients_per_round} clients ("
                 + ("; ".join(reasons) or "none arrived before federation.round-timeout")
                 + ")"
             )
-        ordered = [accepted[partition] for partition in sorted(accepted)]
-        self.round.clients = sorted(accepted)
-        self.round.dropped = len(reasons)
-        self.round.upload_bytes = [records.payload_bytes(r.content) for r in ordered]
-        self.round.gradient_bytes = [records.gradient_bytes(r.content) for r in ordered]
-        return ordered
+        return [good[partition][0] for partition in sorted(good)]
+
+    def _shorten_updates(self, server_round: int, replies: Sequence[Message]) -> None:
+        """Shorten models' updates that are longer than allowed."""
+        limit = self.aggregation.max_update_norm
+        if limit == 0:
+            return
+        sent = records.arrays_to_numpy(self._sent)
+        for reply in replies:
+            local = records.arrays_to_numpy(reply.content.array_records[records.ARRAYS])
+            shorter = shorten_update(local, sent, limit)
+            if shorter is not None:
+                reply.content[records.ARRAYS] = records.numpy_to_arrays(shorter)
+                self.round.shortened_updates += 1
+                log(
+                    INFO,
+                    "round %d: shortened the update of node %d to "
+                    "aggregation.max-update-norm = %g",
+                    server_round,
+                    reply.metadata.src_node_id,
+                    limit,
+                )
 
     def _record(self, metrics: MetricRecord) -> None:
         """Take the clients' summarised metrics into the round's record."""

@@ -15,6 +15,8 @@ class RoundRecord:
         Replies that were not.
     kept_model : bool
         Whether too few replies were good, so that the model is the round's before.
+    shortened_updates, shortened_gradients : int
+        Models' updates and class gradients that were longer than allowed.
     bytes_down : int
         Arrays sent to all clients.
     upload_bytes, gradient_bytes : list of int
@@ -32,6 +34,8 @@ class RoundRecord:
     clients: list[int] = field(default_factory=list)
     dropped: int = 0
     kept_model: bool = False
+    shortened_updates: int = 0
+    shortened_gradients: int = 0
     bytes_down: int = 0
     upload_bytes: list[int] = field(default_factory=list)
     gradient_bytes: list[int] = field(default_factory=list)

@@ -154,7 +154,7 @@ def _error(request: Message, reason: str) -> Message:
         ("not finite", "array bn1.bias has values that are not finite"),
         ("shape", r"array bn1.bias has shape (17,), expected (16,)"),
         ("unknown", "model arrays missing or unknown: extra"),
-        ("num-examples", "num-examples = -3"),
+        ("num-examples", "num-examples = -3; it must be a positive integer"),
         ("class", "they must differ and be from 0 to 9"),
     ],
 )
@@ -173,6 +173,50 @@ def test_bad_reply_is_dropped_with_node_and_reason(
     assert any(str(r.metadata.dst_node_id) in dropped[0] for r in grid.requests)
     assert sum(r["dropped_replies"] for r in metrics(tmp_path / "run")) > 0
     assert all(0 not in r["clients"] for r in metrics(tmp_path / "run"))
+
+
+def test_round_with_too_few_replies_keeps_model_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next round goes on from the old model, and the run to its end."""
+
+    def tamper(request: Message, reply: Message) -> Message:
+        config = request.content.config_records[records.CONFIG]
+        if config[records.ROUND] == 2 and not failed:
+            failed.append(config[records.PARTITION])
+            return _error(request, "the dog ate it")
+        models.append(dict(request.content.array_records[records.ARRAYS]))
+        return reply
+
+    failed: list[object] = []
+    models: list[dict[str, Array]] = []
+    federate(
+        tmp_path / "run",
+        tamper=tamper,
+        federation__rounds=3,
+        federation__min_replies=2,
+    )
+    first, second, third = metrics(tmp_path / "run")
+    assert [r["kept_model"] for r in (first, second, third)] == [False, True, False]
+    assert second["clients"] == [] and second["losses"] == {}
+    assert second["dropped_replies"] == 1
+    assert second["accuracy"] == first["accuracy"]
+    sent = [{n: a.data for n, a in model.items()} for model in models]
+    assert sent[2] == sent[-1] != sent[0]  # rounds 2, 3 and 1
+    assert "; old model kept; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_robust_rules_and_bounds_run_to_the_end(tmp_path: Path, rule: str) -> None:
+    federate(
+        tmp_path / "run",
+        aggregation__rule=rule,
+        aggregation__max_update_norm=0.5,
+        aggregation__max_gradient_norm=0.01,
+    )
+    for line in metrics(tmp_path / "run"):
+        assert line["shortened"]["updates"] == len(line["clients"]) == 2
+        assert line["shortened"]["class_gradients"] > 2
 
 
 def test_no_replies_stops_with_the_reasons(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def test_reply_keeps_the_contract(partition: int) -> None:
     message = request(partition=partition, with_classifier=True)
     reply = answer(message, place=0)
     sent = message.content.array_records[records.ARRAYS]
-    records.check_reply(reply, sent, FORMAT)
     images, labels = images_of(partition)
+    records.check_reply(reply, sent, FORMAT, {partition: len(labels)})
     values = reply.content.metric_records[records.METRICS]
     assert records.partition_of(reply) == partition
     assert values[records.NUM_EXAMPLES] == len(images)

@@ -41,6 +41,13 @@ def test_round_trip() -> None:
         ({"upload.min-cosine": 0.0}, r"upload\.min-cosine = 0\.0.*greater than 0"),
         ({"upload.min-cosine": 1.01}, r"min-cosine = 1\.01.*less than or equal to 1"),
         ({"partition.clients": 3}, "clients-per-round = 5 is more than .* = 3"),
+        (
+            {"federation.min-replies": 6},
+            "min-replies = 6 is more than .* = 5: no round",
+        ),
+        ({"aggregation.rule": "krum"}, r"aggregation\.rule = 'krum'.*'median'"),
+        ({"aggregation.trim": 0.5}, r"aggregation\.trim = 0\.5.*less than 0\.5"),
+        ({"aggregation.max-update-norm": -1.0}, r"max-update-norm = -1\.0"),
         ({"dataset.name": "cifar10"}, r"dataset\.root is empty"),
         ({"dataset.name": "mnist"}, r"dataset\.name = 'mnist'.*'cifar10'"),
         (

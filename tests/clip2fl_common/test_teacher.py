@@ -12,7 +12,7 @@ from PIL import Image
 
 from client_app.app import _check_code, _check_teacher
 from clip2fl_common import demo
-from clip2fl_common.feature_store import FeatureStore, content_keys
+from clip2fl_common.feature_store import TABLE, FeatureStore, content_keys
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
 
@@ -101,7 +101,8 @@ def test_store_keeps_the_first_value_and_teachers_apart(tmp_path: Path) -> None:
     assert store.get([*keys, b"?" * 16])[keys[0]].tolist() == [1.0, 2.0]
     assert other.get(keys) == {}
     with sqlite3.connect(store.path) as connection:
-        assert connection.execute("SELECT count(*) FROM feature").fetchone() == (2,)
+        count = connection.execute(f"SELECT count(*) FROM {TABLE}").fetchone()
+    assert count == (2,)
 
 
 def test_key_depends_on_pixels_and_size() -> None:

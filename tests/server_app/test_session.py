@@ -36,7 +36,7 @@ def strategy(run: Session) -> PartitionedTraining:
     """Return a strategy that has just closed a round."""
     made = method_named(run.config.method).build(
         Setting(
-            ClientPlan((1,), 3, 2, 7),
+            ClientPlan((1,), 3, 2, 7, (20, 20, 20)),
             run.config,
             run.dataset.class_names,
             torch.device("cpu"),
@@ -46,6 +46,8 @@ def strategy(run: Session) -> PartitionedTraining:
     made.round = RoundRecord(
         clients=[0, 2],
         dropped=1,
+        shortened_updates=2,
+        shortened_gradients=5,
         bytes_down=3000,
         upload_bytes=[400, 600],
         gradient_bytes=[100, 200],
@@ -122,6 +124,7 @@ def test_round_is_written_with_all_its_numbers(
         "clients": [0, 2],
         "dropped_replies": 1,
         "kept_model": False,
+        "shortened": {"updates": 2, "class_gradients": 5},
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},
         "unreadable_images": {"train": 4, "test": 0},

@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,15 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from clip2fl_common import records
+from clip2fl_common.config import Scalar
 from clip2fl_common.gradient_coding import CodedGradient, Precision
 from clip2fl_common.gradients import ClassGradient
 from strategy.partitioned import ClientPlan, PartitionedTraining
+from tests.defaults import run_config
 
 NODES = (71, 13)
+# Of each partition.
+IMAGES = 1000
 
 
 class FakeGrid:
@@ -46,7 +50,16 @@ def client_plan(
     nodes: tuple[int, ...] = NODES,
 ) -> ClientPlan:
     """Return a small plan."""
-    return ClientPlan(nodes, clients, per_round, seed)
+    return ClientPlan(nodes, clients, per_round, seed, (IMAGES,) * clients)
+
+
+def safeguards(min_replies: int = 1, **aggregation: Scalar) -> dict[str, Any]:
+    """Return the settings that every strategy has: the mean, unless changed."""
+    keys = {f"aggregation__{name}": value for name, value in aggregation.items()}
+    return {
+        "aggregation": run_config(**keys).aggregation,
+        "min_replies": min_replies,
+    }
 
 
 def global_model() -> ArrayRecord:
@@ -68,9 +81,13 @@ def configure(
 def random_model(like: ArrayRecord, seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """Return another model's arrays of the same shapes."""
     rng = np.random.default_rng(seed)
-    return {
+    model = {
         name: rng.normal(size=tuple(array.shape)).astype(np.float32)
         for name, array in like.items()
+    }
+    return {
+        name: np.abs(values) if name.endswith("running_var") else values
+        for name, values in model.items()
     }
 
 

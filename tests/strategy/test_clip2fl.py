@@ -24,6 +24,7 @@ from tests.strategy.messages import (
     global_model,
     random_gradients,
     random_model,
+    safeguards,
     train_reply,
 )
 
@@ -57,6 +58,7 @@ def strategies(
         upload=config.upload,
         device=device,
         rounds=1,
+        **safeguards(),
     )
     clip2fl = CLIP2FL(
         plan,
@@ -70,6 +72,7 @@ def strategies(
         text_features=text_features,
         teacher_fingerprint="fingerprint-of-the-teacher",
         distillation=config.distillation,
+        **safeguards(),
     )
     return clip2fl, creff
 

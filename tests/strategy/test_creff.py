@@ -30,6 +30,7 @@ from tests.strategy.messages import (
     global_model,
     random_gradients,
     random_model,
+    safeguards,
     train_reply,
     wire_bytes,
 )
@@ -66,6 +67,7 @@ def creff(
         upload=upload or config.upload,
         device=torch.device("cpu"),
         rounds=2,
+        **safeguards(),
     )
 
 

@@ -5,14 +5,19 @@ import pytest
 from clip2fl_common import records
 from strategy.fedavg import FedAvg
 from strategy.fedprox import FedProx
-from tests.strategy.messages import client_plan, configure, global_model
+from tests.strategy.messages import (
+    client_plan,
+    configure,
+    global_model,
+    safeguards,
+)
 
 
 def test_requests_carry_the_proximal_weight() -> None:
     plan = client_plan()
     arrays = global_model()
-    requests = configure(FedProx(plan, proximal_mu=0.25), arrays)
-    plain = configure(FedAvg(plan), arrays)
+    requests = configure(FedProx(plan, proximal_mu=0.25, **safeguards()), arrays)
+    plain = configure(FedAvg(plan, **safeguards()), arrays)
     assert len(requests) == len(plain) == 3
     for request, other in zip(requests, plain, strict=True):
         assert request.metadata.dst_node_id == other.metadata.dst_node_id
@@ -28,12 +33,12 @@ def test_requests_carry_the_proximal_weight() -> None:
 
 
 def test_weight_zero_warns(flower_log: pytest.LogCaptureFixture) -> None:
-    FedProx(client_plan(), proximal_mu=0.0)
+    FedProx(client_plan(), proximal_mu=0.0, **safeguards())
     assert "makes the strategy equivalent to FedAvg" in flower_log.text
 
 
 def test_summary_names_the_weight(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedProx(client_plan(), proximal_mu=0.25).summary()
+        FedProx(client_plan(), proximal_mu=0.25, **safeguards()).summary()
     assert "Proximal mu: 0.25" in flower_log.text
     assert "Drawn each round: 3 of 4" in flower_log.text

@@ -20,6 +20,7 @@ from tests.strategy.messages import (
     error_reply,
     global_model,
     random_model,
+    safeguards,
     train_reply,
     wire_bytes,
 )
@@ -65,7 +66,7 @@ def test_requests_name_partition_code_and_round(nodes: tuple[int, ...]) -> None:
     """Two nodes, or five, simulate ten clients: a node gets a message for each."""
     plan = client_plan(clients=10, per_round=10, nodes=nodes)
     arrays = global_model()
-    requests = configure(FedAvg(plan), arrays, server_round=4)
+    requests = configure(FedAvg(plan, **safeguards()), arrays, server_round=4)
     configs = [r.content.config_records[records.CONFIG] for r in requests]
     assert [c[records.PARTITION] for c in configs] == list(range(10))
     assert {c[records.ROUND] for c in configs} == {4}
@@ -81,7 +82,7 @@ def test_requests_name_partition_code_and_round(nodes: tuple[int, ...]) -> None:
 
 
 def test_fedavg_asks_for_nothing_more() -> None:
-    for request in configure(FedAvg(client_plan()), global_model()):
+    for request in configure(FedAvg(client_plan(), **safeguards()), global_model()):
         assert set(request.content) == {records.ARRAYS, records.CONFIG}
         assert set(request.content.config_records[records.CONFIG]) == {
             records.PARTITION,
@@ -116,7 +117,7 @@ def slow_mean(
 def test_aggregation_is_the_weighted_mean() -> None:
     """BatchNorm's running mean and variance are averaged like the weights."""
     arrays = global_model()
-    strategy = FedAvg(client_plan())
+    strategy = FedAvg(client_plan(), **safeguards())
     result, _ = strategy.aggregate_train(
         1, good_replies(configure(strategy, arrays), arrays)
     )
@@ -132,7 +133,7 @@ def test_order_of_replies_changes_no_bit() -> None:
     arrays = global_model()
 
     def outcome(order: tuple[int, ...], sort: bool) -> tuple[dict[str, bytes], object]:
-        strategy = FedAvg(client_plan(clients=4, per_round=4))
+        strategy = FedAvg(client_plan(clients=4, per_round=4), **safeguards())
         replies = good_replies(configure(strategy, arrays), arrays)
         shuffled = [replies[i] for i in order]
         if sort:
@@ -190,9 +191,50 @@ def _no_images(reply: Message) -> None:
     reply.content.metric_records[records.METRICS][records.NUM_EXAMPLES] = 0
 
 
+def _set(name: str, value: float | list[int]) -> Callable[[Message], None]:
+    def damage(reply: Message) -> None:
+        reply.content.metric_records[records.METRICS][name] = value
+
+    return damage
+
+
+def _huge(reply: Message) -> None:
+    arrays = reply.content.array_records[records.ARRAYS]
+    arrays["0.bias"] = Array(np.array([0, 1, -1e30, 2], np.float32))
+
+
+def _negative_variance(reply: Message) -> None:
+    arrays = reply.content.array_records[records.ARRAYS]
+    arrays["1.running_var"] = Array(np.array([1, 1, -0.5, 1], np.float32))
+
+
+def _surplus_bytes(reply: Message) -> None:
+    arrays = reply.content.array_records[records.ARRAYS]
+    bias = arrays["0.bias"]
+    arrays["0.bias"] = Array(bias.dtype, bias.shape, bias.stype, bias.data + bytes(999))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
+        (_huge, "array 0.bias has values up to 1.0e+30, expected 1e+12 at most"),
+        (_negative_variance, "array 1.running_var is a variance, but has negative"),
+        (_surplus_bytes, "array 0.bias has 1127 bytes besides its values"),
+        (_set("partition-id", 0), "partition-id = 0, but the node was asked for [1]"),
+        (_set("partition-id", 1.0), "partition-id = 1.0, but the node was asked"),
+        (_set("num-examples", 2.5), "num-examples = 2.5; it must be a positive int"),
+        (
+            _set("num-examples", 1001),
+            "num-examples = 1001 and 0 unreadable images, but partition 1 has 1000",
+        ),
+        (
+            _set("unreadable-images", 998),
+            "num-examples = 3 and 998 unreadable images, but partition 1 has 1000",
+        ),
+        (_set("unreadable-images", -1), "unreadable-images = -1; it must be from 0"),
+        (_set("seconds-data", 1e300), "seconds-data = 1e+300; it must be from 0 to"),
+        (_set("loss", -1e300), "loss = -1e+300; it must be from -1e+12 to 1e+12"),
+        (_set("loss", [1]), "metric loss = [1] is not a finite number"),
         (_without_metrics, "records are ['arrays'], expected ['arrays', 'metrics']"),
         (_missing_array, "model arrays missing or unknown: 0.bias"),
         (_double_precision, "array 0.bias has type float64, expected float32"),
@@ -211,7 +253,9 @@ def test_bad_reply_is_dropped_and_the_rest_used(
     reason: str,
 ) -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=3, per_round=3, nodes=(71, 13, 5)))
+    strategy = FedAvg(
+        client_plan(clients=3, per_round=3, nodes=(71, 13, 5)), **safeguards()
+    )
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     if damage is None:
@@ -233,9 +277,62 @@ def test_bad_reply_is_dropped_and_the_rest_used(
     assert strategy.round.dropped == 1
 
 
+def test_reply_for_another_nodes_partition_is_dropped(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    """Even where that partition was asked for, of another node."""
+    arrays = global_model()
+    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+    first, second = configure(strategy, arrays)
+    replies = good_replies([first, second], arrays)
+    _set("partition-id", 1)(replies[0])
+    strategy.aggregate_train(1, replies)
+    assert strategy.round.clients == [1]
+    (line,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert line.endswith("node 71: partition-id = 1, but the node was asked for [0]")
+
+
+def test_of_two_replies_for_one_partition_none_is_used(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    """Which came first is chance; the outcome must not be."""
+    arrays = global_model()
+    for order in itertools.permutations(range(3)):
+        flower_log.clear()
+        strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+        requests = configure(strategy, arrays)
+        replies = [
+            *good_replies(requests, arrays),
+            train_reply(requests[0], random_model(arrays, 9), 10),
+        ]
+        strategy.aggregate_train(1, [replies[i] for i in order])
+        assert strategy.round.clients == [1]
+        assert strategy.round.dropped == 2
+        lines = [m for m in flower_log.messages if "dropped the reply" in m]
+        assert len(lines) == 2
+        assert all(m.endswith("node 71: 2 replies for partition 0") for m in lines)
+
+
+@pytest.mark.parametrize(("needed", "kept"), [(1, False), (2, False), (3, True)])
+def test_round_with_too_few_good_replies_keeps_the_model(
+    flower_log: pytest.LogCaptureFixture, needed: int, kept: bool
+) -> None:
+    arrays = global_model()
+    strategy = FedAvg(client_plan(), **safeguards(min_replies=needed))
+    replies = good_replies(configure(strategy, arrays), arrays)
+    _no_images(replies[0])
+    result, metrics = strategy.aggregate_train(4, replies)
+    assert (result is None) == (metrics is None) == kept
+    assert strategy.round.kept_model == kept
+    assert strategy.round.clients == ([] if kept else strategy.plan.sample(1)[1:])
+    assert strategy.round.dropped == 1
+    said = "round 4: 2 good replies, fewer than federation.min-replies = 3; the model"
+    assert any(m.startswith(said) for m in flower_log.messages) == kept
+
+
 def test_no_usable_reply_stops_with_every_reason() -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=2, per_round=2))
+    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     _no_images(replies[1])
@@ -249,7 +346,7 @@ def test_no_usable_reply_stops_with_every_reason() -> None:
 
 
 def test_no_reply_at_all_stops() -> None:
-    strategy = FedAvg(client_plan())
+    strategy = FedAvg(client_plan(), **safeguards())
     configure(strategy, global_model())
     with pytest.raises(
         NoRepliesError,
@@ -262,7 +359,7 @@ def test_no_reply_at_all_stops() -> None:
 def test_unreadable_images_at_a_client_stop_the_run() -> None:
     """Though the other replies are good."""
     arrays = global_model()
-    strategy = FedAvg(client_plan())
+    strategy = FedAvg(client_plan(), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     replies[1] = error_reply(requests[1], "DatasetError('/data/a.png is unreadable')")
@@ -273,7 +370,7 @@ def test_unreadable_images_at_a_client_stop_the_run() -> None:
 def test_bytes_are_those_on_the_wire() -> None:
     """All requests count downwards, the replies that were used upwards."""
     arrays = global_model()
-    strategy = FedAvg(client_plan())
+    strategy = FedAvg(client_plan(), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     _no_images(replies[0])
@@ -287,7 +384,7 @@ def test_bytes_are_those_on_the_wire() -> None:
 def test_metrics_are_averaged_or_summed() -> None:
     """Losses weigh by images; images and seconds are totals."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=2, per_round=2))
+    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
     first, second = configure(strategy, arrays)
     model = random_model(arrays, 0)
     replies = [
@@ -340,7 +437,7 @@ def test_metrics_are_averaged_or_summed() -> None:
 
 def test_a_round_starts_with_a_clean_record() -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan())
+    strategy = FedAvg(client_plan(), **safeguards())
     replies = good_replies(configure(strategy, arrays), arrays)
     _no_images(replies[0])
     strategy.aggregate_train(1, replies)
@@ -353,6 +450,6 @@ def test_a_round_starts_with_a_clean_record() -> None:
 
 def test_summary_says_who_trains(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedAvg(client_plan(clients=10, per_round=5, seed=3)).summary()
+        FedAvg(client_plan(clients=10, per_round=5, seed=3), **safeguards()).summary()
     assert "Drawn each round: 5 of 10 (seed 3)" in flower_log.text
     assert "Simulated by 2 nodes" in flower_log.text

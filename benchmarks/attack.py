@@ -1,0 +1,259 @@
+"""One of eight clients attacks: final accuracy by rule of aggregation.
+
+    python -m benchmarks.attack conf/demo.toml --seed 7
+
+The attacker trains as the others do, but sends its update and its class gradients with
+the sign flipped and ten times as large (variances are kept from falling below zero,
+which the server would notice). Every rule runs with and without it. The norms allowed
+by the bound are the medians of those in the run with the mean and without an attacker.
+
+All clients train in this process, without Flower's. Runs that are complete are not
+repeated, interrupted ones go on.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clip2fl_common import records
+from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.gradients import ClassGradient
+from scripts.simulate import ROOT, flatten, parse_overrides
+from server_app.app import main as server_main
+from server_app.resume import rounds_with_checkpoint
+from strategy.aggregation import gradient_norm
+from tests.in_process_grid import InProcessGrid, as_grid
+
+CLIENTS = 8
+ATTACKER = 0
+FACTOR = -10.0
+COLUMNS = ("balanced", "many", "medium", "few")
+
+
+@dataclass
+class Observer:
+    """Sees all train replies on their way to the server, and may change one client's.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    attacks : bool
+        Whether `ATTACKER` sends what it should not.
+
+    Attributes
+    ----------
+    update_norms, gradient_norms : list of float
+        Of all honest replies.
+    """
+
+    config: RunConfig
+    attacks: bool
+    update_norms: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+
+    def __call__(self, request: Message, reply: Message) -> Message:
+        """Return the reply that arrives."""
+        if reply.has_error():
+            return reply
+        attacks = self.attacks and records.partition_of(reply) == ATTACKER
+        content = reply.content.array_records
+        sent = records.arrays_to_numpy(request.content.array_records[records.ARRAYS])
+        local = records.arrays_to_numpy(content[records.ARRAYS])
+        updates = {name: values - sent[name] for name, values in local.items()}
+        if attacks:
+            forged = {name: sent[name] + FACTOR * u for name, u in updates.items()}
+            for name in forged:
+                if name.endswith(records.VARIANCE):
+                    forged[name] = np.maximum(forged[name], 0)
+            reply.content[records.ARRAYS] = records.numpy_to_arrays(forged)
+        else:
+            squares = [float(np.square(u).sum()) for u in updates.values()]
+            self.update_norms.append(sum(squares) ** 0.5)
+        if records.GRADIENTS in content:
+            upload = self.config.upload
+            num_classes, dim = sent["classifier.weight"].shape
+            wanted = records.GradientFormat(num_classes, dim, upload)
+            honest = records.gradients_from_arrays(content[records.GRADIENTS], wanted)
+            if attacks:
+                forged_gradients = {
+                    c: ClassGradient(FACTOR * g.weight, FACTOR * g.bias)
+                    for c, g in honest.items()
+                }
+                reply.content[records.GRADIENTS] = records.gradients_to_arrays(
+                    forged_gradients, upload.precision
+                )
+            else:
+                self.gradient_norms += [gradient_norm(g) for g in honest.values()]
+        return reply
+
+
+def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer:
+    """Run a federation into a folder, or what is left of it.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    settings : mapping
+        Configuration that differs from the defaults.
+    attacks : bool
+        Whether one client attacks.
+
+    Returns
+    -------
+    Observer
+        With the norms of the honest replies of the rounds that were run now.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    defaults: dict[str, Any] = flatten(project["tool"]["flwr"]["app"]["config"])
+    place: dict[str, Scalar] = {
+        "run.dir": str(folder.parent),
+        "run.name": folder.name,
+        "run.resume": str(folder) if rounds_with_checkpoint(folder) else "",
+    }
+    config = RunConfig.from_run_config({**defaults, **settings, **place})
+    observer = Observer(config, attacks)
+    # What a Flower process has, and messages ask for.
+    for name in ("_run_id", "_task_id", "_node_id"):
+        setattr(TaskIdentity, name, 1)
+    grid = InProcessGrid(config, nodes=CLIENTS, tamper=observer)
+    server_main(
+        as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
+    )
+    norms = folder / "norms.json"
+    if observer.update_norms:
+        content = [observer.update_norms, observer.gradient_norms]
+        norms.write_text(json.dumps(content), "utf-8")
+    else:  # the run was complete
+        observer.update_norms, observer.gradient_norms = json.loads(
+            norms.read_text("utf-8")
+        )
+    return observer
+
+
+def rules(calm: Observer) -> dict[str, dict[str, Scalar]]:
+    """Return the settings of each rule, with bounds from a run without attacker."""
+    bounds: dict[str, Scalar] = {
+        "aggregation.max-update-norm": statistics.median(calm.update_norms)
+    }
+    if calm.gradient_norms:
+        bounds["aggregation.max-gradient-norm"] = statistics.median(calm.gradient_norms)
+    return {
+        "norm bound": bounds,
+        "median": {"aggregation.rule": "median"},
+        "trimmed mean": {
+            "aggregation.rule": "trimmed-mean",
+            "aggregation.trim": 1 / CLIENTS,
+        },
+    }
+
+
+def last_accuracy(folder: Path) -> dict[str, Any]:
+    """Return the last round's accuracy of the delivered classifier."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    accuracy: dict[str, dict[str, Any]] = json.loads(lines[-1])["accuracy"]
+    return next(iter(accuracy.values()))
+
+
+def table(results: Mapping[tuple[str, bool], Mapping[str, Any]]) -> str:
+    """Return the Markdown table of accuracies by rule and attack."""
+    lines = [
+        f"| rule | attacker | {' | '.join(COLUMNS)} |",
+        "|---" * (2 + len(COLUMNS)) + "|",
+    ]
+    for (rule, attacks), accuracy in results.items():
+        cells = [
+            "-" if accuracy[column] is None else f"{accuracy[column]:.1f}"
+            for column in COLUMNS
+        ]
+        said = f"1 of {CLIENTS}" if attacks else "none"
+        lines.append(f"| {rule} | {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compare(
+    runs: Path, settings: Mapping[str, Scalar]
+) -> tuple[dict[tuple[str, bool], dict[str, Any]], dict[str, dict[str, Scalar]]]:
+    """Run every rule with and without an attacker.
+
+    Parameters
+    ----------
+    runs : Path
+        Folder of the runs.
+    settings : mapping
+        Configuration that differs from the defaults.
+
+    Returns
+    -------
+    tuple of dict and dict
+        Last accuracy by rule and attack, and each rule's settings.
+    """
+    everybody: dict[str, Scalar] = {
+        "partition.clients": CLIENTS,
+        "federation.clients-per-round": CLIENTS,
+    }
+    base = {**settings, **everybody}
+    calm = run(runs / "mean-calm", base, attacks=False)
+    chosen = {"mean": {}, **rules(calm)}
+    results = {}
+    for rule, own in chosen.items():
+        for attacks in (False, True):
+            end = "attacked" if attacks else "calm"
+            folder = runs / f"{rule.replace(' ', '-')}-{end}"
+            run(folder, {**base, **own}, attacks)
+            results[rule, attacks] = last_accuracy(folder)
+    return results, chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Attack the federation.")
+    parser.add_argument("run_config", type=Path, help="TOML file of the experiment")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--set", nargs="*", default=[], help="key=value pairs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    settings: dict[str, Any] = {
+        **flatten(tomllib.loads(options.run_config.read_text("utf-8"))),
+        **parse_overrides(options.set),
+        "seed": options.seed,
+    }
+    stem = options.run_config.stem
+    runs = options.runs.resolve() / f"attack-{stem}-{options.seed}"
+    results, chosen = compare(runs, settings)
+    said = arguments if arguments is not None else sys.argv[1:]
+    command = shlex.join(["python", "-m", "benchmarks.attack", *said])
+    bounds = ", ".join(f"`{k}` = {v:.3g}" for k, v in chosen["norm bound"].items())
+    text = f"""# One of {CLIENTS} clients attacks: {stem}
+
+Date: {date.today().isoformat()}. Command:
+
+    {command}
+
+The attacker sends its update and class gradients times {FACTOR:g}. Accuracy in percent
+of the delivered classifier after the last round. Norm bound: {bounds}; trimmed mean:
+`aggregation.trim` = {1 / CLIENTS:g}.
+
+{table(results)}
+"""
+    target = options.results / f"{date.today().isoformat()}-attack-{stem}.md"
+    target.write_text(text, encoding="utf-8")
+    print(f"{text}\n{target}")
+
+
+if __name__ == "__main__":
+    main()
