@@ -6,6 +6,7 @@ seconds.
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,6 @@ def compare(
     from clip2fl_cli import comparison as comparisons
     from clip2fl_cli.progress import ComparisonProgress
     from clip2fl_cli.results import write_results
-    from scripts.simulate import Interrupted
 
     compared = comparisons.Comparison.read(comparison, runs, settings, seeds)
     missing = compared.missing()
@@ -74,9 +74,11 @@ def compare(
     try:
         with ComparisonProgress(missing, there, err) as progress:
             failed = list(comparisons.complete(compared, progress))
-    except Interrupted as interruption:
-        err.print(f"{interruption}; the same command goes on where this one stopped")
-        raise typer.Exit(128 + interruption.signum) from None
+    except KeyboardInterrupt as interruption:
+        # Between two simulations, Python's own handler raises it.
+        signum: int = getattr(interruption, "signum", signal.SIGINT)
+        err.print("interrupted; the same command goes on where this one stopped")
+        raise typer.Exit(128 + signum) from None
     finished = compared.finished()
     if not finished:
         raise typer.Exit(1)
@@ -214,14 +216,16 @@ def export(
 
 def main() -> None:
     """Run the command; what a user can mend is one line and exit status 2."""
-    from clip2fl_common.teacher import TeacherError
-    from scripts.simulate import SimulationError
-
     try:
         app()
     except (ValueError, OSError) as error:
         _fail(error, 2)
-    except (TeacherError, SimulationError) as error:
+    except RuntimeError as error:
+        from clip2fl_common.teacher import TeacherError
+        from scripts.simulate import SimulationError
+
+        if not isinstance(error, TeacherError | SimulationError):
+            raise
         _fail(error, 1)
 
 

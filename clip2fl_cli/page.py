@@ -117,6 +117,8 @@ def write_page(
         with rc_context(STYLE):
             picture.figure.savefig(svg, format="svg", metadata={"Date": None})
         (figures / f"{picture.name}.svg").write_bytes(svg.getvalue())
+        # Once laid out, the places of all parts stay.
+        picture.figure.set_layout_engine("none")
         picture.figure.savefig(figures / f"{picture.name}.png", dpi=PNG_DOTS_PER_INCH)
         encoded = base64.b64encode(svg.getvalue()).decode("ascii")
         images[picture.name] = f"data:image/svg+xml;base64,{encoded}"

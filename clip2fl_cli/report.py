@@ -25,6 +25,8 @@ COLUMNS = {
     "top1": "top-1",
 }
 TITLES = tuple(COLUMNS.values())
+# Larger matrices are shown as a picture only; artifacts.safetensors has the numbers.
+MAX_TABLE_CELLS = 12_000
 LOSSES = {
     "client": "client (total)",
     "distillation": "distillation",
@@ -268,19 +270,14 @@ def _clients(run: FinishedRun) -> Section:
             bar_title="training images",
         ),
     )
-    table = Table(
+    tables = _matrix_tables(
         "clients-table",
-        "Numbers: training images by client and class",
+        "training images by client and class",
         ["client", *(run.class_names[c] for c in run.by_frequency)],
-        [
-            TableRow(
-                [Cell(name), *(Cell.number(int(row[c]), 0) for c in run.by_frequency)]
-            )
-            for name, row in zip(names, held, strict=True)
-        ],
-        folded=True,
+        names,
+        held[:, run.by_frequency],
     )
-    return Section("clients", title, "", [picture], [table])
+    return Section("clients", title, "", [picture], tables)
 
 
 def _features(run: FinishedRun) -> Section:
@@ -438,18 +435,15 @@ def _confusion(run: FinishedRun) -> Section:
             share_of_row=True,
         ),
     )
-    table = Table(
+    tables = _matrix_tables(
         "confusion-table",
-        "Numbers: test images by true class (rows) and predicted class (columns)",
+        "test images by true class (rows) and predicted class (columns)",
         ["true class", *names],
-        [
-            TableRow([Cell(name), *(Cell.number(int(n), 0) for n in row)])
-            for name, row in zip(names, matrix, strict=True)
-        ],
-        folded=True,
+        names,
+        matrix,
     )
     text = f"Of the {head} head after the last round, most frequent class first."
-    return Section("confusion", title, text, [picture], [table])
+    return Section("confusion", title, text, [picture], tables)
 
 
 def _configuration(run: FinishedRun) -> Section:
@@ -569,6 +563,23 @@ def _runs_table(runs: Mapping[str, Sequence[FinishedRun]]) -> Table:
     return Table(
         "accuracy-runs", "Numbers: last round of every run", header, rows, folded=True
     )
+
+
+def _matrix_tables(
+    name: str,
+    caption: str,
+    header: Sequence[str],
+    names: Sequence[str],
+    matrix: npt.NDArray[np.int64],
+) -> list[Table]:
+    """Return a folded table of counts, or none where a browser would choke on it."""
+    if matrix.size > MAX_TABLE_CELLS:
+        return []
+    rows = [
+        TableRow([Cell(own), *(Cell.number(int(n), 0) for n in row)])
+        for own, row in zip(names, matrix, strict=True)
+    ]
+    return [Table(name, f"Numbers: {caption}", header, rows, folded=True)]
 
 
 def _accuracy_values(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,6 +208,7 @@ Accuracy in percent on {facts["test_images"]} test images, mean of the last
 many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
 Difference: to the delivered classifier of {baseline}, in balanced accuracy, seed by
 seed, with its 95 % confidence interval (Student's t).
+Teacher: {", ".join(teachers(runs)) or "none"}.
 
 {main_table(runs, baseline)}
 
@@ -235,9 +236,11 @@ def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:
         ]
         for row in summarise(runs, baseline)
     ]
-    for name, accuracy in teachers(runs).items():
+    known = teachers(runs)
+    for name, accuracy in known.items():
         cells = [_percent(accuracy[column]) for column in COLUMNS]
-        rows.append([f"teacher {name}", "zero-shot", "-", *cells, cells[1], "-"])
+        label = "teacher" if len(known) == 1 else f"teacher {name}"
+        rows.append([label, "zero-shot", "-", *cells, cells[1], "-"])
     header = ["variant", "head", "seeds", *titles, "last round", "difference"]
     return _markdown_table(header, rows)
 

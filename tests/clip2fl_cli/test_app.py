@@ -17,10 +17,10 @@ from typer.core import TyperGroup
 
 from clip2fl_cli import app as module
 from clip2fl_cli import comparison as comparisons
-from clip2fl_cli import exporting
+from clip2fl_cli import exporting, results
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import load_dataset
-from scripts.simulate import Interrupted
+from scripts.simulate import Interrupted, SimulationError
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE
 from tests.defaults import ROOT, run_config
@@ -196,7 +196,10 @@ def test_comparison_leaves_table_summary_and_reports(
     assert (folder / "report.html").is_file()
     assert (folder / "plain-seed1" / "report.html").is_file()
 
-    assert run(monkeypatch, "compare", comparison, "--runs", runs, "--json") == 0
+    # The reports of the runs are there already, and take most of the time.
+    monkeypatch.setattr(results, "write_run_report", lambda *_: None)
+    only = ("--runs", runs, "--seed", 2, "--json")
+    assert run(monkeypatch, "compare", comparison, *only) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer == json.loads((folder / "comparison.json").read_text())
     assert [row["variant"] for row in answer["rows"]] == ["plain", "adjusted"]
@@ -210,21 +213,91 @@ def test_comparison_leaves_table_summary_and_reports(
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("interruption", "signum"),
+    [
+        (Interrupted(signal.SIGTERM), signal.SIGTERM),
+        (KeyboardInterrupt(), signal.SIGINT),
+    ],
+)
 def test_interrupted_comparison_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     comparison: Path,
+    interruption: KeyboardInterrupt,
+    signum: int,
 ) -> None:
     runs = comparison.parent / "runs"
     (runs / "x" / "plain-seed2" / "model.safetensors").unlink()
 
     def simulate(**_: object) -> None:
-        raise Interrupted(signal.SIGTERM)
+        raise interruption
 
     monkeypatch.setattr(comparisons, "simulate", simulate)
     status = run(monkeypatch, "compare", comparison, "--runs", runs)
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + signum
     assert "goes on where this one stopped" in capsys.readouterr().err
+
+
+def test_failed_simulation_is_status_1(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    comparison: Path,
+) -> None:
+    """A SuperLink that does not start is no bug of the command: one line."""
+    runs = comparison.parent / "runs"
+    (runs / "x" / "plain-seed2" / "model.safetensors").unlink()
+
+    def simulate(**_: object) -> None:
+        raise SimulationError("flower-superlink did not start")
+
+    monkeypatch.setattr(comparisons, "simulate", simulate)
+    assert run(monkeypatch, "compare", comparison, "--runs", runs) == 1
+    error = capsys.readouterr().err
+    assert error.endswith("clip2fl: flower-superlink did not start\n")
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_comparison_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    """With real simulations: Ctrl-C in the second run; the first is not repeated."""
+    (tmp_path / "tiny.toml").write_text(
+        "federation.rounds = 2\n"
+        "client.epochs = 1\n"
+        "class-gradients.draws = 2\n"
+        "synthesis.steps = 5\n"
+        "retraining.epochs = 10\n" + SMALL.replace(" ", "\n")
+    )
+    (tmp_path / "c.toml").write_text(
+        'experiment = "tiny.toml"\nseeds = [1]\nbaseline = "fedavg"\n'
+        '[variants.fedavg]\nmethod = "fedavg"\n[variants.creff]\nmethod = "creff"\n'
+    )
+    command = [sys.executable, "-m", "clip2fl_cli.app", "compare"]
+    command += [str(tmp_path / "c.toml"), "--runs", str(tmp_path / "runs")]
+    first = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("[2/2] creff, seed 1: starts"):
+            break
+    first.send_signal(signal.SIGINT)
+    rest = first.stderr.read()
+    first.wait(timeout=120)
+    assert first.returncode == 128 + signal.SIGINT
+    assert "goes on where this one stopped" in rest
+    done = tmp_path / "runs" / "c" / "fedavg-seed1" / "metrics.jsonl"
+    before = (done.read_bytes(), done.stat().st_mtime_ns)
+
+    second = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert second.returncode == 0, second.stderr
+    assert "c: 1 of 2 runs are there" in second.stderr
+    assert "fedavg, seed 1" not in second.stderr
+    assert (done.read_bytes(), done.stat().st_mtime_ns) == before
+    assert "| creff | retrained | 1 |" in second.stdout
+    assert (tmp_path / "runs" / "c" / "report.html").is_file()
 
 
 def test_installed_command_and_module_are_the_same() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -237,3 +238,24 @@ def test_plane_shows_what_separates_classes() -> None:
     assert of_text is not None
     # Two centred prototypes lie on one line: the plane holds their whole distance.
     assert np.linalg.norm(of_text[0] - of_text[1]) == pytest.approx(2**0.5)
+
+
+def test_thousand_classes_give_a_page_of_reasonable_size(
+    runs: dict[str, FinishedRun], tmp_path: Path
+) -> None:
+    """A confusion matrix of a million cells is a picture, not a table."""
+    run = copied(runs["fedavg"], tmp_path / "run")
+    classes, clients = 1000, 30
+    rng = np.random.default_rng(0)
+    run.facts["class_names"] = [f"class {c}" for c in range(classes)]
+    run.facts["train_images_per_class"] = rng.integers(5, 500, classes).tolist()
+    for line in run.rounds:
+        line["accuracy"]["fedavg"]["per_class"] = rng.uniform(0, 100, classes).tolist()
+    run.artifacts["clients_by_class"] = torch.ones(clients, classes, dtype=torch.int64)
+    run.artifacts["confusion.fedavg"] = torch.eye(classes, dtype=torch.int64)
+    file = write_run_report(run)
+    page = Page(file)
+    assert page.sections == SECTIONS
+    assert len(page.tables["classes-table"].texts) == classes
+    assert not {"clients-table", "confusion-table"} & set(page.tables)
+    assert file.stat().st_size < 4_000_000

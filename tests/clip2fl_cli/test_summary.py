@@ -82,7 +82,7 @@ def test_main_table(runs: dict[str, list[FinishedRun]]) -> None:
     assert rows[2].startswith("| plain | fedavg | 1, 2 | 32.0 ± 2.8 |")
     assert rows[2].endswith("| 33.0 ± 1.4 | - |")
     assert rows[3].endswith("| 40.0 ± 5.7 | +8.0 [-17.4, +33.4] |")
-    assert rows[4].startswith("| teacher tiny | zero-shot | - | 91.0 |")
+    assert rows[4].startswith("| teacher | zero-shot | - | 91.0 |")
 
 
 def test_baseline_without_runs_leaves_the_differences_out(
@@ -104,5 +104,6 @@ def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> N
     page = markdown(runs, "plain", "Title", "the command")
     assert page.startswith("# Title\n")
     assert "    the command\n" in page
+    assert "Teacher: tiny." in page
     # Clients' own seconds overlap with the phase of that name.
     assert "a1 6, a2 6, b1 5, b2 5." in page
