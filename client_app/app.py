@@ -1,13 +1,18 @@
-"""Flower ClientApp: answers queries about the node, and trains when asked to."""
+"""Flower ClientApp: answers queries about the node, trains and evaluates."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client_app.evaluation import recalls
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -15,11 +20,19 @@ from client_app.training import (
     train_locally,
 )
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig, TeacherConfig
-from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.config import SITES, ConfigError, RunConfig, TeacherConfig
+from clip2fl_common.datasets import (
+    DatasetError,
+    ImageDataset,
+    LoadedImages,
+    load_dataset,
+    open_site,
+    partition_indices,
+)
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.gradient_coding import encode_gradients
-from clip2fl_common.models import build_model
+from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
+from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
@@ -27,9 +40,19 @@ from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
 app = ClientApp()
 
 
+class SiteError(RuntimeError):
+    """A site cannot do what it was asked; says so without a name from its disk."""
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which simulated partition this node was started with."""
+    """Say which simulated partition, or which site, this node is."""
+    config = RunConfig.from_run_config(context.run_config)
+    if config.dataset.name == SITES:
+        with _names_kept_here(config):
+            name = _site_name(context)
+            open_site(config.dataset, _site_folder(context))
+        return Message(records.site_reply(name), reply_to=message)
     place = MetricRecord(
         {records.PARTITION: cast(int, context.node_config["partition-id"])}
     )
@@ -38,19 +61,31 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Compute class gradients and train the global model on one partition."""
+    """Compute class gradients and train the global model on this client's images."""
     config = RunConfig.from_run_config(context.run_config)
     request = records.TrainRequest.parse(message.content)
+    with _names_kept_here(config):
+        return Message(_train(config, request, context), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Say how well each classifier does on a site's validation images."""
+    config = RunConfig.from_run_config(context.run_config)
+    request = records.TrainRequest.parse(message.content)
+    with _names_kept_here(config):
+        return Message(_evaluate(config, request, context), reply_to=message)
+
+
+def _train(
+    config: RunConfig, request: records.TrainRequest, context: Context
+) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
     precision: torch.dtype = getattr(torch, config.client.precision)
     clock = _Stopwatch()
 
-    dataset = load_dataset(config.dataset)
-    indices = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )[request.partition]
-    loaded = dataset.train.open(indices)
+    dataset, loaded = _training_images(config, request, context)
     images = PixelImages(
         to_device_if_small(loaded.images, device), dataset.normalization, device
     )
@@ -62,17 +97,12 @@ def train(message: Message, context: Context) -> Message:
     )
     teacher_logits = None
     if objective.distillation_weight > 0:
-        teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
-        _check_teacher(teacher, request.teacher_fingerprint)
-        features = teacher.cached_image_features(loaded.images)
-        teacher_logits = (teacher.logit_scale * features @ prototypes.T).to(device)
+        teacher_logits = _teacher_logits(
+            config, dataset, loaded.images, request, device
+        ).to(device)
     clock.lap("data")
 
-    model = build_model(
-        config.model.name, len(dataset.class_names), config.model.feature_dim
-    )
-    records.load_arrays(model, request.model)
-    model.to(device)
+    model = _global_model(config, dataset, request, device)
     reply = RecordDict()
     if request.classifier is not None:
         gradients = augmented_class_gradients(
@@ -126,7 +156,125 @@ def train(message: Message, context: Context) -> Message:
             **{f"seconds-{name}": value for name, value in clock.laps.items()},
         }
     )
-    return Message(reply, reply_to=message)
+    return reply
+
+
+def _evaluate(
+    config: RunConfig, request: records.TrainRequest, context: Context
+) -> RecordDict:
+    _check_code(request.code_fingerprint)
+    device = resolve_device(config.device)
+    dataset = open_site(config.dataset, _site_folder(context))
+    indices = np.arange(len(dataset.test.labels))
+    loaded = dataset.test.open(indices) if len(indices) else dataset.test.load(indices)
+    model = _global_model(config, dataset, request, device)
+    own = model.classifier
+    classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        FEDAVG_HEAD: (own.weight, own.bias)
+    }
+    if request.classifier is not None:
+        weight, bias = (tensor.to(device) for tensor in request.classifier)
+        classifiers[RETRAINED_HEAD] = (weight, bias)
+    teacher_logits = (
+        {TEACHER_HEAD: _teacher_logits(config, dataset, loaded.images, request, device)}
+        if request.teacher_fingerprint
+        else {}
+    )
+    found = recalls(
+        model,
+        PixelImages(loaded.images, dataset.normalization, device),
+        loaded.labels,
+        classifiers,
+        teacher_logits,
+        config.evaluation.batch_size,
+    )
+    return records.recall_reply(len(loaded.labels), found)
+
+
+def _training_images(
+    config: RunConfig, request: records.TrainRequest, context: Context
+) -> tuple[ImageDataset, LoadedImages]:
+    """Return the site's images, or those of the partition asked for."""
+    if config.dataset.name == SITES:
+        dataset = open_site(config.dataset, _site_folder(context))
+        return dataset, dataset.train.open(np.arange(len(dataset.train.labels)))
+    dataset = load_dataset(config.dataset)
+    parts = partition_indices(
+        config.dataset, config.partition.clients, config.partition.alpha, config.seed
+    )
+    return dataset, dataset.train.open(parts[request.partition])
+
+
+def _site_folder(context: Context) -> Path:
+    folder = context.node_config.get("data-path")
+    if not isinstance(folder, str) or not Path(folder).is_absolute():
+        raise DatasetError(
+            f"dataset.name = 'sites', but this node's data-path is {folder!r}: start "
+            "it with --node-config 'data-path=\"/absolute/folder\"'",
+            "the node has no absolute data-path in its --node-config",
+        )
+    return Path(folder)
+
+
+def _site_name(context: Context) -> str:
+    """Return the site's name: what it calls itself, or its node id."""
+    name = context.node_config.get("site", f"node-{context.node_id}")
+    if not isinstance(name, str) or not records.SITE_NAME.fullmatch(name):
+        raise SiteError(
+            "site in the node's --node-config must be 1 to 64 letters, digits, '.', "
+            "'_' or '-'"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _names_kept_here(config: RunConfig) -> Iterator[None]:
+    """Keep names of a site's folders and files out of the error that is sent.
+
+    Flower sends an exception's text to the server. The whole one is in the node's own
+    log, as the cause.
+    """
+    try:
+        yield
+    except (ConfigError, TeacherError, SiteError):
+        raise  # they speak of the run, not of the images
+    except Exception as error:
+        if config.dataset.name != SITES:
+            raise
+        reason = (
+            error.summary
+            if isinstance(error, DatasetError)
+            else (f"it stopped with {type(error).__name__}")
+        )
+        raise SiteError(f"{reason}; the site's own log says more") from error
+
+
+def _global_model(
+    config: RunConfig,
+    dataset: ImageDataset,
+    request: records.TrainRequest,
+    device: torch.device,
+) -> ImageClassifier:
+    model = build_model(
+        config.model.name, len(dataset.class_names), config.model.feature_dim
+    )
+    records.load_arrays(model, request.model)
+    model.to(device)
+    return model
+
+
+def _teacher_logits(
+    config: RunConfig,
+    dataset: ImageDataset,
+    images: torch.Tensor,
+    request: records.TrainRequest,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return the teacher's logits [N, C] of un-augmented images, on the CPU."""
+    teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
+    _check_teacher(teacher, request.teacher_fingerprint)
+    features = teacher.cached_image_features(images)
+    return teacher.logit_scale * features @ prototypes.T
 
 
 @lru_cache(maxsize=1)

@@ -10,13 +10,11 @@ G V_r V_r^T has the cosine ``|M_j V_r|`` with row j of G, for every r at once.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from clip2fl_common.config import Precision as Precision
 from clip2fl_common.gradients import ClassGradient
-
-Precision = Literal["half", "full"]
 
 ITEM_BYTES: dict[Precision, int] = {"half": 2, "full": 4}
 

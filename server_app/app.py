@@ -6,13 +6,14 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, RunConfig
 from server_app.session import RoundOutcome, Session
 from strategy.clip2fl import CLIP2FL
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedprox import FedProx
 from strategy.partitioned import ClientPlan, PartitionedTraining
+from strategy.sites import SitePlan
 
 app = ServerApp()
 
@@ -25,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
     session = Session(config, context.run_id)
-    strategy = build_strategy(session, find_nodes(grid))
+    strategy = build_strategy(session, _plan(session, grid))
     session.open()
 
     def close_round(server_round: int, arrays: ArrayRecord) -> None:
@@ -72,15 +73,27 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     return tuple(places[partition] for partition in sorted(places))
 
 
-def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTraining:
-    """Return the strategy of the configuration's method."""
+def _plan(session: Session, grid: Grid) -> ClientPlan | SitePlan:
     config = session.config
-    plan = ClientPlan(
-        nodes,
+    if config.dataset.name == SITES:
+        return SitePlan(
+            len(session.dataset.class_names),
+            config.federation.clients_per_round,
+            config.seed,
+        )
+    return ClientPlan(
+        find_nodes(grid),
         config.partition.clients,
         config.federation.clients_per_round,
         config.seed,
     )
+
+
+def build_strategy(
+    session: Session, plan: ClientPlan | SitePlan
+) -> PartitionedTraining:
+    """Return the strategy of the configuration's method."""
+    config = session.config
     if config.method == "fedavg":
         return FedAvg(plan)
     if config.method == "fedprox":
@@ -129,4 +142,5 @@ def _outcome(strategy: PartitionedTraining) -> RoundOutcome:
                 if name.startswith("seconds-")
             },
         },
+        recalls=record.recalls,
     )

@@ -106,6 +106,7 @@ class Progress:
             f"{name} balanced {report.balanced:.1f} % ({_groups(report)})"
             for name, report in reports.items()
         )
+        accuracy = accuracy or "no site has evaluated"
         return (
             f"round {server_round}/{self._rounds}: {accuracy}; loss {loss:.3f}; "
             f"{self._durations[-1]:.1f} s, "
@@ -138,9 +139,10 @@ def final_table(
     """
     columns = ("top1", "balanced", "many", "medium", "few")
     titles = ("top-1", "balanced", "many", "medium", "few")
-    width = max(len(name) for name in rows)
+    width = max((len(name) for name in rows), default=0)
+    where = "sites' validation" if groups.rule == "listed" else "test"
     lines = [
-        "Accuracy on the test images, %",
+        f"Accuracy on the {where} images, %",
         " " * width + "".join(f"{title:>10}" for title in titles),
     ]
     for name, report in rows.items():
@@ -152,6 +154,7 @@ def final_table(
     rule = {
         "count": "more than 100 / 20 to 100 / fewer than 20 training images",
         "rank": "by frequency rank, 30/40/30 % of the classes",
+        "listed": "in the order of dataset.class-names, 30/40/30 % of the classes",
     }[groups.rule]
     named = "; ".join(
         f"{title} {', '.join(class_names[c] for c in classes[:5])}"

@@ -8,13 +8,22 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indices
 from clip2fl_common.devices import resolve_device
-from clip2fl_common.metrics import AccuracyReport, shot_groups
+from clip2fl_common.metrics import (
+    FEDAVG_HEAD,
+    RETRAINED_HEAD,
+    TEACHER_HEAD,
+    AccuracyReport,
+    listed_groups,
+    recall_report,
+    shot_groups,
+)
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
@@ -23,8 +32,6 @@ from server_app.checkpoint import ModelCard, save_model
 from server_app.evaluation import Evaluator
 from server_app.report import Progress, RunFolder, accuracy_fields, final_table
 
-FEDAVG_HEAD = "fedavg"
-RETRAINED_HEAD = "retrained"
 TEACHER_ROW = "teacher zero-shot"
 
 
@@ -34,8 +41,8 @@ class RoundOutcome:
 
     Attributes
     ----------
-    clients : sequence of int
-        Partitions whose replies were used.
+    clients : sequence of (int or str)
+        Partitions, or names of sites, whose replies were used.
     dropped : int
         Replies that were not.
     bytes_down : int
@@ -48,9 +55,11 @@ class RoundOutcome:
         Training images left out by the clients.
     seconds : dict
         Seconds of each phase.
+    recalls : dict or None
+        Sites' mean accuracy on each class, by head; None: the server evaluates.
     """
 
-    clients: Sequence[int]
+    clients: Sequence[int | str]
     dropped: int
     bytes_down: int
     upload_bytes: Sequence[int]
@@ -58,6 +67,7 @@ class RoundOutcome:
     losses: dict[str, float] = field(default_factory=dict)
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    recalls: dict[str, list[float | None]] | None = None
 
 
 class Session:
@@ -76,17 +86,24 @@ class Session:
         self.device = resolve_device(config.device)
         self.dataset: ImageDataset = load_dataset(config.dataset)
         partition = config.partition
-        self._parts = partition_indices(
-            config.dataset, partition.clients, partition.alpha, config.seed
-        )
-        self.counts = np.bincount(
-            self.dataset.train.labels[np.concatenate(self._parts)],
-            minlength=len(self.dataset.class_names),
-        )
-        self.model = _initial_model(config, len(self.dataset.class_names))
+        classes = len(self.dataset.class_names)
+        # Sites tell nobody how many images of a class they have.
+        self._parts: tuple[npt.NDArray[np.int64], ...] = ()
+        self.counts: npt.NDArray[np.int64] | None = None
+        groups = listed_groups(classes)
+        if config.dataset.name != SITES:
+            self._parts = partition_indices(
+                config.dataset, partition.clients, partition.alpha, config.seed
+            )
+            self.counts = np.bincount(
+                self.dataset.train.labels[np.concatenate(self._parts)],
+                minlength=classes,
+            )
+            groups = shot_groups(self.counts.tolist())
+        self.model = _initial_model(config, classes)
         self.evaluator = Evaluator(
             self.dataset,
-            shot_groups(self.counts.tolist()),
+            groups,
             config.evaluation.max_images,
             config.evaluation.batch_size,
             self.device,
@@ -113,8 +130,6 @@ class Session:
         """Measure the teacher and write ``config.json``; say where the run goes."""
         facts: dict[str, Any] = {
             "class_names": self.dataset.class_names,
-            "train_images_per_class": self.counts.tolist(),
-            "train_images_per_client": [len(part) for part in self._parts],
             "test_images": len(self.dataset.test.labels),
             "shot_groups": vars(self.evaluator.groups),
             "code": code_fingerprint(),
@@ -123,14 +138,18 @@ class Session:
                 **{name: version(name) for name in ("flwr", "torch", "numpy")},
             },
         }
+        if self.counts is not None:
+            facts["train_images_per_class"] = self.counts.tolist()
+            facts["train_images_per_client"] = [len(part) for part in self._parts]
         if self.teacher:
-            print("teacher: zero-shot accuracy on the test images ...", flush=True)
-            self._rows[TEACHER_ROW] = self.evaluator.teacher_accuracy(self.teacher)
             facts["teacher"] = {
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
-                "zero_shot": accuracy_fields(self._rows[TEACHER_ROW]),
             }
+        if self.teacher and len(self.dataset.test.labels):
+            print("teacher: zero-shot accuracy on the test images ...", flush=True)
+            self._rows[TEACHER_ROW] = self.evaluator.teacher_accuracy(self.teacher)
+            facts["teacher"]["zero_shot"] = accuracy_fields(self._rows[TEACHER_ROW])
         self.folder.write_config(self.config, facts)
         print(f"run folder: {self.folder.path}", flush=True)
 
@@ -153,7 +172,10 @@ class Session:
         heads = {FEDAVG_HEAD: self.model.classifier}
         if retrained is not None:
             heads = {RETRAINED_HEAD: retrained, **heads}
-        reports = self.evaluator.evaluate(self.model, heads, final)
+        if outcome.recalls is None:
+            reports = self.evaluator.evaluate(self.model, heads, final)
+        else:
+            reports = self._site_reports(outcome.recalls)
         seconds = {**outcome.seconds, "evaluation": perf_counter() - started}
         self.folder.append_metrics(
             {
@@ -185,6 +207,19 @@ class Session:
             students = {f"{method}, {name} head": r for name, r in reports.items()}
             self._rows = students | self._rows
             self._save(next(iter(heads.values())))
+
+    def _site_reports(
+        self, recalls: dict[str, list[float | None]]
+    ) -> dict[str, AccuracyReport]:
+        """Return the heads' accuracy at the sites; note the teacher's as a row."""
+        reports = {
+            name: recall_report(recall, self.evaluator.groups)
+            for name, recall in recalls.items()
+            if any(value is not None for value in recall)
+        }
+        if TEACHER_HEAD in reports:
+            self._rows[TEACHER_ROW] = reports.pop(TEACHER_HEAD)
+        return reports
 
     def close(self) -> None:
         """Print the final table, after everything that Flower prints."""

@@ -15,6 +15,7 @@ from clip2fl_common.randomness import generator
 from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan
 from strategy.retraining import new_classifier, retrain_classifier
+from strategy.sites import SitePlan
 from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
@@ -32,7 +33,7 @@ class CReFF(FedAvg):
 
     Parameters
     ----------
-    plan : ClientPlan
+    plan : ClientPlan or SitePlan
         Who trains when and where.
     num_classes : int
         Number of classes C.
@@ -57,7 +58,7 @@ class CReFF(FedAvg):
 
     def __init__(
         self,
-        plan: ClientPlan,
+        plan: ClientPlan | SitePlan,
         *,
         num_classes: int,
         feature_dim: int,

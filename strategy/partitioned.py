@@ -4,18 +4,29 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from statistics import fmean
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.logger import log
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from clip2fl_common import records
 from clip2fl_common.datasets import DatasetError
+from clip2fl_common.metrics import FEDAVG_HEAD, HEADS, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
+from strategy.sites import SitePlan
 
 
 class NoRepliesError(RuntimeError):
@@ -58,6 +69,21 @@ class ClientPlan:
         """Return the node that simulates a partition."""
         return self.nodes[partition % len(self.nodes)]
 
+    def label(self, partition: int) -> int:
+        """Return what reports call a partition."""
+        return partition
+
+    def refresh(self, grid: Grid) -> Grid:
+        """Return the grid as it is: simulated nodes stay."""
+        return grid
+
+    def __str__(self) -> str:
+        """Return a line for the strategy's summary."""
+        return (
+            f"{self.clients_per_round} of {self.num_clients} (seed {self.seed}). "
+            f"Simulated by {len(self.nodes)} nodes"
+        )
+
 
 @dataclass
 class RoundRecord:
@@ -65,8 +91,8 @@ class RoundRecord:
 
     Attributes
     ----------
-    clients : list of int
-        Partitions whose replies were used.
+    clients : list of (int or str)
+        Partitions, or names of sites, whose replies were used.
     dropped : int
         Replies that were not.
     bytes_down : int
@@ -79,9 +105,12 @@ class RoundRecord:
         Losses computed at the server.
     seconds : dict
         Wall-clock seconds of each phase.
+    recalls : dict or None
+        Sites' mean accuracy on each class in percent (None: no site has it), by head;
+        None without sites.
     """
 
-    clients: list[int] = field(default_factory=list)
+    clients: list[int | str] = field(default_factory=list)
     dropped: int = 0
     bytes_down: int = 0
     upload_bytes: list[int] = field(default_factory=list)
@@ -89,6 +118,7 @@ class RoundRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    recalls: dict[str, list[float | None]] | None = None
 
 
 class PartitionedTraining(FlowerFedAvg):
@@ -98,18 +128,19 @@ class PartitionedTraining(FlowerFedAvg):
 
     Parameters
     ----------
-    plan : ClientPlan
-        Who trains when and where.
+    plan : ClientPlan or SitePlan
+        Who trains when and where. Sites also evaluate each round's model.
     **flower_settings : Any
         Settings of the Flower strategy (``proximal_mu``, ...).
     """
 
-    def __init__(self, plan: ClientPlan, **flower_settings: Any) -> None:
+    def __init__(self, plan: ClientPlan | SitePlan, **flower_settings: Any) -> None:
         # All nodes are handed to `_construct_messages`, which picks from them.
         super().__init__(
             fraction_train=1.0,
-            fraction_evaluate=0.0,
+            fraction_evaluate=1.0 if isinstance(plan, SitePlan) else 0.0,
             min_train_nodes=1,
+            min_evaluate_nodes=1,
             min_available_nodes=1,
             train_metrics_aggr_fn=_summarise_metrics,
             **flower_settings,
@@ -118,45 +149,72 @@ class PartitionedTraining(FlowerFedAvg):
         self.round = RoundRecord()
         self._sent = ArrayRecord()
         self._sent_at = 0.0
+        # Nodes that a request was sent to, and what logs call them.
+        self._asked: dict[int, str] = {}
+        self._heads: list[str] = []
 
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
         log(INFO, "\t├──> Clients:")
-        log(
-            INFO,
-            "\t│\t├── Drawn each round: %d of %d (seed %d)",
-            self.plan.clients_per_round,
-            self.plan.num_clients,
-            self.plan.seed,
-        )
-        log(INFO, "\t│\t└── Simulated by %d nodes", len(self.plan.nodes))
+        log(INFO, "\t│\t└── Drawn each round: %s", self.plan)
         super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Look who is there first, where nodes may come and go."""
+        return super().configure_train(
+            server_round, arrays, config, self.plan.refresh(grid)
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask all sites that are there; nobody where clients are simulated."""
+        return super().configure_evaluate(
+            server_round, arrays, config, self.plan.refresh(grid)
+        )
 
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
-        """Address one message to each partition drawn, not one to each node."""
+        """Address one message to each client that the plan has for it."""
         config = record.config_records[records.CONFIG]
         server_round = cast(int, config[records.ROUND])
-        self._sent = record.array_records[records.ARRAYS]
-        self._sent_at = time.perf_counter()
-        partitions = self.plan.sample(server_round)
-        log(INFO, "configure_train: clients %s train", partitions)
+        if message_type == MessageType.TRAIN:
+            self._sent = record.array_records[records.ARRAYS]
+            self._sent_at = time.perf_counter()
+            clients = self.plan.sample(server_round)
+            self.round = RoundRecord(
+                bytes_down=len(clients) * records.payload_bytes(record)
+            )
+        else:
+            assert isinstance(self.plan, SitePlan)
+            clients = self.plan.connected()
+            asked = {
+                RETRAINED_HEAD: records.CLASSIFIER in record,
+                FEDAVG_HEAD: True,
+                TEACHER_HEAD: records.TEACHER_FINGERPRINT in config,
+            }
+            self._heads = [head for head in HEADS if asked[head]]
+        labels = [self.plan.label(client) for client in clients]
+        log(INFO, "round %d: clients %s %s", server_round, labels, message_type)
+        self._asked = {}
         messages = []
-        for partition in partitions:
+        for client, label in zip(clients, labels, strict=True):
             content = RecordDict(dict(record.items()))
             content[records.CONFIG] = ConfigRecord(
                 {
                     **config,
-                    records.PARTITION: partition,
+                    records.PARTITION: client,
                     records.CODE_FINGERPRINT: code_fingerprint(),
                 }
             )
-            node = self.plan.node_of(partition)
+            node = self.plan.node_of(client)
+            self._asked[node] = f"node {node}" + (
+                f" ({label})" if isinstance(label, str) else ""
+            )
             messages.append(Message(content, node, message_type))
-        self.round = RoundRecord(
-            bytes_down=len(messages) * records.payload_bytes(record)
-        )
         return messages
 
     def aggregate_train(
@@ -173,6 +231,7 @@ class PartitionedTraining(FlowerFedAvg):
         """
         replies = list(replies)
         self._book("clients", self._sent_at)
+        self._name_silent(server_round, replies)
         started = time.perf_counter()
         accepted = self._accept(server_round, replies)
         self._book("checks", started)
@@ -213,7 +272,7 @@ class PartitionedTraining(FlowerFedAvg):
                 else:
                     accepted[records.partition_of(reply)] = reply
                     continue
-            reasons.append(f"node {reply.metadata.src_node_id}: {reason}")
+            reasons.append(f"{self._name(reply)}: {reason}")
             log(WARNING, "round %d: dropped the reply of %s", server_round, reasons[-1])
         if not accepted:
             raise NoRepliesError(
@@ -223,11 +282,64 @@ class PartitionedTraining(FlowerFedAvg):
                 + ")"
             )
         ordered = [accepted[partition] for partition in sorted(accepted)]
-        self.round.clients = sorted(accepted)
+        self.round.clients = [self.plan.label(client) for client in sorted(accepted)]
         self.round.dropped = len(reasons)
         self.round.upload_bytes = [records.payload_bytes(r.content) for r in ordered]
         self.round.gradient_bytes = [records.gradient_bytes(r.content) for r in ordered]
         return ordered
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average each class's accuracy over the sites that have images of it.
+
+        A plain mean, as of class gradients: no class count leaves a site.
+        """
+        if not isinstance(self.plan, SitePlan):
+            return None
+        replies = list(replies)
+        self._name_silent(server_round, replies)
+        found: list[dict[str, dict[int, int]]] = []
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    raise records.ReplyError(reply.error.reason)
+                found.append(
+                    records.recalls_of(reply, self.plan.num_classes, self._heads)
+                )
+            except records.ReplyError as error:
+                log(
+                    WARNING,
+                    "round %d: dropped the evaluation of %s: %s",
+                    server_round,
+                    self._name(reply),
+                    error,
+                )
+        self.round.recalls = {
+            head: [
+                fmean(values)
+                if (values := [site[head][c] for site in found if c in site[head]])
+                else None
+                for c in range(self.plan.num_classes)
+            ]
+            for head in self._heads
+        }
+        return None
+
+    def _name(self, reply: Message) -> str:
+        """Return what logs call the sender of a reply."""
+        node = reply.metadata.src_node_id
+        return self._asked.get(node, f"node {node}")
+
+    def _name_silent(self, server_round: int, replies: Sequence[Message]) -> None:
+        """Log the nodes that have not replied at all."""
+        for node in self._asked.keys() - {r.metadata.src_node_id for r in replies}:
+            log(
+                WARNING,
+                "round %d: %s did not reply in time; the round goes on without it",
+                server_round,
+                self._asked[node],
+            )
 
     def _book(self, phase: str, started: float) -> None:
         self.round.seconds[phase] = time.perf_counter() - started
