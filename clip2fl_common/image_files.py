@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -130,7 +130,13 @@ def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
     ndarray of uint8, shape [3, size, size]
     """
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(upright).transpose(2, 0, 1)
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        small = image.convert("RGB")
+    if small.size != (size, size):
+        small = ImageOps.fit(small, (size, size), Image.Resampling.BICUBIC)
+    # Turned last: the centre square is the same, and a large image is not copied.
+    if orientation is not None:
+        small.getexif()[ExifTags.Base.Orientation] = orientation
+        small = ImageOps.exif_transpose(small)
+    return np.asarray(small).transpose(2, 0, 1)
