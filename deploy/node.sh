@@ -1,16 +1,17 @@
 #!/bin/sh
-# Check a node, then run it; what the check finds stands in the container's log.
+# Check a node, then run it; what the check finds stands in the log.
 #
 # SUPERLINK   HOST:PORT of the server's proxy
-# SITE        the site's name; also its key's: /keys/$SITE
+# SITE        the site's name; also its key's: $KEYS/$SITE
+# DATA_PATH   holds <class>/<image> (default /data)
+# KEYS        holds the node's private key and ca.crt (default /keys)
 # RUN_CONFIG  the run's configuration, for the check (default conf/sites.toml)
-#
-# /data holds <class>/<image>, /keys the node's private key and ca.crt.
 set -eu
 : "${SUPERLINK:?HOST:PORT of the server}" "${SITE:?name of the site}"
-python -m client_app.doctor --data-path /data --superlink "$SUPERLINK" \
+: "${DATA_PATH:=/data}" "${KEYS:=/keys}"
+python -m client_app.doctor --data-path "$DATA_PATH" --superlink "$SUPERLINK" \
     --run-config "${RUN_CONFIG:-conf/sites.toml}" \
-    --root-certificates /keys/ca.crt --private-key "/keys/$SITE"
-exec flower-supernode --superlink "$SUPERLINK" --root-certificates /keys/ca.crt \
-    --auth-supernode-private-key "/keys/$SITE" \
-    --node-config "data-path=\"/data\" site=\"$SITE\""
+    --root-certificates "$KEYS/ca.crt" --private-key "$KEYS/$SITE"
+exec flower-supernode --superlink "$SUPERLINK" --root-certificates "$KEYS/ca.crt" \
+    --auth-supernode-private-key "$KEYS/$SITE" \
+    --node-config "data-path=\"$DATA_PATH\" site=\"$SITE\""

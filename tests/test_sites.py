@@ -61,6 +61,7 @@ def federate(
     tamper: Tamper | None = None,
     order_seed: int = 3,
     away: set[int] | None = None,
+    kind: type[InProcessGrid] = InProcessGrid,
     **changes: Scalar,
 ) -> InProcessGrid:
     """Run a tiny federation of sites."""
@@ -72,7 +73,7 @@ def federate(
         "run__name": run.name,
     }
     config = run_config(**{**settings, **changes})
-    grid = InProcessGrid(
+    grid = kind(
         config,
         len(folders),
         order_seed,
@@ -304,19 +305,13 @@ def test_silent_site_is_named(
                 if r.metadata.src_node_id != lost or r.metadata.message_type == "query"
             ]
 
-    config = run_config(
-        dataset__name="sites",
-        dataset__class_names=CLASSES,
-        run__dir=str(tmp_path),
-        run__name="run",
-        federation__clients_per_round=3,
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Silent,
         federation__rounds=1,
+        federation__clients_per_round=3,
     )
-    nodes = [
-        {"data-path": str(f), "site": n} for f, n in zip(folders, NAMES, strict=True)
-    ]
-    grid = Silent(config, 3, node_configs=nodes)
-    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
     late = [m for m in flower_log.messages if "did not reply in time" in m]
     assert len(late) == 2  # training and evaluation
     assert all(f"node {grid._ids[2]} (west)" in m for m in late)
@@ -384,3 +379,33 @@ def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None
     for changes, message in cases:
         with pytest.raises(records.ReplyError, match=message):
             records.recalls_of(reply(**changes), 4, heads)
+
+
+def test_site_with_another_teacher_is_left_out_by_name(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    class Other(InProcessGrid):
+        """One node takes the server's teacher for another than its own."""
+
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            requests = list(messages)
+            for request in requests:
+                settings = request.content.config_records.get("config", {})
+                if (
+                    request.metadata.dst_node_id == self._ids[1]
+                    and records.TEACHER_FINGERPRINT in settings
+                ):
+                    settings[records.TEACHER_FINGERPRINT] = "f00ba5" * 10
+            return super().send_and_receive(requests, timeout=timeout)
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Other,
+        federation__rounds=1,
+        federation__clients_per_round=3,
+    )
+    (refused,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert f"node {grid._ids[1]} (east)" in refused
+    assert "f00ba5f00ba5 at the server: install the same weights on both" in refused
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["north", "west"]
