@@ -1,6 +1,6 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -13,7 +13,7 @@ from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedprox import FedProx
 from strategy.partitioned import ClientPlan, PartitionedTraining
-from strategy.sites import SitePlan
+from strategy.sites import AttentiveGrid, SitePlan
 
 app = ServerApp()
 
@@ -25,6 +25,8 @@ QUERY_TIMEOUT_S = 120.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
+    if config.dataset.name == SITES:
+        grid = cast(Grid, AttentiveGrid(grid))
     session = Session(config, context.run_id)
     strategy = build_strategy(session, _plan(session, grid))
     session.open()

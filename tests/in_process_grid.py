@@ -1,6 +1,7 @@
 """A Flower grid without Flower's processes: the ClientApp answers in this one."""
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -53,6 +54,8 @@ class InProcessGrid:
         self._node_configs = node_configs or [
             {"partition-id": place} for place in range(nodes)
         ]
+        self._numbers = itertools.count()
+        self._waiting: dict[str, Message] = {}
         self.requests: list[Message] = []
         self.replies: list[Message] = []
         self.away: set[int] = set()
@@ -90,6 +93,20 @@ class InProcessGrid:
             replies.append(reply)
         self._shuffle.shuffle(replies)
         return replies
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Have the messages answered, and return their ids."""
+        requests = list(messages)
+        for request in requests:
+            request.metadata.__dict__["_message_id"] = f"request-{next(self._numbers)}"
+        for reply in self.send_and_receive(requests):
+            self._waiting[reply.metadata.reply_to_message_id] = reply
+        return [request.metadata.message_id for request in requests]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to messages, as far as there are any."""
+        found = [self._waiting.pop(n, None) for n in message_ids]
+        return [reply for reply in found if reply is not None]
 
 
 def as_grid(grid: InProcessGrid) -> Grid:

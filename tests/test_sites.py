@@ -8,6 +8,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import (
+    create_message_error_unavailable_res_message,
+)
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
@@ -41,6 +44,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategy.sites.POLL_S", 0.0)
     monkeypatch.setattr("strategy.sites.WAIT_S", 0.0)
     monkeypatch.setattr("strategy.sites.ASK_AGAIN_S", 0.0)
 
@@ -310,6 +314,7 @@ def test_silent_site_is_named(
         folders,
         kind=Silent,
         federation__rounds=1,
+        federation__round_timeout=0.1,
         federation__clients_per_round=3,
     )
     late = [m for m in flower_log.messages if "did not reply in time" in m]
@@ -409,3 +414,35 @@ def test_site_with_another_teacher_is_left_out_by_name(
     assert f"node {grid._ids[1]} (east)" in refused
     assert "f00ba5f00ba5 at the server: install the same weights on both" in refused
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["north", "west"]
+
+
+def test_lost_node_is_named_though_the_superlink_signs_its_error(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    """As Flower reports a node that went offline: from node 1, with code 5."""
+
+    class Lossy(InProcessGrid):
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            for i, reply in enumerate(replies):
+                meta = reply.metadata
+                if meta.src_node_id == self._ids[0] and meta.message_type == "train":
+                    error = create_message_error_unavailable_res_message(
+                        self.requests[0].metadata, "node_unavail"
+                    )
+                    lost = error.metadata.__dict__
+                    lost["_reply_to_message_id"] = meta.reply_to_message_id
+                    replies[i] = error
+            return replies
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Lossy,
+        federation__rounds=1,
+        federation__clients_per_round=3,
+    )
+    (dropped,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert f"node {grid._ids[0]} (north)" in dropped
+    assert not any("did not reply in time" in m for m in flower_log.messages)
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]

@@ -264,7 +264,7 @@ class Stack:
         """Start a node's SuperNode, again and again as systemd would."""
         config = f'data-path="{data}" site="{name}"'
         self.nodes[name].start(
-            *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 2; done', "-"),
+            *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
             *(
                 BIN / "flower-supernode",
                 "--root-certificates",
