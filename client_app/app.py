@@ -1,18 +1,21 @@
 """Flower ClientApp: answers queries about the node, trains and evaluates."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.evaluation import recalls
+from client_app.own_images import (
+    SiteError,
+    names_kept_here,
+    open_own_site,
+    training_images,
+    validation_images,
+)
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -20,28 +23,17 @@ from client_app.training import (
     train_locally,
 )
 from clip2fl_common import records
-from clip2fl_common.config import SITES, ConfigError, RunConfig, TeacherConfig
-from clip2fl_common.datasets import (
-    DatasetError,
-    ImageDataset,
-    LoadedImages,
-    load_dataset,
-    open_site,
-    partition_indices,
-)
+from clip2fl_common.config import SITES, RunConfig, TeacherConfig
+from clip2fl_common.datasets import ImageDataset
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.gradient_coding import encode_gradients
 from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
-from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
 app = ClientApp()
-
-
-class SiteError(RuntimeError):
-    """A site cannot do what it was asked; says so without a name from its disk."""
 
 
 @app.query()
@@ -49,9 +41,9 @@ def query(message: Message, context: Context) -> Message:
     """Say which simulated partition, or which site, this node is."""
     config = RunConfig.from_run_config(context.run_config)
     if config.dataset.name == SITES:
-        with _names_kept_here(config):
+        with names_kept_here(config):
             name = _site_name(context)
-            open_site(config.dataset, _site_folder(context))
+            open_own_site(config, context.node_config)
         return Message(records.site_reply(name), reply_to=message)
     place = MetricRecord(
         {records.PARTITION: cast(int, context.node_config["partition-id"])}
@@ -64,7 +56,7 @@ def train(message: Message, context: Context) -> Message:
     """Compute class gradients and train the global model on this client's images."""
     config = RunConfig.from_run_config(context.run_config)
     request = records.TrainRequest.parse(message.content)
-    with _names_kept_here(config):
+    with names_kept_here(config):
         return Message(_train(config, request, context), reply_to=message)
 
 
@@ -73,7 +65,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Say how well each classifier does on a site's validation images."""
     config = RunConfig.from_run_config(context.run_config)
     request = records.TrainRequest.parse(message.content)
-    with _names_kept_here(config):
+    with names_kept_here(config):
         return Message(_evaluate(config, request, context), reply_to=message)
 
 
@@ -85,7 +77,7 @@ def _train(
     precision: torch.dtype = getattr(torch, config.client.precision)
     clock = _Stopwatch()
 
-    dataset, loaded = _training_images(config, request, context)
+    dataset, loaded = training_images(config, context.node_config, request.partition)
     images = PixelImages(
         to_device_if_small(loaded.images, device), dataset.normalization, device
     )
@@ -164,9 +156,7 @@ def _evaluate(
 ) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
-    dataset = open_site(config.dataset, _site_folder(context))
-    indices = np.arange(len(dataset.test.labels))
-    loaded = dataset.test.open(indices) if len(indices) else dataset.test.load(indices)
+    dataset, loaded = validation_images(config, context.node_config)
     model = _global_model(config, dataset, request, device)
     own = model.classifier
     classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
@@ -191,31 +181,6 @@ def _evaluate(
     return records.recall_reply(len(loaded.labels), found)
 
 
-def _training_images(
-    config: RunConfig, request: records.TrainRequest, context: Context
-) -> tuple[ImageDataset, LoadedImages]:
-    """Return the site's images, or those of the partition asked for."""
-    if config.dataset.name == SITES:
-        dataset = open_site(config.dataset, _site_folder(context))
-        return dataset, dataset.train.open(np.arange(len(dataset.train.labels)))
-    dataset = load_dataset(config.dataset)
-    parts = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )
-    return dataset, dataset.train.open(parts[request.partition])
-
-
-def _site_folder(context: Context) -> Path:
-    folder = context.node_config.get("data-path")
-    if not isinstance(folder, str) or not Path(folder).is_absolute():
-        raise DatasetError(
-            f"dataset.name = 'sites', but this node's data-path is {folder!r}: start "
-            "it with --node-config 'data-path=\"/absolute/folder\"'",
-            "the node has no absolute data-path in its --node-config",
-        )
-    return Path(folder)
-
-
 def _site_name(context: Context) -> str:
     """Return the site's name: what it calls itself, or its node id."""
     name = context.node_config.get("site", f"node-{context.node_id}")
@@ -225,28 +190,6 @@ def _site_name(context: Context) -> str:
             "'_' or '-'"
         )
     return name
-
-
-@contextlib.contextmanager
-def _names_kept_here(config: RunConfig) -> Iterator[None]:
-    """Keep names of a site's folders and files out of the error that is sent.
-
-    Flower sends an exception's text to the server. The whole one is in the node's own
-    log, as the cause.
-    """
-    try:
-        yield
-    except (ConfigError, TeacherError, SiteError):
-        raise  # they speak of the run, not of the images
-    except Exception as error:
-        if config.dataset.name != SITES:
-            raise
-        reason = (
-            error.summary
-            if isinstance(error, DatasetError)
-            else (f"it stopped with {type(error).__name__}")
-        )
-        raise SiteError(f"{reason}; the site's own log says more") from error
 
 
 def _global_model(
@@ -294,7 +237,7 @@ def _teacher(
 
 def _check_teacher(teacher: Teacher, expected: str) -> None:
     if teacher.fingerprint != expected:
-        raise TeacherError(
+        raise OtherTeacherError(
             f"teacher {teacher.name} has the fingerprint {teacher.fingerprint[:12]} "
             f"here, but {expected[:12]} at the server: install the same weights on both"
         )

@@ -36,6 +36,10 @@ class TeacherError(RuntimeError):
     """The teacher cannot be had, or is not the one the run expects."""
 
 
+class OtherTeacherError(TeacherError):
+    """Server and client have different teachers; says which, and no path."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A loaded open_clip model and what belongs to it.
