@@ -91,7 +91,8 @@ class Federation:
             status = self._status(run)
             if status is not None:
                 last_seen = time.monotonic()
-                lines = self._ask("log", run, PROFILE, "--show").splitlines()
+                # It ends in empty lines, where the next ones will stand.
+                lines = self._ask("log", run, PROFILE, "--show").rstrip().splitlines()
                 for line in lines[shown:]:
                     if not NOISE.match(line) and "Starting logstream" not in line:
                         print(line, flush=True)

@@ -41,11 +41,12 @@ def test_log_is_printed_once_through_a_restart(
 ) -> None:
     answers = {
         "ls": [listed("running"), DOWN, DOWN, listed("finished:completed")],
-        "log": ["one\ntwo\n", "one\ntwo\nthree\n"],
+        # Flower ends what it has so far with empty lines.
+        "log": ["one\ntwo\n\n", "one\ntwo\nthree\nfour\n\n"],
     }
     status, _ = Scripted(tmp_path, answers, 60).follow("5")
     assert status == "finished:completed"
-    assert capsys.readouterr().out.split() == ["one", "two", "three"]
+    assert capsys.readouterr().out.split() == ["one", "two", "three", "four"]
 
 
 def test_failed_run_and_lost_superlink_are_told_apart(tmp_path: Path) -> None:
