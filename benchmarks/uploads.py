@@ -23,6 +23,7 @@ from benchmarks.measure import markdown, write_results
 from benchmarks.stages import DRAWS, SAMPLES_PER_CLASS, our_retraining
 from client_app.gradients import class_gradients
 from client_app.training import augmented_features
+from clip2fl_cli.configuration import defaults
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset
@@ -70,7 +71,8 @@ def clip_features(path: Path) -> Features:
 def student_features(run: Path) -> Features:
     """Return a delivered model's features of augmented test images, and classes."""
     model, card = load_model(run / "model.safetensors")
-    config = RunConfig.from_run_config(FinishedRun.read(run).config)
+    # A run of an earlier version lacks keys that are none of the data set's.
+    config = RunConfig.from_run_config({**defaults(), **FinishedRun.read(run).config})
     dataset = load_dataset(config.dataset)
     loaded = dataset.test.load(np.arange(len(dataset.test.labels)))
     return augmented_features(
