@@ -27,6 +27,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from clip2fl_cli.configuration import defaults
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.gradients import ClassGradient
@@ -117,14 +118,12 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
     Observer
         With the norms of the honest replies of the rounds that were run now.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    defaults: dict[str, Any] = flatten(project["tool"]["flwr"]["app"]["config"])
     place: dict[str, Scalar] = {
         "run.dir": str(folder.parent),
         "run.name": folder.name,
         "run.resume": str(folder) if rounds_with_checkpoint(folder) else "",
     }
-    config = RunConfig.from_run_config({**defaults, **settings, **place})
+    config = RunConfig.from_run_config({**defaults(), **settings, **place})
     observer = Observer(config, attacks)
     # What a Flower process has, and messages ask for.
     for name in ("_run_id", "_task_id", "_node_id"):

@@ -14,16 +14,14 @@ import os
 import re
 import statistics
 import tempfile
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.direct import run_directly
 from benchmarks.measure import markdown, median_and_spread, write_results
-from clip2fl_common.config import RunConfig
-from scripts.simulate import ROOT, flatten, merge_run_config, simulate
+from clip2fl_cli.configuration import resolve
+from scripts.simulate import simulate
 
 ROUND_LINE = re.compile(r"^round \d+/\d+: .*; ([\d.]+) s, ", re.MULTILINE)
 
@@ -49,13 +47,7 @@ def one_pair(
     )
     if not result.completed:
         raise RuntimeError(f"{result.status}: {result.details}\n{result.log}")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    chosen = tomllib.loads(merge_run_config(ROOT, run_config, [*settings, places[1]]))
-    flat: dict[str, Any] = {
-        **flatten(project["tool"]["flwr"]["app"]["config"]),
-        **flatten(chosen),
-    }
-    config = RunConfig.from_run_config(flat)
+    config = resolve(run_config, [*settings, places[1]])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         run_directly(config, workers)
