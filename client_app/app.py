@@ -1,4 +1,4 @@
-"""Flower ClientApp: answers queries about the node, and trains when asked to."""
+"""Flower ClientApp: answers queries about the node, trains and evaluates."""
 
 import time
 from functools import lru_cache
@@ -8,7 +8,15 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client_app.evaluation import recalls
 from client_app.gradients import coded_class_gradients
+from client_app.own_images import (
+    SiteError,
+    names_kept_here,
+    open_own_site,
+    training_images,
+    validation_images,
+)
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -17,20 +25,27 @@ from client_app.training import (
     train_locally,
 )
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig, TeacherConfig
-from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.config import SITES, RunConfig, TeacherConfig
+from clip2fl_common.datasets import ImageDataset
 from clip2fl_common.devices import resolve_device, to_device_if_small
-from clip2fl_common.models import build_model
+from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
+from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator
-from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which simulated partition this node was started with."""
+    """Say which simulated partition, or which site, this node is."""
+    config = RunConfig.from_run_config(context.run_config)
+    if config.dataset.name == SITES:
+        with names_kept_here(config):
+            name = _site_name(context)
+            open_own_site(config, context.node_config)
+        return Message(records.site_reply(name), reply_to=message)
     place = MetricRecord(
         {records.PARTITION: cast(int, context.node_config["partition-id"])}
     )
@@ -39,19 +54,31 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Compute class gradients and train the global model on one partition."""
+    """Compute class gradients and train the global model on this client's images."""
     config = RunConfig.from_run_config(context.run_config)
     request = records.TrainRequest.parse(message.content)
+    with names_kept_here(config):
+        return Message(_train(config, request, context), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Say how well each classifier does on a site's validation images."""
+    config = RunConfig.from_run_config(context.run_config)
+    request = records.TrainRequest.parse(message.content)
+    with names_kept_here(config):
+        return Message(_evaluate(config, request, context), reply_to=message)
+
+
+def _train(
+    config: RunConfig, request: records.TrainRequest, context: Context
+) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
     precision: torch.dtype = getattr(torch, config.client.precision)
     clock = _Stopwatch()
 
-    dataset = load_dataset(config.dataset)
-    indices = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )[request.partition]
-    loaded = dataset.train.open(indices)
+    dataset, loaded = training_images(config, context.node_config, request.partition)
     images = PixelImages(
         to_device_if_small(loaded.images, device), dataset.normalization, device
     )
@@ -63,17 +90,12 @@ def train(message: Message, context: Context) -> Message:
     )
     teacher_logits = None
     if objective.distillation_weight > 0:
-        teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
-        _check_teacher(teacher, request.teacher_fingerprint)
-        known = teacher.cached_image_features(loaded.images)
-        teacher_logits = (teacher.logit_scale * known @ prototypes.T).to(device)
+        teacher_logits = _teacher_logits(
+            config, dataset, loaded.images, request, device
+        ).to(device)
     clock.lap("data")
 
-    model = build_model(
-        config.model.name, len(dataset.class_names), config.model.feature_dim
-    )
-    records.load_arrays(model, request.model)
-    model.to(device)
+    model = _global_model(config, dataset, request, device)
     reply = RecordDict()
     if request.classifier is not None:
         features, drawn = augmented_features(
@@ -135,7 +157,76 @@ def train(message: Message, context: Context) -> Message:
             **{f"seconds-{name}": value for name, value in clock.laps.items()},
         }
     )
-    return Message(reply, reply_to=message)
+    return reply
+
+
+def _evaluate(
+    config: RunConfig, request: records.TrainRequest, context: Context
+) -> RecordDict:
+    _check_code(request.code_fingerprint)
+    device = resolve_device(config.device)
+    dataset, loaded = validation_images(config, context.node_config)
+    model = _global_model(config, dataset, request, device)
+    own = model.classifier
+    classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        FEDAVG_HEAD: (own.weight, own.bias)
+    }
+    if request.classifier is not None:
+        weight, bias = (tensor.to(device) for tensor in request.classifier)
+        classifiers[RETRAINED_HEAD] = (weight, bias)
+    teacher_logits = (
+        {TEACHER_HEAD: _teacher_logits(config, dataset, loaded.images, request, device)}
+        if request.teacher_fingerprint
+        else {}
+    )
+    found = recalls(
+        model,
+        PixelImages(loaded.images, dataset.normalization, device),
+        loaded.labels,
+        classifiers,
+        teacher_logits,
+        config.evaluation.batch_size,
+    )
+    return records.recall_reply(len(loaded.labels), found)
+
+
+def _site_name(context: Context) -> str:
+    """Return the site's name: what it calls itself, or its node id."""
+    name = context.node_config.get("site", f"node-{context.node_id}")
+    if not isinstance(name, str) or not records.SITE_NAME.fullmatch(name):
+        raise SiteError(
+            "site in the node's --node-config must be 1 to 64 letters, digits, '.', "
+            "'_' or '-'"
+        )
+    return name
+
+
+def _global_model(
+    config: RunConfig,
+    dataset: ImageDataset,
+    request: records.TrainRequest,
+    device: torch.device,
+) -> ImageClassifier:
+    model = build_model(
+        config.model.name, len(dataset.class_names), config.model.feature_dim
+    )
+    records.load_arrays(model, request.model)
+    model.to(device)
+    return model
+
+
+def _teacher_logits(
+    config: RunConfig,
+    dataset: ImageDataset,
+    images: torch.Tensor,
+    request: records.TrainRequest,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return the teacher's logits [N, C] of un-augmented images, on the CPU."""
+    teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
+    _check_teacher(teacher, request.teacher_fingerprint)
+    features = teacher.cached_image_features(images)
+    return teacher.logit_scale * features @ prototypes.T
 
 
 @lru_cache(maxsize=1)
@@ -155,7 +246,7 @@ def _teacher(
 
 def _check_teacher(teacher: Teacher, expected: str) -> None:
     if teacher.fingerprint != expected:
-        raise TeacherError(
+        raise OtherTeacherError(
             f"teacher {teacher.name} has the fingerprint {teacher.fingerprint[:12]} "
             f"here, but {expected[:12]} at the server: install the same weights on both"
         )

@@ -208,7 +208,6 @@ def train_locally(
         if objective.proximal_mu > 0
         else []
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     for _ in range(epochs):
         total = distilled = torch.zeros((), device=images.device)
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
@@ -234,9 +233,9 @@ def train_locally(
                     )
                 )
                 loss = loss + objective.proximal_mu / 2 * squared
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            optimizer.step()
+            _descend(model, learning_rate)
             total = total + loss.detach() * len(batch)
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -244,6 +243,18 @@ def train_locally(
                 f"client.learning-rate (now {learning_rate})"
             )
     return TrainingLosses(float(total / len(images)), float(distilled / len(images)))
+
+
+@torch.no_grad()
+def _descend(model: nn.Module, learning_rate: float) -> None:
+    """Take one step of plain SGD, as `torch.optim.SGD` would.
+
+    Making one of torch's optimizers imports its compiler, which takes more than a
+    second, and a ClientApp is a process for each message.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.add_(parameter.grad, alpha=-learning_rate)
 
 
 def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -143,7 +143,7 @@ def teacher_cost(teacher: Teacher, class_names: tuple[str, ...], size: int) -> C
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     return _cost(
         f"teacher {teacher.name}",
-        teacher.network,
+        teacher.network.model,
         lambda: teacher.image_features(image) @ prototypes.T,
     )
 

@@ -16,8 +16,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from clip2fl_common.gradient_coding import Precision
+from clip2fl_common.image_files import class_name
 
 Scalar = bool | int | float | str
+
+# dataset.name of a federation whose nodes have images of their own.
+SITES = "sites"
 
 _strict = ConfigDict(
     extra="forbid",
@@ -66,14 +70,18 @@ class CheckpointConfig:
 class Dataset:
     """Which images, and how long their tail is."""
 
-    name: Literal["demo", "cifar10", "cifar100", "imagenet-lt", "image-folder"]
-    """Data set."""
+    name: Literal["demo", "cifar10", "cifar100", "imagenet-lt", "image-folder", "sites"]
+    """Data set; ``sites``: the images that each node has of its own."""
     root: str
     """Absolute folder of the images; cifar10 and cifar100 are downloaded there."""
     train_list: str
     """imagenet-lt: file with one ``path label`` a line (or a JSON list of them)."""
     test_list: str
     """imagenet-lt: the same for the test images."""
+    class_names: str
+    """sites: the classes, separated by commas, from frequent to rare."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)]
+    """sites: share of each site's images that evaluate instead of training."""
     image_size: Annotated[int, Field(ge=8)]
     """Side in pixels to which images are brought."""
     imbalance_factor: Annotated[float, Field(ge=1)]
@@ -103,7 +111,7 @@ class Federation:
     rounds: Positive
     """Number of rounds."""
     clients_per_round: Positive
-    """Clients drawn without replacement each round."""
+    """Clients drawn without replacement each round; sites: waited for at the start."""
     round_timeout: PositiveFloat
     """Seconds to wait for a round's replies."""
     min_replies: Positive
@@ -122,6 +130,8 @@ class Aggregation:
     """Norm to which a client's update is shortened; 0: no bound."""
     max_gradient_norm: Weight
     """The same for each of its class gradients; 0: no bound."""
+    max_site_images: Positive
+    """sites: the most training images, its weight in the mean, that one may claim."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -355,6 +365,11 @@ def known_keys() -> list[str]:
     return sorted(keys)
 
 
+def listed_names(text: str) -> tuple[str, ...]:
+    """Return the class names in a comma-separated list, as they stand in prompts."""
+    return tuple(class_name(part) for part in text.split(","))
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     kind = problem["type"]
@@ -376,7 +391,8 @@ def _contradictions(config: RunConfig) -> list[str]:
     """Return what is wrong between keys that are each in range."""
     problems = []
     sampled, clients = config.federation.clients_per_round, config.partition.clients
-    if sampled > clients:
+    sites = config.dataset.name == SITES
+    if sampled > clients and not sites:
         problems.append(
             f"federation.clients-per-round = {sampled} is more than partition.clients "
             f"= {clients}; lower the first or raise the second"
@@ -392,6 +408,8 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"teacher.prompt = {config.teacher.prompt!r} has no {{class}} where the "
             "class name goes, so every class would get the same text"
         )
+    if sites:
+        problems += _site_problems(config.dataset)
     needed = {
         "cifar10": ["root"],
         "cifar100": ["root"],
@@ -412,6 +430,22 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.teacher.model.startswith(prefix):
         problems += _absolute(
             "teacher.model", config.teacher.model.removeprefix(prefix), ""
+        )
+    return problems
+
+
+def _site_problems(dataset: Dataset) -> list[str]:
+    problems = []
+    names = listed_names(dataset.class_names)
+    if len(set(names)) < max(2, len(names)) or "" in names:
+        problems.append(
+            f"dataset.class-names = {dataset.class_names!r}, but dataset.name = "
+            "'sites' needs at least two different names, separated by commas"
+        )
+    if dataset.validation_share == 0:
+        problems.append(
+            "dataset.validation-share = 0.0, but with dataset.name = 'sites' the "
+            "server has no test images: let the sites keep some, for example 0.2"
         )
     return problems
 

@@ -12,23 +12,39 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import resize
 
 from clip2fl_common import demo
+from clip2fl_common.config import SITES, listed_names
 from clip2fl_common.config import Dataset as DatasetConfig
-from clip2fl_common.image_store import DecodedImage, decoded_images
+from clip2fl_common.image_files import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    DatasetError,
+    class_name,
+    image_files,
+    read_image,
+    site_files,
+    subfolders,
+)
+from clip2fl_common.image_store import DecodedImage, decoded_images, file_digests
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
+
+__all__ = [
+    "DatasetError",
+    "FileSource",
+    "ImageDataset",
+    "ImageSource",
+    "LoadedImages",
+    "Normalization",
+    "load_dataset",
+    "open_site",
+    "partition_indices",
+    "read_image",
+]
 
 logger = getLogger(__name__)
 
 LabelArray = npt.NDArray[np.int64]
-
-
-class DatasetError(ValueError):
-    """The images are not where, or not what, the configuration says."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,7 @@ class FileSource:
         for position, path in enumerate(paths):
             try:
                 pixels = read_image(path, self.image_size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except UNREADABLE:
                 continue
             readable.append(position)
             yield position, pixels
@@ -163,11 +179,13 @@ class FileSource:
         if unreadable and not self.skip_unreadable:
             raise DatasetError(
                 f"{len(unreadable)} of {len(paths)} images cannot be read: {named}; "
-                "repair or remove them, or set dataset.skip-unreadable=true"
+                "repair or remove them, or set dataset.skip-unreadable=true",
+                f"{len(unreadable)} of {len(paths)} images cannot be read",
             )
         if not positions:
             raise DatasetError(
-                f"none of {len(paths)} images can be read, so nothing is left: {named}"
+                f"none of {len(paths)} images can be read, so nothing is left: {named}",
+                f"none of {len(paths)} images can be read",
             )
 
     def _loaded(
@@ -188,27 +206,6 @@ def _others(paths: Sequence[Path], positions: Sequence[int]) -> list[str]:
     """Return the files at all other positions."""
     there = set(positions)
     return [str(path) for n, path in enumerate(paths) if n not in there]
-
-
-def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Read one image as RGB, upright, its centre square brought to ``size``.
-
-    Parameters
-    ----------
-    path : Path
-        Any format that Pillow reads.
-    size : int
-        Side in pixels.
-
-    Returns
-    -------
-    ndarray of uint8, shape [3, size, size]
-    """
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    if upright.size != (size, size):
-        upright = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(upright).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -331,6 +328,7 @@ def _load_dataset(config: DatasetConfig) -> ImageDataset:
         "cifar100": _cifar,
         "imagenet-lt": _imagenet_lt,
         "image-folder": _image_folder,
+        SITES: _no_images,
     }[config.name](config)
     if len(opened.class_names) < 2:
         raise DatasetError(
@@ -364,6 +362,8 @@ def _demo(config: DatasetConfig) -> ImageDataset:
 def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
     if images.shape[2] == config.image_size:
         return images
+    from torchvision.transforms.functional import resize
+
     resized: torch.Tensor = resize(
         images, [config.image_size, config.image_size], antialias=True
     )
@@ -371,6 +371,10 @@ def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
 
 
 def _cifar(config: DatasetConfig) -> ImageDataset:
+    # Imported where it is used: it takes more than a second, and a ClientApp is a
+    # process for each message.
+    from torchvision.datasets import CIFAR10, CIFAR100
+
     kind, normalization = {
         "cifar10": (CIFAR10, CIFAR10_NORMALIZATION),
         "cifar100": (CIFAR100, CIFAR100_NORMALIZATION),
@@ -423,11 +427,11 @@ def _image_folder(config: DatasetConfig) -> ImageDataset:
         if not (train.labels == label).any():
             raise DatasetError(
                 f"class {name!r} would be held by nobody: {root / 'train' / name} has "
-                f"no image ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder"
+                f"no image ({', '.join(IMAGE_SUFFIXES)}); add some or remove the folder"
             )
     return ImageDataset(
         "image-folder",
-        tuple(name.replace("_", " ") for name in names),
+        tuple(map(class_name, names)),
         train,
         test,
         IMAGENET_NORMALIZATION,
@@ -442,11 +446,7 @@ def _class_folders(folder: Path) -> list[str]:
             f"{folder} is not a folder; dataset.root must hold train/<class>/<image> "
             "and test/<class>/<image>"
         )
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = [entry.name for entry in subfolders(folder)]
     if not names:
         raise DatasetError(
             f"{folder} has no class folders; it must hold <class>/<image>"
@@ -461,16 +461,12 @@ def _folder_source(
     labels: list[int] = []
     for label, name in enumerate(names):
         if (folder / name).is_dir():
-            found = sorted(
-                path
-                for path in (folder / name).iterdir()
-                if path.suffix.lower() in IMG_EXTENSIONS
-            )
+            found = image_files(folder / name)
             paths += found
             labels += [label] * len(found)
     if not paths:
         raise DatasetError(
-            f"{folder} has class folders but no image ({', '.join(IMG_EXTENSIONS)})"
+            f"{folder} has class folders but no image ({', '.join(IMAGE_SUFFIXES)})"
         )
     return _file_source(paths, labels, config)
 
@@ -483,6 +479,71 @@ def _file_source(
         np.asarray(labels, dtype=np.int64),
         config.image_size,
         config.skip_unreadable,
+    )
+
+
+def _no_images(config: DatasetConfig) -> ImageDataset:
+    """Return what a server knows of the sites' images: classes and size."""
+    none = ArraySource(
+        torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8),
+        np.empty(0, dtype=np.int64),
+    )
+    return _site_dataset(config, none, none)
+
+
+def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
+    """Open a site's own images, divided into training and validation.
+
+    Which of the two an image serves is a fixed function of its file's content: it
+    never changes, whatever else is in the folder, and equal files serve the same at
+    all sites. A greater share only adds to the validation images.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+    folder : Path
+        Holds ``<class>/<image>``, of any of the run's classes.
+
+    Returns
+    -------
+    ImageDataset
+        With the validation images as ``test``; these may be none.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is not usable (see `site_files`), or nothing is left to train.
+    """
+    files = site_files(folder, listed_names(config.class_names))
+    paths = [path for path, _ in files]
+    labels = np.asarray([label for _, label in files], dtype=np.int64)
+    validates = file_digests(paths) < config.validation_share * 2.0**64
+    if validates.all():
+        raise DatasetError(
+            f"all {len(paths)} images of {folder} serve validation; add images or "
+            f"lower dataset.validation-share (now {config.validation_share})",
+            "no image is left to train on",
+        )
+    train, validation = (
+        _file_source(
+            [paths[i] for i in np.flatnonzero(chosen)], labels[chosen].tolist(), config
+        )
+        for chosen in (~validates, validates)
+    )
+    return _site_dataset(config, train, validation)
+
+
+def _site_dataset(
+    config: DatasetConfig, train: ImageSource, validation: ImageSource
+) -> ImageDataset:
+    return ImageDataset(
+        SITES,
+        listed_names(config.class_names),
+        train,
+        validation,
+        IMAGENET_NORMALIZATION,
+        config.image_size,
     )
 
 

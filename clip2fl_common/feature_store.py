@@ -61,6 +61,25 @@ def content_keys(images: torch.Tensor) -> list[bytes]:
     ]
 
 
+def text_keys(texts: Sequence[str]) -> list[bytes]:
+    """Return a key for each text.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        N texts, as a teacher reads them.
+
+    Returns
+    -------
+    list of bytes
+        N keys of 16 bytes, other than those of any image.
+    """
+    return [
+        hashlib.blake2b(text.encode(), digest_size=16, person=b"text").digest()
+        for text in texts
+    ]
+
+
 class FeatureStore:
     """The features of one teacher, by content key.
 

@@ -22,6 +22,8 @@ from clip2fl_common.feature_store import cache_dir
 
 logger = getLogger(__name__)
 
+# Bytes that are read at a time.
+PIECE = 2**20
 PIXELS = "pixels.bin"
 POSITIONS = "positions.npy"
 
@@ -71,8 +73,60 @@ def decoded_images(
     return stored
 
 
-def _key(paths: Sequence[Path], size: int) -> str:
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
+    """Return a number for the content of each file, evenly spread over 64 bits.
+
+    They are kept in the cache: each file is read once, as long as its path, size and
+    time of change stay the same.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        N files.
+
+    Returns
+    -------
+    ndarray of uint64, shape [N]
+        The largest number for a file that cannot be read.
+    """
+    place = cache_dir() / "digests" / f"{_key(paths, 'digests')}.npy"
+    try:
+        kept: npt.NDArray[np.uint64] = np.load(place)
+        if kept.shape == (len(paths),):
+            return kept
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or damaged
+    digests = np.asarray([_file_digest(path) for path in paths], dtype=np.uint64)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=place.parent, prefix="incomplete-", delete=False
+        ) as file:
+            np.save(file, digests)
+        os.replace(file.name, place)
+    except OSError as error:
+        logger.warning(
+            "cannot keep the images' digests in %s (%s); the files are read in every "
+            "round. Make room there or set CLIP2FL_CACHE_DIR to another folder.",
+            place.parent,
+            error,
+        )
+    return digests
+
+
+def _file_digest(path: Path) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+    except OSError:
+        return 2**64 - 1
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _key(paths: Sequence[Path], purpose: object) -> str:
+    digest = hashlib.blake2b(str(purpose).encode(), digest_size=16)
     for path in paths:
         try:
             facts = path.stat()

@@ -9,6 +9,13 @@ import numpy.typing as npt
 
 MANY_SHOT_ABOVE = 100
 FEW_SHOT_BELOW = 20
+# How classifiers are called: the averaged model's own, the re-trained one, and the
+# teacher's zero-shot classification.
+FEDAVG_HEAD = "fedavg"
+RETRAINED_HEAD = "retrained"
+TEACHER_HEAD = "teacher"
+HEADS = (RETRAINED_HEAD, FEDAVG_HEAD, TEACHER_HEAD)
+
 # Shares of the classes, by frequency rank, where the counts leave a group empty.
 MANY_SHARE, MEDIUM_SHARE = 0.3, 0.4
 
@@ -19,15 +26,16 @@ class ShotGroups:
 
     Attributes
     ----------
-    rule : {"count", "rank"}
+    rule : {"count", "rank", "listed"}
         "count": more than 100 / 20 to 100 / fewer than 20 training images (Liu et
         al. 2019). "rank": that would leave a group empty, so the classes are split
-        30/40/30 % by frequency.
+        30/40/30 % by frequency. "listed": the same shares of the classes in the
+        order in which they are listed, since nobody knows their counts.
     many, medium, few : tuple of int
         Class indices, ascending. Never empty with three classes or more.
     """
 
-    rule: Literal["count", "rank"]
+    rule: Literal["count", "rank", "listed"]
     many: tuple[int, ...]
     medium: tuple[int, ...]
     few: tuple[int, ...]
@@ -39,8 +47,9 @@ class AccuracyReport:
 
     Attributes
     ----------
-    top1 : float
-        Share of test images classified correctly.
+    top1 : float or None
+        Share of test images classified correctly; None where class counts, which it
+        depends on, are unknown.
     balanced : float
         Mean of the per-class accuracies.
     many, medium, few : float or None
@@ -49,7 +58,7 @@ class AccuracyReport:
         Accuracy of each class.
     """
 
-    top1: float
+    top1: float | None
     balanced: float
     many: float | None
     medium: float | None
@@ -75,13 +84,36 @@ def shot_groups(train_counts: Sequence[int]) -> ShotGroups:
         np.flatnonzero((counts >= FEW_SHOT_BELOW) & (counts <= MANY_SHOT_ABOVE)),
         np.flatnonzero(counts < FEW_SHOT_BELOW),
     )
-    rule: Literal["count", "rank"] = "count"
     if any(len(group) == 0 for group in groups):
-        rule = "rank"
-        order = np.argsort(-counts, kind="stable")
-        first = max(1, round(MANY_SHARE * len(order)))
-        second = max(first + 1, round((MANY_SHARE + MEDIUM_SHARE) * len(order)))
-        groups = (order[:first], order[first:second], order[second:])
+        return _grouped("rank", *_split(np.argsort(-counts, kind="stable")))
+    return _grouped("count", *groups)
+
+
+def listed_groups(num_classes: int) -> ShotGroups:
+    """Group classes by their place in the list, from frequent to rare.
+
+    Parameters
+    ----------
+    num_classes : int
+        Number of classes C.
+
+    Returns
+    -------
+    ShotGroups
+    """
+    return _grouped("listed", *_split(np.arange(num_classes)))
+
+
+def _split(order: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+    """Split classes in order of their frequency into 30/40/30 %."""
+    first = max(1, round(MANY_SHARE * len(order)))
+    second = max(first + 1, round((MANY_SHARE + MEDIUM_SHARE) * len(order)))
+    return order[:first], order[first:second], order[second:]
+
+
+def _grouped(
+    rule: Literal["count", "rank", "listed"], *groups: npt.NDArray[np.int64]
+) -> ShotGroups:
     many, medium, few = (tuple(sorted(int(c) for c in group)) for group in groups)
     return ShotGroups(rule, many, medium, few)
 
@@ -131,6 +163,29 @@ def accuracy_report(
         100.0 * float(hit) / float(total) if total else None
         for hit, total in zip(correct, per_true_class, strict=True)
     ]
+    top1 = 100.0 * float(correct.sum()) / float(per_true_class.sum())
+    return recall_report(recall, groups, top1)
+
+
+def recall_report(
+    recall: Sequence[float | None], groups: ShotGroups, top1: float | None = None
+) -> AccuracyReport:
+    """Summarise the accuracy of each class.
+
+    Parameters
+    ----------
+    recall : sequence of float or None, length C
+        Accuracy of each class in percent; None: no image of it. Not None throughout.
+    groups : ShotGroups
+        Shot groups of the training data.
+    top1 : float or None
+        Share of all images classified correctly in percent, where it is known.
+
+    Returns
+    -------
+    AccuracyReport
+        A class without test images is left out of every mean.
+    """
 
     def mean_of(classes: Sequence[int]) -> float | None:
         values = [value for c in classes if (value := recall[c]) is not None]
@@ -139,7 +194,7 @@ def accuracy_report(
     balanced = mean_of(range(len(recall)))
     assert balanced is not None, "an empty test set has no accuracy"
     return AccuracyReport(
-        top1=100.0 * float(correct.sum()) / float(per_true_class.sum()),
+        top1=top1,
         balanced=balanced,
         many=mean_of(groups.many),
         medium=mean_of(groups.medium),

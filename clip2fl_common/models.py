@@ -1,12 +1,11 @@
 """Student networks: a backbone, a projection to the teacher's width, a classifier."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision.models import resnet18, resnet50
-from torchvision.models.resnet import BasicBlock
 
 
 class ImageClassifier(nn.Module):
@@ -93,14 +92,36 @@ class ResNet8(ImageClassifier):
         return averaged
 
 
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016).
+
+    torchvision's, with the same names of weights: importing that takes longer than
+    everything else that a client needs besides torch.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return activations, shape [N, outputs, H / stride, W / stride]."""
+        x = functional.relu(self.bn1(self.conv1(images)))
+        x = self.bn2(self.conv2(x))
+        shortcut = images if self.downsample is None else self.downsample(images)
+        return functional.relu(x + shortcut)
+
+
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-    return nn.Sequential(BasicBlock(inputs, outputs, stride, downsample))
+    return nn.Sequential(_BasicBlock(inputs, outputs, stride))
 
 
 class TorchvisionClassifier(ImageClassifier):
@@ -132,11 +153,17 @@ class TorchvisionClassifier(ImageClassifier):
         return pooled
 
 
+def _torchvision(name: str, num_classes: int, feature_dim: int) -> ImageClassifier:
+    from torchvision import models  # takes more than a second
+
+    return TorchvisionClassifier(getattr(models, name), num_classes, feature_dim)
+
+
 MODELS: dict[str, Callable[[int, int], ImageClassifier]] = {
     "resnet8": lambda classes, dim: ResNet8(classes, dim, width=4),
     "resnet8-slim": lambda classes, dim: ResNet8(classes, dim, width=1),
-    "resnet18": lambda classes, dim: TorchvisionClassifier(resnet18, classes, dim),
-    "resnet50": lambda classes, dim: TorchvisionClassifier(resnet50, classes, dim),
+    "resnet18": partial(_torchvision, "resnet18"),
+    "resnet50": partial(_torchvision, "resnet50"),
 }
 
 

@@ -4,11 +4,15 @@ Train request: ``arrays`` (global model), ``retrained-classifier`` (weight, bias
 where class gradients are wanted), ``config`` (round, seeds, what to switch on).
 Train reply: ``arrays`` (local model), ``class-gradients`` (the classes held and, for
 each, weight and bias gradient, dense or low-rank), ``metrics``.
+
+Nodes with images of their own also answer a query (``config``: the site's name) and
+evaluate: the request is a train request's, the reply has ``metrics`` only.
 """
 
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +22,7 @@ import torch
 from flwr.app import (
     Array,
     ArrayRecord,
+    ConfigRecord,
     Message,
     MetricRecord,
     RecordDict,
@@ -40,6 +45,7 @@ CONFIG = "config"
 METRICS = "metrics"
 
 PARTITION = "partition-id"
+SITE = "site"
 ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 PROXIMAL_MU = "proximal-mu"
@@ -65,15 +71,23 @@ SUMMED_METRICS = (
     "seconds-training",
 )
 
+CLASSES = "classes"
+RECALL = "recall-"
+# Steps in percent to which a site rounds its accuracy on each class.
+RECALL_STEP = 5
+
+SITE_NAME = re.compile(r"[\w.-]{1,64}")
+
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A train request, as the client reads it.
+    """A train or evaluate request, as the client reads it.
 
     Attributes
     ----------
     server_round, partition : int
-        Round, and which partition to train on.
+        Round, and which partition to train on; for a node with images of its own, the
+        number of its random streams.
     model : ArrayRecord
         Global model.
     classifier : tuple of Tensor or None
@@ -470,6 +484,112 @@ def _decode(name: str, array: Array) -> npt.NDArray[Any]:
 
 def _undecodable(name: str, error: Exception) -> ReplyError:
     return ReplyError(f"array {name} cannot be decoded ({error})")
+
+
+def site_reply(name: str) -> RecordDict:
+    """Return the answer of a node with images of its own to a query."""
+    return RecordDict({CONFIG: ConfigRecord({SITE: name})})
+
+
+def site_of(reply: Message) -> str:
+    """Return the name in a reply that `site_reply` made.
+
+    Raises
+    ------
+    ReplyError
+        If there is no usable name.
+    """
+    name = reply.content.config_records.get(CONFIG, ConfigRecord()).get(SITE)
+    if not isinstance(name, str) or not SITE_NAME.fullmatch(name):
+        raise ReplyError(
+            f"its answer names no site ({name!r}); expected 1 to 64 letters, digits, "
+            "'.', '_' or '-'"
+        )
+    return name
+
+
+def recall_reply(
+    num_examples: int, recalls: Mapping[str, Mapping[int, float]]
+) -> RecordDict:
+    """Return a site's evaluation: what each head gets right of each class.
+
+    Neither counts nor anything to compute them from: an accuracy over all classes,
+    next to those of each class, would tell the classes' shares after some rounds.
+
+    Parameters
+    ----------
+    num_examples : int
+        Images evaluated.
+    recalls : mapping of str to mapping of int to float
+        Head to class to accuracy in percent, for the same classes in each.
+
+    Returns
+    -------
+    RecordDict
+        Accuracies are rounded to `RECALL_STEP`.
+    """
+    classes = sorted(next(iter(recalls.values())))
+    values = {
+        f"{RECALL}{head}": [RECALL_STEP * round(by[c] / RECALL_STEP) for c in classes]
+        for head, by in recalls.items()
+    }
+    metrics = MetricRecord({NUM_EXAMPLES: num_examples, CLASSES: classes, **values})
+    return RecordDict({METRICS: metrics})
+
+
+def recalls_of(
+    reply: Message, num_classes: int, heads: Sequence[str]
+) -> dict[str, dict[int, int]]:
+    """Return the accuracies in a reply that `recall_reply` made, checked.
+
+    Parameters
+    ----------
+    reply : Message
+        A reply with content.
+    num_classes : int
+        Number of classes C.
+    heads : sequence of str
+        The heads that it must speak of.
+
+    Returns
+    -------
+    dict of str to dict of int to int
+        Head to class to accuracy in percent.
+
+    Raises
+    ------
+    ReplyError
+        If anything is missing, unknown or out of range.
+    """
+    content = reply.content
+    if set(content) != {METRICS} or set(content.metric_records) != {METRICS}:
+        raise ReplyError(f"records are {sorted(content)}, expected ['{METRICS}']")
+    metrics = content.metric_records[METRICS]
+    names = {NUM_EXAMPLES, CLASSES, *(f"{RECALL}{head}" for head in heads)}
+    if set(metrics) != names:
+        difference = sorted(set(metrics) ^ names)
+        raise ReplyError(f"metrics missing or unknown: {', '.join(difference)}")
+    classes = _integers(metrics, CLASSES, 0, num_classes - 1)
+    if len(set(classes)) < len(classes):
+        raise ReplyError(f"accuracies for classes {classes}; they must differ")
+    recalls = {}
+    for head in heads:
+        values = _integers(metrics, f"{RECALL}{head}", 0, 100)
+        if len(values) != len(classes):
+            raise ReplyError(
+                f"{len(values)} accuracies of {head} for {len(classes)} classes"
+            )
+        recalls[head] = dict(zip(classes, values, strict=True))
+    return recalls
+
+
+def _integers(metrics: MetricRecord, name: str, low: int, high: int) -> list[int]:
+    values = metrics[name]
+    if not isinstance(values, list) or not all(
+        isinstance(value, int) and low <= value <= high for value in values
+    ):
+        raise ReplyError(f"{name} must be integers from {low} to {high}")
+    return cast(list[int], values)
 
 
 def partition_of(reply: Message) -> int:

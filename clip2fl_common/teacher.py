@@ -12,20 +12,22 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as images_functional
 
-from clip2fl_common.demo_teacher import load_demo_model
-from clip2fl_common.feature_store import FeatureStore, content_keys
+from clip2fl_common.demo_teacher import DATA_PATH, load_demo_model
+from clip2fl_common.feature_store import FeatureStore, content_keys, text_keys
+from clip2fl_common.teacher_facts import TeacherFacts, note_facts, recall_facts
 
 LOCAL_PREFIX = "local-dir:"
 HUB_PREFIX = "hf-hub:"
+DEMO = "demo"
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -34,10 +36,15 @@ class TeacherError(RuntimeError):
     """The teacher cannot be had, or is not the one the run expects."""
 
 
-class Teacher:
-    """A frozen open_clip model.
+class OtherTeacherError(TeacherError):
+    """Server and client have different teachers; says which, and no path."""
 
-    Parameters
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded open_clip model and what belongs to it.
+
+    Attributes
     ----------
     model : nn.Module
         open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``.
@@ -45,6 +52,28 @@ class Teacher:
         Texts to token ids [N, L].
     preprocess : mapping
         The model's own preprocessing: size, mean, std, interpolation, resize_mode.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    preprocess: Mapping[str, Any]
+
+    @cached_property
+    def facts(self) -> TeacherFacts:
+        """Fingerprint and scale, computed from the weights."""
+        model = cast(Any, self.model)
+        return TeacherFacts(
+            _fingerprint(model, self.preprocess), float(model.logit_scale.exp())
+        )
+
+
+class Teacher:
+    """A frozen open_clip model, loaded when a feature is not on disk.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the network.
     name : str
         How the teacher is called in reports.
     device : torch.device or str
@@ -53,36 +82,60 @@ class Teacher:
         Text of a class; ``{class}`` stands for its name.
     batch_size : int
         Images in one forward pass.
+    facts : TeacherFacts or None
+        What is known of it; None loads it to find out.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        preprocess: Mapping[str, Any],
+        load: Callable[[], Network],
         name: str,
         device: torch.device | str = "cpu",
         prompt: str = "a photo of a {class}",
         batch_size: int = 64,
+        facts: TeacherFacts | None = None,
     ) -> None:
-        # open_clip's models are nn.Modules with methods that nn.Module does not know.
-        self._model = cast(Any, model)
-        self._model.eval().requires_grad_(False).to(device)
-        self._tokenizer = tokenizer
-        self._preprocess = preprocess
+        self._load = load
         self._device = torch.device(device)
         self.name = name
         self.prompt = prompt
         self.batch_size = batch_size
-        self.logit_scale = float(self._model.logit_scale.exp())
-        self.fingerprint = _fingerprint(model, preprocess)
+        self._facts = facts or self.network.facts
         self._store = FeatureStore(self.fingerprint)
 
     @property
-    def network(self) -> nn.Module:
-        """The open_clip model itself."""
-        network: nn.Module = self._model
+    def fingerprint(self) -> str:
+        """Hash of weights and preprocessing."""
+        return self._facts.fingerprint
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the cosine between image and text."""
+        return self._facts.logit_scale
+
+    @cached_property
+    def network(self) -> Network:
+        """The model itself; loaded on first use.
+
+        Raises
+        ------
+        TeacherError
+            If it is not the one whose fingerprint was known.
+        """
+        network = self._load()
+        known = self.__dict__.get("_facts")
+        if known is not None and network.facts != known:
+            raise TeacherError(
+                f"teacher {self.name} has changed while it was in use: its fingerprint "
+                f"is {network.facts.fingerprint[:12]} and was {known.fingerprint[:12]}"
+            )
+        network.model.eval().requires_grad_(False).to(self._device)
         return network
+
+    @property
+    def _model(self) -> Any:
+        # open_clip's models are nn.Modules with methods that nn.Module does not know.
+        return self.network.model
 
     @torch.no_grad()
     def text_features(self, class_names: Sequence[str]) -> torch.Tensor:
@@ -99,9 +152,16 @@ class Teacher:
             Unit text features, on the CPU.
         """
         texts = [self.prompt.replace("{class}", name) for name in class_names]
+        return self._cached(
+            text_keys(texts), lambda at: self._encode([texts[i] for i in at])
+        )
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
         chunks = [
             self._model.encode_text(
-                self._tokenizer(texts[start : start + self.batch_size]).to(self._device)
+                self.network.tokenizer(texts[start : start + self.batch_size]).to(
+                    self._device
+                )
             )
             for start in range(0, len(texts), self.batch_size)
         ]
@@ -140,11 +200,20 @@ class Teacher:
         Tensor of float32, shape [N, d]
             The same as `image_features`; what was missing is added to the cache.
         """
-        keys = content_keys(images)
+        if not len(images):
+            return torch.empty(0, self.text_features(["anything"]).shape[1])
+        return self._cached(
+            content_keys(images), lambda at: self.image_features(images[at])
+        )
+
+    def _cached(
+        self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return features [N, d] from disk; compute and keep those at other places."""
         known = self._store.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
-            computed = self.image_features(images[missing])
+            computed = compute(missing)
             self._store.put([keys[i] for i in missing], computed)
             known |= {keys[i]: v for i, v in zip(missing, computed, strict=True)}
         return torch.stack([known[key] for key in keys])
@@ -161,10 +230,15 @@ class Teacher:
         -------
         Tensor of float32, shape [N, 3, size, size]
         """
-        size = self._preprocess["size"]
+        # Imported where it is used: it takes more than a second.
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as images_functional
+
+        preprocess = self.network.preprocess
+        size = preprocess["size"]
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        mode = InterpolationMode(self._preprocess["interpolation"])
-        if self._preprocess["resize_mode"] == "squash":
+        mode = InterpolationMode(preprocess["interpolation"])
+        if preprocess["resize_mode"] == "squash":
             target = [height, width]
         else:
             scale = max(height / images.shape[2], width / images.shape[3])
@@ -177,8 +251,8 @@ class Teacher:
         images = images_functional.center_crop(images, [height, width])
         normalized: torch.Tensor = images_functional.normalize(
             images.float() / 255,
-            list(self._preprocess["mean"]),
-            list(self._preprocess["std"]),
+            list(preprocess["mean"]),
+            list(preprocess["std"]),
         )
         return normalized
 
@@ -216,20 +290,70 @@ def load_teacher(
         If the name is unknown or the weights cannot be had; says where they were
         looked for and what the ways out are.
     """
-    network: nn.Module
-    tokenizer: Tokenizer
-    preprocess: Mapping[str, Any]
-    if model == "demo":
-        network, tokenizer, preprocess = load_demo_model()
-    else:
-        network, tokenizer, preprocess = _load_open_clip(model, pretrained)
-    if preprocess["resize_mode"] not in ("shortest", "squash"):
+    name = f"{model} ({pretrained})" if pretrained else model
+    facts = recall_facts(model, pretrained)
+    teacher = Teacher(
+        lambda: _load_network(model, pretrained),
+        name,
+        device,
+        prompt,
+        batch_size,
+        facts,
+    )
+    if facts is None:
+        files = _files(model, pretrained)
+        if files:
+            note_facts(model, pretrained, files, teacher.network.facts)
+    return teacher
+
+
+def _load_network(model: str, pretrained: str) -> Network:
+    network = Network(
+        *(load_demo_model() if model == DEMO else _load_open_clip(model, pretrained))
+    )
+    if network.preprocess["resize_mode"] not in ("shortest", "squash"):
         raise TeacherError(
             f"teacher.model = {model!r} wants resize mode "
-            f"{preprocess['resize_mode']!r}; only 'shortest' and 'squash' are supported"
+            f"{network.preprocess['resize_mode']!r}; only 'shortest' and 'squash' are "
+            "supported"
         )
-    name = f"{model} ({pretrained})" if pretrained else model
-    return Teacher(network, tokenizer, preprocess, name, device, prompt, batch_size)
+    return network
+
+
+def _files(model: str, pretrained: str) -> list[Path]:
+    """Return the files that a teacher was loaded from just now.
+
+    None where they cannot be told; then the teacher is loaded each time.
+    """
+    if model == DEMO:
+        return [DATA_PATH]
+    if model.startswith(LOCAL_PREFIX):
+        folder = Path(model.removeprefix(LOCAL_PREFIX)).expanduser()
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    if Path(pretrained).is_file():
+        return [Path(pretrained).resolve()]
+    from open_clip.pretrained import (
+        download_pretrained,
+        download_pretrained_from_hf,
+        get_pretrained_cfg,
+    )
+
+    try:
+        if model.startswith(HUB_PREFIX):
+            name = model.removeprefix(HUB_PREFIX)
+            found = [
+                download_pretrained_from_hf(name),
+                download_pretrained_from_hf(name, filename="open_clip_config.json"),
+            ]
+        else:
+            config = get_pretrained_cfg(model.replace("/", "-"), pretrained)
+            found = [download_pretrained(config)]
+    # As in `_load_open_clip`; here it only means that nothing can be noted.
+    except Exception:
+        return []
+    # The hub's cache links names to contents.
+    files = [Path(path).resolve() for path in found if path]
+    return files if all(path.is_file() for path in files) else []
 
 
 def _load_open_clip(

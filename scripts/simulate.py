@@ -339,7 +339,7 @@ def simulate(
     with _Signals() as signals, _private_directory() as directory:
         config_file = directory / "run-config.toml"
         config_file.write_text(config_text, "utf-8")
-        _copy_app(app, directory / "app")
+        copy_app(app, directory / "app")
         with _superlink(directory, signals, ray_address) as link:
             command = [
                 *("run", str(directory / "app"), PROFILE, "--stream"),
@@ -477,7 +477,7 @@ def _private_directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _copy_app(app: Path, copy: Path) -> None:
+def copy_app(app: Path, copy: Path) -> None:
     """Copy what a bundle may contain, for Flower to find.
 
     Flower walks through every file of the directory it is given; in a checkout that

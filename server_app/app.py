@@ -1,14 +1,17 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
+from typing import cast
+
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, RunConfig
 from server_app.session import Session
 from strategy.continuation import Continuation
 from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
 from strategy.registry import method_named
+from strategy.sites import AttentiveGrid, SitePlan
 
 app = ServerApp()
 
@@ -20,8 +23,10 @@ QUERY_TIMEOUT_S = 120.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
+    if config.dataset.name == SITES:
+        grid = cast(Grid, AttentiveGrid(grid))
     with Session(config, context.run_id) as session:
-        strategy = build_strategy(session, find_nodes(grid))
+        strategy = build_strategy(session, _plan(session, grid))
         done = session.open(strategy)
 
         def close_round(server_round: int, arrays: ArrayRecord) -> None:
@@ -69,20 +74,32 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     return tuple(places[partition] for partition in sorted(places))
 
 
-def build_strategy(session: Session, nodes: tuple[int, ...]) -> PartitionedTraining:
-    """Return the strategy of the configuration's method."""
+def _plan(session: Session, grid: Grid) -> ClientPlan | SitePlan:
     config = session.config
-    plan = ClientPlan(
-        nodes,
+    if config.dataset.name == SITES:
+        return SitePlan(
+            len(session.dataset.class_names),
+            config.federation.clients_per_round,
+            config.seed,
+            config.aggregation.max_site_images,
+        )
+    return ClientPlan(
+        find_nodes(grid),
         config.partition.clients,
         config.federation.clients_per_round,
         config.seed,
         session.images_per_client,
     )
-    return method_named(config.method).build(
+
+
+def build_strategy(
+    session: Session, plan: ClientPlan | SitePlan
+) -> PartitionedTraining:
+    """Return the strategy of the configuration's method."""
+    return method_named(session.config.method).build(
         Setting(
             plan,
-            config,
+            session.config,
             session.dataset.class_names,
             session.device,
             session.teacher,

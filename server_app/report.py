@@ -118,7 +118,7 @@ class RunFolder:
         self,
         method: Mapping[str, torch.Tensor],
         confusion: Mapping[str, npt.NDArray[np.int64]],
-        held: npt.NDArray[np.int64],
+        held: npt.NDArray[np.int64] | None,
     ) -> None:
         """Write ``artifacts.safetensors``.
 
@@ -129,11 +129,11 @@ class RunFolder:
             there are `SHOWN_FEATURES` at most, in half precision: enough to be drawn.
         confusion : mapping of str to ndarray of int64, shape [C, C]
             Test images by true and predicted class, for each head.
-        held : ndarray of int64, shape [K, C]
-            Training images by client and class.
+        held : ndarray of int64, shape [K, C], or None
+            Training images by client and class, where the server knows them.
         """
         tensors = {
-            "clients_by_class": torch.from_numpy(held),
+            **({} if held is None else {"clients_by_class": torch.from_numpy(held)}),
             **{f"confusion.{n}": torch.from_numpy(c) for n, c in confusion.items()},
             **method,
         }
@@ -209,6 +209,7 @@ class Progress:
             for name, report in reports.items()
         )
         trained = "old model kept" if loss is None else f"loss {loss:.3f}"
+        accuracy = accuracy or "no site has evaluated"
         return (
             f"round {server_round}/{self._rounds}: {accuracy}; {trained}; "
             f"{self._durations[-1]:.1f} s, "
@@ -241,9 +242,10 @@ def final_table(
     """
     columns = ("top1", "balanced", "many", "medium", "few")
     titles = ("top-1", "balanced", "many", "medium", "few")
-    width = max(len(name) for name in rows)
+    width = max((len(name) for name in rows), default=0)
+    where = "sites' validation" if groups.rule == "listed" else "test"
     lines = [
-        "Accuracy on the test images, %",
+        f"Accuracy on the {where} images, %",
         " " * width + "".join(f"{title:>10}" for title in titles),
     ]
     for name, report in rows.items():
@@ -255,6 +257,7 @@ def final_table(
     rule = {
         "count": "more than 100 / 20 to 100 / fewer than 20 training images",
         "rank": "by frequency rank, 30/40/30 % of the classes",
+        "listed": "in the order of dataset.class-names, 30/40/30 % of the classes",
     }[groups.rule]
     named = "; ".join(
         f"{title} {', '.join(class_names[c] for c in classes[:5])}"

@@ -10,14 +10,24 @@ from platform import python_version
 from time import perf_counter
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.datasets import ImageDataset, load_dataset, partition_indices
 from clip2fl_common.devices import resolve_device
-from clip2fl_common.metrics import AccuracyReport, shot_groups
+from clip2fl_common.metrics import (
+    FEDAVG_HEAD,
+    RETRAINED_HEAD,
+    TEACHER_HEAD,
+    AccuracyReport,
+    listed_groups,
+    recall_report,
+    shot_groups,
+)
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.partition import class_counts
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
@@ -51,8 +61,6 @@ from strategy.round_record import RoundRecord
 
 logger = getLogger(__name__)
 
-FEDAVG_HEAD = "fedavg"
-RETRAINED_HEAD = "retrained"
 TEACHER_ROW = "teacher zero-shot"
 
 
@@ -76,18 +84,22 @@ class Session:
         self.device = resolve_device(config.device)
         self.dataset: ImageDataset = load_dataset(config.dataset)
         partition = config.partition
-        self._parts = partition_indices(
-            config.dataset, partition.clients, partition.alpha, config.seed
-        )
+        classes = len(self.dataset.class_names)
+        # Sites tell nobody how many images of a class they have.
+        self._parts: tuple[npt.NDArray[np.int64], ...] = ()
+        self._held: npt.NDArray[np.int64] | None = None
+        groups = listed_groups(classes)
+        if config.dataset.name != SITES:
+            self._parts = partition_indices(
+                config.dataset, partition.clients, partition.alpha, config.seed
+            )
+            self._held = class_counts(self._parts, self.dataset.train.labels, classes)
+            groups = shot_groups(self._held.sum(axis=0).tolist())
         self.images_per_client = tuple(len(part) for part in self._parts)
-        self._held = class_counts(
-            self._parts, self.dataset.train.labels, len(self.dataset.class_names)
-        )
-        self.counts = self._held.sum(axis=0)
-        self.model = _initial_model(config, len(self.dataset.class_names))
+        self.model = _initial_model(config, classes)
         self.evaluator = Evaluator(
             self.dataset,
-            shot_groups(self.counts.tolist()),
+            groups,
             config.evaluation.max_images,
             config.evaluation.batch_size,
             self.device,
@@ -155,24 +167,26 @@ class Session:
         """Return what ``config.json`` says besides the configuration."""
         facts: dict[str, Any] = {
             "class_names": self.dataset.class_names,
-            "train_images_per_class": self.counts.tolist(),
-            "train_images_per_client": self.images_per_client,
             "test_images": len(self.dataset.test.labels),
             "shot_groups": vars(self.evaluator.groups),
             "code": code_fingerprint(),
             "versions": _versions(),
         }
+        if self._held is not None:
+            facts["train_images_per_class"] = self._held.sum(axis=0).tolist()
+            facts["train_images_per_client"] = self.images_per_client
         if self._resumed_after:
             facts["resumed_after_rounds"] = self._resumed_after
         if self.teacher:
-            print("teacher: zero-shot accuracy on the test images ...", flush=True)
-            report = self.evaluator.teacher_accuracy(self.teacher)
-            self._teacher_row = {TEACHER_ROW: report}
             facts["teacher"] = {
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
-                "zero_shot": accuracy_fields(report),
             }
+        if self.teacher and len(self.dataset.test.labels):
+            print("teacher: zero-shot accuracy on the test images ...", flush=True)
+            report = self.evaluator.teacher_accuracy(self.teacher)
+            self._teacher_row = {TEACHER_ROW: report}
+            facts["teacher"]["zero_shot"] = accuracy_fields(report)
         return facts
 
     def _resume(self, strategy: PartitionedTraining) -> int:
@@ -237,8 +251,12 @@ class Session:
         started = perf_counter()
         config = self.config
         final = server_round == config.federation.rounds
-        heads = self._heads(strategy)
-        reports = self.evaluator.evaluate(self.model, heads, final)
+        recalls = strategy.round.recalls
+        reports = (
+            self.evaluator.evaluate(self.model, self._heads(strategy), final)
+            if recalls is None
+            else self._site_reports(recalls)
+        )
         seconds = {**strategy.round.seconds, "evaluation": perf_counter() - started}
         line = self._metrics_line(server_round, strategy.round, reports, seconds)
         with self._storing(f"round {server_round}"):
@@ -248,7 +266,9 @@ class Session:
                     strategy.artifacts(), self.evaluator.confusion, self._held
                 )
             if final or server_round % config.checkpoint.every == 0:
-                self._keep_round(server_round, strategy, next(iter(reports.values())))
+                self._keep_round(
+                    server_round, strategy, next(iter(reports.values()), None)
+                )
         for tracker in self._trackers:
             tracker.log(server_round, scalars(line))
         print(
@@ -257,6 +277,19 @@ class Session:
             ),
             flush=True,
         )
+
+    def _site_reports(
+        self, recalls: Mapping[str, list[float | None]]
+    ) -> dict[str, AccuracyReport]:
+        """Return the heads' accuracy at the sites; note the teacher's as a row."""
+        reports = {
+            name: recall_report(recall, self.evaluator.groups)
+            for name, recall in recalls.items()
+            if any(value is not None for value in recall)
+        }
+        if TEACHER_HEAD in reports:
+            self._teacher_row = {TEACHER_ROW: reports.pop(TEACHER_HEAD)}
+        return reports
 
     def close(self, strategy: PartitionedTraining) -> None:
         """Write the final model and print the table, after all that Flower prints."""
@@ -328,15 +361,18 @@ class Session:
         }
 
     def _keep_round(
-        self, server_round: int, strategy: PartitionedTraining, report: AccuracyReport
+        self,
+        server_round: int,
+        strategy: PartitionedTraining,
+        report: AccuracyReport | None,
     ) -> None:
         """Write a round's checkpoint, and its model if it is the best so far."""
-        value = getattr(report, self.config.checkpoint.best_metric)
-        better = value is not None and (not self._best or value > self._best.value)
-        if better:
+        value = getattr(report, self.config.checkpoint.best_metric, None)
+        best = self._best
+        if value is not None and (not best or value > best.value):
             self._best = BestRound(server_round, value)
         self._write_checkpoint(server_round, strategy)
-        if better:
+        if self._best is not best:
             self._save_model(BEST_MODEL, server_round, strategy)
         prune(self.folder.path, self.config.checkpoint.keep)
 

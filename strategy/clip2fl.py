@@ -13,6 +13,7 @@ from clip2fl_common import records
 from clip2fl_common.config import Distillation
 from strategy.creff import CReFF
 from strategy.partitioned import ClientPlan, Setting
+from strategy.sites import SitePlan
 
 
 class CLIP2FL(CReFF):
@@ -24,7 +25,7 @@ class CLIP2FL(CReFF):
 
     Parameters
     ----------
-    plan : ClientPlan
+    plan : ClientPlan or SitePlan
         Who trains when and where.
     text_features : Tensor, shape [C, d]
         Unit text features of the teacher.
@@ -45,7 +46,7 @@ class CLIP2FL(CReFF):
 
     def __init__(
         self,
-        plan: ClientPlan,
+        plan: ClientPlan | SitePlan,
         *,
         text_features: torch.Tensor,
         teacher_fingerprint: str,
@@ -116,3 +117,10 @@ class CLIP2FL(CReFF):
         config[records.DISTILLATION_TEMPERATURE] = self.distillation.temperature
         config[records.TEACHER_FINGERPRINT] = self.teacher_fingerprint
         return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Have sites evaluate the teacher too, for comparison."""
+        config[records.TEACHER_FINGERPRINT] = self.teacher_fingerprint
+        return super().configure_evaluate(server_round, arrays, config, grid)

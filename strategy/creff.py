@@ -18,6 +18,7 @@ from strategy.aggregation import combine_class_gradients, shorten_gradient
 from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan, Setting
 from strategy.retraining import new_classifier, retrain_classifier
+from strategy.sites import SitePlan
 from strategy.synthesis import (
     gradient_matching_loss,
     prototype_contrastive_loss,
@@ -39,7 +40,7 @@ class CReFF(FedAvg):
 
     Parameters
     ----------
-    plan : ClientPlan
+    plan : ClientPlan or SitePlan
         Who trains when and where.
     num_classes : int
         Number of classes C.
@@ -70,7 +71,7 @@ class CReFF(FedAvg):
 
     def __init__(
         self,
-        plan: ClientPlan,
+        plan: ClientPlan | SitePlan,
         *,
         num_classes: int,
         feature_dim: int,

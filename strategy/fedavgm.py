@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 
 from clip2fl_common.config import ConfigError
 from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
+from strategy.sites import SitePlan
 
 BUFFERS = (".running_mean", ".running_var")
 
@@ -24,7 +25,7 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
 
     Parameters
     ----------
-    plan : ClientPlan
+    plan : ClientPlan or SitePlan
         Who trains when and where.
     momentum : float
         In [0, 1).
@@ -41,7 +42,7 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
 
     def __init__(
         self,
-        plan: ClientPlan,
+        plan: ClientPlan | SitePlan,
         *,
         momentum: float,
         learning_rate: float,

@@ -5,11 +5,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
+from statistics import fmean
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.logger import log
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
@@ -17,11 +26,13 @@ from torch import nn
 from clip2fl_common import records
 from clip2fl_common.config import Aggregation, RunConfig
 from clip2fl_common.datasets import DatasetError
+from clip2fl_common.metrics import FEDAVG_HEAD, HEADS, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.round_record import RoundRecord
+from strategy.sites import SitePlan
 
 
 class NoRepliesError(RuntimeError):
@@ -67,6 +78,25 @@ class ClientPlan:
         """Return the node that simulates a partition."""
         return self.nodes[partition % len(self.nodes)]
 
+    def images_of(self, partition: int) -> int:
+        """Return the most images that a partition can have been trained on."""
+        return self.images[partition]
+
+    def label(self, partition: int) -> int:
+        """Return what reports call a partition."""
+        return partition
+
+    def refresh(self, grid: Grid) -> Grid:
+        """Return the grid as it is: simulated nodes stay."""
+        return grid
+
+    def __str__(self) -> str:
+        """Return a line for the strategy's summary."""
+        return (
+            f"{self.clients_per_round} of {self.num_clients} (seed {self.seed}). "
+            f"Simulated by {len(self.nodes)} nodes"
+        )
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -74,7 +104,7 @@ class Setting:
 
     Attributes
     ----------
-    plan : ClientPlan
+    plan : ClientPlan or SitePlan
         Who trains when and where.
     config : RunConfig
         The run's configuration, from which a method takes its own settings.
@@ -86,7 +116,7 @@ class Setting:
         There for methods with ``needs_teacher``, else None.
     """
 
-    plan: ClientPlan
+    plan: ClientPlan | SitePlan
     config: RunConfig
     class_names: tuple[str, ...]
     device: torch.device
@@ -108,8 +138,8 @@ class PartitionedTraining(FlowerFedAvg):
 
     Parameters
     ----------
-    plan : ClientPlan
-        Who trains when and where.
+    plan : ClientPlan or SitePlan
+        Who trains when and where. Sites also evaluate each round's model.
     aggregation : Aggregation
         How models are put together, and the bounds on what a client sends.
     min_replies : int
@@ -140,7 +170,7 @@ class PartitionedTraining(FlowerFedAvg):
 
     def __init__(
         self,
-        plan: ClientPlan,
+        plan: ClientPlan | SitePlan,
         *,
         aggregation: Aggregation,
         min_replies: int,
@@ -149,8 +179,9 @@ class PartitionedTraining(FlowerFedAvg):
         # All nodes are handed to `_construct_messages`, which picks from them.
         super().__init__(
             fraction_train=1.0,
-            fraction_evaluate=0.0,
+            fraction_evaluate=1.0 if isinstance(plan, SitePlan) else 0.0,
             min_train_nodes=1,
+            min_evaluate_nodes=1,
             min_available_nodes=1,
             train_metrics_aggr_fn=_summarise_metrics,
             **flower_settings,
@@ -162,10 +193,13 @@ class PartitionedTraining(FlowerFedAvg):
         self._aggregator = flower_aggregator(
             aggregation, train_metrics_aggr_fn=_summarise_metrics
         )
-        # Partitions that each node was asked for in the round, with their images.
-        self._asked: dict[int, dict[int, int]] = {}
+        # Clients that each node was asked for in the round, with the most images that
+        # they can have, and what logs call the node.
+        self._asked: defaultdict[int, dict[int, int]] = defaultdict(dict)
+        self._names: dict[int, str] = {}
         self._sent = ArrayRecord()
         self._sent_at = 0.0
+        self._heads: list[str] = []
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return by name what a round leaves to the next, besides the global model.
@@ -182,14 +216,7 @@ class PartitionedTraining(FlowerFedAvg):
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
         log(INFO, "\t├──> Clients:")
-        log(
-            INFO,
-            "\t│\t├── Drawn each round: %d of %d (seed %d)",
-            self.plan.clients_per_round,
-            self.plan.num_clients,
-            self.plan.seed,
-        )
-        log(INFO, "\t│\t├── Simulated by %d nodes", len(self.plan.nodes))
+        log(INFO, "\t│\t├── Drawn each round: %s", self.plan)
         log(INFO, "\t│\t└── Good replies a round needs: %d", self.min_replies)
         rule = self.aggregation
         log(INFO, "\t├──> Aggregation:")
@@ -212,33 +239,63 @@ class PartitionedTraining(FlowerFedAvg):
             )
         super().summary()
 
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Look who is there first, where nodes may come and go."""
+        return super().configure_train(
+            server_round, arrays, config, self.plan.refresh(grid)
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask all sites that are there; nobody where clients are simulated."""
+        return super().configure_evaluate(
+            server_round, arrays, config, self.plan.refresh(grid)
+        )
+
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
-        """Address one message to each partition drawn, not one to each node."""
+        """Address one message to each client that the plan has for it."""
         config = record.config_records[records.CONFIG]
         server_round = cast(int, config[records.ROUND])
-        self._sent = record.array_records[records.ARRAYS]
-        self._sent_at = time.perf_counter()
-        partitions = self.plan.sample(server_round)
-        self._asked = {node: {} for node in self.plan.nodes}
-        log(INFO, "configure_train: clients %s train", partitions)
+        if message_type == MessageType.TRAIN:
+            self._sent = record.array_records[records.ARRAYS]
+            self._sent_at = time.perf_counter()
+            clients = self.plan.sample(server_round)
+            self.round = RoundRecord(
+                bytes_down=len(clients) * records.payload_bytes(record)
+            )
+        else:
+            assert isinstance(self.plan, SitePlan)
+            clients = self.plan.connected()
+            asked = {
+                RETRAINED_HEAD: records.CLASSIFIER in record,
+                FEDAVG_HEAD: True,
+                TEACHER_HEAD: records.TEACHER_FINGERPRINT in config,
+            }
+            self._heads = [head for head in HEADS if asked[head]]
+        labels = [self.plan.label(client) for client in clients]
+        log(INFO, "round %d: clients %s %s", server_round, labels, message_type)
+        self._asked.clear()
         messages = []
-        for partition in partitions:
+        for client, label in zip(clients, labels, strict=True):
             content = RecordDict(dict(record.items()))
             content[records.CONFIG] = ConfigRecord(
                 {
                     **config,
-                    records.PARTITION: partition,
+                    records.PARTITION: client,
                     records.CODE_FINGERPRINT: code_fingerprint(),
                 }
             )
-            node = self.plan.node_of(partition)
-            self._asked[node][partition] = self.plan.images[partition]
+            node = self.plan.node_of(client)
+            self._asked[node][client] = self.plan.images_of(client)
+            self._names[node] = f"node {node}" + (
+                f" ({label})" if isinstance(label, str) else ""
+            )
             messages.append(Message(content, node, message_type))
-        self.round = RoundRecord(
-            bytes_down=len(messages) * records.payload_bytes(record)
-        )
         return messages
 
     def aggregate_train(
@@ -255,6 +312,7 @@ class PartitionedTraining(FlowerFedAvg):
         """
         replies = list(replies)
         self._book("clients", self._sent_at)
+        self._name_silent(server_round, replies)
         started = time.perf_counter()
         accepted = self._accept(server_round, replies)
         self.round.dropped = len(replies) - len(accepted)
@@ -270,7 +328,9 @@ class PartitionedTraining(FlowerFedAvg):
             self.round.kept_model = True
             self._book("checks", started)
             return None, None
-        self.round.clients = [records.partition_of(reply) for reply in accepted]
+        self.round.clients = [
+            self.plan.label(records.partition_of(reply)) for reply in accepted
+        ]
         self.round.upload_bytes = [records.payload_bytes(r.content) for r in accepted]
         self.round.gradient_bytes = [
             records.gradient_bytes(r.content) for r in accepted
@@ -328,9 +388,7 @@ class PartitionedTraining(FlowerFedAvg):
                 reason = f"{len(answers)} replies for partition {partition}"
                 bad += [(reply, reason) for reply in answers]
                 del good[partition]
-        reasons = [
-            f"node {reply.metadata.src_node_id}: {reason}" for reply, reason in bad
-        ]
+        reasons = [f"{self._name(reply)}: {reason}" for reply, reason in bad]
         for reason in reasons:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
         if not good:
@@ -377,6 +435,59 @@ class PartitionedTraining(FlowerFedAvg):
             for name, value in values.items()
             if name.startswith("seconds-")
         }
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average each class's accuracy over the sites that have images of it.
+
+        A plain mean, as of class gradients: no class count leaves a site.
+        """
+        if not isinstance(self.plan, SitePlan):
+            return None
+        replies = list(replies)
+        self._name_silent(server_round, replies)
+        found: list[dict[str, dict[int, int]]] = []
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    raise records.ReplyError(reply.error.reason)
+                found.append(
+                    records.recalls_of(reply, self.plan.num_classes, self._heads)
+                )
+            except records.ReplyError as error:
+                log(
+                    WARNING,
+                    "round %d: dropped the evaluation of %s: %s",
+                    server_round,
+                    self._name(reply),
+                    error,
+                )
+        self.round.recalls = {
+            head: [
+                fmean(values)
+                if (values := [site[head][c] for site in found if c in site[head]])
+                else None
+                for c in range(self.plan.num_classes)
+            ]
+            for head in self._heads
+        }
+        return None
+
+    def _name(self, reply: Message) -> str:
+        """Return what logs call the sender of a reply."""
+        node = reply.metadata.src_node_id
+        return self._names.get(node, f"node {node}")
+
+    def _name_silent(self, server_round: int, replies: Sequence[Message]) -> None:
+        """Log the nodes that have not replied at all."""
+        for node in self._asked.keys() - {r.metadata.src_node_id for r in replies}:
+            log(
+                WARNING,
+                "round %d: %s did not reply in time; the round goes on without it",
+                server_round,
+                self._names[node],
+            )
 
     def _book(self, phase: str, started: float) -> None:
         self.round.seconds[phase] = time.perf_counter() - started

@@ -9,8 +9,8 @@ class RoundRecord:
 
     Attributes
     ----------
-    clients : list of int
-        Partitions whose replies were used.
+    clients : list of (int or str)
+        Partitions, or names of sites, whose replies were used.
     dropped : int
         Replies that were not.
     kept_model : bool
@@ -29,9 +29,12 @@ class RoundRecord:
     seconds : dict
         Wall-clock seconds of each phase at the server; those named ``clients-...``
         are summed over the clients.
+    recalls : dict or None
+        Sites' mean accuracy on each class in percent (None: no site has it), by head;
+        None without sites.
     """
 
-    clients: list[int] = field(default_factory=list)
+    clients: list[int | str] = field(default_factory=list)
     dropped: int = 0
     kept_model: bool = False
     shortened_updates: int = 0
@@ -42,3 +45,4 @@ class RoundRecord:
     losses: dict[str, float] = field(default_factory=dict)
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    recalls: dict[str, list[float | None]] | None = None

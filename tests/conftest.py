@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,15 @@ def be_flower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def federation_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let whole federations run in this process."""
     be_flower(tmp_path / "cache", monkeypatch)
+
+
+@pytest.fixture
+def flower_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Return a log of Flower's lines, each once whether they are handed on or not."""
+    flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "propagate", False)
+    flower.addHandler(caplog.handler)
+    yield caplog
+    flower.removeHandler(caplog.handler)

@@ -1,6 +1,9 @@
 """The ClientApp with real messages, and without Flower's processes."""
 
 import copy
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from client_app.app import app
+from client_app.app import _teacher, app
 from client_app.gradients import class_gradients
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig
@@ -20,7 +23,7 @@ from clip2fl_common.gradient_coding import LowRankGradient, row_cosines
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
-from tests.defaults import run_config
+from tests.defaults import ROOT, run_config
 
 # One un-augmented draw of all images, so that class gradients can be computed slowly;
 # and several steps an epoch, since the first has no proximal gradient.
@@ -297,3 +300,38 @@ def test_teacher_is_not_needed_without_distillation() -> None:
     reply = answer(message)
     values = reply.content.metric_records[records.METRICS]
     assert values["distillation-loss"] == 0
+
+
+# Imported by a ClientApp only where nothing on disk serves: each takes seconds.
+SLOW = ("open_clip", "torchvision", "torch._dynamo")
+
+
+def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
+    """As in a deployment: one process for each message, and features on disk."""
+    message = distilling()
+    _teacher.cache_clear()  # another test's, with another cache
+    answer(message)
+    for name in ("message", "config"):
+        (tmp_path / name).write_bytes(
+            pickle.dumps({"message": message, "config": CONFIG.to_flat()}[name])
+        )
+    program = (
+        "import pickle, sys; from pathlib import Path\n"
+        "from flwr.app import Context, RecordDict\n"
+        "from flwr.supercore.task_identity import TaskIdentity\n"
+        "TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = 1\n"
+        "from client_app.app import app\n"
+        "message, config = (pickle.loads(Path(p).read_bytes()) for p in sys.argv[1:])\n"
+        "context = Context(1, 1, {'partition-id': 0}, RecordDict(), config)\n"
+        "reply = app(message, context)\n"
+        "assert not reply.has_error()\n"
+        f"print([name for name in {SLOW!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "message", tmp_path / "config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

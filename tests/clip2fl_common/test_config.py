@@ -54,6 +54,27 @@ def test_round_trip() -> None:
             {"dataset.name": "image-folder", "dataset.root": "data"},
             r"dataset\.root = 'data' is relative",
         ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "cat"},
+            r"class-names = 'cat'.*at least two different names",
+        ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "big cat, dog, big_cat"},
+            "at least two different names",
+        ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "cat,,dog"},
+            "at least two different names",
+        ),
+        (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": "cat, dog",
+                "dataset.validation-share": 0.0,
+            },
+            r"validation-share = 0\.0.*let the sites keep some",
+        ),
+        ({"dataset.validation-share": 1.0}, r"share = 1\.0.*less than 1"),
         ({"run.dir": "runs"}, r"run\.dir = 'runs' is relative"),
         ({"run.resume": "runs/a"}, r"run\.resume = 'runs/a' is relative"),
         ({"checkpoint.keep": 0}, r"checkpoint\.keep = 0.*greater than or equal to 1"),
@@ -65,6 +86,16 @@ def test_round_trip() -> None:
 def test_bad_input_is_named(change: dict[str, Scalar], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_run_config({**default_config(), **change})
+
+
+def test_sites_need_no_partition() -> None:
+    """Each node is a client, so more may be sampled than there are partitions."""
+    changes: dict[str, Scalar] = {
+        "dataset.name": "sites",
+        "dataset.class-names": "cat, dog",
+        "federation.clients-per-round": 50,
+    }
+    RunConfig.from_run_config({**default_config(), **changes})
 
 
 def test_missing_key_is_named() -> None:

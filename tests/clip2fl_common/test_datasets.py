@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clip2fl_common import datasets
 from clip2fl_common.config import Dataset, Scalar
@@ -192,6 +192,28 @@ def test_exif_rotation_is_undone(tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "x.png", exif=exif)
     upright = read_image(tmp_path / "x.png", 8)
     np.testing.assert_array_equal(upright[0], np.rot90(picture[:, :, 0], -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_format_is_undone(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """As Pillow turns the whole image, before it is cut and made smaller."""
+    rows, columns = np.linspace(0, 255, 48)[:, None], np.linspace(255, 0, 80)
+    picture = Image.fromarray(((rows + columns) / 2).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"x.{suffix}"
+    picture.save(file, exif=exif)
+    with Image.open(file) as image:
+        whole = ImageOps.exif_transpose(image).convert("RGB")
+    expected = ImageOps.fit(whole, (16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(
+        read_image(file, 16).transpose(1, 2, 0),
+        np.asarray(expected).astype(float),
+        atol=1,
+    )
 
 
 @pytest.mark.parametrize("style", ["plain", "json lines", "json pairs"])

@@ -9,6 +9,8 @@ from clip2fl_common.metrics import (
     ShotGroups,
     accuracy_report,
     confusion_matrix,
+    listed_groups,
+    recall_report,
     shot_groups,
 )
 
@@ -132,3 +134,26 @@ def test_report_equals_slow_loops(pairs: list[tuple[int, int]]) -> None:
     assert report.medium == mean(groups.medium)
     assert report.few == mean(groups.few)
     assert report.per_class == tuple(accuracy.get(c) for c in range(5))
+
+
+def test_listed_groups_are_those_of_equal_counts() -> None:
+    """Equal counts are ranked in the order of the list."""
+    for classes in (3, 10, 101):
+        ranked = shot_groups([1] * classes)
+        listed = listed_groups(classes)
+        assert listed.rule == "listed"
+        assert (listed.many, listed.medium, listed.few) == (
+            ranked.many,
+            ranked.medium,
+            ranked.few,
+        )
+    assert listed_groups(10).many == (0, 1, 2)
+    assert listed_groups(10).few == (7, 8, 9)
+
+
+def test_report_from_accuracies_alone_has_no_top1() -> None:
+    report = recall_report([50.0, None, 100.0, 0.0], listed_groups(4))
+    assert report.top1 is None
+    assert report.balanced == pytest.approx(50.0)
+    assert report.per_class == (50.0, None, 100.0, 0.0)
+    assert (report.many, report.medium, report.few) == (50.0, 100.0, 0.0)

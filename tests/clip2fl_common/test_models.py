@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18, resnet50
+from torchvision.models.resnet import BasicBlock
 
 from clip2fl_common.models import build_model
 from tests import reference
@@ -76,6 +77,32 @@ def test_resnet8_stages(name: str, channels: tuple[int, int, int]) -> None:
         (2, count, side, side)
         for count, side in zip(channels, (32, 16, 8), strict=True)
     ]
+
+
+def test_stages_are_made_of_torchvisions_block() -> None:
+    """Weights of the same names give the same activations, in training mode too."""
+    torch.manual_seed(0)
+    model = build_model("resnet8-slim", num_classes=7)
+    x = torch.randn(4, 16, 32, 32)
+    for stage, (inputs, outputs) in (
+        (model.layer1, (16, 16)),
+        (model.layer2, (16, 32)),
+        (model.layer3, (32, 64)),
+    ):
+        assert isinstance(stage, nn.Sequential)
+        shortcut = None
+        if inputs != outputs:
+            shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs)
+            )
+        stride = outputs // inputs
+        block = BasicBlock(inputs, outputs, stride, shortcut)
+        block.load_state_dict(stage[0].state_dict())
+        y = stage(x)
+        torch.testing.assert_close(y, block(x))
+        for name, buffer in block.named_buffers():
+            torch.testing.assert_close(stage[0].get_buffer(name), buffer)
+        x = y
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """Teachers: cached exactly, told apart by fingerprint, missed with a way out."""
 
+import copy
+import os
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -12,9 +16,11 @@ from PIL import Image
 
 from client_app.app import _check_code, _check_teacher
 from clip2fl_common import demo
-from clip2fl_common.feature_store import TABLE, FeatureStore, content_keys
+from clip2fl_common import teacher as teachers
+from clip2fl_common.feature_store import TABLE, FeatureStore, cache_dir, content_keys
 from clip2fl_common.provenance import code_fingerprint
-from clip2fl_common.teacher import Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher_facts import recall_facts
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def images(count: int) -> torch.Tensor:
 def test_features_are_those_of_open_clip(teacher: Teacher) -> None:
     batch = images(4)
     network = teacher._model
-    transform = image_transform_v2(PreprocessCfg(**teacher._preprocess), is_train=False)
+    transform = image_transform_v2(
+        PreprocessCfg(**teacher.network.preprocess), is_train=False
+    )
     own = torch.stack(
         [transform(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in batch]
     )
@@ -51,7 +59,7 @@ def test_preprocessing_of_other_sizes_agrees(
     rows = np.linspace(0, 1, height)[:, None, None]
     columns = np.linspace(0, 1, width)[None, :, None]
     smooth = (255 * rows * columns * np.array([1.0, 0.7, 0.4])).astype(np.uint8)
-    config = PreprocessCfg(**teacher._preprocess)
+    config = PreprocessCfg(**teacher.network.preprocess)
     transform = image_transform_v2(config, is_train=False)
     expected = transform(Image.fromarray(smooth))
     ours = teacher.preprocess(torch.from_numpy(smooth).permute(2, 0, 1)[None])[0]
@@ -131,10 +139,82 @@ def test_fingerprint_follows_the_weights(teacher: Teacher) -> None:
     assert again.fingerprint == teacher.fingerprint
     with torch.no_grad():
         next(again._model.visual.parameters()).view(-1)[0] += 1
-    changed = Teacher(again._model, again._tokenizer, again._preprocess, "changed")
+    changed = Teacher(lambda: replace(again.network), "changed")
     assert changed.fingerprint != teacher.fingerprint
     with pytest.raises(TeacherError, match="fingerprint .* here, but .* at the server"):
         _check_teacher(changed, teacher.fingerprint)
+
+
+def never() -> Network:
+    """Load no teacher."""
+    pytest.fail("the teacher was loaded")
+
+
+def test_known_teacher_is_not_loaded(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fingerprint, scale, texts and images all come from disk the second time."""
+    names, batch = ["star", "ring"], images(3)
+    expected = teacher.text_features(names), teacher.cached_image_features(batch)
+    monkeypatch.setattr(teachers, "_load_network", lambda *_: never())
+    again = load_teacher("demo")
+    assert again.fingerprint == teacher.fingerprint
+    assert again.logit_scale == teacher.logit_scale
+    assert torch.equal(again.text_features(names), expected[0])
+    assert torch.equal(again.cached_image_features(batch), expected[1])
+    with pytest.raises(pytest.fail.Exception):
+        again.text_features(["arrow"])
+
+
+@pytest.fixture
+def own_folder(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Return a folder whose teacher is the demo's, shifted by what its file says."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "weights").write_text("0")
+
+    def load(model: str, pretrained: str) -> tuple[Any, Any, Any]:
+        network = copy.deepcopy(teacher.network)
+        shift = float((folder / "weights").read_text())
+        with torch.no_grad():
+            next(network.model.parameters()).view(-1)[0] += shift
+        return network.model, network.tokenizer, network.preprocess
+
+    monkeypatch.setattr(teachers, "_load_open_clip", load)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["content", "time"])
+def test_changed_file_is_another_teacher(own_folder: Path, change: str) -> None:
+    """Also where size and time of change are set back: then the inode's tells."""
+    name = f"local-dir:{own_folder}"
+    first = load_teacher(name)
+    assert recall_facts(name, "") == first.network.facts
+    before = (own_folder / "weights").stat()
+    (own_folder / "weights").write_text("1")
+    if change == "time":
+        os.utime(own_folder / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert recall_facts(name, "") is None
+    assert load_teacher(name).fingerprint != first.fingerprint
+
+
+def test_teacher_that_changes_while_in_use_is_refused(own_folder: Path) -> None:
+    load_teacher(f"local-dir:{own_folder}")
+    known = load_teacher(f"local-dir:{own_folder}")
+    (own_folder / "weights").write_text("1")
+    with pytest.raises(TeacherError, match="has changed while it was in use"):
+        known.image_features(images(1))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": [["/x"]], "facts": {}}'])
+def test_damaged_facts_are_noted_again(teacher: Teacher, text: str) -> None:
+    (place,) = (cache_dir() / "teachers").iterdir()
+    place.write_text(text)
+    assert recall_facts("demo", "") is None
+    assert load_teacher("demo").fingerprint == teacher.fingerprint
+    assert recall_facts("demo", "") == teacher.network.facts
 
 
 def test_client_of_another_checkout_refuses() -> None:

@@ -73,6 +73,7 @@ def configure(
     strategy: PartitionedTraining, arrays: ArrayRecord, server_round: int = 1
 ) -> list[Message]:
     """Return a round's requests, as they arrive: without shared state."""
+    assert isinstance(strategy.plan, ClientPlan)
     grid = cast(Grid, FakeGrid(strategy.plan.nodes))
     requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     return [copy.deepcopy(request) for request in requests]

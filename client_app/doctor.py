@@ -1,0 +1,137 @@
+"""Check a node before it takes part in a federation, and print what to fix::
+
+    python -m client_app.doctor --data-path /data/site-a --run-config conf/sites.toml \
+        --superlink server:9092 --root-certificates ca.crt --private-key node-a
+
+Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
+"""  # noqa: D400, D415 (a command line ends it)
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from client_app import preflight
+from client_app.preflight import Finding
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, listed_names
+from clip2fl_common.feature_store import cache_dir
+from clip2fl_common.image_files import image_files, subfolders
+from clip2fl_common.provenance import PACKAGE_ROOT
+
+
+def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding]:
+    """Yield what the checks find, the quick ones first."""
+    now = preflight.now()
+    if options.root_certificates:
+        yield preflight.check_certificate(options.root_certificates, now)
+    if options.private_key:
+        yield preflight.check_key(options.private_key)
+    if options.superlink:
+        yield from preflight.check_server(
+            options.superlink, options.root_certificates, now
+        )
+    dataset = config.dataset
+    yield preflight.check_disk(
+        cache_dir(), _count(options.data_path), dataset.image_size
+    )
+    yield from preflight.check_data(
+        options.data_path,
+        listed_names(dataset.class_names),
+        dataset.image_size,
+        dataset.skip_unreadable,
+    )
+    yield preflight.check_device(config.device)
+    if config.method == "clip2fl":
+        yield preflight.check_teacher(
+            config.teacher.model, config.teacher.pretrained, options.teacher_fingerprint
+        )
+
+
+def _count(folder: Path) -> int:
+    try:
+        return sum(len(image_files(place)) for place in subfolders(folder))
+    except OSError:
+        return 0  # the check of the data says why
+
+
+def _run_config(path: Path) -> RunConfig:
+    """Return the defaults of pyproject.toml, overridden by a file."""
+    defaults = tomllib.loads((PACKAGE_ROOT / "pyproject.toml").read_text("utf-8"))
+    flat = _flatten(defaults["tool"]["flwr"]["app"]["config"])
+    flat |= _flatten(tomllib.loads(path.read_text("utf-8")))
+    return RunConfig.from_run_config(flat)
+
+
+def _flatten(table: dict[str, object], prefix: str = "") -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Scalar):
+            flat[prefix + key] = value
+    return flat
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m client_app.doctor",
+        description="Check a node before it takes part in a federation.",
+        epilog="Exit status: 0 it can; 1 something must be fixed; 2 wrong usage.",
+    )
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the node's images, <class>/<image>",
+    )
+    parser.add_argument(
+        "--run-config",
+        type=Path,
+        required=True,
+        metavar="TOML",
+        help="the run's configuration: classes, image size, teacher, device",
+    )
+    parser.add_argument("--superlink", metavar="HOST:PORT", help="the server")
+    parser.add_argument(
+        "--root-certificates", type=Path, metavar="FILE", help="the server's ca.crt"
+    )
+    parser.add_argument(
+        "--private-key", type=Path, metavar="FILE", help="the node's private key"
+    )
+    parser.add_argument(
+        "--teacher-fingerprint",
+        default="",
+        metavar="HEX",
+        help="the server's, or its beginning (config.json of a run has it)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parse(arguments)
+    try:
+        config = _run_config(options.run_config)
+    except (OSError, tomllib.TOMLDecodeError, ConfigError) as error:
+        print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
+        return 2
+    if config.dataset.name != "sites":
+        print(
+            f"doctor: {options.run_config}: dataset.name = {config.dataset.name!r}, "
+            "but only 'sites' uses nodes' own images",
+            file=sys.stderr,
+        )
+        return 2
+    levels = []
+    for finding in findings(options, config):
+        print(finding, flush=True)
+        levels.append(finding.level)
+    problems, warnings = levels.count("problem"), levels.count("warning")
+    print(f"\n{problems} to fix, {warnings} warnings")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Accuracy on each class of a client's own images, for several classifiers at once."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional
+
+from client_app.training import Images
+from clip2fl_common.models import ImageClassifier
+
+
+@torch.no_grad()
+def recalls(
+    model: ImageClassifier,
+    images: Images,
+    labels: torch.Tensor,
+    classifiers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    logits: Mapping[str, torch.Tensor],
+    batch_size: int,
+) -> dict[str, dict[int, float]]:
+    """Return how many of each class's images each classifier gets right.
+
+    Parameters
+    ----------
+    model : ImageClassifier
+        Backbone and projection; put into evaluation mode.
+    images : Images, N of them
+        Normalised images.
+    labels : Tensor of int64, shape [N]
+        Their classes.
+    classifiers : mapping of str to tuple of Tensor, shapes [C, d] and [C]
+        Weight and bias on the model's features, by name.
+    logits : mapping of str to Tensor, shape [N, C]
+        What others make of the same images, by name.
+    batch_size : int
+        Images in one forward pass.
+
+    Returns
+    -------
+    dict of str to dict of int to float
+        Name to class to accuracy in percent, for the classes among the labels.
+    """
+    model.eval()
+    predicted: dict[str, list[torch.Tensor]] = {name: [] for name in classifiers}
+    for batch in torch.arange(len(images)).split(batch_size):
+        if not len(batch):
+            continue
+        features = model.features(images[batch])
+        for name, (weight, bias) in classifiers.items():
+            scores = functional.linear(features, weight, bias)
+            predicted[name].append(scores.argmax(1).cpu())
+    votes = {
+        name: torch.cat(parts) if parts else labels.new_empty(0)
+        for name, parts in predicted.items()
+    }
+    votes |= {name: scores.argmax(1).cpu() for name, scores in logits.items()}
+    held = labels.unique().tolist()
+    return {
+        name: {c: 100 * (vote[labels == c] == c).double().mean().item() for c in held}
+        for name, vote in votes.items()
+    }

@@ -1,0 +1,387 @@
+"""Checks of a node before it takes part: each says what it found and what to do.
+
+They need neither Flower nor, as long as no teacher or GPU is asked for, torch; images
+are read one at a time.
+"""
+
+import http.client
+import os
+import shutil
+import socket
+import ssl
+import stat
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256R1,
+    SECP384R1,
+    SECP521R1,
+    EllipticCurvePrivateKey,
+)
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from clip2fl_common.image_files import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    class_name,
+    image_files,
+    read_image,
+    subfolders,
+)
+
+# Unreadable images that are named one by one.
+NAMED = 20
+# Days before its end at which a certificate is worth a warning.
+RENEW_DAYS = 30
+# Seconds by which a clock may be ahead of the server's, or behind it: Flower refuses
+# signed requests from further in the future or past (5 and 300).
+MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 240.0
+CONNECT_TIMEOUT_S = 10.0
+# Room in the cache folder besides the images' pixels and features.
+SPARE_BYTES = 200 * 2**20
+FEATURE_BYTES = 4 * 1024
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes
+    ----------
+    level : {"ok", "warning", "problem"}
+        Whether the node can take part: only a problem keeps it from it.
+    check : str
+        One word.
+    text : str
+        What was found.
+    fix : str
+        What to do about it; empty where all is well.
+    """
+
+    level: Level
+    check: str
+    text: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        """Return one line, or two with the fix."""
+        line = f"{self.level.upper():<8} {self.check:<12} {self.text}"
+        return f"{line}\n{'':<22}fix: {self.fix}" if self.fix else line
+
+
+def check_data(
+    folder: Path, known: Sequence[str], image_size: int, skip_unreadable: bool
+) -> Iterator[Finding]:
+    """Read every image ``<class>/<image>`` of a folder, one at a time.
+
+    Parameters
+    ----------
+    folder : Path
+        The node's data-path.
+    known : sequence of str
+        The run's classes.
+    image_size : int
+        Side in pixels that images are brought to.
+    skip_unreadable : bool
+        Whether the run leaves unreadable images out.
+
+    Yields
+    ------
+    Finding
+    """
+    if not folder.is_dir():
+        yield Finding(
+            "problem",
+            "data",
+            f"{folder} is not a folder",
+            "mount the images there, or correct data-path",
+        )
+        return
+    try:
+        folders = subfolders(folder)
+    except OSError as error:
+        yield Finding("problem", "data", str(error), _access(folder))
+        return
+    if unknown := [f.name for f in folders if class_name(f.name) not in known]:
+        yield Finding(
+            "problem",
+            "classes",
+            f"folders that are no class of the run: {', '.join(unknown)}; "
+            f"known: {', '.join(known)}",
+            "rename or move them, or have them added to dataset.class-names",
+        )
+    counts: Counter[str] = Counter()
+    unreadable: list[str] = []
+    others: list[Path] = []
+    for place in folders:
+        if class_name(place.name) not in known:
+            continue
+        try:
+            files = image_files(place)
+            others += [p for p in place.iterdir() if p not in set(files)]
+        except OSError as error:
+            yield Finding("problem", "data", str(error), _access(place))
+            continue
+        for path in files:
+            try:
+                read_image(path, image_size)
+            except UNREADABLE as error:
+                unreadable.append(f"{path.relative_to(folder)}: {_why(path, error)}")
+            else:
+                counts[class_name(place.name)] += 1
+    total = sum(counts.values())
+    if total:
+        listed = ", ".join(f"{name} {counts[name]}" for name in known if counts[name])
+        yield Finding("ok", "data", f"{total} images in {folder}: {listed}")
+    else:
+        yield Finding(
+            "problem",
+            "data",
+            f"no readable image in a class folder of {folder}",
+            f"put images into <class>/<image> ({', '.join(IMAGE_SUFFIXES)})",
+        )
+    if unreadable:
+        more = len(unreadable) - NAMED
+        names = "".join(f"\n{'':<22}{name}" for name in unreadable[:NAMED])
+        yield Finding(
+            "warning" if skip_unreadable else "problem",
+            "images",
+            f"{len(unreadable)} of {total + len(unreadable)} cannot be read{names}"
+            + (f"\n{'':<22}and {more} more" if more > 0 else ""),
+            "repair or remove them"
+            + (
+                "; the run leaves them out"
+                if skip_unreadable
+                else ", or run with dataset.skip-unreadable=true"
+            ),
+        )
+    if others:
+        yield Finding(
+            "warning",
+            "images",
+            f"{len(others)} entries of class folders are no images by their name, "
+            f"for example {others[0].name}",
+            "none, if that is as it should be; they are ignored",
+        )
+
+
+def _why(path: Path, error: Exception) -> str:
+    try:
+        if path.stat().st_size == 0:
+            return "the file is empty"
+    except OSError as missing:
+        return str(missing.strerror)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no image that is known" if "cannot identify" in text else text
+
+
+def _access(path: Path) -> str:
+    return f"let the user with the id {os.getuid()} read {path}"
+
+
+def check_disk(folder: Path, images: int, image_size: int) -> Finding:
+    """Check that the cache folder can be written to and has room."""
+    needed = images * (3 * image_size**2 + FEATURE_BYTES) + SPARE_BYTES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(
+            "problem",
+            "disk",
+            f"the cache folder {folder} cannot be written to ({error})",
+            "set CLIP2FL_CACHE_DIR to a folder of this user; without one every message "
+            "decodes the images and computes the teacher's features again",
+        )
+    text = f"{free / 2**30:.1f} GiB free in {folder}, {needed / 2**30:.1f} needed"
+    if free < needed:
+        return Finding(
+            "problem", "disk", text, "make room, or set CLIP2FL_CACHE_DIR elsewhere"
+        )
+    return Finding("ok", "disk", text)
+
+
+def check_certificate(path: Path, now: datetime) -> Finding:
+    """Check that the CA certificate is one, and is valid now."""
+    try:
+        certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    except (OSError, ValueError) as error:
+        return Finding(
+            "problem",
+            "certificate",
+            f"{path} is no PEM certificate ({error})",
+            "copy ca.crt from the server again",
+        )
+    end = certificate.not_valid_after_utc
+    if now < certificate.not_valid_before_utc:
+        return Finding(
+            "problem",
+            "certificate",
+            f"{path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d}, and "
+            f"this machine's clock says {now:%Y-%m-%d %H:%M}",
+            "set the clock (see timedatectl)",
+        )
+    text = f"{path} is valid until {end:%Y-%m-%d}"
+    renew = "make new certificates at the server and copy ca.crt to all nodes"
+    if now > end:
+        return Finding("problem", "certificate", text, renew)
+    if end - now < timedelta(days=RENEW_DAYS):
+        return Finding("warning", "certificate", text, renew)
+    return Finding("ok", "certificate", text)
+
+
+def check_key(path: Path) -> Finding:
+    """Check that the node's private key is one that Flower takes, and is private."""
+    make = "make one with deploy/make-keys.sh, and register its .pub at the server"
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+        mode = path.stat().st_mode
+    except (OSError, ValueError, TypeError) as error:
+        return Finding("problem", "key", f"{path}: {error}", make)
+    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(
+        key.curve, SECP256R1 | SECP384R1 | SECP521R1
+    ):
+        return Finding("problem", "key", f"{path} is no NIST elliptic curve key", make)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return Finding(
+            "warning",
+            "key",
+            f"{path} can be read by others (mode {stat.S_IMODE(mode):o})",
+            f"chmod 600 {path}",
+        )
+    return Finding("ok", "key", f"{path}: {key.curve.name}")
+
+
+def check_server(
+    address: str, root_certificates: Path | None, now: datetime
+) -> Iterator[Finding]:
+    """Ask the server for its health, and compare its clock with this one.
+
+    Parameters
+    ----------
+    address : str
+        ``HOST:PORT``.
+    root_certificates : Path or None
+        CA certificate; None connects without TLS.
+    now : datetime
+        This machine's time.
+
+    Yields
+    ------
+    Finding
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        yield Finding(
+            "problem", "server", f"{address!r} is not HOST:PORT", "correct --superlink"
+        )
+        return
+    try:
+        connection: http.client.HTTPConnection = http.client.HTTPConnection(
+            host.strip("[]"), int(port), timeout=CONNECT_TIMEOUT_S
+        )
+        if root_certificates is not None:
+            connection = http.client.HTTPSConnection(
+                host.strip("[]"),
+                int(port),
+                timeout=CONNECT_TIMEOUT_S,
+                context=ssl.create_default_context(cafile=root_certificates),
+            )
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        connection.close()
+    except ssl.SSLCertVerificationError as error:
+        yield Finding(
+            "problem",
+            "server",
+            f"{address} shows a certificate that is not accepted: "
+            f"{error.verify_message}",
+            "use the server's own ca.crt, and a name or address for which its "
+            "certificate was made (see docs/deployment.md)",
+        )
+        return
+    except socket.gaierror:
+        yield Finding(
+            "problem", "server", f"{host} is not known", "correct the name, or the DNS"
+        )
+        return
+    except (OSError, http.client.HTTPException) as error:
+        yield Finding(
+            "problem",
+            "server",
+            f"{address} cannot be reached ({error or type(error).__name__})",
+            "start the server, or let this machine connect to it (firewall, proxy)",
+        )
+        return
+    if answer.status != http.client.OK:
+        yield Finding(
+            "problem",
+            "server",
+            f"{address} answers, but /health with status {answer.status}",
+            "look at the server's proxy and SuperLink: is it running?",
+        )
+    else:
+        yield Finding("ok", "server", f"{address} is there")
+    if date := answer.getheader("Date"):
+        ahead = (now - parsedate_to_datetime(date)).total_seconds()
+        level: Level = "ok" if -MAX_BEHIND_S < ahead < MAX_AHEAD_S else "problem"
+        yield Finding(
+            level,
+            "clock",
+            f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's",
+            ""
+            if level == "ok"
+            else "synchronise the clocks (NTP): the server refuses "
+            "requests with other times",
+        )
+
+
+def check_teacher(model: str, pretrained: str, expected: str) -> Finding:
+    """Load the teacher, and compare its fingerprint with the one expected, if any."""
+    from clip2fl_common.teacher import TeacherError, load_teacher
+
+    try:
+        teacher = load_teacher(model, pretrained)
+        fingerprint = teacher.network.facts.fingerprint
+    except (TeacherError, ValueError) as error:
+        return Finding(
+            "problem", "teacher", str(error), "install the weights the server uses"
+        )
+    text = f"{teacher.name} has the fingerprint {fingerprint}"
+    if expected and not fingerprint.startswith(expected):
+        return Finding(
+            "problem",
+            "teacher",
+            f"{text}, expected {expected}",
+            "install the same weights as the server",
+        )
+    return Finding("ok", "teacher", text)
+
+
+def check_device(name: str) -> Finding:
+    """Check that the run's device is there."""
+    from clip2fl_common.devices import resolve_device
+
+    try:
+        device = resolve_device(name)
+    except ValueError as error:
+        return Finding(
+            "problem", "device", str(error), "install a driver, or run with device=auto"
+        )
+    return Finding("ok", "device", f"device = {name!r} is {device} here")
+
+
+def now() -> datetime:
+    """Return this machine's time."""
+    return datetime.now(UTC)

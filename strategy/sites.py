@@ -1,0 +1,239 @@
+"""Nodes with images of their own: each is one client, and may come and go."""
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import cast
+
+import torch
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from clip2fl_common import records
+from clip2fl_common.randomness import generator
+
+# Seconds within which nodes must say which site they are.
+QUERY_TIMEOUT_S = 120.0
+# Seconds between two looks for replies.
+POLL_S = 1.0
+# Seconds between two looks at who is connected while too few sites are.
+WAIT_S = 3.0
+# Seconds after which a node that refused to take part is asked again.
+ASK_AGAIN_S = 30.0
+
+
+@dataclass(frozen=True)
+class _Connected:
+    """What Flower's strategies ask of a grid, answered once for a whole round.
+
+    They ask twice and wait for a node that left in between.
+    """
+
+    nodes: list[int]
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes' ids."""
+        return self.nodes
+
+
+class AttentiveGrid:
+    """Flower's grid for sites: it looks often, and says which node is lost.
+
+    A node that was killed may be back seconds after it counted as offline; its message
+    is lost then, and only who looks in between learns of it. Flower looks every three
+    seconds, and signs the errors of lost nodes with the SuperLink's id.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of the connected nodes."""
+        return list(self._grid.get_node_ids())
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send requests and return the replies that arrive in time.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            One or more for each node.
+        timeout : float or None
+            Seconds to wait; None waits for all.
+
+        Returns
+        -------
+        list of Message
+            Replies and errors, each from the node that was asked.
+        """
+        requests = list(messages)
+        identifiers = list(self._grid.push_messages(requests))
+        waiting = dict(zip(identifiers, requests, strict=True))
+        end = None if timeout is None else time.monotonic() + timeout
+        replies = []
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                request = waiting.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    reply = Message(reply.error, reply_to=request)
+                replies.append(reply)
+            if not waiting or (end is not None and time.monotonic() > end):
+                break
+            time.sleep(POLL_S)
+        return replies
+
+
+@dataclass
+class SitePlan:
+    """Which sites train in which round: drawn from those that are connected then.
+
+    A site is known by its name, so a seed repeats who trains and with which random
+    numbers, whatever Flower's node ids are, as long as the same sites are there.
+
+    Attributes
+    ----------
+    num_classes : int
+        Number of classes C that sites report on.
+    clients_per_round : int
+        Sites drawn without replacement each round. The first round waits until as
+        many are connected; later ones take those that are.
+    seed : int
+        The run's seed.
+    max_images : int
+        More training images than this are believed of no site.
+    """
+
+    num_classes: int
+    clients_per_round: int
+    seed: int
+    max_images: int
+    _names: dict[int, str] = field(default_factory=dict)
+    _refused: dict[int, float] = field(default_factory=dict)
+    _started: bool = False
+
+    def __str__(self) -> str:
+        """Return a line for the strategy's summary."""
+        return f"{self.clients_per_round} of the sites connected (seed {self.seed})"
+
+    def refresh(self, grid: Grid) -> Grid:
+        """Find out who is connected, and wait while too few are.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's.
+
+        Returns
+        -------
+        Grid
+            One on which exactly the known sites are connected.
+        """
+        while True:
+            self._meet(grid)
+            needed = 1 if self._started else self.clients_per_round
+            if len(self._names) >= needed:
+                break
+            log(
+                INFO,
+                "waiting for sites: %d of %d connected (%s)",
+                len(self._names),
+                needed,
+                ", ".join(sorted(self._names.values())) or "none",
+            )
+            time.sleep(WAIT_S)
+        self._started = True
+        return cast(Grid, _Connected(sorted(self._names)))
+
+    def sample(self, server_round: int) -> list[int]:
+        """Return the numbers of the sites that train in a round, ascending."""
+        clients = self.connected()
+        drawn = torch.randperm(
+            len(clients), generator=generator(self.seed, "sampling", server_round)
+        )
+        return sorted(clients[i] for i in drawn[: self.clients_per_round])
+
+    def connected(self) -> list[int]:
+        """Return the numbers of all known sites, in the order of their names."""
+        return [client_number(name) for name in sorted(self._names.values())]
+
+    def node_of(self, client: int) -> int:
+        """Return a site's node."""
+        return {client_number(name): n for n, name in self._names.items()}[client]
+
+    def images_of(self, client: int) -> int:
+        """Return the most images that a site may say it has trained on."""
+        return self.max_images
+
+    def label(self, client: int) -> str:
+        """Return a site's name."""
+        return self._names[self.node_of(client)]
+
+    def _meet(self, grid: Grid) -> None:
+        """Forget the sites that have left, and ask new nodes which they are."""
+        connected = set(grid.get_node_ids())
+        for node in sorted(self._names.keys() - connected):
+            log(
+                WARNING,
+                "site %s (node %d) is not connected: it is left out until it is back",
+                self._names.pop(node),
+                node,
+            )
+        now = time.monotonic()
+        asked = [
+            node
+            for node in sorted(connected - self._names.keys())
+            if now - self._refused.get(node, -ASK_AGAIN_S) >= ASK_AGAIN_S
+        ]
+        if not asked:
+            return
+        answers = grid.send_and_receive(
+            [Message(RecordDict(), node, MessageType.QUERY) for node in asked],
+            timeout=QUERY_TIMEOUT_S,
+        )
+        reasons = dict.fromkeys(asked, f"no answer in {QUERY_TIMEOUT_S:.0f} s")
+        # By node, so that equal names do not depend on the order of the answers.
+        for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
+            node = answer.metadata.src_node_id
+            if answer.has_error():
+                reasons[node] = str(answer.error.reason)
+                continue
+            try:
+                name = records.site_of(answer)
+            except records.ReplyError as error:
+                reasons[node] = str(error)
+                continue
+            del reasons[node]
+            self._refused.pop(node, None)
+            self._welcome(node, name)
+        for node, reason in reasons.items():
+            self._refused[node] = now
+            log(WARNING, "node %d does not take part: %s", node, reason)
+
+    def _welcome(self, node: int, name: str) -> None:
+        if name in self._names.values():
+            log(
+                WARNING,
+                "node %d calls itself %s, as another node does; give each site a name "
+                "of its own: --node-config 'site=\"...\"'",
+                node,
+                name,
+            )
+            name = f"{name}-{node}"
+        self._names[node] = name
+        log(INFO, "site %s (node %d) takes part", name, node)
+
+
+def client_number(name: str) -> int:
+    """Return the number that stands for a site in random streams and requests."""
+    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,339 @@
+"""A stranger's folder and a node's set-up are reported clearly, without a crash."""
+
+import http.server
+import json
+import os
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from PIL import Image
+
+from client_app import doctor, preflight
+from client_app.preflight import Finding
+from tests.defaults import ROOT
+
+NOW = datetime(2030, 6, 1, tzinfo=UTC)
+# A picture of 8000x6000 pixels takes 144 MB as RGB and 192 MB as CMYK.
+MEMORY_LIMIT = 1100 * 2**20
+
+
+def odd_images(folder: Path) -> int:
+    """Write 200 odd files into two classes; return how many cannot be read."""
+    cat, dog = folder / "cat", folder / "dög"
+    cat.mkdir(parents=True)
+    dog.mkdir()
+    noise = Image.effect_noise((60, 40), 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(30):
+        noise.convert("CMYK").save(cat / f"cmyk {i}.jpg")
+        noise.save(cat / f"grey {i}.png")
+        noise.convert("P").save(cat / f"palette {i}.webp")
+        noise.convert("RGB").save(dog / f"rotated {i}.jpeg", exif=exif)
+        noise.convert("RGBA").save(dog / f"ünï-日本 {i}.PNG")
+    whole = (cat / "cmyk 0.jpg").read_bytes()
+    unreadable = 0
+    for i in range(15):
+        (dog / f"truncated {i}.jpg").write_bytes(whole[: len(whole) // 2])
+        (dog / f"zero {i}.png").write_bytes(b"")
+        (cat / f"text {i}.jpg").write_text("this is a letter")
+        unreadable += 3
+    Image.new("L", (1, 1)).save(cat / "one pixel.png")
+    Image.new("RGB", (8000, 6000), (9, 99, 200)).save(cat / "huge.jpg")
+    Image.new("CMYK", (8000, 6000)).save(dog / "huge cmyk.jpg", exif=exif)
+    Image.new("RGB", (8000, 6000)).save(dog / "huge.png")
+    Image.new("P", (1, 3000)).save(dog / "line.png")
+    assert sum(len(list(c.iterdir())) for c in (cat, dog)) == 200
+    return unreadable
+
+
+def run_config(folder: Path, **changes: object) -> Path:
+    """Write a run's configuration."""
+    settings: dict[str, object] = {
+        "method": "fedavg",
+        "dataset.name": "sites",
+        "dataset.class-names": "cat, dög, eel",
+        "dataset.image-size": 32,
+        "device": "cpu",
+        **{name.replace("__", ".").replace("_", "-"): v for name, v in changes.items()},
+    }
+    path = folder / "run.toml"
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_strangers_folder_gives_a_report_in_bounded_memory(tmp_path: Path) -> None:
+    unreadable = odd_images(tmp_path / "data")
+    program = (
+        # Not getrusage: after fork and exec its peak is still that of the parent.
+        "import pathlib, sys; from client_app.doctor import main; status = main()\n"
+        "lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "[peak] = [line.split()[1] for line in lines if line.startswith('VmHWM')]\n"
+        "print('PEAK', peak); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", program, "--data-path", tmp_path / "data"),
+            *("--run-config", run_config(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    report, _, peak = done.stdout.partition("PEAK ")
+    assert int(peak) * 1024 < MEMORY_LIMIT
+    assert f"{200 - unreadable} images in {tmp_path / 'data'}: cat 92, dög 63" in report
+    assert f"PROBLEM  images       {unreadable} of 200 cannot be read" in report
+    # The first are named, with the reason of each kind.
+    assert "cat/text 0.jpg: no image that is known" in report
+    assert "dög/truncated 0.jpg: image file is truncated" in report
+    assert f"and {unreadable - 20} more" in report
+    assert "or run with dataset.skip-unreadable=true" in report
+    assert report.rstrip().endswith("1 to fix, 0 warnings")
+
+
+def doctor_says(
+    capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str]:
+    """Return the exit status and what was printed."""
+    status = doctor.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(path)
+
+
+def test_good_node_passes_with_teacher_and_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    config = run_config(tmp_path, method="clip2fl")
+    status, report = doctor_says(
+        capsys, "--data-path", tmp_path / "data", "--run-config", config
+    )
+    assert status == 0, report
+    assert "OK       teacher      demo has the fingerprint " in report
+    fingerprint = report.split("has the fingerprint ")[1].split()[0]
+    for expected, passes in ((fingerprint[:12], True), ("f00ba5", False)):
+        status, report = doctor_says(
+            capsys,
+            *("--data-path", tmp_path / "data", "--run-config", config),
+            *("--teacher-fingerprint", expected),
+        )
+        assert (status == 0) == passes
+        assert ("expected f00ba5" in report) != passes
+
+
+def levels(findings: Iterator[Finding]) -> dict[str, str]:
+    """Return the level of each check, and the text of all."""
+    return {f.check: f"{f.level}: {f.text}" for f in findings}
+
+
+def test_unknown_classes_are_listed_with_the_known_ones(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "wolf" / "a.png")
+    (tmp_path / "cat" / "notes.txt").write_text("x")
+    found = levels(preflight.check_data(tmp_path, ["cat", "dog"], 8, False))
+    assert found["classes"].endswith("no class of the run: wolf; known: cat, dog")
+    assert found["classes"].startswith("problem")
+    assert found["data"].startswith("ok: 1 images")
+    assert "notes.txt" in found["images"] and found["images"].startswith("warning")
+
+
+@pytest.mark.parametrize("place", ["missing", "empty"])
+def test_folder_without_images_is_a_problem(tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    (found,) = preflight.check_data(tmp_path / place, ["cat"], 8, True)
+    assert found.level == "problem" and place in found.text
+
+
+def test_unreadable_images_are_a_warning_where_the_run_skips_them(
+    tmp_path: Path,
+) -> None:
+    picture(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "b.png").write_bytes(b"")
+    for skip, level in ((True, "warning"), (False, "problem")):
+        found = levels(preflight.check_data(tmp_path, ["cat"], 8, skip))
+        assert found["images"].startswith(level)
+        assert "cat/b.png: the file is empty" in found["images"]
+
+
+def test_disk_without_room_or_rights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert preflight.check_disk(tmp_path / "new", 10, 32).level == "ok"
+    huge = preflight.check_disk(tmp_path, 10**12, 512)
+    assert huge.level == "problem" and "make room" in huge.fix
+    (tmp_path / "file").write_text("in the way")
+    assert preflight.check_disk(tmp_path / "file", 1, 8).level == "problem"
+
+
+def certificate(
+    folder: Path, start: datetime, end: datetime, name: str = "localhost"
+) -> tuple[Path, Path]:
+    """Write a self-signed certificate and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    crt, pem = folder / f"{name}.crt", folder / f"{name}.key"
+    crt.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    pem.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return crt, pem
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "level", "text"),
+    [
+        (-10, 400, "ok", "valid until 2031-07-06"),
+        (-10, 20, "warning", "valid until 2030-06-21"),
+        (-10, -1, "problem", "valid until 2030-05-31"),
+        (2, 400, "problem", "this machine's clock says 2030-06-01"),
+    ],
+)
+def test_certificate_dates(
+    tmp_path: Path, start: int, end: int, level: str, text: str
+) -> None:
+    crt, _ = certificate(
+        tmp_path, NOW + timedelta(days=start), NOW + timedelta(days=end)
+    )
+    found = preflight.check_certificate(crt, NOW)
+    assert found.level == level and text in found.text
+    assert bool(found.fix) == (level != "ok")
+
+
+def test_no_certificate(tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_text("hello")
+    for name in ("ca.crt", "absent.crt"):
+        assert preflight.check_certificate(tmp_path / name, NOW).level == "problem"
+
+
+def test_keys(tmp_path: Path) -> None:
+    for kind, level in (("ecdsa", "ok"), ("ed25519", "problem")):
+        path = tmp_path / kind
+        bits = ["-b", "384"] if kind == "ecdsa" else []
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", kind, *bits, "-N", "", "-f", path], check=True
+        )
+        assert preflight.check_key(path).level == level
+    (tmp_path / "ecdsa").chmod(0o644)
+    found = preflight.check_key(tmp_path / "ecdsa")
+    assert found.level == "warning" and f"chmod 600 {tmp_path / 'ecdsa'}" in found.fix
+    assert preflight.check_key(tmp_path / "absent").level == "problem"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers /health with a status, at a time that is off by some seconds."""
+
+    status = 200
+    offset = timedelta()
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """What `Server` answers."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        self.send_response_only(self.server.status)
+        date = datetime.now(UTC) + self.server.offset
+        self.send_header("Date", format_datetime(date, usegmt=True))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+    """Return a server on a free port and the certificate that it shows."""
+    now = datetime.now(UTC)
+    crt, key = certificate(tmp_path, now - timedelta(days=1), now + timedelta(days=90))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(crt, key)
+    listening = Server(("127.0.0.1", 0), Health)
+    listening.socket = context.wrap_socket(listening.socket, server_side=True)
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    yield listening, crt
+    listening.shutdown()
+    listening.server_close()
+
+
+def check(host: str, port: int, crt: Path) -> dict[str, str]:
+    """Return the levels of the server's checks."""
+    return levels(preflight.check_server(f"{host}:{port}", crt, preflight.now()))
+
+
+def test_server_is_there(server: tuple[Server, Path], tmp_path: Path) -> None:
+    listening, crt = server
+    port = listening.server_address[1]
+    found = check("localhost", port, crt)
+    assert found["server"].startswith("ok") and found["clock"].startswith("ok")
+
+    for seconds, word in ((60, "behind"), (-60, "ahead of")):
+        listening.offset = timedelta(seconds=seconds * 10)
+        found = check("localhost", port, crt)
+        assert found["clock"].startswith("problem") and word in found["clock"]
+
+    # Its certificate was made for another name, or by somebody else.
+    assert "not accepted" in check("127.0.0.1", port, crt)["server"]
+    now = datetime.now(UTC)
+    other, _ = certificate(tmp_path, now, now + timedelta(days=9), name="other")
+    assert "not accepted" in check("localhost", port, other)["server"]
+
+    listening.status = 404
+    assert "/health with status 404" in check("localhost", port, crt)["server"]
+    listening.shutdown()
+    listening.server_close()
+    assert check("localhost", port, crt)["server"].startswith("problem: localhost:")
+
+
+def test_wrong_usage_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    bad = run_config(tmp_path, dataset__image_size=3)
+    for path in (bad, tmp_path / "absent.toml"):
+        status, text = doctor_says(
+            capsys, "--data-path", tmp_path / "data", "--run-config", path
+        )
+        assert status == 2 and str(path) in text
+    assert os.listdir(tmp_path / "data") == ["cat"]

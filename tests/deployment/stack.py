@@ -1,0 +1,322 @@
+"""A server and nodes as real processes, each in a network namespace of its own.
+
+The machines are joined by a bridge in one more namespace, so no packet leaves them.
+The server is set up as docs/deployment.md says: SuperLink on its own loopback only,
+nginx with the repository's configuration in front.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tests.defaults import ROOT
+
+SERVER_IP = "10.77.0.1"
+PORT = 9092
+BIN = Path(sys.executable).parent
+NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
+
+
+def missing() -> str:
+    """Return why such a federation cannot be started here; empty: it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "openssl", "ssh-keygen"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    if not Path(NGINX).exists():
+        return "nginx is not installed"
+    name = f"c2f{os.getpid()}-try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True)
+    if made.returncode:
+        return "network namespaces cannot be made here"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return ""
+
+
+def wait_for(what: str, condition: Callable[[], object], seconds: float) -> None:
+    """Wait until a condition holds; fail with its name."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+@dataclass
+class Machine:
+    """A network namespace with a folder, and the processes that run in it."""
+
+    name: str
+    folder: Path
+    environment: Mapping[str, str]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def namespace(self) -> str:
+        """Name of the network namespace."""
+        return f"c2f{os.getpid()}-{self.name}"
+
+    def command(self, arguments: Sequence[object]) -> list[str]:
+        """Return a command line that runs in the machine."""
+        return ["ip", "netns", "exec", self.namespace, *map(str, arguments)]
+
+    def start(self, label: str, *arguments: object) -> None:
+        """Start a process whose output goes to ``LABEL.log``."""
+        log: IO[bytes] = (self.folder / f"{label}.log").open("ab")
+        with log:
+            self.processes[label] = subprocess.Popen(
+                self.command(arguments),
+                cwd=self.folder,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, *arguments: object, timeout: float = 120) -> str:
+        """Run a command to its end and return what it printed."""
+        done = subprocess.run(
+            self.command(arguments),
+            cwd=self.folder,
+            env=dict(self.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=timeout,
+        )
+        return done.stdout
+
+    def log(self, label: str) -> str:
+        """Return what a process has printed so far."""
+        return (self.folder / f"{label}.log").read_text("utf-8", "replace")
+
+    def kill(self, label: str, signum: int = signal.SIGKILL) -> None:
+        """Kill a process and all that it started."""
+        process = self.processes.pop(label)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        process.wait()
+
+    def kill_all(self) -> None:
+        """Kill everything in the namespace, and nothing else."""
+        for label in list(self.processes):
+            self.kill(label)
+        found = subprocess.run(
+            ["ip", "netns", "pids", self.namespace], capture_output=True, text=True
+        )
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def link(self, up: bool) -> None:
+        """Plug the machine in, or pull the plug."""
+        self.run("ip", "link", "set", "eth0", "up" if up else "down")
+
+
+class Stack:
+    """A server, a key folder and nodes.
+
+    Parameters
+    ----------
+    folder : Path
+        Where everything is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys = folder / "keys"
+        self._hub = Machine("hub", folder, {})
+        self._machines: list[Machine] = []
+        self._ip("netns", "add", self._hub.namespace)
+        self._in_hub("link", "add", "br0", "type", "bridge")
+        self._in_hub("link", "set", "br0", "up")
+        self.server = self._machine("server", SERVER_IP)
+        self.nodes: dict[str, Machine] = {}
+        self.make_keys = ROOT / "deploy" / "make-keys.sh"
+        self._run(self.make_keys, "server", self.keys, SERVER_IP)
+
+    def _run(self, *arguments: object) -> None:
+        subprocess.run([str(a) for a in arguments], check=True, capture_output=True)
+
+    def _ip(self, *arguments: str) -> None:
+        self._run("ip", *arguments)
+
+    def _in_hub(self, *arguments: str) -> None:
+        self._ip("-n", self._hub.namespace, *arguments)
+
+    def _machine(self, name: str, address: str) -> Machine:
+        folder = self.folder / name
+        folder.mkdir()
+        environment = {
+            "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(folder),
+            "FLWR_HOME": str(folder / "flwr"),
+            "CLIP2FL_CACHE_DIR": str(folder / "cache"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        machine = Machine(name, folder, environment)
+        number = len(self._machines)
+        self._machines.append(machine)
+        self._ip("netns", "add", machine.namespace)
+        peer = f"port{number}"
+        self._in_hub("link", "add", peer, "type", "veth", "peer", "name", "eth0",
+                     "netns", machine.namespace)  # fmt: skip
+        self._in_hub("link", "set", peer, "master", "br0", "up")
+        for command in (
+            ["addr", "add", f"{address}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+        ):
+            self._ip("-n", machine.namespace, *command)
+        return machine
+
+    def start_server(self) -> None:
+        """Start SuperLink, SuperExec and proxy, and wait until they answer."""
+        server = self.server
+        config = (ROOT / "deploy" / "nginx.conf").read_text("utf-8")
+        for old, new in (
+            ("server superlink:8000;", "server 127.0.0.1:8000;"),
+            ("/keys/", f"{self.keys}/"),
+            # Its own, as the tests may run next to another nginx.
+            ("/tmp/nginx", f"{server.folder}/nginx"),
+        ):
+            assert old in config
+            config = config.replace(old, new)
+        # Root would give the workers another user, who may not see the folder.
+        config = f"user root;\n{config}"
+        (server.folder / "nginx.conf").write_text(config, "utf-8")
+        self.start_superlink()
+        server.start(
+            *("superexec", BIN / "flower-superexec"),
+            *("--root-certificates", self.keys / "ca.crt"),
+            *("--runtime-api-address", "127.0.0.1:8000"),
+            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
+        )
+        server.start(
+            *("nginx", NGINX, "-c", server.folder / "nginx.conf"),
+            *("-e", "stderr", "-g", "daemon off;"),
+        )
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink on its own loopback, and wait until it answers."""
+        self.server.start(
+            *("superlink", BIN / "flower-superlink"),
+            *("--ssl-ca-certfile", self.keys / "ca.crt"),
+            *("--ssl-certfile", self.keys / "server.crt"),
+            *("--ssl-keyfile", self.keys / "server.key"),
+            *("--host", "127.0.0.1", "--port", "8000", "--isolation", "process"),
+            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
+            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+            *("--database", self.server.folder / "state.db"),
+        )
+        code = (
+            "import ssl, urllib.request as r; "
+            f"c = ssl.create_default_context(cafile={str(self.keys / 'ca.crt')!r}); "
+            "print(r.urlopen('https://127.0.0.1:8000/health', context=c).status)"
+        )
+        wait_for(
+            "SuperLink",
+            lambda: "200" in self.server.run(sys.executable, "-c", code).split(),
+            90,
+        )
+
+    def add_node(self, name: str, register: bool = True) -> Machine:
+        """Make a machine for a node and its key, and register the key."""
+        node = self._machine(name, f"10.77.0.{10 + len(self.nodes)}")
+        self.nodes[name] = node
+        self._run(self.make_keys, "node", self.keys, name)
+        if register:
+            printed = self.register(name)
+            assert "registered" in printed.lower(), printed
+        return node
+
+    def register(self, name: str) -> str:
+        """Register a node's key at the server."""
+        key = self.keys / "nodes" / f"{name}.pub"
+        return self.flwr("supernode", "register", key, "server")
+
+    def flwr(self, *arguments: object) -> str:
+        """Return what a ``flwr`` command prints at the server."""
+        home = self.server.folder / "flwr"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(
+            '[superlink.server]\naddress = "127.0.0.1:8000"\n'
+            f'root-certificates = "{self.keys / "ca.crt"}"\n'
+        )
+        return self.server.run(BIN / "flwr", *arguments)
+
+    def start_node(self, name: str, data: Path, ca: Path | None = None) -> None:
+        """Start a node's SuperNode, again and again as systemd would."""
+        config = f'data-path="{data}" site="{name}"'
+        self.nodes[name].start(
+            *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
+            *(
+                BIN / "flower-supernode",
+                "--root-certificates",
+                ca or self.keys / "ca.crt",
+            ),
+            *("--superlink", f"{SERVER_IP}:{PORT}"),
+            *("--auth-supernode-private-key", self.keys / "nodes" / name),
+            *("--node-config", config),
+        )
+
+    def start_run(self, settings: str) -> None:
+        """Start a run at the server; it is followed to its end."""
+        self.server.start(
+            *("run", sys.executable, ROOT / "scripts" / "federate.py"),
+            *("--root-certificates", self.keys / "ca.crt"),
+            *("--run-config", ROOT / "conf" / "sites.toml", "--set", settings),
+            *("--set", f'run.dir="{self.results.parent}" run.name="run"'),
+        )
+
+    @property
+    def results(self) -> Path:
+        """Folder of the run."""
+        return self.folder / "results" / "run"
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the metrics of the rounds so far."""
+        try:
+            text = (self.results / "metrics.jsonl").read_text("utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def wait_for_round(self, number: int, seconds: float) -> None:
+        """Wait until a round has ended."""
+        wait_for(f"round {number}", lambda: len(self.rounds()) >= number, seconds)
+
+    def wait_for_run(self, seconds: float) -> int:
+        """Wait for the run's end and return the exit status."""
+        return self.server.processes["run"].wait(seconds)
+
+    def close(self) -> None:
+        """End all processes and remove the namespaces."""
+        for machine in [*self._machines, self._hub]:
+            machine.kill_all()
+            subprocess.run(["ip", "netns", "del", machine.namespace])
+
+
+@contextlib.contextmanager
+def stack(folder: Path) -> Iterator[Stack]:
+    """Make a stack and remove it afterwards, whatever happens."""
+    made = Stack(folder)
+    try:
+        yield made
+    finally:
+        made.close()

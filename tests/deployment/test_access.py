@@ -1,0 +1,110 @@
+"""What a node, or somebody at a node, cannot do."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deployment.stack import BIN, PORT, SERVER_IP, Stack, missing, wait_for
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "can be run")
+
+# Status of each path, by a client that trusts the server's certificate; 0: no answer.
+PROBE = """
+import http.client, json, ssl, sys
+host, port, ca, *paths = sys.argv[1:]
+found = {}
+for path in paths:
+    context = ssl.create_default_context(cafile=ca)
+    link = http.client.HTTPSConnection(host, int(port), timeout=5, context=context)
+    try:
+        link.request("GET" if path == "/health" else "POST", path, b"")
+        found[path] = link.getresponse().status
+    except OSError:
+        found[path] = 0
+print(json.dumps(found))
+"""
+CLOSED = [
+    "/v1/control/list-runs",
+    "/v1/control/start-run",
+    "/v1/runtime/pull-pending-tasks",
+    "/v1/fleet/../control/list-runs",
+    "/v1/fleet/%2e%2e/control/list-runs",
+    "/v1/fleet/..%2fcontrol/list-runs",
+    "//v1/control/list-runs",
+    "/docs",
+    "/",
+]
+
+
+def probe(stack: Stack, port: int, *paths: str) -> dict[str, int]:
+    """Return the statuses that a node gets."""
+    node = stack.nodes["guest"]
+    ca = stack.keys / "ca.crt"
+    answer = node.run(sys.executable, "-c", PROBE, SERVER_IP, port, ca, *paths)
+    found: dict[str, int] = json.loads(answer)
+    return found
+
+
+@pytest.mark.slow
+def test_nodes_reach_the_fleet_api_only(server: Stack) -> None:
+    guest = server.add_node("guest", register=False)
+    open_paths = probe(server, PORT, "/health", "/v1/fleet/pull-messages")
+    assert open_paths["/health"] == 200
+    # It passes the proxy; the SuperLink refuses what is no message.
+    assert open_paths["/v1/fleet/pull-messages"] not in (0, 200, 404)
+    assert set(probe(server, PORT, *CLOSED).values()) == {404}
+    # The SuperLink itself listens on its own loopback only.
+    assert set(probe(server, 8000, "/health", *CLOSED).values()) == {0}
+
+    # A SuperExec at a node, without the secret, gets nowhere; at the server neither.
+    (guest.folder / "secret").write_text("0" * 64)
+    for machine, address in (
+        (guest, f"{SERVER_IP}:{PORT}"),
+        (server.server, "127.0.0.1:8000"),
+    ):
+        machine.start(
+            *("intruder", BIN / "flower-superexec"),
+            *("--root-certificates", server.keys / "ca.crt"),
+            *("--runtime-api-address", address),
+            *("--superexec-auth-secret-file", guest.folder / "secret"),
+        )
+    wait_for(
+        "refusal of the intruders",
+        lambda: (
+            "404 Not Found" in guest.log("intruder")
+            and '/v1/runtime/acquire-task HTTP/1.1" 401'
+            in server.server.log("superlink")
+        ),
+        90,
+    )
+
+
+@pytest.mark.slow
+def test_unregistered_key_and_wrong_ca_are_refused_with_the_reason(
+    server: Stack, tmp_path: Path
+) -> None:
+    stranger = server.add_node("stranger", register=False)
+    server.start_node("stranger", tmp_path)
+    misled = server.add_node("misled")
+    other = tmp_path / "other"
+    server._run(server.make_keys, "server", other, SERVER_IP)
+    server.start_node("misled", tmp_path, other / "ca.crt")
+    wait_for(
+        "refusal of the key", lambda: "code: 2004" in stranger.log("supernode"), 90
+    )
+    wait_for(
+        "refusal of the certificate",
+        lambda: "CERTIFICATE_VERIFY_FAILED" in misled.log("supernode"),
+        90,
+    )
+    listed = server.flwr("supernode", "list", "server", "--format", "json")
+    states = [node["status"] for node in json.loads(listed)["nodes"]]
+    assert len(states) == 1 and "online" not in states  # the one that is registered
+
+
+@pytest.mark.slow
+def test_second_registration_says_so(server: Stack) -> None:
+    server.add_node("twin")
+    assert "already" in server.register("twin").lower()

@@ -1,0 +1,61 @@
+"""Nodes, links and the SuperLink fail in mid-run; the run completes all the same."""
+
+import pytest
+
+from tests.deployment.conftest import COUNTS, TINY
+from tests.deployment.stack import Stack, missing, wait_for
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "can be run"),
+]
+ALL = sorted(COUNTS)
+# A round takes half a minute on two idle cores; others may use them.
+ROUND_S = 300.0
+
+
+def start(federation: Stack, rounds: int) -> None:
+    """Start a run, and wait until the second round has reached the node east."""
+    federation.start_run(f"{TINY} federation.rounds={rounds}")
+    federation.wait_for_round(1, 2 * ROUND_S)
+    east = federation.nodes["east"]
+    wait_for("train message", lambda: east.log("supernode").count("train m") > 2, 120)
+
+
+def clients(federation: Stack) -> list[list[str]]:
+    """Return whose replies were used, round by round."""
+    return [sorted(line["clients"]) for line in federation.rounds()]
+
+
+def test_killed_node_is_left_out_by_name_and_comes_back(federation: Stack) -> None:
+    start(federation, 5)
+    federation.nodes["east"].kill_all()  # SIGKILL, the training process too
+    federation.start_node("east", federation.nodes["east"].folder / "images")
+    assert federation.wait_for_run(5 * ROUND_S) == 0, federation.server.log("run")
+    trained = clients(federation)
+    assert trained[0] == ALL and ["north", "west"] in trained[1:]
+    assert trained[-1] == ALL
+    log = federation.server.log("run")
+    assert "dropped the reply of node" in log and "(east)" in log
+
+
+@pytest.mark.parametrize("seconds", [10, 90])
+def test_cut_link_heals_by_itself(federation: Stack, seconds: int) -> None:
+    start(federation, 4)
+    east = federation.nodes["east"]
+    east.link(up=False)
+    federation.server.run("sleep", seconds)
+    east.link(up=True)
+    assert federation.wait_for_run(4 * ROUND_S) == 0, federation.server.log("run")
+    trained = clients(federation)
+    assert len(trained) == 4 and trained[0] == trained[-1] == ALL
+    if seconds < 60:  # shorter than two heartbeats: nobody notices
+        assert trained == [ALL] * 4
+
+
+def test_superlink_killed_and_restarted(federation: Stack) -> None:
+    start(federation, 3)
+    federation.server.kill("superlink")
+    federation.start_superlink()
+    assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
+    assert len(clients(federation)) == 3

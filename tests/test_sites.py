@@ -1,0 +1,448 @@
+"""Federations of nodes that have images of their own, in one process."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import (
+    create_message_error_unavailable_res_message,
+)
+from flwr.supercore.task_identity import TaskIdentity
+from PIL import Image
+
+from clip2fl_common import records
+from clip2fl_common.config import Scalar
+from clip2fl_common.datasets import open_site
+from clip2fl_common.demo import CLASS_NAMES
+from clip2fl_common.models import build_model
+from server_app.app import main
+from server_app.checkpoint import load_model
+from tests.defaults import run_config
+from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+from tests.site_folders import write_site
+
+CLASSES = ", ".join(CLASS_NAMES)
+COUNTS = [
+    {"circle": 12, "triangle": 8, "square": 6},
+    {"square": 8, "pentagon": 7, "star": 4, "cross": 5},
+    {"circle": 5, "ring": 6, "heart": 9},
+]
+NAMES = ["north", "east", "west"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategy.sites.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.sites.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.sites.ASK_AGAIN_S", 0.0)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Return three sites' folders, unequal and overlapping."""
+    return [
+        write_site(tmp_path / f"private-{i}", counts, first=100 * i)
+        for i, counts in enumerate(COUNTS)
+    ]
+
+
+def federate(
+    run: Path,
+    folders: Sequence[Path],
+    names: Sequence[str] = NAMES,
+    tamper: Tamper | None = None,
+    order_seed: int = 3,
+    away: set[int] | None = None,
+    kind: type[InProcessGrid] = InProcessGrid,
+    **changes: Scalar,
+) -> InProcessGrid:
+    """Run a tiny federation of sites."""
+    settings: dict[str, Scalar] = {
+        "dataset__name": "sites",
+        "dataset__class_names": CLASSES,
+        "dataset__validation_share": 0.3,
+        "run__dir": str(run.parent),
+        "run__name": run.name,
+    }
+    config = run_config(**{**settings, **changes})
+    grid = kind(
+        config,
+        len(folders),
+        order_seed,
+        tamper,
+        [
+            {"data-path": str(folder), "site": name}
+            for folder, name in zip(folders, names, strict=True)
+        ],
+    )
+    grid.away = away if away is not None else set()
+    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+    return grid
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics without its timings."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    for line in rounds:
+        del line["seconds"]
+    return rounds
+
+
+@pytest.mark.parametrize("method", ["clip2fl", "fedavg"])
+def test_sites_train_and_evaluate(
+    tmp_path: Path, folders: list[Path], method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federate(tmp_path / "run", folders, method=method)
+    rounds = metrics(tmp_path / "run")
+    assert [len(line["clients"]) for line in rounds] == [2, 2]
+    assert all(set(line["clients"]) <= set(NAMES) for line in rounds)
+    heads = {"clip2fl": {"retrained", "fedavg"}, "fedavg": {"fedavg"}}[method]
+    for line in rounds:
+        assert set(line["accuracy"]) == heads
+        for report in line["accuracy"].values():
+            assert report["top1"] is None
+            # Nobody has the classes crescent and arrow.
+            assert [report["per_class"][c] for c in (7, 9)] == [None, None]
+    model, card = load_model(tmp_path / "run" / "model.safetensors")
+    assert card.class_names == CLASS_NAMES
+    assert len(model(card.normalization(_image()))) == 1
+    table = capsys.readouterr().out
+    assert "Accuracy on the sites' validation images, %" in table
+    assert ("teacher zero-shot" in table) == (method == "clip2fl")
+    assert "in the order of dataset.class-names" in table
+
+
+def _image() -> Any:
+    import torch
+
+    return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+
+
+def test_accuracy_is_the_mean_over_the_sites_that_have_the_class(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    """Computed again here, from the model of the last round and the sites' images."""
+    federate(tmp_path / "run", folders, method="fedavg")
+    model, card = load_model(tmp_path / "run" / "model.safetensors")
+    per_class: dict[int, list[float]] = {}
+    config = run_config(
+        dataset__name="sites",
+        dataset__class_names=CLASSES,
+        dataset__validation_share=0.3,
+    )
+    for folder in folders:
+        test = open_site(config.dataset, folder).test
+        loaded = test.load(np.arange(len(test.labels)))
+        hits = model(card.normalization(loaded.images)).argmax(1) == loaded.labels
+        for c in loaded.labels.unique().tolist():
+            share = hits[loaded.labels == c].double().mean().item()
+            per_class.setdefault(c, []).append(5 * round(20 * share))
+    report = metrics(tmp_path / "run")[-1]["accuracy"]["fedavg"]
+    expected = [
+        sum(per_class[c]) / len(per_class[c]) if c in per_class else None
+        for c in range(10)
+    ]
+    assert report["per_class"] == pytest.approx(expected, abs=1e-3)
+    known = [value for value in expected if value is not None]
+    assert report["balanced"] == pytest.approx(sum(known) / len(known), abs=1e-3)
+
+
+def test_only_what_was_agreed_leaves_a_site(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    """Reads every message as it goes over the wire."""
+    grid = federate(tmp_path / "run", folders)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in build_model("resnet8-slim", 10, 512).state_dict().items()
+        if tensor.is_floating_point()
+    }
+    kinds = set()
+    for reply in grid.replies:
+        kind = reply.metadata.message_type
+        kinds.add(kind)
+        content = reply.content
+        if kind == "query":
+            assert set(content) == {"config"}
+            assert set(content.config_records["config"]) == {"site"}
+        elif kind == "evaluate":
+            assert set(content) == {"metrics"}
+            values = content.metric_records["metrics"]
+            heads = {"recall-retrained", "recall-fedavg", "recall-teacher"}
+            assert set(values) == {"num-examples", "classes"} | heads
+            for head in heads:
+                # Steps of 5 %: neither counts nor fractions that tell them.
+                assert {v % 5 for v in cast(list[int], values[head])} == {0}
+        else:
+            assert kind == "train"
+            assert set(content) == {"arrays", "class-gradients", "metrics"}
+            arrays = content.array_records["arrays"]
+            assert {n: tuple(a.shape) for n, a in arrays.items()} == shapes
+            gradients = content.array_records["class-gradients"]
+            assert set(gradients) == {
+                *("classes", "ranks", "weight", "left", "right", "bias")
+            }
+            # One gradient a class, however many images there are.
+            held = len(gradients["classes"].numpy())
+            assert gradients["weight"].numpy().shape == (held, 10, 512)
+            assert set(content.metric_records["metrics"]) == {
+                "partition-id",
+                "num-examples",
+                "loss",
+                "distillation-loss",
+                "unreadable-images",
+                "seconds-data",
+                "seconds-gradients",
+                "seconds-training",
+            }
+        wire = _wire(reply)
+        for private in (b"private-", str(tmp_path).encode(), b".png"):
+            assert private not in wire
+    assert kinds == {"query", "train", "evaluate"}
+
+
+def _wire(reply: Message) -> bytes:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    return b"".join(part.deflate() for part in get_all_nested_objects(reply).values())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("unreadable", "2 of 18 images cannot be read"),
+        ("unknown", "1 folders are no class of the run"),
+        ("gone", "the data folder is not there"),
+        ("empty", "the data folder has no image"),
+    ],
+)
+def test_broken_site_is_left_out_by_name_without_names_from_its_disk(
+    tmp_path: Path,
+    folders: list[Path],
+    flower_log: pytest.LogCaptureFixture,
+    damage: str,
+    reason: str,
+) -> None:
+    broken = folders[0]
+    if damage == "unreadable":
+        for i in range(2):
+            (broken / "circle" / f"secret-{i}.png").write_bytes(b"x" * (i + 1))
+    elif damage == "unknown":
+        write_site(broken / "secret", {"circle": 1})
+    elif damage == "gone":
+        broken.rename(tmp_path / "moved")
+    else:
+        folders[0] = tmp_path / "nothing"
+        folders[0].mkdir()
+    grid = federate(tmp_path / "run", folders, federation__rounds=1)
+    lines = [m for m in flower_log.messages if reason.split(" of ")[0] in m]
+    if damage == "unreadable":
+        assert any("(north)" in line and "cannot be read" in line for line in lines)
+    else:
+        assert any("does not take part" in line and reason in line for line in lines)
+    (line,) = metrics(tmp_path / "run")
+    assert "north" not in line["clients"]
+    for reply in grid.replies:
+        text = str(reply.error.reason) if reply.has_error() else ""
+        assert "secret" not in text and str(tmp_path) not in text
+
+
+def test_same_seed_repeats_who_trains_whatever_the_node_ids(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    federate(tmp_path / "a", folders, order_seed=3)
+    federate(tmp_path / "b", folders[::-1], NAMES[::-1], order_seed=4)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_site_that_leaves_is_not_waited_for_and_comes_back(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    away: set[int] = set()
+
+    def tamper(request: Message, reply: Message) -> Message:
+        # Site 1 is away from the end of round 1 to the end of round 2.
+        round_ = request.content.config_records["config"]["server-round"]
+        away.clear()
+        if round_ == 1:
+            away.add(1)
+        return reply
+
+    federate(
+        tmp_path / "run",
+        folders,
+        tamper=tamper,
+        away=away,
+        federation__rounds=3,
+        federation__clients_per_round=3,
+    )
+    clients = [sorted(line["clients"]) for line in metrics(tmp_path / "run")]
+    assert clients == [["east", "north", "west"], ["north", "west"], sorted(NAMES)]
+    (left,) = [m for m in flower_log.messages if "is not connected" in m]
+    assert left.startswith("site east (node ")
+    assert sum("site east" in m and "takes part" in m for m in flower_log.messages) == 2
+
+
+def test_silent_site_is_named(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    class Silent(InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            lost = self._ids[2]
+            return [
+                r
+                for r in replies
+                if r.metadata.src_node_id != lost or r.metadata.message_type == "query"
+            ]
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Silent,
+        federation__rounds=1,
+        federation__round_timeout=0.1,
+        federation__clients_per_round=3,
+    )
+    late = [m for m in flower_log.messages if "did not reply in time" in m]
+    assert len(late) == 2  # training and evaluation
+    assert all(f"node {grid._ids[2]} (west)" in m for m in late)
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "north"]
+
+
+def test_equal_names_are_told_apart_and_reported(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    federate(
+        tmp_path / "run", folders, ["a", "a", "b"], federation__clients_per_round=3
+    )
+    for line in metrics(tmp_path / "run"):
+        assert len(set(line["clients"])) == 3
+    assert any("calls itself a, as another node does" in m for m in flower_log.messages)
+
+
+def test_any_size_and_mode_trains(tmp_path: Path, folders: list[Path]) -> None:
+    """JPEG, PNG and WebP; grey, palette, CMYK; from one pixel to wide."""
+    for i, (mode, name, size) in enumerate(
+        [
+            ("L", "a.jpg", (40, 9)),
+            ("P", "b.png", (300, 200)),
+            ("CMYK", "c.JPEG", (64, 48)),
+            ("RGBA", "d.webp", (33, 90)),
+            ("RGB", "e é.png", (1, 1)),
+        ]
+    ):
+        picture = Image.effect_noise((size[0], size[1]), 50 + i).convert("RGB")
+        picture.convert(mode).save(folders[0] / "circle" / name)
+    federate(
+        tmp_path / "run",
+        folders,
+        federation__rounds=1,
+        federation__clients_per_round=3,
+        dataset__image_size=16,
+    )
+    (line,) = metrics(tmp_path / "run")
+    assert sorted(line["clients"]) == sorted(NAMES) and line["dropped_replies"] == 0
+
+
+def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None:
+    good = {"retrained": {0: 10.0, 3: 99.0}, "fedavg": {0: 0.0, 3: 50.0}}
+
+    def reply(**changes: Any) -> Message:
+        content = records.recall_reply(7, good)
+        for name, value in changes.items():
+            content.metric_records["metrics"][name.replace("_", "-")] = value
+        request = Message(RecordDict(), 5, "evaluate")
+        return Message(content, reply_to=request)
+
+    heads = ["retrained", "fedavg"]
+    assert records.recalls_of(reply(), 4, heads) == {
+        "retrained": {0: 10, 3: 100},
+        "fedavg": {0: 0, 3: 50},
+    }
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"classes": [0, 4]}, "classes must be integers from 0 to 3"),
+        ({"classes": [0, 0]}, "they must differ"),
+        ({"recall_fedavg": [0, 101]}, "recall-fedavg must be integers from 0 to 100"),
+        ({"recall_fedavg": [0.5, 1.0]}, "recall-fedavg must be integers"),
+        ({"recall_fedavg": [5]}, "1 accuracies of fedavg for 2 classes"),
+        ({"top1": 3}, "metrics missing or unknown: top1"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(records.ReplyError, match=message):
+            records.recalls_of(reply(**changes), 4, heads)
+
+
+def test_site_with_another_teacher_is_left_out_by_name(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    class Other(InProcessGrid):
+        """One node takes the server's teacher for another than its own."""
+
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            requests = list(messages)
+            for request in requests:
+                settings = request.content.config_records.get("config", {})
+                if (
+                    request.metadata.dst_node_id == self._ids[1]
+                    and records.TEACHER_FINGERPRINT in settings
+                ):
+                    settings[records.TEACHER_FINGERPRINT] = "f00ba5" * 10
+            return super().send_and_receive(requests, timeout=timeout)
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Other,
+        federation__rounds=1,
+        federation__clients_per_round=3,
+    )
+    (refused,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert f"node {grid._ids[1]} (east)" in refused
+    assert "f00ba5f00ba5 at the server: install the same weights on both" in refused
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["north", "west"]
+
+
+def test_lost_node_is_named_though_the_superlink_signs_its_error(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    """As Flower reports a node that went offline: from node 1, with code 5."""
+
+    class Lossy(InProcessGrid):
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            for i, reply in enumerate(replies):
+                meta = reply.metadata
+                if meta.src_node_id == self._ids[0] and meta.message_type == "train":
+                    error = create_message_error_unavailable_res_message(
+                        self.requests[0].metadata, "node_unavail"
+                    )
+                    lost = error.metadata.__dict__
+                    lost["_reply_to_message_id"] = meta.reply_to_message_id
+                    replies[i] = error
+            return replies
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Lossy,
+        federation__rounds=1,
+        federation__clients_per_round=3,
+    )
+    (dropped,) = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert f"node {grid._ids[0]} (north)" in dropped
+    assert not any("did not reply in time" in m for m in flower_log.messages)
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]
