@@ -98,7 +98,8 @@ class Sizes:
         Images of the local epoch.
     steps : mapping of int to tuple of int
         Descent steps of the published (0: it cannot) and of our synthesis, by number
-        of classes.
+        of classes, and those after which both are compared. Ours are a round's, since
+        what the steps share is prepared once.
     epochs : mapping of int to tuple of int
         Epochs of the published (0: too long) and of our re-training, by number of
         classes.
@@ -110,7 +111,7 @@ class Sizes:
 
     images: Mapping[int, int]
     epoch_images: int
-    steps: Mapping[int, tuple[int, int]]
+    steps: Mapping[int, tuple[int, int, int]]
     epochs: Mapping[int, tuple[int, int]]
     per_class: int
     round_steps: int
@@ -122,7 +123,7 @@ FULL = Sizes(
     images={10: 620, 100: 542},
     epoch_images=256,
     # The published loss's [C*m, C*m] matrices take 40 GB each at C = 1000.
-    steps={10: (5, 100), 100: (1, 20), 1000: (0, 2)},
+    steps={10: (5, 100, 100), 100: (1, 100, 20), 1000: (0, 2, 0)},
     epochs={10: (10, 100), 100: (2, 10), 1000: (0, 1)},
     per_class=PER_CLASS,
     round_steps=100,
@@ -131,7 +132,7 @@ FULL = Sizes(
 TINY = Sizes(
     images={4: 20},
     epoch_images=16,
-    steps={4: (2, 2), 6: (0, 1)},
+    steps={4: (2, 2, 2), 6: (0, 1, 0)},
     epochs={4: (2, 2)},
     per_class=5,
     round_steps=2,
@@ -267,7 +268,7 @@ def published_epoch(
     model = copy.deepcopy(start)
     published_loops.train_epoch(
         model,
-        normalized(pixels),
+        normalized(pixels).to(next(model.parameters())),
         pixels,
         labels,
         teacher,
@@ -288,7 +289,7 @@ def our_epoch(
     model = copy.deepcopy(start)
     train_locally(
         model,
-        normalized(pixels),
+        normalized(pixels).to(next(model.parameters())),
         labels,
         teacher_logits,
         LocalObjective(float(teacher_logits is not None), TEMPERATURE),
@@ -320,6 +321,9 @@ def local_epoch_stage(
         return torch.cat([teacher(part) for part in pixels.split(BATCH_SIZE)])
 
     logits = first_pass()
+    # Eight steps of size 0.1 from random weights enlarge what is rounded in single
+    # precision a thousand times, in either code.
+    double, double_logits = copy.deepcopy(start).double(), logits.double()
     comparison = compare(
         "local epoch with distillation",
         f"{number} images, ResNet-8 4x, teacher ViT-B/32",
@@ -328,8 +332,12 @@ def local_epoch_stage(
         repeats=repeats,
         device=device,
         difference=largest_difference(
-            dict(published_epoch(start, pixels, labels, teacher).named_parameters()),
-            dict(our_epoch(start, pixels, labels, logits).named_parameters()),
+            dict(
+                published_epoch(
+                    double, pixels, labels, lambda part: teacher(part).double()
+                ).named_parameters()
+            ),
+            dict(our_epoch(double, pixels, labels, double_logits).named_parameters()),
         ),
     )
     seconds = interleaved(
@@ -348,7 +356,9 @@ def local_epoch_stage(
         "same epoch without, the teacher's features being cached; with the teacher "
         f"inside, as published, {inside:.1f} times. The first pass, in which the "
         f"teacher sees each image once, takes {statistics.median(first):.1f} s for "
-        f"these {number} images, once for all rounds and runs."
+        f"these {number} images, once for all rounds and runs. Parameters are compared "
+        "in double precision: in single precision the published epoch differs from "
+        "itself by some 1e-4 if it runs on another number of threads."
     )
     print(text, flush=True)
     return comparison, text
@@ -380,13 +390,13 @@ def synthesis_problem(
 def synthesis_stage(
     num_classes: int,
     per_class: int,
-    steps: tuple[int, int],
+    steps: tuple[int, int, int],
     device: torch.device,
     repeats: int,
 ) -> Comparison:
     """Time a descent step on the federated features of all classes."""
     problem = synthesis_problem(num_classes, per_class, device)
-    published, ours = steps
+    published, ours, compared = steps
     return compare(
         "synthesis step",
         f"C = {num_classes}, m = {per_class}, d = {DIM}",
@@ -397,12 +407,12 @@ def synthesis_stage(
         repeats=repeats,
         device=device,
         difference=largest_difference(
-            published_loops.synthesize(*problem, steps=published, **SYNTHESIS),
-            synthesize(*problem, steps=published, **SYNTHESIS),
+            published_loops.synthesize(*problem, steps=compared, **SYNTHESIS),
+            synthesize(*problem, steps=compared, **SYNTHESIS),
         )
         if published
         else None,
-        units=steps,
+        units=(published, ours),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from client_app.training import Images
-from clip2fl_common.models import ImageClassifier
+from clip2fl_common.models import ImageClassifier, folded
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def recalls(
     Parameters
     ----------
     model : ImageClassifier
-        Backbone and projection; put into evaluation mode.
+        Backbone and projection.
     images : Images, N of them
         Normalised images.
     labels : Tensor of int64, shape [N]
@@ -40,12 +40,12 @@ def recalls(
     dict of str to dict of int to float
         Name to class to accuracy in percent, for the classes among the labels.
     """
-    model.eval()
+    network = folded(model)
     predicted: dict[str, list[torch.Tensor]] = {name: [] for name in classifiers}
     for batch in torch.arange(len(images)).split(batch_size):
         if not len(batch):
             continue
-        features = model.features(images[batch])
+        features = network.features(images[batch])
         for name, (weight, bias) in classifiers.items():
             scores = functional.linear(features, weight, bias)
             predicted[name].append(scores.argmax(1).cpu())

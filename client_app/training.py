@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
-from clip2fl_common.models import ImageClassifier
+from clip2fl_common.models import ImageClassifier, folded
 from clip2fl_common.parallel import map_pieces
 
 
@@ -216,7 +216,9 @@ def train_locally(
                 images[chosen], crop_padding, generator, per_image=augment_per_image
             )
             with mixed_precision(images.device, precision):
-                logits = model(augmented).float()
+                logits = model(augmented)
+            # Losses of half-precision logits would be rounded to three digits.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             scores = logits if offsets is None else logits + offsets
             loss = functional.cross_entropy(scores, labels[chosen])
             if teacher_logits is not None:
@@ -287,7 +289,7 @@ def augmented_features(
     Parameters
     ----------
     model : ImageClassifier
-        Global model, before local training; put into evaluation mode.
+        Global model, before local training.
     images : Images, N of them
         The client's normalised images.
     labels : Tensor of int64, shape [N]
@@ -308,7 +310,7 @@ def augmented_features(
     tuple of Tensor
         Features [n, d] in float32 and their labels [n], in the order of the draws.
     """
-    model.eval()
+    network = folded(model)
     members = {
         int(c): torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()
     }
@@ -325,7 +327,7 @@ def augmented_features(
 
     def features_of(batch: torch.Tensor) -> torch.Tensor:
         with mixed_precision(images.device, precision):
-            return model.features(batch).float()
+            return network.features(batch).float()
 
     batches = _rebatch(parts(), batch_size)
     features = torch.cat(list(map_pieces(features_of, batches, images.device)))

@@ -1,11 +1,14 @@
 """Student networks: a backbone, a projection to the teacher's width, a classifier."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ImageClassifier(nn.Module):
@@ -86,7 +89,7 @@ class ResNet8(ImageClassifier):
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Return globally averaged activations, shape [N, 64 * width]."""
-        x = functional.relu(self.bn1(self.conv1(images)))
+        x = functional.relu(self.bn1(self.conv1(images)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         averaged: torch.Tensor = x.mean(dim=(2, 3))
         return averaged
@@ -114,10 +117,12 @@ class _BasicBlock(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return activations, shape [N, outputs, H / stride, W / stride]."""
-        x = functional.relu(self.bn1(self.conv1(images)))
+        # In place: a large activation that is written twice costs as much as some
+        # convolutions.
+        x = functional.relu(self.bn1(self.conv1(images)), inplace=True)
         x = self.bn2(self.conv2(x))
-        shortcut = images if self.downsample is None else self.downsample(images)
-        return functional.relu(x + shortcut)
+        x += images if self.downsample is None else self.downsample(images)
+        return functional.relu(x, inplace=True)
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -197,3 +202,29 @@ def build_model(name: str, num_classes: int, feature_dim: int = 512) -> ImageCla
     model = MODELS[name](num_classes, feature_dim)
     # Convolutions follow their weights' layout: 1.2 to 1.5 times as fast on CPUs.
     return model.to(memory_format=torch.channels_last)
+
+
+def folded(model: ImageClassifier) -> ImageClassifier:
+    """Return a copy for inference, its batch norms folded into the convolutions.
+
+    With fixed statistics a batch norm is a factor and an offset of each channel, which
+    the convolution before it can apply at no cost. Features differ by rounding only.
+
+    Parameters
+    ----------
+    model : ImageClassifier
+        Not changed. In its networks a batch norm that follows a convolution in order of
+        definition takes that convolution's output.
+
+    Returns
+    -------
+    ImageClassifier
+        In evaluation mode.
+    """
+    network = copy.deepcopy(model).eval()
+    for module in list(network.modules()):
+        for (name, first), (after, second) in pairwise(module.named_children()):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(first, second))
+                setattr(module, after, nn.Identity())
+    return network

@@ -15,7 +15,7 @@ from clip2fl_common.metrics import (
     accuracy_report,
     confusion_matrix,
 )
-from clip2fl_common.models import ImageClassifier
+from clip2fl_common.models import ImageClassifier, folded
 from clip2fl_common.parallel import map_pieces
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
@@ -90,7 +90,7 @@ class Evaluator:
         dict of str to AccuracyReport
             The confusion matrices behind it stay in ``confusion``.
         """
-        model.to(self.device).eval()
+        network = folded(model.to(self.device))
         labels: list[torch.Tensor] = []
 
         def batches() -> Iterator[torch.Tensor]:
@@ -100,7 +100,7 @@ class Evaluator:
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             normalized = self.dataset.normalization(images.to(self.device))
-            features = model.features(normalized)
+            features = network.features(normalized)
             return torch.stack([head(features).argmax(1) for head in heads.values()])
 
         predictions = torch.cat(

@@ -66,6 +66,17 @@ class GradientTarget:
         return cls(left, right, bias)
 
     @property
+    def rows(self) -> torch.Tensor:
+        """Rows [k, C or r, d] whose combinations the weight gradients are."""
+        return self.left if self.right is None else self.right
+
+    def with_rows(self, rows: torch.Tensor) -> "GradientTarget":
+        """Return the same combinations of other rows."""
+        if self.right is None:
+            return GradientTarget(rows, None, self.bias)
+        return GradientTarget(self.left, rows, self.bias)
+
+    @property
     def rank(self) -> int:
         """Number of directions r of the factors; d where there are none."""
         return self.left.shape[2]

@@ -26,6 +26,7 @@ from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.parallel import map_pieces
 from strategy.gradient_mean import mean_class_gradients
 from strategy.gradient_target import GradientTarget
+from strategy.subspace import SharedRows, Subspace
 
 __all__ = [
     "ClassGradient",
@@ -43,12 +44,15 @@ __all__ = [
 COSINE_EPSILON = 1e-6
 
 # Target gradients of the classes treated at once. A processor's cache holds 4 MiB of
-# them with all that is computed from them; a GPU wants large products. Five classes
-# are enough for large products on a CPU and leave some for other cores. None of it
-# depends on the number of threads, and so neither does the result.
+# them with all that is computed from them; a GPU wants large products. Ten classes are
+# enough for large products on a CPU and leave some for other cores. None of it depends
+# on the number of threads, and so neither does the result.
 CPU_CHUNK_BYTES = 4 * 2**20
-CPU_CHUNK_CLASSES = 5
+CPU_CHUNK_CLASSES = 10
 CUDA_CHUNK_BYTES = 2**30
+
+# A multiplication in a factorisation over one in a product, in time: measured.
+FACTORISATION_COST = 3
 
 
 def step_size(start: float, final: float, server_round: int, rounds: int) -> float:
@@ -241,6 +245,17 @@ class Objective:
         """Whether the contrastive term moves anything."""
         return self.text_features is not None and self.contrast_weight > 0
 
+    def rows(self, matching: bool) -> torch.Tensor:
+        """Return what features are multiplied with, shape [0, C or 2 C, d].
+
+        Classifier (for the matching term) and prototypes over tau (for the contrastive
+        one) are stacked: one product is faster than two.
+        """
+        matrices = [self.weight] if matching else [self.weight[:0]]
+        if self.text_features is not None and self.contrasts:
+            matrices.append(self.text_features / self.temperature)
+        return torch.cat(matrices)
+
 
 @torch.no_grad()
 def synthesis_gradient(
@@ -276,14 +291,21 @@ def synthesis_gradient(
     -------
     Tensor, shape [k, m, d]
     """
-    return _Descent(features, classes, target, objective).gradient(features)
+    matrix = objective.rows(matching=target is not None)
+    return _Descent(features, classes, target, objective, matrix).gradient(features)
 
 
 class _Descent:
     """The derivative for fixed classes and targets: what steps share is made once.
 
+    It is returned in an array that the next one overwrites.
+
     Tensors are laid out with the C classes first, [C, k, m]: sums over classes then
     run along memory whatever C is.
+
+    Features, targets and ``matrix``, the objective's rows, may be in coordinates of
+    any orthonormal basis; the matrix then has the first of them, and the others are
+    zero.
     """
 
     def __init__(
@@ -292,9 +314,13 @@ class _Descent:
         classes: Sequence[int],
         target: GradientTarget | None,
         objective: Objective,
+        matrix: torch.Tensor,
     ) -> None:
         num_classes = len(objective.weight)
         per_class, dim = features.shape[1:]
+        self.matrix = matrix
+        # Large arrays cost more to get from the system than to fill.
+        self.logits = features.new_empty(len(matrix), len(classes) * per_class)
         self.num_classes = num_classes
         self.own = (
             torch.tensor(classes, dtype=torch.int64, device=features.device),
@@ -302,30 +328,28 @@ class _Descent:
         )
         self.bias = objective.bias[:, None, None]
         self.target = target
-        matrices = []
         if target is not None:
             self.target_norms = target.row_norms()
             self.target_bias_norms = torch.linalg.vector_norm(target.bias, dim=-1)
             self.through_products = _products_pay(per_class, num_classes, dim, target)
             if not self.through_products:
                 self.target_weight = target.weight
-            matrices.append(objective.weight)
+                self.outer = torch.empty_like(self.target_weight)
+                self.product = torch.empty_like(self.target_weight)
+                self.derivative = torch.empty_like(features)
         self.contrasts = objective.contrasts
-        if objective.text_features is not None and self.contrasts:
-            matrices.append(objective.text_features / objective.temperature)
+        if self.contrasts:
             self.scale = objective.contrast_weight / (num_classes * per_class)
             self.log_multiplicity = _log_multiplicity(
                 classes, num_classes, per_class, features
             )
-        # One product with classifier and prototypes stacked is faster than two.
-        self.matrix = torch.cat(matrices) if matrices else None
 
     def gradient(self, features: torch.Tensor) -> torch.Tensor:
         """Return the derivative at features [k, m, d], same shape."""
-        if self.matrix is None:
-            return torch.zeros_like(features)
-        flat = features.flatten(0, 1)
-        logits = (self.matrix @ flat.T).unflatten(1, features.shape[:2])
+        width = self.matrix.shape[1]
+        flat = features.flatten(0, 1)[:, :width]
+        torch.mm(self.matrix, flat.T, out=self.logits)
+        logits = self.logits.unflatten(1, features.shape[:2])
         derivative = None
         if self.target is not None:
             matching = logits[: self.num_classes]
@@ -337,8 +361,8 @@ class _Descent:
             torch.mul(share, self.scale, out=contrast)
         through_logits = logits.flatten(1).T
         if derivative is None:
-            return torch.mm(through_logits, self.matrix).view_as(features)
-        derivative.flatten(0, 1).addmm_(through_logits, self.matrix)
+            derivative = torch.zeros_like(features)
+        derivative.flatten(0, 1)[:, :width].addmm_(through_logits, self.matrix)
         return derivative
 
     def _matching(
@@ -374,9 +398,9 @@ class _Descent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``P G / m`` [k, m, d] and dP [k, C, m], forming G [k, C, d]."""
         per_class = features.shape[1]
-        outer = torch.bmm(residual, features).div_(per_class)
+        outer = torch.bmm(residual, features, out=self.outer).div_(per_class)
         along, towards = _distance_derivative(
-            (outer * self.target_weight).sum(-1),
+            torch.mul(outer, self.target_weight, out=self.product).sum(-1),
             torch.linalg.vector_norm(outer, dim=-1),
             self.target_norms,
         )
@@ -385,7 +409,8 @@ class _Descent:
         d_residual = torch.baddbmm(
             outer_bias[:, :, None], outer, features.transpose(1, 2)
         )
-        return torch.bmm(residual.transpose(1, 2), outer), d_residual
+        derivative = torch.bmm(residual.transpose(1, 2), outer, out=self.derivative)
+        return derivative, d_residual
 
     def _by_products(
         self,
@@ -433,6 +458,34 @@ def _products_pay(
         return False
     by_products = 2 * (per_class + target.rank) * (num_classes + dim)
     return by_products < 3 * num_classes * dim
+
+
+def _subspace_pays(
+    features: torch.Tensor, target: GradientTarget, shared: int, steps: int
+) -> bool:
+    """Whether coordinates in a `Subspace` save more than making them costs.
+
+    In multiplications for one class; those of a factorisation take longer than those
+    of a product.
+    """
+    per_class, dim = features.shape[1:]
+    own = per_class + target.rows.shape[1]
+    reduced = shared + own
+    if features.device.type != "cpu" or reduced >= dim:
+        return False
+    step = 2 * shared * (dim - shared) + 3 * len(target.bias[0]) * (dim - reduced)
+    making = own * (2 * shared * dim + own * (dim - shared))
+    restoring = per_class * 2 * dim * reduced
+    return steps * per_class * step > FACTORISATION_COST * (making + restoring)
+
+
+def _descended(
+    descent: _Descent, features: torch.Tensor, steps: int, learning_rate: float
+) -> torch.Tensor:
+    """Take all steps, in place."""
+    for _ in range(steps):
+        features.sub_(descent.gradient(features), alpha=learning_rate)
+    return features
 
 
 @torch.no_grad()
@@ -484,15 +537,29 @@ def synthesize(
     objective = Objective(weight, bias, text_features, contrast_weight, temperature)
     num_classes, _, dim = features.shape
     result = features.clone()
+    rows = objective.rows(matching=True)
+    shared = SharedRows.of(rows) if len(rows) < dim else None
 
     def descend(chunk: Sequence[int]) -> None:
-        held = chunk[0] in gradients
-        target = GradientTarget.stack(gradients, chunk, features) if held else None
         current = features[list(chunk)]
-        descent = _Descent(current, chunk, target, objective)
-        for _ in range(steps):
-            current.sub_(descent.gradient(current), alpha=learning_rate)
-        result[list(chunk)] = current
+        if chunk[0] not in gradients:
+            matrix = objective.rows(matching=False)
+            descent = _Descent(current, chunk, None, objective, matrix)
+            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+            return
+        target = GradientTarget.stack(gradients, chunk, features)
+        if shared is None or not _subspace_pays(current, target, len(rows), steps):
+            descent = _Descent(current, chunk, target, objective, rows)
+            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+            return
+        spanning = target.rows.shape[1]
+        subspace = Subspace(shared, torch.cat([target.rows, current], dim=1))
+        target = target.with_rows(subspace.coordinates[:, :spanning].contiguous())
+        current = subspace.coordinates[:, spanning:].contiguous()
+        descent = _Descent(current, chunk, target, objective, shared.coordinates)
+        result[list(chunk)] = subspace.out_of(
+            _descended(descent, current, steps, learning_rate)
+        )
 
     absent = [c for c in range(num_classes) if c not in gradients]
     chunks = [

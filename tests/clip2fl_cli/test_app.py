@@ -275,7 +275,13 @@ def test_comparison_goes_on_after_an_interruption(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "clip2fl_cli.app", "compare"]
     command += [str(tmp_path / "c.toml"), "--runs", str(tmp_path / "runs")]
     first = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # What a shell starts in the background ignores it, and so do the children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert first.stderr is not None
     for line in first.stderr:

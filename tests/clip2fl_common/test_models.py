@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
-from clip2fl_common.models import build_model
+from clip2fl_common.models import build_model, folded
 from tests import reference
 
 NAMES = ("resnet8", "resnet8-slim", "resnet18", "resnet50")
@@ -175,3 +175,28 @@ def test_unknown_name_lists_the_known_ones() -> None:
         build_model("resnet9", num_classes=10)
     for word in ("resnet9", *NAMES):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folded_network_has_the_same_features(name: str) -> None:
+    """Whatever the statistics are; the model itself keeps its batch norms and mode."""
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=5, feature_dim=24).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for parameter in (module.weight, module.bias, module.running_mean):
+                assert parameter is not None
+                nn.init.normal_(parameter)
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    images = torch.randn(2, 3, 40, 32, dtype=torch.float64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    network = folded(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    assert not network.training
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.features(images), model.eval().features(images)
+        )
