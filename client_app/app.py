@@ -17,6 +17,7 @@ from client_app.own_images import (
     training_images,
     validation_images,
 )
+from client_app.privacy import gradient_protection
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -31,7 +32,7 @@ from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
-from clip2fl_common.randomness import generator
+from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
 app = ClientApp()
@@ -110,6 +111,7 @@ def _train(
                 config.seed, "augmentation", request.server_round, request.partition
             ),
             precision=precision,
+            min_class_samples=config.privacy.min_class_samples,
         )
         gradients = coded_class_gradients(
             features,
@@ -117,9 +119,16 @@ def _train(
             *(tensor.to(device) for tensor in request.classifier),
             min_cosine=config.upload.min_cosine,
             precision=config.upload.precision,
+            protection=gradient_protection(
+                config.privacy,
+                config.class_gradients.samples_per_class,
+                _noise_source(config, request),
+            ),
         )
         reply[records.GRADIENTS] = records.gradients_to_arrays(
-            gradients, config.upload.precision
+            gradients,
+            config.upload.precision,
+            (len(dataset.class_names), config.model.feature_dim),
         )
     clock.lap("gradients")
 
@@ -158,6 +167,13 @@ def _train(
         }
     )
     return reply
+
+
+def _noise_source(config: RunConfig, request: records.TrainRequest) -> torch.Generator:
+    """Return the source of noise: the run's seed only where clients are simulated."""
+    if config.dataset.name == SITES:
+        return secret_generator()
+    return generator(config.seed, "privacy", request.server_round, request.partition)
 
 
 def _evaluate(

@@ -4,11 +4,15 @@ For features f [n, d] of one class c and a linear classifier (W, b), the mean
 cross-entropy towards c has the gradient ``P^T f / n`` with respect to W and the
 mean of P's rows with respect to b, where ``P = softmax(f W^T + b) - onehot(c)``.
 No automatic differentiation is needed.
+
+A sample's own part, row of P times (f, 1), has the norm of that row times the norm of
+(f, 1), so that shortening it (Abadi et al. 2016) is a factor on the row.
 """
 
 import torch
 from torch.nn import functional
 
+from client_app.privacy import GradientProtection
 from clip2fl_common.gradient_coding import CodedGradient, Precision, encode_gradients
 from clip2fl_common.gradients import ClassGradient
 
@@ -24,6 +28,7 @@ def class_gradients(
     labels: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    max_norm: float = 0.0,
 ) -> dict[int, ClassGradient]:
     """Return the classifier's gradient for every class among the labels.
 
@@ -37,6 +42,8 @@ def class_gradients(
         Weight of the classifier that the server sent.
     bias : Tensor, shape [C]
         Its bias.
+    max_norm : float
+        Greatest Euclidean norm of a sample's part; 0: no bound.
 
     Returns
     -------
@@ -46,6 +53,9 @@ def class_gradients(
     held, group, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     residual = torch.softmax(features @ weight.T + bias, dim=1)
     residual -= functional.one_hot(labels, weight.shape[0])
+    if max_norm > 0:
+        norms = residual.norm(dim=1) * (features.square().sum(dim=1) + 1).sqrt()
+        residual *= (max_norm / norms).clamp(max=1)[:, None]
     # Classes hold different numbers of samples: pad them to [K, n_max, .] so that
     # one batched product serves all; padded rows are zero and add nothing.
     order = torch.argsort(group, stable=True)
@@ -76,6 +86,7 @@ def coded_class_gradients(
     *,
     min_cosine: float,
     precision: Precision,
+    protection: GradientProtection | None = None,
 ) -> dict[int, CodedGradient]:
     """Return the class gradients as they are uploaded, in bounded memory.
 
@@ -87,6 +98,8 @@ def coded_class_gradients(
         Bound of the low-rank code (see `gradient_coding.encode_gradients`).
     precision : {"half", "full"}
         Of all values.
+    protection : GradientProtection or None
+        Bound and noise on what one image can change.
 
     Returns
     -------
@@ -96,6 +109,14 @@ def coded_class_gradients(
     coded: dict[int, CodedGradient] = {}
     for classes in labels.unique().split(max(1, CHUNK_BYTES // weight.nbytes)):
         chosen = torch.isin(labels, classes)
-        dense = class_gradients(features[chosen], labels[chosen], weight, bias)
+        dense = class_gradients(
+            features[chosen],
+            labels[chosen],
+            weight,
+            bias,
+            protection.max_norm if protection else 0.0,
+        )
+        if protection:
+            dense = protection.with_noise(dense)
         coded |= encode_gradients(dense, min_cosine=min_cosine, precision=precision)
     return coded

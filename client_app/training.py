@@ -278,6 +278,7 @@ def augmented_features(
     batch_size: int,
     generator: torch.Generator,
     precision: torch.dtype = torch.float32,
+    min_class_samples: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the features from which a client's class gradients are computed.
 
@@ -304,6 +305,8 @@ def augmented_features(
         CPU source of the choice and the augmentation.
     precision : torch.dtype
         Of the forward passes: float32, or bfloat16 for mixed precision.
+    min_class_samples : int
+        Classes with fewer images are left out.
 
     Returns
     -------
@@ -312,8 +315,13 @@ def augmented_features(
     """
     network = folded(model)
     members = {
-        int(c): torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()
+        int(c): torch.nonzero(labels == c).flatten().cpu()
+        for c, count in zip(*labels.unique(return_counts=True), strict=True)
+        if count >= min_class_samples
     }
+    if not members:
+        dim = model.classifier.in_features
+        return torch.empty(0, dim, device=labels.device), labels[:0]
     chosen: list[torch.Tensor] = []
 
     def parts() -> Iterator[torch.Tensor]:

@@ -168,7 +168,23 @@ def _run_results(run: FinishedRun) -> Section:
         ["", "rounds", *TITLES],
         rows,
     )
-    return Section("results", "Results", _groups_text(run), tables=[table])
+    text = " ".join([_groups_text(run), *_privacy_text(run)])
+    return Section("results", "Results", text, tables=[table])
+
+
+def _privacy_text(run: FinishedRun) -> list[str]:
+    """Return a sentence about each mechanism that is accounted for."""
+    protects = {
+        "class_gradients": "An image's part in its client's class gradients",
+        "updates": "A client's part in the averaged models",
+    }
+    return [
+        f"{protects[name]}: ({spent['epsilon_total']:.2f}, {spent['delta']:g})-"
+        f"differential privacy for the client asked most often, "
+        f"{spent['epsilon_round']:.2f} a round; see docs/privacy.md for what that "
+        "leaves open."
+        for name, spent in run.rounds[-1].get("privacy", {}).items()
+    ]
 
 
 def _comparison_results(

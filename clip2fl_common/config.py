@@ -215,6 +215,22 @@ class Upload:
 
 
 @dataclass(frozen=True, config=_strict)
+class Privacy:
+    """What class gradients and models may give away (docs/privacy.md)."""
+
+    min_class_samples: Positive
+    """Images below which a client sends no gradient of a class (clip2fl, creff)."""
+    gradient_clip_norm: Weight
+    """Norm to which each image's part of a class gradient is shortened; 0: no bound."""
+    gradient_noise_multiplier: Weight
+    """Client's noise on class gradients, in units of what one image can change."""
+    update_noise_multiplier: Weight
+    """Server's noise on the mean update, in units of what one client can change."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Probability delta at which the privacy spent is accounted for."""
+
+
+@dataclass(frozen=True, config=_strict)
 class Synthesis:
     """Federated features (clip2fl, creff)."""
 
@@ -293,6 +309,7 @@ class RunConfig:
     fedavgm: FedAvgM
     class_gradients: ClassGradients
     upload: Upload
+    privacy: Privacy
     synthesis: Synthesis
     retraining: Retraining
     teacher: TeacherConfig
@@ -403,6 +420,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"federation.clients-per-round = {sampled}: no round could succeed; lower "
             "the first or raise the second"
         )
+    problems += _privacy_problems(config)
     if "{class}" not in config.teacher.prompt:
         problems.append(
             f"teacher.prompt = {config.teacher.prompt!r} has no {{class}} where the "
@@ -430,6 +448,26 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.teacher.model.startswith(prefix):
         problems += _absolute(
             "teacher.model", config.teacher.model.removeprefix(prefix), ""
+        )
+    return problems
+
+
+def _privacy_problems(config: RunConfig) -> list[str]:
+    problems = []
+    privacy, aggregation = config.privacy, config.aggregation
+    if privacy.gradient_noise_multiplier > 0 and privacy.gradient_clip_norm == 0:
+        problems.append(
+            "privacy.gradient-noise-multiplier = "
+            f"{privacy.gradient_noise_multiplier}, but privacy.gradient-clip-norm = 0 "
+            "does not bound what one image can change; set it, for example to 1.0"
+        )
+    if privacy.update_noise_multiplier > 0 and (
+        aggregation.rule != "mean" or aggregation.max_update_norm == 0
+    ):
+        problems.append(
+            f"privacy.update-noise-multiplier = {privacy.update_noise_multiplier} "
+            "needs aggregation.rule = 'mean' and aggregation.max-update-norm above 0, "
+            "which bound what one client can change"
         )
     return problems
 

@@ -84,7 +84,7 @@ def encode_gradients(
     Parameters
     ----------
     gradients : mapping of int to ClassGradient
-        Weight [C, d] and bias [C], float32, of one class at least.
+        Weight [C, d] and bias [C], float32, of any number of classes.
     min_cosine : float
         Smallest cosine, in (0, 1], of any weight row with its decoded row. At 1 all
         gradients stay dense; below, each gets the smallest rank that keeps the bound,
@@ -97,6 +97,8 @@ def encode_gradients(
     dict of int to ClassGradient or LowRankGradient
         Values rounded to the precision, in the same order.
     """
+    if not gradients:
+        return {}
     coded = map_pieces(
         lambda gradient: _encode(gradient, min_cosine, precision),
         gradients.values(),

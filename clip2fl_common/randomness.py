@@ -1,5 +1,6 @@
 """One seed for everything: independent generators by purpose, round and client."""
 
+import secrets
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ _PURPOSES = (
     "retraining",
     "classifier",
     "evaluation",
+    "privacy",
 )
 Purpose = Literal[
     "model",
@@ -25,6 +27,7 @@ Purpose = Literal[
     "retraining",
     "classifier",
     "evaluation",
+    "privacy",
 ]
 
 
@@ -52,3 +55,8 @@ def generator(
         [seed, _PURPOSES.index(purpose), server_round, client]
     )
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def secret_generator() -> torch.Generator:
+    """Return a CPU generator that nobody who knows the run's seed can repeat."""
+    return torch.Generator().manual_seed(secrets.randbits(63))

@@ -201,7 +201,9 @@ class GradientFormat:
 
 
 def gradients_to_arrays(
-    gradients: Mapping[int, CodedGradient], precision: Precision
+    gradients: Mapping[int, CodedGradient],
+    precision: Precision,
+    shape: tuple[int, int] | None = None,
 ) -> ArrayRecord:
     """Return class gradients as stacked arrays, dense and low-rank ones apart.
 
@@ -211,9 +213,11 @@ def gradients_to_arrays(
     Parameters
     ----------
     gradients : mapping of int to ClassGradient or LowRankGradient
-        At least one class.
+        Of any number of classes.
     precision : {"half", "full"}
         Of the values.
+    shape : tuple of int or None
+        C and d; needed where there may be no class.
 
     Returns
     -------
@@ -226,13 +230,13 @@ def gradients_to_arrays(
     ordered = [gradients[c] for c in classes]
     dense = [g for g in ordered if isinstance(g, ClassGradient)]
     low_rank = [g for g in ordered if isinstance(g, LowRankGradient)]
-    bias = torch.stack([g.bias for g in ordered])
-    num_classes = bias.shape[1]
-    dim = (low_rank[0].right if low_rank else dense[0].weight).shape[1]
+    num_classes, dim = shape or _gradient_shape(ordered[0])
+    nothing = ordered[0].bias.new_empty(0) if ordered else torch.empty(0)
     # Each starts with nothing, so that its shape holds where no class is of its kind.
-    weight = [bias.new_empty(0, num_classes, dim), *(g.weight[None] for g in dense)]
-    left = [bias.new_empty(0, num_classes), *(g.left.T for g in low_rank)]
-    right = [bias.new_empty(0, dim), *(g.right for g in low_rank)]
+    weight = [nothing.new_empty(0, num_classes, dim), *(g.weight[None] for g in dense)]
+    left = [nothing.new_empty(0, num_classes), *(g.left.T for g in low_rank)]
+    right = [nothing.new_empty(0, dim), *(g.right for g in low_rank)]
+    bias = [nothing.new_empty(0, num_classes), *(g.bias[None] for g in ordered)]
     ranks = [g.rank if isinstance(g, LowRankGradient) else 0 for g in ordered]
     return ArrayRecord(
         {
@@ -241,9 +245,15 @@ def gradients_to_arrays(
             "weight": _to_wire(torch.cat(weight), precision),
             "left": _to_wire(torch.cat(left), precision),
             "right": _to_wire(torch.cat(right), precision),
-            "bias": _to_wire(bias, precision),
+            "bias": _to_wire(torch.cat(bias), precision),
         }
     )
+
+
+def _gradient_shape(gradient: CodedGradient) -> tuple[int, int]:
+    if isinstance(gradient, LowRankGradient):
+        return len(gradient.bias), gradient.right.shape[1]
+    return len(gradient.bias), gradient.weight.shape[1]
 
 
 def gradients_from_arrays(
@@ -278,7 +288,7 @@ def gradients_from_arrays(
     classes = _held_classes(arrays["classes"], num_classes)
     held = len(classes)
     ranks = _checked("class-gradients.ranks", arrays["ranks"], (held,), np.int64)
-    if ranks.min() < 0 or ranks.max() > expected.max_rank:
+    if held and (ranks.min() < 0 or ranks.max() > expected.max_rank):
         raise ReplyError(
             f"array class-gradients.ranks has values from {ranks.min()} to "
             f"{ranks.max()}, expected 0 to {expected.max_rank}"
@@ -324,11 +334,7 @@ def _held_classes(array: Array, num_classes: int) -> list[int]:
             f"({num_classes},) at most"
         )
     listed: list[int] = _decode(name, array).tolist()
-    if (
-        not listed
-        or len(set(listed)) < len(listed)
-        or not (0 <= min(listed) and max(listed) < num_classes)
-    ):
+    if len(set(listed)) < len(listed) or not all(0 <= c < num_classes for c in listed):
         raise ReplyError(
             f"class gradients for classes {listed}; they must differ and be from 0 to "
             f"{num_classes - 1}"

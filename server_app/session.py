@@ -347,6 +347,7 @@ class Session:
             "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
             "test_images": len(self.evaluator.indices(final)),
             "losses": record.losses,
+            "privacy": record.privacy,
             "unreadable_images": {
                 "train": record.unreadable,
                 "test": self.evaluator.unreadable,

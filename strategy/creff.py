@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from flwr.app import Message, RecordDict
@@ -67,6 +67,7 @@ class CReFF(FedAvg):
         Re-trained classifier of the last round; freshly initialised before round 1.
     """
 
+    asks_class_gradients: ClassVar[bool] = True
     classifier: nn.Linear
 
     def __init__(
@@ -123,6 +124,7 @@ class CReFF(FedAvg):
     def state(self) -> dict[str, torch.Tensor]:
         """Return federated features and re-trained classifier by name."""
         return {
+            **super().state(),
             FEATURES: self.features,
             **{
                 f"{CLASSIFIER}.{name}": tensor
@@ -135,12 +137,13 @@ class CReFF(FedAvg):
         names = self.state().keys()
         assert state.keys() == names, f"{sorted(state)} instead of {sorted(names)}"
         assert state[FEATURES].shape == self.features.shape
+        super().load_state(state)
         self.features = state[FEATURES].to(self.device)
         self.classifier.load_state_dict(
             {
                 name.removeprefix(f"{CLASSIFIER}."): tensor
                 for name, tensor in state.items()
-                if name != FEATURES
+                if name.startswith(CLASSIFIER)
             }
         )
 

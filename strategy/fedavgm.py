@@ -14,6 +14,8 @@ from clip2fl_common.config import ConfigError
 from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
 from strategy.sites import SitePlan
 
+# Names in a strategy's state begin so.
+MOMENTUM = "momentum."
 BUFFERS = (".running_mean", ".running_var")
 
 
@@ -81,13 +83,21 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
     def state(self) -> dict[str, torch.Tensor]:
         """Return the server's momentum, array by array, once there is one."""
         return {
-            f"momentum.{n:05}": torch.from_numpy(step)
+            **super().state(),
+            **self._momentum(),
+        }
+
+    def _momentum(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{MOMENTUM}{n:05}": torch.from_numpy(step)
             for n, step in enumerate(self.momentum_vector or [])
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back the server's momentum."""
-        self.momentum_vector = [state[n].numpy() for n in sorted(state)] or None
+        super().load_state(state)
+        steps = sorted(name for name in state if name.startswith(MOMENTUM))
+        self.momentum_vector = [state[name].numpy() for name in steps] or None
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -24,13 +24,14 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
 
 from clip2fl_common import records
-from clip2fl_common.config import Aggregation, RunConfig
+from clip2fl_common.config import Aggregation, Privacy, RunConfig
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.metrics import FEDAVG_HEAD, HEADS, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 from strategy.aggregation import flower_aggregator, shorten_update
+from strategy.privacy import PrivacyLedger
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
 
@@ -78,6 +79,10 @@ class ClientPlan:
         """Return the node that simulates a partition."""
         return self.nodes[partition % len(self.nodes)]
 
+    def noise_source(self, server_round: int) -> torch.Generator:
+        """Return random numbers for a round's noise: the seed's, as all others."""
+        return generator(self.seed, "privacy", server_round, self.num_clients)
+
     def images_of(self, partition: int) -> int:
         """Return the most images that a partition can have been trained on."""
         return self.images[partition]
@@ -124,10 +129,11 @@ class Setting:
 
     @property
     def safeguards(self) -> dict[str, Any]:
-        """Settings that every method has: how replies are combined, and how many."""
+        """Settings that every method has: of aggregation, replies and privacy."""
         return {
             "aggregation": self.config.aggregation,
             "min_replies": self.config.federation.min_replies,
+            "privacy": self.config.privacy,
         }
 
 
@@ -144,6 +150,8 @@ class PartitionedTraining(FlowerFedAvg):
         How models are put together, and the bounds on what a client sends.
     min_replies : int
         Good replies that a round needs; with fewer, the model stays as it is.
+    privacy : Privacy
+        Noise on the mean update, and what is accounted for.
     **flower_settings : Any
         Settings of the Flower strategy (``proximal_mu``, ...).
 
@@ -151,6 +159,8 @@ class PartitionedTraining(FlowerFedAvg):
     ----------
     needs_teacher : bool
         Whether the run has to load the teacher for this method.
+    asks_class_gradients : bool
+        Whether clients send class gradients for this method.
     classifier : torch.nn.Linear or None
         Classifier that is delivered instead of the global model's own, if any.
     gradient_format : GradientFormat or None
@@ -160,6 +170,7 @@ class PartitionedTraining(FlowerFedAvg):
     """
 
     needs_teacher: ClassVar[bool] = False
+    asks_class_gradients: ClassVar[bool] = False
     classifier: nn.Linear | None = None
     gradient_format: records.GradientFormat | None = None
 
@@ -174,6 +185,7 @@ class PartitionedTraining(FlowerFedAvg):
         *,
         aggregation: Aggregation,
         min_replies: int,
+        privacy: Privacy,
         **flower_settings: Any,
     ) -> None:
         # All nodes are handed to `_construct_messages`, which picks from them.
@@ -189,6 +201,8 @@ class PartitionedTraining(FlowerFedAvg):
         self.plan = plan
         self.aggregation = aggregation
         self.min_replies = min_replies
+        self.privacy = privacy
+        self.ledger = PrivacyLedger.of(privacy, self.asks_class_gradients)
         self.round = RoundRecord()
         self._aggregator = flower_aggregator(
             aggregation, train_metrics_aggr_fn=_summarise_metrics
@@ -207,11 +221,11 @@ class PartitionedTraining(FlowerFedAvg):
         Random numbers are no part of it: each generator comes from the run's seed,
         its purpose, the round and the client.
         """
-        return {}
+        return self.ledger.state()
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
-        assert not state
+        self.ledger.load_state(state)
 
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
@@ -292,6 +306,8 @@ class PartitionedTraining(FlowerFedAvg):
             )
             node = self.plan.node_of(client)
             self._asked[node][client] = self.plan.images_of(client)
+            if message_type == MessageType.TRAIN:
+                self.ledger.note(client)
             self._names[node] = f"node {node}" + (
                 f" ({label})" if isinstance(label, str) else ""
             )
@@ -313,6 +329,7 @@ class PartitionedTraining(FlowerFedAvg):
         replies = list(replies)
         self._book("clients", self._sent_at)
         self._name_silent(server_round, replies)
+        self.round.privacy = self.ledger.spent()
         started = time.perf_counter()
         accepted = self._accept(server_round, replies)
         self.round.dropped = len(replies) - len(accepted)
@@ -336,6 +353,8 @@ class PartitionedTraining(FlowerFedAvg):
             records.gradient_bytes(r.content) for r in accepted
         ]
         self._shorten_updates(server_round, accepted)
+        if self.privacy.update_noise_multiplier > 0:
+            _weigh_equally(accepted)
         self._book("checks", started)
         self.use_replies(server_round, accepted)
         started = time.perf_counter()
@@ -344,8 +363,10 @@ class PartitionedTraining(FlowerFedAvg):
             arrays, metrics = super().aggregate_train(server_round, accepted)
         else:
             arrays, metrics = self._aggregator.aggregate_train(server_round, accepted)
+        assert arrays is not None and metrics is not None
+        if self.privacy.update_noise_multiplier > 0:
+            arrays = self._with_noise(server_round, arrays, len(accepted))
         self._book("aggregation", started)
-        assert metrics is not None
         self._record(metrics)
         return arrays, metrics
 
@@ -421,6 +442,24 @@ class PartitionedTraining(FlowerFedAvg):
                     limit,
                 )
 
+    def _with_noise(
+        self, server_round: int, arrays: ArrayRecord, clients: int
+    ) -> ArrayRecord:
+        """Return a mean model with Gaussian noise on all but counters."""
+        # Replacing one of the shortened updates turns it around, at worst.
+        sensitivity = 2 * self.aggregation.max_update_norm / clients
+        deviation = self.privacy.update_noise_multiplier * sensitivity
+        source = self.plan.noise_source(server_round)
+        noisy = {}
+        for name, values in records.arrays_to_numpy(arrays).items():
+            if values.dtype.kind == "f":
+                drawn = torch.randn(values.shape, generator=source).numpy()
+                values = (values + deviation * drawn).astype(values.dtype)
+                if name.endswith(records.VARIANCE):
+                    values = values.clip(min=0)
+            noisy[name] = values
+        return records.numpy_to_arrays(noisy)
+
     def _record(self, metrics: MetricRecord) -> None:
         """Take the clients' summarised metrics into the round's record."""
         values = {name: cast(float, value) for name, value in metrics.items()}
@@ -491,6 +530,12 @@ class PartitionedTraining(FlowerFedAvg):
 
     def _book(self, phase: str, started: float) -> None:
         self.round.seconds[phase] = time.perf_counter() - started
+
+
+def _weigh_equally(replies: Sequence[Message]) -> None:
+    """Let every client count the same: who has more images would change more."""
+    for reply in replies:
+        reply.content.metric_records[records.METRICS][records.NUM_EXAMPLES] = 1
 
 
 def _summarise_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:

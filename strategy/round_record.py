@@ -32,6 +32,8 @@ class RoundRecord:
     recalls : dict or None
         Sites' mean accuracy on each class in percent (None: no site has it), by head;
         None without sites.
+    privacy : dict
+        What the round and all so far have cost, by mechanism (see `PrivacyLedger`).
     """
 
     clients: list[int | str] = field(default_factory=list)
@@ -46,3 +48,4 @@ class RoundRecord:
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     recalls: dict[str, list[float | None]] | None = None
+    privacy: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from clip2fl_common import records
-from clip2fl_common.randomness import generator
+from clip2fl_common.randomness import generator, secret_generator
 
 # Seconds within which nodes must say which site they are.
 QUERY_TIMEOUT_S = 120.0
@@ -169,6 +169,10 @@ class SitePlan:
     def node_of(self, client: int) -> int:
         """Return a site's node."""
         return {client_number(name): n for n, name in self._names.items()}[client]
+
+    def noise_source(self, server_round: int) -> torch.Generator:
+        """Return random numbers for a round's noise, which no seed repeats."""
+        return secret_generator()
 
     def images_of(self, client: int) -> int:
         """Return the most images that a site may say it has trained on."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from flwr.app import Array, Error, Message
 
 from clip2fl_common import records
-from clip2fl_common.datasets import DatasetError, load_dataset
+from clip2fl_common.datasets import DatasetError, load_dataset, partition_indices
 from server_app.checkpoint import load_model
 from strategy.partitioned import NoRepliesError
+from strategy.privacy import epsilon
 from strategy.registry import METHODS
 from tests.defaults import run_config
 from tests.federation import federate, metrics
@@ -239,3 +241,42 @@ def test_no_run_overwrites_another(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="already holds a run"):
         federate(tmp_path / "run", "fedavg")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_protected_gradients_are_accounted_for(tmp_path: Path) -> None:
+    """The client asked most often counts; small classes send nothing, or noise."""
+    grid = federate(
+        tmp_path / "run",
+        federation__rounds=3,
+        privacy__min_class_samples=6,
+        privacy__gradient_clip_norm=1.0,
+        privacy__gradient_noise_multiplier=4.0,
+    )
+    rounds = metrics(tmp_path / "run")
+    asked: Counter[int] = Counter()
+    for line in rounds:
+        asked.update(line["clients"])
+        assert line["privacy"]["class_gradients"] == {
+            "epsilon_round": epsilon(4.0, 1, 1e-5),
+            "epsilon_total": epsilon(4.0, max(asked.values()), 1e-5),
+            "delta": 1e-5,
+        }
+    config = run_config()
+    labels = load_dataset(config.dataset).train.labels
+    parts = partition_indices(
+        config.dataset, config.partition.clients, config.partition.alpha, config.seed
+    )
+    assert not [r.error.reason for r in grid.replies if r.has_error()]
+    replies = [r for r in grid.replies if records.GRADIENTS in r.content]
+    assert len(replies) == sum(asked.values())
+    sent = 0
+    for reply in replies:
+        counts = np.bincount(labels[parts[records.partition_of(reply)]])
+        arrays = reply.content.array_records[records.GRADIENTS]
+        assert (
+            arrays["classes"].numpy().tolist() == np.flatnonzero(counts >= 6).tolist()
+        )
+        sent += len(arrays["classes"].numpy())
+    assert sent
+    federate(tmp_path / "plain")
+    assert all(line["privacy"] == {} for line in metrics(tmp_path / "plain"))

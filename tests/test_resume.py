@@ -94,6 +94,25 @@ def test_resumed_run_equals_the_uninterrupted(tmp_path: Path, method: str) -> No
     assert facts == whole
 
 
+def test_resumed_run_goes_on_with_noise_and_account(tmp_path: Path) -> None:
+    """Simulated clients' noise is the seed's, and what it has cost is kept."""
+    protected: dict[str, Scalar] = {
+        "privacy__gradient_clip_norm": 1.0,
+        "privacy__gradient_noise_multiplier": 4.0,
+        "privacy__update_noise_multiplier": 1.0,
+        "aggregation__max_update_norm": 0.1,
+    }
+    run(tmp_path / "whole", **protected)
+    with pytest.raises(Stop):
+        run(tmp_path / "run", stop_in(3), **protected)
+    go_on(tmp_path / "run", **protected)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert metrics(tmp_path / "run")[-1]["privacy"].keys() == {
+        "class_gradients",
+        "updates",
+    }
+
+
 @settings(max_examples=3)
 @given(
     stops=st.lists(st.integers(1, ROUNDS), max_size=4).map(sorted),

@@ -53,12 +53,20 @@ def client_plan(
     return ClientPlan(nodes, clients, per_round, seed, (IMAGES,) * clients)
 
 
-def safeguards(min_replies: int = 1, **aggregation: Scalar) -> dict[str, Any]:
-    """Return the settings that every strategy has: the mean, unless changed."""
-    keys = {f"aggregation__{name}": value for name, value in aggregation.items()}
+def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Any]:
+    """Return the settings that every strategy has: the mean, unless changed.
+
+    Of ``privacy`` where they begin with it, else of ``aggregation``.
+    """
+    keys = {
+        name if name.startswith("privacy__") else f"aggregation__{name}": value
+        for name, value in settings.items()
+    }
+    config = run_config(**keys)
     return {
-        "aggregation": run_config(**keys).aggregation,
+        "aggregation": config.aggregation,
         "min_replies": min_replies,
+        "privacy": config.privacy,
     }
 
 
