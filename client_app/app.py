@@ -12,6 +12,7 @@ from client_app.evaluation import recalls
 from client_app.gradients import coded_class_gradients
 from client_app.own_images import (
     SiteError,
+    min_class_samples,
     names_kept_here,
     open_own_site,
     training_images,
@@ -111,7 +112,7 @@ def _train(
                 config.seed, "augmentation", request.server_round, request.partition
             ),
             precision=precision,
-            min_class_samples=config.privacy.min_class_samples,
+            min_class_samples=min_class_samples(config, context.node_config),
         )
         gradients = coded_class_gradients(
             features,

@@ -83,6 +83,25 @@ def open_own_site(config: RunConfig, node_config: NodeConfig) -> ImageDataset:
     return open_site(config.dataset, Path(folder))
 
 
+def min_class_samples(config: RunConfig, node_config: NodeConfig) -> int:
+    """Return the images that a class needs here to have its gradient sent.
+
+    A node may ask for more than the run does, never for less.
+
+    Raises
+    ------
+    SiteError
+        If the node's own number is not a positive integer.
+    """
+    own = node_config.get("min-class-samples", 1)
+    if not isinstance(own, int) or own < 1:
+        raise SiteError(
+            f"min-class-samples in the node's --node-config is {own!r}; it must be a "
+            "positive integer"
+        )
+    return max(own, config.privacy.min_class_samples)
+
+
 @contextlib.contextmanager
 def names_kept_here(config: RunConfig) -> Iterator[None]:
     """Keep names of a site's folders and files out of the error that is sent.

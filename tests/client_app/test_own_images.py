@@ -2,7 +2,12 @@
 
 import pytest
 
-from client_app.own_images import SiteError, names_kept_here, open_own_site
+from client_app.own_images import (
+    SiteError,
+    min_class_samples,
+    names_kept_here,
+    open_own_site,
+)
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.teacher import OtherTeacherError, TeacherError
@@ -43,3 +48,22 @@ def test_node_without_a_folder_says_how_to_start_it(node: dict[str, str | int]) 
     config: RunConfig = SITE
     with pytest.raises(DatasetError, match="--node-config 'data-path="):
         open_own_site(config, node)
+
+
+@pytest.mark.parametrize(
+    ("node", "run", "needed"), [(None, 1, 1), (None, 5, 5), (3, 5, 5), (7, 5, 7)]
+)
+def test_site_may_ask_for_larger_classes_than_the_run(
+    node: int | None, run: int, needed: int
+) -> None:
+    config = run_config(privacy__min_class_samples=run)
+    node_config = {} if node is None else {"min-class-samples": node}
+    assert min_class_samples(config, node_config) == needed
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "5", 2.5])
+def test_sites_own_least_number_must_be_one(wrong: int | str | float) -> None:
+    with pytest.raises(
+        SiteError, match="min-class-samples in the node's --node-config"
+    ):
+        min_class_samples(run_config(), {"min-class-samples": wrong})
