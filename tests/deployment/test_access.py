@@ -77,7 +77,7 @@ def test_nodes_reach_the_fleet_api_only(server: Stack) -> None:
             and '/v1/runtime/acquire-task HTTP/1.1" 401'
             in server.server.log("superlink")
         ),
-        90,
+        300,
     )
 
 
@@ -92,12 +92,12 @@ def test_unregistered_key_and_wrong_ca_are_refused_with_the_reason(
     server._run(server.make_keys, "server", other, SERVER_IP)
     server.start_node("misled", tmp_path, other / "ca.crt")
     wait_for(
-        "refusal of the key", lambda: "code: 2004" in stranger.log("supernode"), 90
+        "refusal of the key", lambda: "code: 2004" in stranger.log("supernode"), 300
     )
     wait_for(
         "refusal of the certificate",
         lambda: "CERTIFICATE_VERIFY_FAILED" in misled.log("supernode"),
-        90,
+        300,
     )
     listed = server.flwr("supernode", "list", "server", "--format", "json")
     states = [node["status"] for node in json.loads(listed)["nodes"]]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "can be run
 @pytest.mark.slow
 def test_run_completes_and_its_model_predicts(federation: Stack) -> None:
     federation.start_run(f"{TINY} federation.rounds=2")
-    assert federation.wait_for_run(300) == 0, federation.server.log("run")
+    assert federation.wait_for_run(900) == 0, federation.server.log("run")
     rounds = federation.rounds()
     assert [sorted(line["clients"]) for line in rounds] == [
         ["east", "north", "west"]
