@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from clip2fl_cli.configuration import defaults, resolve
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from scripts.simulate import RunResult, flatten, simulate
+from server_app.resume import ResumeError, load_newest
 
 # Where a run goes and what watches it do not change its outcome.
 WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers")
@@ -175,7 +177,9 @@ class Watcher(Protocol):
 def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
     """Make the missing runs, one after the other; a failure does not stop the others.
 
-    What an interrupted run has left is set aside, and the run starts again.
+    An interrupted run goes on from its last checkpoint. Where that is not possible
+    (there is none yet, or it is another code's or configuration's), what it has left is
+    set aside, and the run starts again.
 
     Parameters
     ----------
@@ -190,16 +194,27 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
         Each run that did not complete.
     """
     for run in comparison.missing():
-        _set_aside(run.folder)
-        with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
-            # JSON writes booleans, numbers and strings exactly as TOML does.
-            for key, value in run.config.to_flat().items():
-                file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
-            file.flush()
-            result = simulate(run_config=Path(file.name), output=watcher.started(run))
+        going_on = _can_go_on(run)
+        if not going_on:
+            _set_aside(run.folder)
+        output = watcher.started(run)
+        result = (
+            simulate(resume=run.folder, output=output)
+            if going_on
+            else _begin(run, output)
+        )
         watcher.ended(run, result)
         if not result.completed:
             yield run
+
+
+def _begin(run: PlannedRun, output: TextIO) -> RunResult:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+        # JSON writes booleans, numbers and strings exactly as TOML does.
+        for key, value in run.config.to_flat().items():
+            file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
+        file.flush()
+        return simulate(run_config=Path(file.name), output=output)
 
 
 def _parse(file: Path) -> _File:
@@ -259,6 +274,20 @@ def _check_same(run: PlannedRun) -> None:
                 f"comparison now wants {wanted!r}: choose another folder with --runs, "
                 "or remove that one"
             )
+
+
+def _can_go_on(run: PlannedRun) -> bool:
+    """Whether the folder holds a checkpoint of this very run."""
+    try:
+        newest = load_newest(run.folder)
+    except ResumeError:
+        return False
+    wanted = run.config.to_flat()
+    return newest.made_with["code"] == code_fingerprint(packages=ALL_CODE) and all(
+        newest.config.get(key) == value
+        for key, value in wanted.items()
+        if key not in (*WITHOUT_INFLUENCE, "run.resume")
+    )
 
 
 def _set_aside(folder: Path) -> None:

@@ -2,17 +2,21 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
+import torch
 from rich.console import Console
 
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
 from clip2fl_cli.progress import ComparisonProgress, RoundLines
-from clip2fl_common.config import ConfigError
+from clip2fl_common.config import ConfigError, Scalar
+from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from scripts.simulate import RunResult
+from server_app.resume import Checkpoint, load_newest, save_checkpoint
 from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT
 
@@ -71,11 +75,18 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """Replace the simulation: runs complete at once, but those of seed 99 fail."""
     made: list[dict[str, object]] = []
 
-    def simulate(*, run_config: Path, output: TextIO) -> RunResult:
-        pairs = dict(
-            line.split(" = ", 1) for line in run_config.read_text().split("\n")[:-1]
-        )
-        config = {key: json.loads(value) for key, value in pairs.items()}
+    def simulate(
+        *, run_config: Path | None = None, resume: Path | None = None, output: TextIO
+    ) -> RunResult:
+        if run_config is None:
+            assert resume is not None
+            config: dict[str, Any] = dict(load_newest(resume).config)
+            config["run.resume"] = str(resume)
+            shutil.rmtree(resume)
+        else:
+            lines = run_config.read_text().split("\n")[:-1]
+            pairs = dict(line.split(" = ", 1) for line in lines)
+            config = {key: json.loads(value) for key, value in pairs.items()}
         made.append(config)
         if config["seed"] == 99:
             return RunResult("finished:failed", "no more", "")
@@ -148,6 +159,57 @@ def test_interrupted_run_starts_again_beside_its_remains(
     aside = run.folder.with_name("plain-seed1.part1")
     assert (aside / "metrics.jsonl").read_text() == '{"round": 1}\n'
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def leave_checkpoint(run: PlannedRun, code: str, **changes: Scalar) -> None:
+    """Leave what a run has after a round, by this code or another."""
+    run.folder.mkdir(parents=True)
+    save_checkpoint(
+        run.folder,
+        Checkpoint(
+            round=1,
+            config={**run.config.to_flat(), **changes},
+            made_with={"code": code},
+            environment={},
+            best=None,
+            resumed_after=(),
+            metrics='{"round": 1}\n',
+            model={"bias": torch.zeros(1)},
+            strategy={},
+        ),
+    )
+
+
+def test_interrupted_run_goes_on_from_its_checkpoint(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    run = read(file).plan[0]
+    leave_checkpoint(run, code_fingerprint(packages=ALL_CODE))
+    watcher = Watcher()
+    assert list(complete(read(file), watcher)) == []
+    assert simulated[0]["run.resume"] == str(run.folder)
+    assert [config["run.resume"] for config in simulated[1:]] == ["", ""]
+    assert watcher.ends[0] == ("plain-seed1", True)
+    assert not run.folder.with_name("plain-seed1.part1").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [("another", {}), (code_fingerprint(packages=ALL_CODE), {"client.epochs": 77})],
+)
+def test_checkpoint_of_another_run_is_set_aside(
+    file: Path,
+    simulated: list[dict[str, object]],
+    code: str,
+    changes: dict[str, Scalar],
+) -> None:
+    """Of other code or another configuration: it would be refused."""
+    run = read(file).plan[0]
+    leave_checkpoint(run, code, **changes)
+    list(complete(read(file), Watcher()))
+    assert [config["run.resume"] for config in simulated] == [""] * 3
+    aside = run.folder.with_name("plain-seed1.part1")
+    assert load_newest(aside).metrics == '{"round": 1}\n'
 
 
 def test_failed_run_does_not_stop_the_others(
