@@ -7,11 +7,14 @@ smallest class that is sent, for all of them.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from clip2fl_common.config import Privacy
 from clip2fl_common.gradients import ClassGradient
+
+if TYPE_CHECKING:  # class gradients are benchmarked where pydantic is not installed
+    from clip2fl_common.config import Privacy
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class GradientProtection:
 
 
 def gradient_protection(
-    privacy: Privacy, samples_per_class: int, generator: torch.Generator
+    privacy: "Privacy", samples_per_class: int, generator: torch.Generator
 ) -> GradientProtection | None:
     """Return what a run's configuration asks for, if anything.
 
