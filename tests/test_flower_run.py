@@ -1,5 +1,6 @@
 """The application under real Flower: simulation with Ray, and the bundle."""
 
+import json
 import os
 import random
 import shutil
@@ -127,16 +128,18 @@ def terminate(process: subprocess.Popen[str], temporary: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux' /proc")
 def test_killed_run_ends_as_the_uninterrupted(tmp_path: Path) -> None:
-    """Killed at random moments, in three ways, and resumed each time."""
-    rounds = "federation.rounds=10"
+    """Killed at ten random moments, in three ways, and resumed each time."""
+    rounds = "federation.rounds=24"
     assert run(tmp_path / "whole", rounds).completed
     folder = tmp_path / "run"
     place = f'{TINY} {rounds} run.dir="{tmp_path}" run.name="run"'
     arguments = ["--set", place, "--supernodes", "2"]
     moment = random.Random(11)
+    ends = [*[kill_tree] * 7, *[kill_server_app] * 2, terminate]
+    moment.shuffle(ends)
     # Ray's socket paths leave no room for pytest's long names.
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as temporary:
-        for end in (kill_tree, kill_server_app, terminate, kill_tree):
+        for end in ends:
             with started(arguments, Path(temporary)) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
@@ -153,6 +156,8 @@ def test_killed_run_ends_as_the_uninterrupted(tmp_path: Path) -> None:
     resumed = simulate(resume=folder, supernodes=3, timeout=400)
     assert resumed.completed, resumed.details + resumed.log
     assert "resumed after round" in resumed.log
+    facts = json.loads((folder / "config.json").read_text("utf-8"))
+    assert len(facts["resumed_after_rounds"]) == len(ends)
     assert metrics(folder) == metrics(tmp_path / "whole")
     for name in ("model.safetensors", "model-best.safetensors"):
         whole = tmp_path / "whole" / name
