@@ -73,9 +73,9 @@ def _flatten(table: dict[str, object], prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m client_app.doctor",
+        prog=prog,
         description="Check a node before it takes part in a federation.",
         epilog="Exit status: 0 it can; 1 something must be fixed; 2 wrong usage.",
     )
@@ -109,9 +109,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m client_app.doctor"
+) -> int:
     """Run the command line and return its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     try:
         config = _run_config(options.run_config)
     except (OSError, tomllib.TOMLDecodeError, ConfigError) as error:

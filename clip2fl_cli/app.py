@@ -92,6 +92,21 @@ def compare(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def doctor(context: typer.Context) -> None:
+    """Check a site before it takes part in a federation, and say what to fix.
+
+    ``clip2fl doctor --help`` lists the options. Nodes, on which this command need not
+    be installed, have the same as ``python -m client_app.doctor``.
+    """
+    from client_app import doctor as check
+
+    raise typer.Exit(check.main(context.args, prog="clip2fl doctor"))
+
+
 @app.command()
 def partition(
     run_config: Annotated[

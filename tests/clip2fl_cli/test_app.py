@@ -318,7 +318,7 @@ def test_installed_command_and_module_are_the_same() -> None:
         )
         assert done.returncode == 0, done.stderr
         helps.append(done.stdout.replace("python -m clip2fl_cli.app", "clip2fl"))
-    for name in ("compare", "partition", "report", "predict", "export"):
+    for name in ("compare", "doctor", "partition", "report", "predict", "export"):
         assert all(name in text for text in helps)
 
 
@@ -347,4 +347,19 @@ def test_documented_commands_are_understood(line: str) -> None:
 
 def test_documentation_has_every_subcommand() -> None:
     used = {line.split()[0] for line in documented()}
-    assert used >= {"compare", "partition", "report", "predict", "export"}
+    assert used >= {"compare", "doctor", "partition", "report", "predict", "export"}
+
+
+def test_doctor_checks_a_site(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With the node's own options, help and exit status."""
+    config = ROOT / "conf" / "sites.toml"
+    missing = tmp_path / "nowhere"
+    arguments: list[str | int | Path] = ["--data-path", missing, "--run-config", config]
+    assert run(monkeypatch, "doctor", *arguments) == 1
+    assert f"PROBLEM  data         {missing} is not a folder" in capsys.readouterr().out
+    assert run(monkeypatch, "doctor", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: clip2fl doctor")
+    assert run(monkeypatch, "doctor", "--run-config", config) == 2
+    assert "--data-path" in capsys.readouterr().err
