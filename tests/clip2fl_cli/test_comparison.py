@@ -267,11 +267,16 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         read(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("file_name", ["demo-compare.toml", "photos-compare.toml"])
-def test_comparisons_of_this_app_are_sound(tmp_path: Path, file_name: str) -> None:
-    found = Comparison.read(
-        ROOT / "conf" / file_name, tmp_path, ['dataset.root="/photos"']
-    )
+@pytest.mark.parametrize(
+    "file",
+    [f for f in (ROOT / "conf").glob("*.toml") if "[variants." in f.read_text("utf-8")],
+    ids=lambda file: file.name,
+)
+def test_comparisons_of_this_app_are_sound(tmp_path: Path, file: Path) -> None:
+    places = [
+        f'dataset.{name}="/photos"' for name in ("root", "train-list", "test-list")
+    ]
+    found = Comparison.read(file, tmp_path, places)
     assert len({run.folder for run in found.plan}) == len(found.plan)
     assert found.baseline in {run.variant for run in found.plan}
 
