@@ -125,8 +125,8 @@ class Federation:
         return ANSI.sub("", done.stdout)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(
         description="Start a run on a SuperLink and follow it to its end.",
         epilog="Exit status: 0 only if the run completed.",
@@ -146,7 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="S",
         help="seconds for which the SuperLink may be away (default: 300)",
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="clip2fl-") as directory:
         folder = Path(directory)
         try:
