@@ -1,6 +1,12 @@
 """Nodes, links and the SuperLink fail in mid-run; the run completes all the same."""
 
+import json
+from pathlib import Path
+
+import open_clip
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.deployment.conftest import COUNTS, TINY
 from tests.deployment.stack import Stack, missing, wait_for
@@ -59,3 +65,44 @@ def test_superlink_killed_and_restarted(federation: Stack) -> None:
     federation.start_superlink()
     assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
     assert len(clients(federation)) == 3
+
+
+def write_teacher(folder: Path, seed: int) -> None:
+    """Write a tiny open_clip model with random weights."""
+    config = {
+        "embed_dim": 512,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    folder.mkdir()
+    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+    )
+
+
+def test_node_with_another_teacher_is_left_out_by_name(federation: Stack) -> None:
+    """Under the same path, each machine having a home of its own."""
+    for machine in (federation.server, *federation.nodes.values()):
+        other = machine is federation.nodes["east"]
+        write_teacher(machine.folder / "teacher", seed=int(other))
+    federation.start_run(
+        f'{TINY} federation.rounds=1 teacher.model="local-dir:~/teacher"'
+    )
+    assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
+    assert clients(federation) == [["north", "west"]]
+    (line,) = [
+        line
+        for line in federation.server.log("run").splitlines()
+        if "dropped the reply of node" in line
+    ]
+    assert "(east)" in line and "has the fingerprint" in line
+    assert "at the server: install the same weights on both" in line
