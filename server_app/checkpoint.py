@@ -81,11 +81,15 @@ def save_tensors(
         Goes along with it.
     """
     with replaced_whole(path) as temporary:
+        # Readable for whom other files are: safetensors leaves it to the owner alone.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
             metadata=None if metadata is None else dict(metadata),
         )
+        temporary.chmod(mode)
 
 
 def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:

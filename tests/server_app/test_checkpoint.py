@@ -127,3 +127,10 @@ def test_later_model_replaces_the_earlier(tmp_path: Path) -> None:
         expected = classifier(trained(seed=2).features(images))
         assert torch.equal(load_model(path)[0](images), expected)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_model_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    checkpoint.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    modes = {(tmp_path / n).stat().st_mode for n in ("other", "x.safetensors")}
+    assert len(modes) == 1
