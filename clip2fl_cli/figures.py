@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from clip2fl_cli.runs import by_frequency
+
 WIDTH_INCHES = 4.8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
@@ -108,11 +110,15 @@ def over_rounds(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     return figure
 
 
+def _with_count(names: Sequence[str], counts: Sequence[int] | None, c: int) -> str:
+    return names[c] if counts is None else f"{names[c]} ({counts[c]:,})"
+
+
 @rc_context(STYLE)
 def by_class(
     values: Mapping[str, Sequence[float | None]],
     names: Sequence[str],
-    counts: Sequence[int],
+    counts: Sequence[int] | None,
 ) -> Figure:
     """Draw per-class accuracy, the commonest class on top.
 
@@ -122,14 +128,14 @@ def by_class(
         Accuracy of each class, for each thing compared.
     names : sequence of str
         Class names in the order of ``values``.
-    counts : sequence of int
-        Training images of each class.
+    counts : sequence of int or None
+        Training images of each class, where they are known.
 
     Returns
     -------
     Figure
     """
-    order = sorted(range(len(names)), key=lambda c: -counts[c])
+    order = by_frequency(counts, len(names))
     named = len(names) <= MAX_NAMES
     height = 0.34 * len(names) + 1.0 if named else 6.0
     # Side by side, so that no marker hides another.
@@ -149,9 +155,9 @@ def by_class(
         )
     if named:
         axis.set_yticks(
-            range(len(order)), [f"{names[c]} ({counts[c]:,})" for c in order]
+            range(len(order)), [_with_count(names, counts, c) for c in order]
         )
-        axis.set_ylabel("class (training images)")
+        axis.set_ylabel("class (training images)" if counts else "class")
     else:
         axis.set_ylabel("class, by frequency rank")
     axis.invert_yaxis()
@@ -274,7 +280,7 @@ def clouds(
     features: npt.NDArray[np.float64],
     text_features: npt.NDArray[np.float64] | None,
     names: Sequence[str],
-    counts: Sequence[int],
+    counts: Sequence[int] | None,
 ) -> Figure:
     """Draw federated features and text prototypes in two dimensions.
 
@@ -286,16 +292,16 @@ def clouds(
         Prototypes.
     names : sequence of str
         Class names.
-    counts : sequence of int
-        Training images of each class; of many classes, `MAX_CLOUDS` evenly over the
-        frequencies are drawn.
+    counts : sequence of int or None
+        Training images of each class, where they are known; of many classes,
+        `MAX_CLOUDS` evenly over the frequencies are drawn.
 
     Returns
     -------
     Figure
     """
     points, prototypes = principal_plane(features, text_features)
-    order = sorted(range(len(names)), key=lambda c: -counts[c])
+    order = by_frequency(counts, len(names))
     places = np.linspace(0, len(order) - 1, min(MAX_CLOUDS, len(order)))
     titles = ["federated features", "means of their classes, enlarged"]
     if prototypes is not None:
@@ -314,7 +320,7 @@ def clouds(
         }
         large = {"markersize": 9, "markeredgecolor": "black", **style}
         axes[0].plot(*points[c].T, markersize=2.5, alpha=0.5, **style)
-        label = f"{names[c]} ({counts[c]:,})"
+        label = _with_count(names, counts, c)
         axes[1].plot(*points[c].mean(axis=0), label=label, **large)
         if prototypes is not None:
             axes[2].plot(*prototypes[c], **large)

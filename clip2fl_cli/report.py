@@ -27,6 +27,7 @@ COLUMNS = {
 TITLES = tuple(COLUMNS.values())
 # Larger matrices are shown as a picture only; artifacts.safetensors has the numbers.
 MAX_TABLE_CELLS = 12_000
+UNTOLD = "Sites tell nobody how many images of a class they have."
 LOSSES = {
     "client": "client (total)",
     "distillation": "distillation",
@@ -163,8 +164,13 @@ def _run_results(run: FinishedRun) -> Section:
     rows += _teacher_rows({"": [run]}, 1)
     table = Table(
         "results",
-        f"Accuracy in percent on {run.facts['test_images']:,} test images; bold: what "
-        "the run delivers, on all of them.",
+        (
+            f"Accuracy in percent on {run.facts['test_images']:,} test images; bold: "
+            "what the run delivers, on all of them."
+            if run.facts["test_images"]
+            else "Accuracy in percent on the sites' validation images, mean over the "
+            "sites that hold a class; bold: what the run delivers."
+        ),
         ["", "rounds", *TITLES],
         rows,
     )
@@ -237,7 +243,7 @@ def _accuracy(lines: Sequence[Line], table: Table) -> Section:
 
 def _classes(lines: Sequence[Line]) -> Section:
     run = lines[0].runs[0]
-    counts = run.facts["train_images_per_class"]
+    counts = run.train_counts
     values = {line.label: line.per_class() for line in lines}
     picture = Picture(
         "classes",
@@ -249,7 +255,7 @@ def _classes(lines: Sequence[Line]) -> Section:
         TableRow(
             [
                 Cell(run.class_names[c]),
-                Cell.number(counts[c], 0),
+                Cell.number(counts[c] if counts else None, 0),
                 *(Cell.number(accuracy[c]) for accuracy in values.values()),
             ]
         )
@@ -263,13 +269,15 @@ def _classes(lines: Sequence[Line]) -> Section:
         folded=True,
     )
     text = "The most frequent class is on top."
+    if counts is None:
+        text = f"In the order of dataset.class-names. {UNTOLD}"
     return Section("classes", "Classes by frequency", text, [picture], [table])
 
 
 def _clients(run: FinishedRun) -> Section:
     title = "Who holds what"
     if "clients_by_class" not in run.artifacts:
-        return _absent("clients", title)
+        return _absent("clients", title, "" if run.train_counts else UNTOLD)
     held = run.artifacts["clients_by_class"].numpy()
     empty = int((held == 0).sum())
     names = [str(k) for k in range(len(held))]
@@ -312,7 +320,7 @@ def _features(run: FinishedRun) -> Section:
             features,
             None if text_features is None else text_features.double().numpy(),
             run.class_names,
-            run.facts["train_images_per_class"],
+            run.train_counts,
         ),
     )
     text = (
@@ -707,6 +715,7 @@ def _groups_text(run: FinishedRun) -> str:
     rule = {
         "count": "more than 100, 20 to 100, fewer than 20 training images",
         "rank": "30/40/30 % of the classes by frequency",
+        "listed": "30/40/30 % of the classes in the order of dataset.class-names",
     }[groups["rule"]]
     return f"Many-, medium- and few-shot classes ({rule}): {named}."
 

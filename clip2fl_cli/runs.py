@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,13 @@ MODEL_FILE = "model.safetensors"
 
 class RunError(ValueError):
     """A folder is not what it should be; says what was found and what to do."""
+
+
+def by_frequency(counts: Sequence[int] | None, number: int) -> list[int]:
+    """Return classes by falling number of images, or in their own order."""
+    if counts is None:
+        return list(range(number))
+    return sorted(range(number), key=lambda c: -counts[c])
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,14 @@ class FinishedRun:
         return names
 
     @property
+    def train_counts(self) -> list[int] | None:
+        """Training images of each class; None where sites keep that to themselves."""
+        return self.facts.get("train_images_per_class")
+
+    @property
     def by_frequency(self) -> list[int]:
-        """Classes from the most to the least frequent in the training images."""
-        counts = self.facts["train_images_per_class"]
-        return sorted(range(len(counts)), key=lambda c: -counts[c])
+        """Classes from the most to the least frequent, as far as is known."""
+        return by_frequency(self.train_counts, len(self.class_names))
 
     @property
     def heads(self) -> list[str]:

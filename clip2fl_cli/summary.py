@@ -167,7 +167,7 @@ def teachers(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, f
         run.teacher["name"]: run.teacher["zero_shot"]
         for group in runs.values()
         for run in group
-        if run.teacher
+        if run.teacher and "zero_shot" in run.teacher
     }
 
 
@@ -248,9 +248,11 @@ def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:
 def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
     """Return the Markdown table of per-class accuracy, commonest class first."""
     first = next(iter(runs.values()))[0]
-    images = first.facts["train_images_per_class"]
+    images = first.train_counts
     order = first.by_frequency
-    rows = [["training images", "", *(str(images[c]) for c in order)]]
+    rows = []
+    if images:
+        rows.append(["training images", "", *(str(images[c]) for c in order)])
     for variant, group in runs.items():
         for head in group[0].heads:
             columns = zip(*(run.per_class(head) for run in group), strict=True)

@@ -14,6 +14,8 @@ from flwr.server.superlink.linkstate.utils import (
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
+from clip2fl_cli.report import write_run_report
+from clip2fl_cli.runs import FinishedRun
 from clip2fl_common import records
 from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import open_site
@@ -446,3 +448,14 @@ def test_lost_node_is_named_though_the_superlink_signs_its_error(
     assert f"node {grid._ids[0]} (north)" in dropped
     assert not any("did not reply in time" in m for m in flower_log.messages)
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]
+
+
+def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
+    """In the order of the class names, without counts that nobody knows."""
+    federate(tmp_path / "run", folders)
+    page = write_run_report(FinishedRun.read(tmp_path / "run")).read_text("utf-8")
+    assert "on the sites&#39; validation images" in page
+    assert "In the order of dataset.class-names." in page
+    assert page.count("Sites tell nobody how many images of a class they have.") == 2
+    balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
+    assert f'data-value="{balanced}"' in page
