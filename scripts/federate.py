@@ -28,7 +28,9 @@ if __name__ == "__main__":
 from scripts.simulate import ANSI, NOISE, ROOT, copy_app, merge_run_config
 
 PROFILE = "server"
-POLL_SECONDS = 3.0
+RETRY_SECONDS = 3.0
+# Each look starts two processes of about a second; a round takes longer than this.
+LOOK_SECONDS = 15.0
 
 
 class Federation:
@@ -81,7 +83,7 @@ class Federation:
                 return started[1]
             if "refused" not in answer.lower() or time.monotonic() > deadline:
                 raise RuntimeError(f"the run was not started: {answer.strip()}")
-            time.sleep(POLL_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
     def follow(self, run: str) -> tuple[str, str]:
         """Print the run's log to its end; return its status and details."""
@@ -101,7 +103,7 @@ class Federation:
                     return status
             elif time.monotonic() - last_seen > self._patience:
                 return "unknown", f"no SuperLink for {self._patience:.0f} s"
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOOK_SECONDS)
 
     def _status(self, run: str) -> tuple[str, str] | None:
         answer = self._ask("ls", PROFILE, "--run-id", run, "--format", "json")

@@ -14,7 +14,7 @@ DOWN = "Error: Connection refused"
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federate, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(federate, "LOOK_SECONDS", 0.0)
 
 
 def listed(status: str, details: str = "N/A") -> str:
