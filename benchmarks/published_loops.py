@@ -187,7 +187,7 @@ def synthesize(
     """
     num_classes, per_class, dim = features.shape
     synthetic = features.flatten(0, 1).clone().requires_grad_()
-    classifier = nn.Linear(dim, num_classes).to(features.device)
+    classifier = nn.Linear(dim, num_classes).to(features)
     classifier.load_state_dict({"weight": weight, "bias": bias})
     parameters = list(classifier.parameters())
     optimizer = torch.optim.SGD([synthetic], lr=learning_rate)
@@ -242,7 +242,7 @@ def retrain_classifier(
     nn.Linear
     """
     num_classes, per_class, dim = features.shape
-    classifier = nn.Linear(dim, num_classes).to(features.device)
+    classifier = nn.Linear(dim, num_classes).to(features)
     classifier.load_state_dict(initial.state_dict())
     labels = torch.arange(num_classes).repeat_interleave(per_class).to(features.device)
     loader = DataLoader(
