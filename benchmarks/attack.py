@@ -35,11 +35,14 @@ from scripts.simulate import ROOT, flatten, parse_overrides
 from server_app.app import main as server_main
 from server_app.resume import rounds_with_checkpoint
 from strategy.aggregation import gradient_norm
+from strategy.partitioned import NoRepliesError
 from tests.in_process_grid import InProcessGrid, as_grid
 
 CLIENTS = 8
 ATTACKER = 0
 FACTOR = -10.0
+# In the folder of a run that could not be completed: why.
+BROKEN = "broken.txt"
 COLUMNS = ("balanced", "many", "medium", "few")
 
 
@@ -129,14 +132,18 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
     for name in ("_run_id", "_task_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     grid = InProcessGrid(config, nodes=CLIENTS, tamper=observer)
-    server_main(
-        as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
-    )
+    context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
+    if not (folder / BROKEN).exists():
+        try:
+            server_main(as_grid(grid), context)
+        except NoRepliesError as error:
+            # With such a model no client's loss is a number any more.
+            (folder / BROKEN).write_text(str(error), "utf-8")
     norms = folder / "norms.json"
     if observer.update_norms:
         content = [observer.update_norms, observer.gradient_norms]
         norms.write_text(json.dumps(content), "utf-8")
-    else:  # the run was complete
+    elif norms.is_file():  # the run was complete
         observer.update_norms, observer.gradient_norms = json.loads(
             norms.read_text("utf-8")
         )
@@ -161,17 +168,19 @@ def rules(calm: Observer) -> dict[str, dict[str, Scalar]]:
 
 
 def last_accuracy(folder: Path) -> dict[str, Any]:
-    """Return the last round's accuracy of the delivered classifier."""
+    """Return the last round's accuracy of the delivered classifier, and the round."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    accuracy: dict[str, dict[str, Any]] = json.loads(lines[-1])["accuracy"]
-    return next(iter(accuracy.values()))
+    last = json.loads(lines[-1])
+    accuracy: dict[str, Any] = next(iter(last["accuracy"].values()))
+    end = f"{last['round']}" + (", broke down" if (folder / BROKEN).exists() else "")
+    return {**accuracy, "end": end}
 
 
 def table(results: Mapping[tuple[str, bool], Mapping[str, Any]]) -> str:
     """Return the Markdown table of accuracies by rule and attack."""
     lines = [
-        f"| rule | attacker | {' | '.join(COLUMNS)} |",
-        "|---" * (2 + len(COLUMNS)) + "|",
+        f"| rule | attacker | last round | {' | '.join(COLUMNS)} |",
+        "|---" * (3 + len(COLUMNS)) + "|",
     ]
     for (rule, attacks), accuracy in results.items():
         cells = [
@@ -179,7 +188,7 @@ def table(results: Mapping[tuple[str, bool], Mapping[str, Any]]) -> str:
             for column in COLUMNS
         ]
         said = f"1 of {CLIENTS}" if attacks else "none"
-        lines.append(f"| {rule} | {said} | {' | '.join(cells)} |")
+        lines.append(f"| {rule} | {said} | {accuracy['end']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -244,7 +253,8 @@ Date: {date.today().isoformat()}. Command:
     {command}
 
 The attacker sends its update and class gradients times {FACTOR:g}. Accuracy in percent
-of the delivered classifier after the last round. Norm bound: {bounds}; trimmed mean:
+of the delivered classifier after the last round; a run breaks down when every client's
+loss has become infinite. Norm bound: {bounds}; trimmed mean:
 `aggregation.trim` = {1 / CLIENTS:g}.
 
 {table(results)}

@@ -1,5 +1,6 @@
 """The attack does what it says, and each rule is run with and without it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from flwr.app import Message
 from benchmarks import attack
 from benchmarks.attack import ATTACKER, CLIENTS, Observer
 from clip2fl_common import records
+from strategy.partitioned import NoRepliesError
 from tests.defaults import run_config
 from tests.federation import federate
 from tests.in_process_grid import Tamper
@@ -94,7 +96,27 @@ def test_whole_benchmark_and_its_page(
 
 
 def test_columns_without_a_value_have_a_dash() -> None:
-    accuracy = {"balanced": 50.04, "many": None, "medium": 1.0, "few": 0.0}
+    accuracy = {"balanced": 50.04, "many": None, "medium": 1.0, "few": 0.0, "end": "7"}
     assert attack.table({("mean", True): accuracy}).splitlines()[-1] == (
-        f"| mean | 1 of {CLIENTS} | 50.0 | - | 1.0 | 0.0 |"
+        f"| mean | 1 of {CLIENTS} | 7 | 50.0 | - | 1.0 | 0.0 |"
     )
+
+
+def test_run_that_breaks_down_is_told_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    calls = []
+
+    def break_down(*_: Any) -> None:
+        calls.append(1)
+        folder.mkdir()
+        line = {"round": 5, "accuracy": {"retrained": {"balanced": 10.0}}}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
+        raise NoRepliesError("round 6: no usable reply")
+
+    monkeypatch.setattr(attack, "server_main", break_down)
+    for _ in range(2):
+        attack.run(folder, {}, attacks=True)
+    assert len(calls) == 1
+    assert attack.last_accuracy(folder) == {"balanced": 10.0, "end": "5, broke down"}
