@@ -165,7 +165,6 @@ class Stack:
             "CLIP2FL_CACHE_DIR": str(folder / "cache"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
