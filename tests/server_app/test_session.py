@@ -127,6 +127,7 @@ def test_round_is_written_with_all_its_numbers(
         "shortened": {"updates": 2, "class_gradients": 5},
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},
+        "privacy": {},
         "unreadable_images": {"train": 4, "test": 0},
         "bytes": {
             "down": 3000,
