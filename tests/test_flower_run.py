@@ -128,14 +128,14 @@ def terminate(process: subprocess.Popen[str], temporary: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux' /proc")
 def test_killed_run_ends_as_the_uninterrupted(tmp_path: Path) -> None:
-    """Killed at ten random moments, in three ways, and resumed each time."""
-    rounds = "federation.rounds=24"
+    """Killed at ten random moments, whole or in part; asked to end at another."""
+    rounds = "federation.rounds=26"
     assert run(tmp_path / "whole", rounds).completed
     folder = tmp_path / "run"
     place = f'{TINY} {rounds} run.dir="{tmp_path}" run.name="run"'
     arguments = ["--set", place, "--supernodes", "2"]
     moment = random.Random(11)
-    ends = [*[kill_tree] * 7, *[kill_server_app] * 2, terminate]
+    ends = [*[kill_tree] * 8, *[kill_server_app] * 2, terminate]
     moment.shuffle(ends)
     # Ray's socket paths leave no room for pytest's long names.
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as temporary:

@@ -190,6 +190,22 @@ def test_method_without_features_and_old_run_say_so(tmp_path: Path) -> None:
     assert text.count("The run is of a version that did not keep it.") == 2
 
 
+def test_privacy_spent_is_told_with_the_results(tmp_path: Path) -> None:
+    """In the account's own words: in all, for the worst off, and a round."""
+    run = write_run(tmp_path / "run", [10.0, 20.0])
+    assert "differential privacy" not in write_run_report(run).read_text("utf-8")
+    run.rounds[-1]["privacy"] = {
+        "class_gradients": {
+            "epsilon_round": 1.256,
+            "epsilon_total": 7.994,
+            "delta": 1e-05,
+        }
+    }
+    page = write_run_report(run).read_text("utf-8")
+    assert "(7.99, 1e-05)-differential privacy for the client asked most often" in page
+    assert "1.26 a round" in page
+
+
 def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     copies = {
         variant: [copied(run, tmp_path / f"{variant}-seed7")]
