@@ -13,25 +13,25 @@ repeated, interrupted ones go on.
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from benchmarks.measure import RESULTS, write_results
 from clip2fl_cli.configuration import defaults
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.gradients import ClassGradient
-from scripts.simulate import ROOT, flatten, parse_overrides
+from scripts.simulate import ROOT, parse_overrides
 from server_app.app import main as server_main
 from server_app.resume import rounds_with_checkpoint
 from strategy.aggregation import gradient_norm
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--set", nargs="*", default=[], help="key=value pairs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {
         **flatten(tomllib.loads(options.run_config.read_text("utf-8"))),
@@ -243,25 +243,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stem = options.run_config.stem
     runs = options.runs.resolve() / f"attack-{stem}-{options.seed}"
     results, chosen = compare(runs, settings)
-    said = arguments if arguments is not None else sys.argv[1:]
-    command = shlex.join(["python", "-m", "benchmarks.attack", *said])
     bounds = ", ".join(f"`{k}` = {v:.3g}" for k, v in chosen["norm bound"].items())
-    text = f"""# One of {CLIENTS} clients attacks: {stem}
-
-Date: {date.today().isoformat()}. Command:
-
-    {command}
-
-The attacker sends its update and class gradients times {FACTOR:g}. Accuracy in percent
-of the delivered classifier after the last round; a run breaks down when every client's
-loss has become infinite. Norm bound: {bounds}; trimmed mean:
-`aggregation.trim` = {1 / CLIENTS:g}.
-
-{table(results)}
-"""
-    target = options.results / f"{date.today().isoformat()}-attack-{stem}.md"
-    target.write_text(text, encoding="utf-8")
-    print(f"{text}\n{target}")
+    write_results(
+        f"attack-{stem}",
+        f"One of {CLIENTS} clients attacks: {stem}",
+        f"The attacker sends its update and class gradients times {FACTOR:g}. Accuracy "
+        "in percent of the delivered classifier after the last round; a run breaks "
+        "down when every client's loss has become infinite. "
+        f"Norm bound: {bounds}; trimmed mean: `aggregation.trim` = {1 / CLIENTS:g}.\n\n"
+        f"{table(results)}",
+        torch.device("cpu"),
+        options.results,
+    )
 
 
 if __name__ == "__main__":

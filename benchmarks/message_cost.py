@@ -35,10 +35,10 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
 
     from clip2fl_common import demo, records
     from clip2fl_common.config import RunConfig
+    from clip2fl_common.dotted_keys import flatten
     from clip2fl_common.models import build_model
     from clip2fl_common.provenance import code_fingerprint
     from clip2fl_common.teacher import load_teacher
-    from scripts.simulate import flatten
 
     for label, name in enumerate(demo.CLASS_NAMES):
         (folder / "site" / name).mkdir(parents=True)

@@ -11,10 +11,12 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from client_app import preflight
 from client_app.preflight import Finding
 from clip2fl_common.config import ConfigError, RunConfig, Scalar, listed_names
+from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.feature_store import cache_dir
 from clip2fl_common.image_files import image_files, subfolders
 from clip2fl_common.provenance import PACKAGE_ROOT
@@ -58,19 +60,9 @@ def _count(folder: Path) -> int:
 def _run_config(path: Path) -> RunConfig:
     """Return the defaults of pyproject.toml, overridden by a file."""
     defaults = tomllib.loads((PACKAGE_ROOT / "pyproject.toml").read_text("utf-8"))
-    flat = _flatten(defaults["tool"]["flwr"]["app"]["config"])
-    flat |= _flatten(tomllib.loads(path.read_text("utf-8")))
-    return RunConfig.from_run_config(flat)
-
-
-def _flatten(table: dict[str, object], prefix: str = "") -> dict[str, Scalar]:
-    flat: dict[str, Scalar] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Scalar):
-            flat[prefix + key] = value
-    return flat
+    flat = flatten(defaults["tool"]["flwr"]["app"]["config"])
+    flat |= flatten(tomllib.loads(path.read_text("utf-8")))
+    return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

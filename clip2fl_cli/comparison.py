@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from clip2fl_cli.configuration import defaults, resolve
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
-from scripts.simulate import RunResult, flatten, simulate
+from scripts.simulate import RunResult, simulate
 from server_app.resume import ResumeError, load_newest
 
 # Where a run goes and what watches it do not change its outcome.

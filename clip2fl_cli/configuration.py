@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from clip2fl_common.config import RunConfig, Scalar
-from scripts.simulate import ROOT, flatten, merge_run_config
+from clip2fl_common.dotted_keys import flatten
+from scripts.simulate import ROOT, merge_run_config
 
 
 def defaults() -> dict[str, Scalar]:

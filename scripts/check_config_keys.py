@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.simulate import flatten
+from clip2fl_common.dotted_keys import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = "clip2fl_common/config.py"

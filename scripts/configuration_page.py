@@ -19,8 +19,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from clip2fl_common.config import RunConfig
+from clip2fl_common.dotted_keys import flatten
 from scripts.check_config_keys import key_comments
-from scripts.simulate import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"

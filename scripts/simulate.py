@@ -40,6 +40,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clip2fl_common.dotted_keys import flatten
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PROFILE = "simulation"
@@ -186,17 +191,6 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
             pairs[match["key"]] = value
             position = match.end()
     return pairs
-
-
-def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Turn nested TOML tables into one level of dotted keys."""
-    flat: dict[str, object] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def merge_run_config(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip2fl_common.config import RunConfig, Scalar
-from scripts.simulate import flatten
+from clip2fl_common.dotted_keys import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.server.superlink.linkstate.utils import (
     create_message_error_unavailable_res_message,
 )
-from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 from clip2fl_cli.report import write_run_report
@@ -23,6 +22,7 @@ from clip2fl_common.demo import CLASS_NAMES
 from clip2fl_common.models import build_model
 from server_app.app import main
 from server_app.checkpoint import load_model
+from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid, Tamper, as_grid
 from tests.site_folders import write_site
@@ -39,9 +39,7 @@ NAMES = ["north", "east", "west"]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache; be what Flower takes for one of its processes."""
-    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    be_flower(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
-from scripts.simulate import flatten
+from clip2fl_common.dotted_keys import flatten
 from tests.defaults import ROOT, default_config
 
 

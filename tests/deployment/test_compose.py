@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from clip2fl_common.config import RunConfig
+from clip2fl_common.dotted_keys import flatten
 from scripts.draw_sites import draw_sites
-from scripts.simulate import flatten
 from tests.defaults import ROOT, default_config
 
 DEPLOY = ROOT / "deploy"

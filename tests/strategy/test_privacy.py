@@ -1,6 +1,7 @@
 """Accounting against the exact Gaussian bound, and noise on the mean update."""
 
 import math
+import tomllib
 from statistics import NormalDist
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.privacy import NOISE, RELEASES
 from clip2fl_common import records
 from clip2fl_common.config import ConfigError
 from strategy.fedavg import FedAvg
+from strategy.partitioned import ClientPlan
 from strategy.privacy import PrivacyLedger, epsilon
-from tests.defaults import run_config
+from strategy.sites import SitePlan
+from tests.defaults import ROOT, run_config
 from tests.strategy.messages import (
     client_plan,
     configure,
@@ -147,12 +151,24 @@ def test_noise_on_the_mean_update() -> None:
     assert len(found) > 100
 
 
-def test_noise_of_real_sites_cannot_be_repeated() -> None:
-    plan = client_plan()
-    first, second = (plan.noise_source(3) for _ in range(2))
-    assert torch.equal(
-        torch.randn(3, generator=first), torch.randn(3, generator=second)
-    )
+def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
+    def drawn(plan: ClientPlan | SitePlan) -> list[float]:
+        numbers: list[float] = torch.randn(3, generator=plan.noise_source(3)).tolist()
+        return numbers
+
+    simulated, sites = client_plan(), SitePlan(3, 2, 7, 100)
+    assert drawn(simulated) == drawn(simulated)
+    assert drawn(sites) != drawn(sites)
+
+
+def test_demo_comparison_has_the_noise_that_it_says() -> None:
+    """After 23 releases, and the attack benchmark takes the same multipliers."""
+    text = (ROOT / "conf" / "demo-privacy.toml").read_text("utf-8")
+    variants = tomllib.loads(text)["variants"]
+    for target, multiplier in NOISE.items():
+        privacy = variants[f"epsilon-{target}"]["privacy"]
+        assert privacy["gradient-noise-multiplier"] == multiplier
+        assert target - 0.02 < epsilon(multiplier, RELEASES, DELTA) <= target
 
 
 @pytest.mark.parametrize(
