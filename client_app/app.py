@@ -1,7 +1,7 @@
 """Flower ClientApp: answers queries about the node, trains and evaluates."""
 
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from client_app.own_images import (
     validation_images,
 )
 from client_app.privacy import gradient_protection
+from client_app.shared_training import train_or_recall
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -134,26 +135,29 @@ def _train(
     clock.lap("gradients")
 
     strength = config.client.logit_adjustment
-    losses = train_locally(
-        model,
-        images,
-        labels,
-        teacher_logits,
-        objective,
-        epochs=config.client.epochs,
-        batch_size=config.client.batch_size,
-        learning_rate=config.client.learning_rate,
-        crop_padding=config.client.crop_padding,
-        generator=generator(
-            config.seed, "batches", request.server_round, request.partition
-        ),
-        offsets=(
-            logit_offsets(labels, len(dataset.class_names), strength)
-            if strength > 0
-            else None
-        ),
-        augment_per_image=config.client.augment_per == "image",
-        precision=precision,
+    losses = train_or_recall(
+        partial(
+            train_locally,
+            model,
+            images,
+            labels,
+            teacher_logits,
+            objective,
+            epochs=config.client.epochs,
+            batch_size=config.client.batch_size,
+            learning_rate=config.client.learning_rate,
+            crop_padding=config.client.crop_padding,
+            generator=generator(
+                config.seed, "batches", request.server_round, request.partition
+            ),
+            offsets=(
+                logit_offsets(labels, len(dataset.class_names), strength)
+                if strength > 0
+                else None
+            ),
+            augment_per_image=config.client.augment_per == "image",
+            precision=precision,
+        )
     )
     clock.lap("training")
     reply[records.ARRAYS] = records.model_to_arrays(model)

@@ -1,15 +1,19 @@
 """A comparison: which runs it has, and running those that are not there yet."""
 
 import json
+import os
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TextIO, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli.configuration import defaults, resolve
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_common.config import RunConfig, Scalar
@@ -19,7 +23,7 @@ from scripts.simulate import RunResult, simulate
 from server_app.resume import ResumeError, load_newest
 
 # Where a run goes and what watches it do not change its outcome.
-WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers")
+WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers", "run.resume")
 
 
 class ComparisonError(ValueError):
@@ -34,6 +38,7 @@ class _File(BaseModel):
     experiment: str
     seeds: Annotated[list[int], Field(min_length=1)]
     baseline: str
+    share_local_training: bool = Field(default=False, alias="share-local-training")
     settings: dict[str, Any] = {}
     variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
@@ -76,12 +81,21 @@ class Comparison:
         Where its runs and results lie.
     plan : tuple of PlannedRun
         Seed by seed, so that all variants are there early.
+    shares_local_training : bool
+        Whether what clients train is kept until all runs are there, so that variants
+        which differ at the server only train once.
     """
 
     name: str
     baseline: str
     folder: Path
     plan: tuple[PlannedRun, ...]
+    shares_local_training: bool = False
+
+    @property
+    def local_training(self) -> Path:
+        """Where local models are kept that runs have in common."""
+        return self.folder / "local-training"
 
     @classmethod
     def read(
@@ -98,7 +112,8 @@ class Comparison:
         file : Path
             TOML with ``experiment`` (a run configuration, relative to this file),
             ``seeds``, ``baseline``, ``[settings]`` for all and one table of settings
-            for each of ``[variants]``; ``seeds`` in a variant are its own.
+            for each of ``[variants]``; ``seeds`` in a variant are its own;
+            ``share-local-training``, false by default.
         runs : Path
             Folder under which the comparison has its own.
         overrides : sequence of str
@@ -138,7 +153,13 @@ class Comparison:
             for planned in of_variant.values()
             if n < len(planned)
         ]
-        return cls(file.stem, content.baseline, folder, tuple(plan))
+        return cls(
+            file.stem,
+            content.baseline,
+            folder,
+            tuple(plan),
+            content.share_local_training,
+        )
 
     def finished(self) -> dict[str, list[FinishedRun]]:
         """Return each variant's complete runs."""
@@ -199,14 +220,28 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
         if not going_on:
             _set_aside(run.folder)
         output = watcher.started(run)
-        result = (
-            simulate(resume=run.folder, output=output)
-            if going_on
-            else _begin(run, output)
-        )
+        with _local_training_shared(comparison):
+            result = (
+                simulate(resume=run.folder, output=output)
+                if going_on
+                else _begin(run, output)
+            )
         watcher.ended(run, result)
         if not result.completed:
             yield run
+    if not comparison.missing() and comparison.local_training.exists():
+        shutil.rmtree(comparison.local_training)
+
+
+@contextmanager
+def _local_training_shared(comparison: Comparison) -> Iterator[None]:
+    """Have simulations keep their local models with the comparison, if it shares."""
+    if comparison.shares_local_training:
+        os.environ[FOLDER_VARIABLE] = str(comparison.local_training)
+    try:
+        yield
+    finally:
+        os.environ.pop(FOLDER_VARIABLE, None)
 
 
 def _begin(run: PlannedRun, output: TextIO) -> RunResult:
@@ -287,7 +322,7 @@ def _can_go_on(run: PlannedRun) -> bool:
     return newest.made_with["code"] == code_fingerprint(packages=ALL_CODE) and all(
         newest.config.get(key) == value
         for key, value in wanted.items()
-        if key not in (*WITHOUT_INFLUENCE, "run.resume")
+        if key not in WITHOUT_INFLUENCE
     )
 
 

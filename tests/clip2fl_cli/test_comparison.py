@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
 from clip2fl_cli.progress import ComparisonProgress, RoundLines
@@ -191,6 +193,37 @@ def test_interrupted_run_goes_on_from_its_checkpoint(
     assert [config["run.resume"] for config in simulated[1:]] == ["", ""]
     assert watcher.ends[0] == ("plain-seed1", True)
     assert not run.folder.with_name("plain-seed1.part1").exists()
+
+
+def test_resumed_run_is_not_repeated(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    leave_checkpoint(read(file).plan[0], code_fingerprint(packages=ALL_CODE))
+    list(complete(read(file), Watcher()))
+    assert read(file).missing() == []
+
+
+def test_local_training_is_kept_until_all_runs_are_there(
+    file: Path, simulated: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(
+        FILE.replace("[settings]", "share-local-training = true\n[settings]")
+    )
+    kept = file.parent / "runs" / "x" / "local-training"
+    simulate, seen = vars(module)["simulate"], []
+
+    def keeping(**arguments: Any) -> Any:
+        seen.append(os.environ.get(FOLDER_VARIABLE))
+        kept.mkdir(parents=True, exist_ok=True)
+        return simulate(**arguments)
+
+    monkeypatch.setattr(module, "simulate", keeping)
+    list(complete(read(file, seeds=(99, 3)), Watcher()))
+    assert seen == [str(kept)] * 4
+    assert kept.exists()  # a run failed
+    list(complete(read(file), Watcher()))
+    assert not kept.exists()
+    assert FOLDER_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize(
