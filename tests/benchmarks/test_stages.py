@@ -28,6 +28,7 @@ def test_every_stage_computes_what_the_published_loops_do() -> None:
     comparisons, text = run_stages(TINY, CPU, 1, linear_teacher)
     assert [c.stage for c in comparisons] == [
         "class gradients of a client",
+        "class gradients of a client",
         "local epoch with distillation",
         "synthesis step",
         "synthesis step",
