@@ -47,7 +47,7 @@ BATCH_SIZE, TEMPERATURE = 32, 3.0
 DRAWS, SAMPLES_PER_CLASS = 10, 32
 # The paper's for CIFAR, and the one of the demo and of quick experiments.
 STUDENTS = ("resnet8", "resnet8-slim")
-FORWARD_BATCH = {"cpu": 64, "cuda": 512}
+FORWARD_BATCH = {"cpu": 32, "cuda": 512}
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 SynthesisProblem = tuple[

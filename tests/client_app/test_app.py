@@ -335,3 +335,15 @@ def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_import_leaves_collection_on_and_torch_out_of_it() -> None:
+    """In a process of its own, as each message of a deployment is."""
+    code = (
+        "import gc, client_app, torch; "
+        "print(gc.isenabled(), any(o is torch.Tensor for o in gc.get_objects()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]
