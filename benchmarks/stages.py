@@ -576,6 +576,17 @@ def average(models: list[nn.Module]) -> dict[str, torch.Tensor]:
     }
 
 
+def class_gradient_stages(
+    sizes: Sizes, device: torch.device, repeats: int
+) -> list[Comparison]:
+    """Time a client's class gradients with both students."""
+    return [
+        class_gradient_stage(name, num_classes, number, device, repeats)
+        for name in STUDENTS
+        for num_classes, number in sizes.images.items()
+    ]
+
+
 def run_stages(
     sizes: Sizes, device: torch.device, repeats: int, teacher_of: TeacherFactory
 ) -> tuple[list[Comparison], str]:
@@ -599,11 +610,7 @@ def run_stages(
     """
     smallest = min(sizes.images)
     teacher = teacher_of(smallest, device)
-    comparisons = [
-        class_gradient_stage(name, num_classes, number, device, repeats)
-        for name in STUDENTS
-        for num_classes, number in sizes.images.items()
-    ]
+    comparisons = class_gradient_stages(sizes, device, repeats)
     epoch, text = local_epoch_stage(
         smallest, sizes.epoch_images, device, repeats, teacher
     )
@@ -641,14 +648,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--class-gradients", action="store_true", help="time this stage alone"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    comparisons, text = run_stages(
-        FULL, device, arguments.repeats, teacher_of_clips_size
-    )
+    if arguments.class_gradients:
+        comparisons, text = class_gradient_stages(FULL, device, arguments.repeats), ""
+    else:
+        comparisons, text = run_stages(
+            FULL, device, arguments.repeats, teacher_of_clips_size
+        )
     threads = torch.get_num_threads()
     write_results(
-        "stages",
+        "class-gradients" if arguments.class_gradients else "stages",
         "Stages of a round against the published loops",
         f"Median (least-most) of {arguments.repeats} runs each, in one process, in "
         f"turn, {threads} threads; the ratio is taken pair by pair. Synthesis and "
