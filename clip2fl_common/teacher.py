@@ -63,7 +63,8 @@ class Network:
         """Fingerprint and scale, computed from the weights."""
         model = cast(Any, self.model)
         return TeacherFacts(
-            _fingerprint(model, self.preprocess), float(model.logit_scale.exp())
+            _fingerprint(model, self.preprocess),
+            float(model.logit_scale.detach().exp()),
         )
 
 
