@@ -203,7 +203,7 @@ Date: {date.today().isoformat()}. Command:
 
     {command}
 
-Accuracy in percent on {facts["test_images"]} test images, mean of the last
+Accuracy in percent on {_test_images(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
 many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
 Difference: to the delivered classifier of {baseline}, in balanced accuracy, seed by
@@ -220,6 +220,14 @@ Hardware: {os.cpu_count()} cores, {platform.machine()}, {platform.system()}.
 Versions: {versions}. Client code: {codes}.
 Minutes a run, not comparable where other work shared the machine: {minutes}.
 """
+
+
+def _test_images(run: FinishedRun) -> str:
+    """Say how many test images are behind the accuracy of a run's rounds."""
+    final, others = run.facts["test_images"], run.config["evaluation.max-images"]
+    if 0 < others < final:
+        return f"{others} test images ({final} after the last round)"
+    return f"{final} test images"
 
 
 def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:

@@ -107,3 +107,18 @@ def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> N
     assert "Teacher: tiny." in page
     # Clients' own seconds overlap with the phase of that name.
     assert "a1 6, a2 6, b1 5, b2 5." in page
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [
+        (0, "on 20 test images,"),
+        (30, "on 20 test images,"),
+        (8, "on 8 test images (20 after the last round),"),
+    ],
+)
+def test_page_says_how_many_images_were_tested(
+    tmp_path: Path, most: int, said: str
+) -> None:
+    run = write_run(tmp_path / "a", [50.0], evaluation__max_images=most)
+    assert said in markdown({"plain": [run]}, "plain", "Title", "the command")
