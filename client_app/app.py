@@ -35,6 +35,7 @@ from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator, secret_generator
+from clip2fl_common.schedule import step_size
 from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
 app = ClientApp()
@@ -145,7 +146,12 @@ def _train(
             objective,
             epochs=config.client.epochs,
             batch_size=config.client.batch_size,
-            learning_rate=config.client.learning_rate,
+            learning_rate=step_size(
+                config.client.learning_rate,
+                config.client.learning_rate_final,
+                request.server_round,
+                config.federation.rounds,
+            ),
             crop_padding=config.client.crop_padding,
             generator=generator(
                 config.seed, "batches", request.server_round, request.partition

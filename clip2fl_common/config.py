@@ -153,7 +153,9 @@ class Client:
     batch_size: Positive
     """Mini-batch size."""
     learning_rate: PositiveFloat
-    """Step size of plain SGD."""
+    """Step size of plain SGD, of round 1 where it changes."""
+    learning_rate_final: Weight
+    """Step size of the last round, geometric in between; 0: the same throughout."""
     crop_padding: Count
     """Zero pixels around an image before its random crop; 0: no crop."""
     augment_per: Literal["batch", "image"]

@@ -14,6 +14,7 @@ from clip2fl_common import records
 from clip2fl_common.config import Retraining, Synthesis, Upload
 from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
+from clip2fl_common.schedule import step_size
 from strategy.aggregation import combine_class_gradients, shorten_gradient
 from strategy.fedavg import FedAvg
 from strategy.partitioned import ClientPlan, Setting
@@ -22,7 +23,6 @@ from strategy.sites import SitePlan
 from strategy.synthesis import (
     gradient_matching_loss,
     prototype_contrastive_loss,
-    step_size,
     synthesize,
 )
 

@@ -35,7 +35,6 @@ __all__ = [
     "gradient_matching_loss",
     "mean_class_gradients",
     "prototype_contrastive_loss",
-    "step_size",
     "synthesis_gradient",
     "synthesize",
 ]
@@ -53,27 +52,6 @@ CUDA_CHUNK_BYTES = 2**30
 
 # A multiplication in a factorisation over one in a product, in time: measured.
 FACTORISATION_COST = 3
-
-
-def step_size(start: float, final: float, server_round: int, rounds: int) -> float:
-    """Return a round's step size on the features, geometric over the rounds.
-
-    Parameters
-    ----------
-    start : float
-        Step size of round 1.
-    final : float
-        Step size of the last round; 0: the same in all rounds.
-    server_round, rounds : int
-        Round, from 1, and number of rounds.
-
-    Returns
-    -------
-    float
-    """
-    if final == 0 or rounds == 1:
-        return start
-    return float(start * (final / start) ** ((server_round - 1) / (rounds - 1)))
 
 
 def class_chunks(

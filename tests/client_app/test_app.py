@@ -245,6 +245,20 @@ def test_precision_of_the_configuration_reaches_training_and_gradients() -> None
         np.testing.assert_allclose(half, full, atol=0.05)
 
 
+def test_step_size_changes_with_the_round() -> None:
+    """Round 2 of 3, from 0.4 to 0.1, trains as with a step size of 0.2 throughout."""
+    message = request()
+    scheduled = run_config(
+        client__learning_rate=0.4,
+        client__learning_rate_final=0.1,
+        federation__rounds=3,
+    )
+    constant = run_config(client__learning_rate=0.2, federation__rounds=3)
+    first, second = (answer(message, config=c) for c in (scheduled, constant))
+    assert array_bytes(first) == array_bytes(second)
+    assert array_bytes(first) != array_bytes(answer(message, config=CONFIG))
+
+
 def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
     """For a request of any method; at another strength the outcome is another."""
     outcomes = [

@@ -19,7 +19,6 @@ from strategy.synthesis import (
     gradient_matching_loss,
     mean_class_gradients,
     prototype_contrastive_loss,
-    step_size,
     synthesis_gradient,
     synthesize,
 )
@@ -384,15 +383,3 @@ def test_mean_over_the_clients_that_hold_the_class() -> None:
         torch.testing.assert_close(mean[c].bias, torch.full((3,), -value))
     assert torch.equal(replies[0][2].weight, torch.ones(3, 2))
     assert mean_class_gradients([]) == {}
-
-
-@pytest.mark.parametrize(
-    ("final", "expected"),
-    [(0.0, [8.0, 8.0, 8.0, 8.0]), (1.0, [8.0, 4.0, 2.0, 1.0]), (8.0, [8.0] * 4)],
-)
-def test_step_size_is_geometric(final: float, expected: list[float]) -> None:
-    """From 8 to 1 in four rounds it halves; 0 switches the schedule off."""
-    assert [step_size(8.0, final, n, 4) for n in (1, 2, 3, 4)] == pytest.approx(
-        expected
-    )
-    assert step_size(8.0, final, 1, 1) == 8.0
