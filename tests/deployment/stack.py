@@ -186,6 +186,17 @@ class Stack:
 
     def start_server(self) -> None:
         """Start SuperLink, SuperExec and proxy, and wait until they answer."""
+        self.start_superlink()
+        self.server.start(
+            *("superexec", BIN / "flower-superexec"),
+            *("--root-certificates", self.keys / "ca.crt"),
+            *("--runtime-api-address", "127.0.0.1:8000"),
+            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
+        )
+        self.start_proxy()
+
+    def start_proxy(self) -> None:
+        """Start nginx in front of port 8000."""
         server = self.server
         config = (ROOT / "deploy" / "nginx.conf").read_text("utf-8")
         for old, new in (
@@ -199,13 +210,6 @@ class Stack:
         # Root would give the workers another user, who may not see the folder.
         config = f"user root;\n{config}"
         (server.folder / "nginx.conf").write_text(config, "utf-8")
-        self.start_superlink()
-        server.start(
-            *("superexec", BIN / "flower-superexec"),
-            *("--root-certificates", self.keys / "ca.crt"),
-            *("--runtime-api-address", "127.0.0.1:8000"),
-            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
-        )
         server.start(
             *("nginx", NGINX, "-c", server.folder / "nginx.conf"),
             *("-e", "stderr", "-g", "daemon off;"),
@@ -214,7 +218,7 @@ class Stack:
     def start_superlink(self) -> None:
         """Start the SuperLink on its own loopback, and wait until it answers."""
         self.server.start(
-            *("superlink", BIN / "flower-superlink"),
+            *("superlink", sys.executable, ROOT / "scripts" / "superlink.py"),
             *("--ssl-ca-certfile", self.keys / "ca.crt"),
             *("--ssl-certfile", self.keys / "server.crt"),
             *("--ssl-keyfile", self.keys / "server.key"),

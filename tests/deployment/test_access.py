@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.stack import BIN, PORT, SERVER_IP, Stack, missing, wait_for
+from tests.deployment.stack import BIN, PORT, SERVER_IP, Stack, missing, stack, wait_for
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "can be run")
 
@@ -24,6 +24,20 @@ for path in paths:
     except OSError:
         found[path] = 0
 print(json.dumps(found))
+"""
+# Stands for a SuperLink that answers every message with an error.
+FAILING = """
+import http.server, ssl, sys
+class Failing(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_error(500)
+    def do_GET(self):
+        self.send_error(200)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(*sys.argv[1:])
+server = http.server.HTTPServer(("127.0.0.1", 8000), Failing)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
 """
 CLOSED = [
     "/v1/control/list-runs",
@@ -45,6 +59,18 @@ def probe(stack: Stack, port: int, *paths: str) -> dict[str, int]:
     answer = node.run(sys.executable, "-c", PROBE, SERVER_IP, port, ca, *paths)
     found: dict[str, int] = json.loads(answer)
     return found
+
+
+def test_nodes_are_told_to_ask_again_after_an_error(tmp_path: Path) -> None:
+    """Flower's SuperNode does so after a 503, and after a 500 never again."""
+    with stack(tmp_path) as made:
+        made.add_node("guest", register=False)
+        key_pair = made.keys / "server.crt", made.keys / "server.key"
+        made.server.start("superlink", sys.executable, "-c", FAILING, *key_pair)
+        made.start_proxy()
+        wait_for("proxy", lambda: probe(made, PORT, "/health") == {"/health": 200}, 30)
+        path = "/v1/fleet/pull-messages"
+        assert probe(made, PORT, path) == {path: 503}
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Nodes, links and the SuperLink fail in mid-run; the run completes all the same."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 
 import open_clip
@@ -67,6 +69,19 @@ def test_superlink_killed_and_restarted(federation: Stack) -> None:
     federation.start_superlink()
     assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
     assert len(clients(federation)) == 3
+
+
+def test_locked_database_does_not_end_the_run(federation: Stack) -> None:
+    """A disk so slow that Flower's own SuperLink, after 5 s, would answer 500."""
+    start(federation, 3)
+    database = federation.server.folder / "state.db"
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        federation.server.run("sleep", 15)
+        connection.rollback()
+    assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
+    assert clients(federation) == [ALL] * 3
+    assert "database is locked" not in federation.server.log("superlink")
 
 
 def write_teacher(folder: Path, seed: int) -> None:
