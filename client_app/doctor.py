@@ -15,7 +15,13 @@ from typing import cast
 
 from client_app import preflight
 from client_app.preflight import Finding
-from clip2fl_common.config import ConfigError, RunConfig, Scalar, listed_names
+from clip2fl_common.config import (
+    TEACHER_METHODS,
+    ConfigError,
+    RunConfig,
+    Scalar,
+    listed_names,
+)
 from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.feature_store import cache_dir
 from clip2fl_common.image_files import image_files, subfolders
@@ -44,7 +50,7 @@ def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding
         dataset.skip_unreadable,
     )
     yield preflight.check_device(config.device)
-    if config.method == "clip2fl":
+    if config.method in TEACHER_METHODS:
         yield preflight.check_teacher(
             config.teacher.model, config.teacher.pretrained, options.teacher_fingerprint
         )

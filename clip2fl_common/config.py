@@ -22,6 +22,8 @@ Scalar = bool | int | float | str
 
 # dataset.name of a federation whose nodes have images of their own.
 SITES = "sites"
+# Methods whose clients need the teacher; nodes do not know the strategies themselves.
+TEACHER_METHODS = ("clip2fl", "clip2flm")
 
 _strict = ConfigDict(
     extra="forbid",
@@ -186,7 +188,7 @@ class FedProx:
 
 @dataclass(frozen=True, config=_strict)
 class FedAvgM:
-    """Momentum at the server (fedavgm)."""
+    """Momentum at the server (fedavgm, clip2flm)."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Share of the last round's step that is taken again."""

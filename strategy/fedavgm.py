@@ -58,27 +58,31 @@ class FedAvgM(PartitionedTraining, FlowerFedAvgM):
         )
         if self.aggregation.rule != "mean":
             raise ConfigError(
-                f"aggregation.rule = {self.aggregation.rule!r}, but method = 'fedavgm' "
-                "steps from the clients' mean; set aggregation.rule = 'mean' or choose "
-                "another method"
+                f"aggregation.rule = {self.aggregation.rule!r}, but the server's "
+                "momentum steps from the clients' mean; set aggregation.rule = 'mean' "
+                "or choose another method"
             )
         if momentum == 0 and learning_rate == 1:
             log(
                 WARNING,
                 "fedavgm.momentum = 0 and fedavgm.learning-rate = 1: this makes the "
-                "strategy equivalent to FedAvg",
+                "strategy equivalent to one without server momentum",
             )
 
     @classmethod
     def build(cls, setting: Setting) -> Self:
         """Return the method as a run's configuration wants it."""
+        return cls(setting.plan, **cls.settings(setting))
+
+    @staticmethod
+    def settings(setting: Setting) -> dict[str, Any]:
+        """Return the keyword arguments that a run's configuration decides."""
         fedavgm = setting.config.fedavgm
-        return cls(
-            setting.plan,
-            momentum=fedavgm.momentum,
-            learning_rate=fedavgm.learning_rate,
+        return {
+            "momentum": fedavgm.momentum,
+            "learning_rate": fedavgm.learning_rate,
             **setting.safeguards,
-        )
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the server's momentum, array by array, once there is one."""

@@ -4,6 +4,7 @@ import difflib
 
 from clip2fl_common.config import ConfigError
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
@@ -12,6 +13,7 @@ from strategy.partitioned import PartitionedTraining
 
 METHODS: dict[str, type[PartitionedTraining]] = {
     "clip2fl": CLIP2FL,
+    "clip2flm": CLIP2FLM,
     "creff": CReFF,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,

@@ -125,11 +125,12 @@ def picture(path: Path) -> None:
     Image.new("L", (8, 8)).save(path)
 
 
+@pytest.mark.parametrize("method", ["clip2fl", "clip2flm"])
 def test_good_node_passes_with_teacher_and_device(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     picture(tmp_path / "data" / "cat" / "a.png")
-    config = run_config(tmp_path, method="clip2fl")
+    config = run_config(tmp_path, method=method)
     status, report = doctor_says(
         capsys, "--data-path", tmp_path / "data", "--run-config", config
     )

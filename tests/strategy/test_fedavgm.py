@@ -65,7 +65,7 @@ def test_neither_momentum_nor_rate_is_fedavg_and_warns(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
     strategy = FedAvgM(client_plan(), momentum=0.0, learning_rate=1.0, **safeguards())
-    assert "makes the strategy equivalent to FedAvg" in flower_log.text
+    assert "equivalent to one without server momentum" in flower_log.text
     for plain, result in zip(
         rounds_of(FedAvg(client_plan(), **safeguards()), (1, 2)),
         rounds_of(strategy, (1, 2)),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip2fl_common.config import ConfigError
+from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("federation_process")
 
 def setting(method: str) -> Setting:
     """Return the setting of a small run."""
-    teacher = load_teacher("demo") if method == "clip2fl" else None
+    teacher = load_teacher("demo") if method in TEACHER_METHODS else None
     config = run_config(
         method=method,
         fedprox__mu=0.3,
@@ -41,6 +42,7 @@ def setting(method: str) -> Setting:
     ("name", "expected"),
     [
         ("clip2fl", CLIP2FL),
+        ("clip2flm", CLIP2FLM),
         ("creff", CReFF),
         ("fedavg", FedAvg),
         ("fedavgm", FedAvgM),
@@ -53,7 +55,7 @@ def test_method_takes_its_settings_from_the_configuration(
     chosen = setting(name)
     method = registry.method_named(name)
     assert method is expected
-    assert method.needs_teacher == (name == "clip2fl")
+    assert method.needs_teacher == (name in TEACHER_METHODS)
     strategy = method.build(chosen)
     assert strategy.plan is chosen.plan
     if isinstance(strategy, FedProx):
@@ -72,15 +74,19 @@ def test_method_takes_its_settings_from_the_configuration(
         assert strategy.text_features is not None
         assert torch.equal(strategy.text_features, prototypes)
     # What a report shows of it; only methods with features of their own have some.
-    wanted = {CLIP2FL: {"features", "text_features"}, CReFF: {"features"}}
+    wanted = {
+        CLIP2FL: {"features", "text_features"},
+        CLIP2FLM: {"features", "text_features"},
+        CReFF: {"features"},
+    }
     assert set(strategy.artifacts()) == wanted.get(expected, set())
 
 
 def test_unknown_method_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"method = 'fedavgn', but it must be one of clip2fl, creff, fedavg, "
-        r"fedavgm, fedprox .*; did you mean 'fedavg",
+        match=r"method = 'fedavgn', but it must be one of clip2fl, clip2flm, creff, "
+        r"fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")
 
