@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array, Error, Message
 
 from clip2fl_common import records
+from clip2fl_common.config import TEACHER_METHODS
 from clip2fl_common.datasets import DatasetError, load_dataset, partition_indices
 from server_app.checkpoint import load_model
 from strategy.partitioned import NoRepliesError
@@ -30,7 +31,7 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     federate(tmp_path / "run", method)
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     assert facts["config"]["method"] == method
-    assert ("teacher" in facts) == (method == "clip2fl")
+    assert ("teacher" in facts) == (method in TEACHER_METHODS)
     rounds = metrics(tmp_path / "run")
     assert [line["round"] for line in rounds] == [1, 2]
 
@@ -40,7 +41,7 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     with torch.no_grad():
         logits = model(card.normalization(loaded.images))
     top1 = 100 * (logits.argmax(1) == loaded.labels).double().mean().item()
-    head = "retrained" if method in ("clip2fl", "creff") else "fedavg"
+    head = "retrained" if method in ("clip2fl", "clip2flm", "creff") else "fedavg"
     assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
 
 
