@@ -272,7 +272,7 @@ def write_results(
     device : torch.device
         Where it was measured.
     folder : Path
-        Where the page goes.
+        Where the page goes; made if it is missing.
 
     Returns
     -------
@@ -283,6 +283,7 @@ def write_results(
     command = " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     today = date.today().isoformat()
     kind = "-gpu" if device.type == "cuda" else ""
+    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{today}-{name}{kind}.md"
     target.write_text(
         f"# {title}\n\nDate: {today}. Command:\n\n    {command}\n\n{text}\n\n"
