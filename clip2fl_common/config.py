@@ -197,6 +197,14 @@ class FedAvgM:
 
 
 @dataclass(frozen=True, config=_strict)
+class EMA:
+    """Exponential moving average of the rounds' models, evaluated and delivered."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    """Weight of a round in units of the next one's; 0: the last model by itself."""
+
+
+@dataclass(frozen=True, config=_strict)
 class ClassGradients:
     """Class gradients of the re-trained classifier (clip2fl, creff)."""
 
@@ -311,6 +319,7 @@ class RunConfig:
     distillation: Distillation
     fedprox: FedProx
     fedavgm: FedAvgM
+    ema: EMA
     class_gradients: ClassGradients
     upload: Upload
     privacy: Privacy

@@ -141,12 +141,19 @@ def model_to_arrays(model: nn.Module) -> ArrayRecord:
     Integer buffers (BatchNorm's batch counter) are left out: averaging has no
     meaning for them and nothing reads them.
     """
-    return ArrayRecord(
+    return state_to_arrays(
         {
-            name: Array(tensor.detach().cpu().numpy())
+            name: tensor
             for name, tensor in model.state_dict().items()
             if tensor.is_floating_point()
         }
+    )
+
+
+def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Return tensors by name as Flower's arrays."""
+    return ArrayRecord(
+        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()}
     )
 
 

@@ -253,7 +253,7 @@ class Session:
         final = server_round == config.federation.rounds
         recalls = strategy.round.recalls
         reports = (
-            self.evaluator.evaluate(self.model, self._heads(strategy), final)
+            self.evaluator.evaluate(*self._delivered(strategy), final)
             if recalls is None
             else self._site_reports(recalls)
         )
@@ -321,11 +321,14 @@ class Session:
                 "then go on with run.resume set to that folder"
             ) from error
 
-    def _heads(self, strategy: PartitionedTraining) -> dict[str, nn.Linear]:
-        """Return the classifiers by name, the delivered one first."""
-        own = {FEDAVG_HEAD: self.model.classifier}
-        retrained = strategy.classifier
-        return own if retrained is None else {RETRAINED_HEAD: retrained, **own}
+    def _delivered(
+        self, strategy: PartitionedTraining
+    ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
+        """Return the delivered model and its classifiers by name, its own last."""
+        model = strategy.delivered_model(self.model)
+        retrained = strategy.delivered_classifier
+        heads = {} if retrained is None else {RETRAINED_HEAD: retrained}
+        return model, {**heads, FEDAVG_HEAD: model.classifier}
 
     def _metrics_line(
         self,
@@ -421,10 +424,11 @@ class Session:
         self, name: str, server_round: int, strategy: PartitionedTraining
     ) -> None:
         config = self.config
+        model, heads = self._delivered(strategy)
         save_model(
             self.folder.path / name,
-            self.model,
-            next(iter(self._heads(strategy).values())),
+            model,
+            next(iter(heads.values())),
             ModelCard(
                 architecture=config.model.name,
                 feature_dim=config.model.feature_dim,

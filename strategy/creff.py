@@ -6,7 +6,7 @@ from logging import INFO, WARNING
 from typing import Any, ClassVar, Self
 
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from torch import nn
 
@@ -197,7 +197,10 @@ class CReFF(FedAvg):
         self, record: RecordDict, node_ids: list[int], message_type: str
     ) -> Iterable[Message]:
         """Send the re-trained classifier along."""
-        record[records.CLASSIFIER] = records.model_to_arrays(self.classifier)
+        training = message_type == MessageType.TRAIN
+        classifier = self.classifier if training else self.delivered_classifier
+        assert classifier is not None
+        record[records.CLASSIFIER] = records.model_to_arrays(classifier)
         return super()._construct_messages(record, node_ids, message_type)
 
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:

@@ -24,16 +24,21 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
 
 from clip2fl_common import records
-from clip2fl_common.config import Aggregation, Privacy, RunConfig
+from clip2fl_common.config import EMA, Aggregation, Privacy, RunConfig
 from clip2fl_common.datasets import DatasetError
 from clip2fl_common.metrics import FEDAVG_HEAD, HEADS, RETRAINED_HEAD, TEACHER_HEAD
+from clip2fl_common.models import ImageClassifier
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 from strategy.aggregation import flower_aggregator, shorten_update
+from strategy.model_average import ModelAverage
 from strategy.privacy import PrivacyLedger
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
+
+# Names of weights in the average over rounds.
+MODEL_WEIGHTS, CLASSIFIER_WEIGHTS = "model.", "classifier."
 
 
 class NoRepliesError(RuntimeError):
@@ -129,11 +134,12 @@ class Setting:
 
     @property
     def safeguards(self) -> dict[str, Any]:
-        """Settings that every method has: of aggregation, replies and privacy."""
+        """Settings that every method has, whatever it does otherwise."""
         return {
             "aggregation": self.config.aggregation,
             "min_replies": self.config.federation.min_replies,
             "privacy": self.config.privacy,
+            "ema": self.config.ema,
         }
 
 
@@ -152,6 +158,8 @@ class PartitionedTraining(FlowerFedAvg):
         Good replies that a round needs; with fewer, the model stays as it is.
     privacy : Privacy
         Noise on the mean update, and what is accounted for.
+    ema : EMA
+        Mean of the rounds' models that is evaluated and delivered, if any.
     **flower_settings : Any
         Settings of the Flower strategy (``proximal_mu``, ...).
 
@@ -163,6 +171,8 @@ class PartitionedTraining(FlowerFedAvg):
         Whether clients send class gradients for this method.
     classifier : torch.nn.Linear or None
         Classifier that is delivered instead of the global model's own, if any.
+    average : ModelAverage
+        Of both over the rounds, where ``ema.decay`` asks for it.
     gradient_format : GradientFormat or None
         What is expected of class gradients, where a method asks for them.
     round : RoundRecord
@@ -186,6 +196,7 @@ class PartitionedTraining(FlowerFedAvg):
         aggregation: Aggregation,
         min_replies: int,
         privacy: Privacy,
+        ema: EMA,
         **flower_settings: Any,
     ) -> None:
         # All nodes are handed to `_construct_messages`, which picks from them.
@@ -202,6 +213,7 @@ class PartitionedTraining(FlowerFedAvg):
         self.aggregation = aggregation
         self.min_replies = min_replies
         self.privacy = privacy
+        self.average = ModelAverage(ema.decay)
         self.ledger = PrivacyLedger.of(privacy, self.asks_class_gradients)
         self.round = RoundRecord()
         self._aggregator = flower_aggregator(
@@ -221,11 +233,12 @@ class PartitionedTraining(FlowerFedAvg):
         Random numbers are no part of it: each generator comes from the run's seed,
         its purpose, the round and the client.
         """
-        return self.ledger.state()
+        return {**self.ledger.state(), **self.average.state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
         self.ledger.load_state(state)
+        self.average.load_state(state)
 
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
@@ -251,6 +264,10 @@ class PartitionedTraining(FlowerFedAvg):
                 self.plan.clients_per_round,
                 1 / self.plan.clients_per_round,
             )
+        log(INFO, "\t├──> Evaluated and delivered:")
+        decay = self.average.decay
+        what = f"average of the rounds' models, decay {decay:g}" if decay else "last"
+        log(INFO, "\t│\t└── Model: %s", what)
         super().summary()
 
     def configure_train(
@@ -265,9 +282,48 @@ class PartitionedTraining(FlowerFedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask all sites that are there; nobody where clients are simulated."""
+        # Flower hands the round's model on here, after all that a method does to it.
+        if self.average.decay > 0 and not self.round.kept_model:
+            self.average.add(self._weights(arrays))
+        if mean := self.average.mean(MODEL_WEIGHTS):
+            arrays = records.state_to_arrays(mean)
         return super().configure_evaluate(
             server_round, arrays, config, self.plan.refresh(grid)
         )
+
+    def _weights(self, arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+        """Return the weights of the global model and of a re-trained classifier."""
+        named = {
+            f"{MODEL_WEIGHTS}{name}": torch.from_numpy(values)
+            for name, values in records.arrays_to_numpy(arrays).items()
+        }
+        retrained = self.classifier.state_dict() if self.classifier else {}
+        return named | {
+            f"{CLASSIFIER_WEIGHTS}{name}": tensor.detach().cpu()
+            for name, tensor in retrained.items()
+        }
+
+    def delivered_model(self, model: ImageClassifier) -> ImageClassifier:
+        """Return the model that is evaluated and delivered.
+
+        Parameters
+        ----------
+        model : ImageClassifier
+            Global model after the last round; stays as it is.
+
+        Returns
+        -------
+        ImageClassifier
+            The given one, or a copy with the average over rounds.
+        """
+        return self.average.applied_to(model, MODEL_WEIGHTS)
+
+    @property
+    def delivered_classifier(self) -> nn.Linear | None:
+        """Re-trained classifier that goes with it, in methods that have one."""
+        if self.classifier is None:
+            return None
+        return self.average.applied_to(self.classifier, CLASSIFIER_WEIGHTS)
 
     def _construct_messages(
         self, record: RecordDict, node_ids: list[int], message_type: str

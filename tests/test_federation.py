@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from flwr.app import Array, Error, Message
 from clip2fl_common import records
 from clip2fl_common.config import TEACHER_METHODS
 from clip2fl_common.datasets import DatasetError, load_dataset, partition_indices
-from server_app.checkpoint import load_model
+from clip2fl_common.models import ImageClassifier
+from server_app.checkpoint import ModelCard, load_model
+from server_app.resume import load_checkpoint
+from strategy.creff import CLASSIFIER
 from strategy.partitioned import NoRepliesError
 from strategy.privacy import epsilon
 from strategy.registry import METHODS
@@ -35,14 +39,48 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     rounds = metrics(tmp_path / "run")
     assert [line["round"] for line in rounds] == [1, 2]
 
-    model, card = load_model(tmp_path / "run" / "model.safetensors")
+    top1 = _top1(*load_model(tmp_path / "run" / "model.safetensors"))
+    head = "retrained" if method in ("clip2fl", "clip2flm", "creff") else "fedavg"
+    assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
+
+
+def _top1(model: ImageClassifier, card: ModelCard) -> float:
+    """Return the accuracy on all test images in percent."""
     test = load_dataset(run_config().dataset).test
     loaded = test.load(np.arange(len(test.labels)))
     with torch.no_grad():
         logits = model(card.normalization(loaded.images))
-    top1 = 100 * (logits.argmax(1) == loaded.labels).double().mean().item()
-    head = "retrained" if method in ("clip2fl", "clip2flm", "creff") else "fedavg"
-    assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
+    top1: float = 100 * (logits.argmax(1) == loaded.labels).double().mean().item()
+    return top1
+
+
+@pytest.mark.parametrize("method", ["clip2flm", "fedavg"])
+def test_average_over_rounds_is_delivered_but_not_trained_on(
+    tmp_path: Path, method: str
+) -> None:
+    """Computed again from the rounds of a run without averaging."""
+    settings: dict[str, Any] = {"federation__rounds": 4, "checkpoint__keep": 4}
+    federate(tmp_path / "plain", method, **settings)
+    federate(tmp_path / "averaged", method, ema__decay=0.6, **settings)
+    plain, averaged = metrics(tmp_path / "plain"), metrics(tmp_path / "averaged")
+    assert [line["losses"] for line in averaged] == [line["losses"] for line in plain]
+    assert averaged[0]["accuracy"] == plain[0]["accuracy"]
+
+    rounds = [load_checkpoint(tmp_path / "plain", n) for n in (1, 2, 3, 4)]
+    weights = 0.6 ** np.arange(3, -1, -1.0)
+    model, card = load_model(tmp_path / "averaged" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        retrained = name.replace("classifier", CLASSIFIER)
+        values = [(c.strategy.get(retrained, c.model[name])).double() for c in rounds]
+        expected = sum(w * v for w, v in zip(weights, values, strict=True))
+        torch.testing.assert_close(
+            tensor.double(), expected / weights.sum(), rtol=1e-5, atol=1e-6
+        )
+    assert _top1(model, card) == pytest.approx(
+        next(iter(averaged[-1]["accuracy"].values()))["top1"], abs=1e-3
+    )
 
 
 def test_table_is_the_last_thing_printed(
@@ -178,8 +216,9 @@ def test_bad_reply_is_dropped_with_node_and_reason(
     assert all(0 not in r["clients"] for r in metrics(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_round_with_too_few_replies_keeps_model_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decay: float
 ) -> None:
     """The next round goes on from the old model, and the run to its end."""
 
@@ -196,6 +235,7 @@ def test_round_with_too_few_replies_keeps_model_and_says_so(
     federate(
         tmp_path / "run",
         tamper=tamper,
+        ema__decay=decay,
         federation__rounds=3,
         federation__min_replies=2,
     )

@@ -94,6 +94,15 @@ def test_resumed_run_equals_the_uninterrupted(tmp_path: Path, method: str) -> No
     assert facts == whole
 
 
+@pytest.mark.parametrize("method", ["fedavg", "creff"])
+def test_resumed_run_goes_on_with_the_average(tmp_path: Path, method: str) -> None:
+    run(tmp_path / "whole", method=method, ema__decay=0.5)
+    with pytest.raises(Stop):
+        run(tmp_path / "run", stop_in(3), method=method, ema__decay=0.5)
+    go_on(tmp_path / "run", method=method, ema__decay=0.5)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_resumed_run_goes_on_with_noise_and_account(tmp_path: Path) -> None:
     """Simulated clients' noise is the seed's, and what it has cost is kept."""
     protected: dict[str, Scalar] = {

@@ -131,11 +131,20 @@ def _image() -> Any:
     return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize(
+    ("method", "head", "decay"),
+    [
+        ("fedavg", "fedavg", 0.0),
+        ("fedavg", "fedavg", 0.5),
+        ("creff", "retrained", 0.0),
+        ("creff", "retrained", 0.5),
+    ],
+)
 def test_accuracy_is_the_mean_over_the_sites_that_have_the_class(
-    tmp_path: Path, folders: list[Path]
+    tmp_path: Path, folders: list[Path], method: str, head: str, decay: float
 ) -> None:
-    """Computed again here, from the model of the last round and the sites' images."""
-    federate(tmp_path / "run", folders, method="fedavg")
+    """Computed again here, from the delivered model and the sites' images."""
+    federate(tmp_path / "run", folders, method=method, ema__decay=decay)
     model, card = load_model(tmp_path / "run" / "model.safetensors")
     per_class: dict[int, list[float]] = {}
     config = run_config(
@@ -150,7 +159,7 @@ def test_accuracy_is_the_mean_over_the_sites_that_have_the_class(
         for c in loaded.labels.unique().tolist():
             share = hits[loaded.labels == c].double().mean().item()
             per_class.setdefault(c, []).append(5 * round(20 * share))
-    report = metrics(tmp_path / "run")[-1]["accuracy"]["fedavg"]
+    report = metrics(tmp_path / "run")[-1]["accuracy"][head]
     expected = [
         sum(per_class[c]) / len(per_class[c]) if c in per_class else None
         for c in range(10)

@@ -56,10 +56,12 @@ def client_plan(
 def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Any]:
     """Return the settings that every strategy has: the mean, unless changed.
 
-    Of ``privacy`` where they begin with it, else of ``aggregation``.
+    Of ``privacy`` or ``ema`` where they begin with it, else of ``aggregation``.
     """
     keys = {
-        name if name.startswith("privacy__") else f"aggregation__{name}": value
+        name
+        if name.startswith(("privacy__", "ema__"))
+        else f"aggregation__{name}": value
         for name, value in settings.items()
     }
     config = run_config(**keys)
@@ -67,6 +69,7 @@ def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Any]:
         "aggregation": config.aggregation,
         "min_replies": min_replies,
         "privacy": config.privacy,
+        "ema": config.ema,
     }
 
 

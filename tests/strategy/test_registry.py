@@ -33,6 +33,7 @@ def setting(method: str) -> Setting:
         fedavgm__momentum=0.8,
         fedavgm__learning_rate=0.7,
         federation__rounds=9,
+        ema__decay=0.6,
     )
     names = ("circle", "square", "star")
     return Setting(client_plan(), config, names, torch.device("cpu"), teacher)
@@ -58,6 +59,7 @@ def test_method_takes_its_settings_from_the_configuration(
     assert method.needs_teacher == (name in TEACHER_METHODS)
     strategy = method.build(chosen)
     assert strategy.plan is chosen.plan
+    assert strategy.average.decay == 0.6
     if isinstance(strategy, FedProx):
         assert strategy.proximal_mu == 0.3
     if isinstance(strategy, FedAvgM):
