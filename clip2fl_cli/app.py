@@ -83,6 +83,7 @@ def compare(
     if not finished:
         raise typer.Exit(1)
     command = shlex.join(["clip2fl", *sys.argv[1:]])
+    err.print("Drawing the reports of all runs")
     written = write_results(compared, finished, command)
     answer = written.json if as_json else written.markdown
     out.print(answer, markup=False, soft_wrap=True)

@@ -5,7 +5,8 @@ Ito's, which colour-blind readers tell apart, and lines also differ by their das
 areas are coloured by cividis.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ WIDTH_INCHES = 4.8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X<>"
+# More lines than this cannot be told apart, whatever their colours.
+MAX_COLOURED = len(MARKERS)
+GREY = "#aaaaaa"
 # More class names than this do not fit beside an axis.
 MAX_NAMES = 30
 # More cells than this are too small to hold their number.
@@ -59,17 +63,22 @@ class Curve:
 
 
 def styled(number: int) -> dict[str, Any]:
-    """Return colour and dashes of the n-th line of a picture."""
+    """Return colour and dashes of the n-th line of a picture.
+
+    The first have different colours and, as far as they go, dashes; when the colours
+    come again, each comes with other dashes.
+    """
+    turn, colour = divmod(number, len(COLOURS))
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]
-        if number >= len(COLOURS)
-        else DASHES[number % len(DASHES)],
+        "color": COLOURS[colour],
+        "linestyle": DASHES[(colour + turn) % len(DASHES)],
     }
 
 
 @rc_context(STYLE)
-def over_rounds(panels: Mapping[str, Sequence[Curve]]) -> Figure:
+def over_rounds(
+    panels: Mapping[str, Sequence[Curve]], aside: Collection[str] = ()
+) -> Figure:
     """Draw curves over the rounds, one panel above the other.
 
     Parameters
@@ -77,20 +86,37 @@ def over_rounds(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     panels : mapping of str to sequence of Curve
         Title of each panel's vertical axis, and its curves. Several seeds are drawn
         as their mean in a band from the smallest to the largest.
+    aside : collection of str
+        Labels of curves that are drawn as thin grey lines behind the others, for which
+        they only show where everything else lies.
 
     Returns
     -------
     Figure
     """
     labels = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
-    figure = Figure((WIDTH_INCHES, 1.5 * len(panels) + 0.4), layout="constrained")
+    shown = [label for label in labels if label not in aside]
+    height = 1.5 * len(panels) + 0.4 + _legend_inches(len(shown) + bool(aside))
+    figure = Figure((WIDTH_INCHES, height), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for curve in curves:
-            style = styled(labels.index(curve.label))
+        others = _others(aside)
+        for curve in sorted(curves, key=lambda curve: curve.label in aside):
             rounds = np.arange(1, curve.values.shape[1] + 1)
             mean = curve.values.mean(axis=0)
             marker = "o" if len(rounds) == 1 else None
+            if curve.label in aside:
+                axis.plot(
+                    rounds,
+                    mean,
+                    color=GREY,
+                    linewidth=0.7,
+                    zorder=1,
+                    marker=marker,
+                    label=next(others),
+                )
+                continue
+            style = styled(shown.index(curve.label))
             axis.plot(
                 rounds, mean, label=curve.label, linewidth=1.6, marker=marker, **style
             )
@@ -106,8 +132,14 @@ def over_rounds(panels: Mapping[str, Sequence[Curve]]) -> Figure:
         axis.set_ylabel(title)
     axes[-1].set_xlabel("round")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, list(axes), len(labels))
+    _legend_below(figure, list(axes))
     return figure
+
+
+def _others(aside: Collection[str]) -> Iterator[str]:
+    """Yield labels for what is drawn in grey: one entry in the legend for all."""
+    yield f"{len(aside)} others"
+    yield from itertools.repeat("_none")
 
 
 def _with_count(names: Sequence[str], counts: Sequence[int] | None, c: int) -> str:
@@ -119,6 +151,7 @@ def by_class(
     values: Mapping[str, Sequence[float | None]],
     names: Sequence[str],
     counts: Sequence[int] | None,
+    aside: Collection[str] = (),
 ) -> Figure:
     """Draw per-class accuracy, the commonest class on top.
 
@@ -130,6 +163,8 @@ def by_class(
         Class names in the order of ``values``.
     counts : sequence of int or None
         Training images of each class, where they are known.
+    aside : collection of str
+        Things drawn as grey points behind the others.
 
     Returns
     -------
@@ -137,21 +172,41 @@ def by_class(
     """
     order = by_frequency(counts, len(names))
     named = len(names) <= MAX_NAMES
-    height = 0.34 * len(names) + 1.0 if named else 6.0
+    shown = [label for label in values if label not in aside]
     # Side by side, so that no marker hides another.
-    dodge = min(0.14, 0.8 / len(values))
+    dodge = min(0.14, 0.8 / len(shown))
+    row = max(0.34, 0.06 * len(shown))
+    height = (row * len(names) + 1.0 if named else 6.0) + _legend_inches(
+        len(shown) + bool(aside)
+    )
     figure = Figure((WIDTH_INCHES, height), layout="constrained")
     axis = figure.subplots()
-    for number, (label, accuracy) in enumerate(values.items()):
+
+    def across(label: str) -> list[float]:
+        return [np.nan if (v := values[label][c]) is None else v for c in order]
+
+    for number, label in enumerate(shown):
         axis.plot(
-            [np.nan if (v := accuracy[c]) is None else v for c in order],
-            np.arange(len(order)) + dodge * (number - (len(values) - 1) / 2),
+            across(label),
+            np.arange(len(order)) + dodge * (number - (len(shown) - 1) / 2),
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             markersize=6 if named else 3,
             linestyle="none",
             alpha=0.9,
             label=label,
+        )
+    for label, entry in zip(
+        [label for label in values if label in aside], _others(aside), strict=False
+    ):
+        axis.plot(
+            across(label),
+            range(len(order)),
+            color=GREY,
+            marker="|",
+            linestyle="none",
+            zorder=1,
+            label=entry,
         )
     if named:
         axis.set_yticks(
@@ -160,10 +215,10 @@ def by_class(
         axis.set_ylabel("class (training images)" if counts else "class")
     else:
         axis.set_ylabel("class, by frequency rank")
-    axis.invert_yaxis()
+    axis.set_ylim(len(order) - 0.4, -0.6)
     axis.set_xlim(-3, 103)
     axis.set_xlabel("test accuracy, %")
-    _legend_below(figure, [axis], len(values))
+    _legend_below(figure, [axis])
     return figure
 
 
@@ -324,7 +379,7 @@ def clouds(
         axes[1].plot(*points[c].mean(axis=0), label=label, **large)
         if prototypes is not None:
             axes[2].plot(*prototypes[c], **large)
-    _legend_below(figure, [axes[1]], len(places))
+    _legend_below(figure, [axes[1]])
     return figure
 
 
@@ -348,13 +403,18 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
         drawn = axis.barh(list(panel), list(panel.values()), color=COLOURS[0])
         axis.bar_label(drawn, fmt=" {:,.3g}", fontsize=8)
         axis.margins(x=0.15)
-        axis.invert_yaxis()
+        axis.set_ylim(len(panel) - 0.4, -0.6)
         axis.set_xlabel(title)
     return figure
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes], entries: int) -> None:
+def _legend_inches(entries: int) -> float:
+    """Return the height that a legend of two columns takes from its figure."""
+    return 0.2 * -(-entries // 2)
+
+
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        columns = 2 if entries > 1 else 1
+        columns = 2 if len(handles) > 1 else 1
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,14 @@ def write_comparison_report(
         max((row for row in rows if row.delivered), key=_balanced_mean).variant
     ][0]
     every = [run for group in runs.values() for run in group]
+    aside = _aside(rows, baseline)
     sections = [
         _comparison_results(rows, runs, baseline),
-        _accuracy(lines, _runs_table(runs)),
-        _classes(lines),
+        _accuracy(lines, _runs_table(runs), aside),
+        _classes(lines, aside),
         _clients(best),
         _features(best),
-        _losses(runs, []),
+        _losses(runs, [], aside),
         _comparison_costs(runs),
         _confusion(best),
         _comparison_configuration(runs),
@@ -222,7 +223,25 @@ def _comparison_results(
     return Section("results", "Results", _groups_text(first), tables=[table])
 
 
-def _accuracy(lines: Sequence[Line], table: Table) -> Section:
+def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
+    """Return variants that pictures show in grey, where there are too many.
+
+    In colour are the baseline, then variants of more seeds, then of higher accuracy.
+    """
+    delivered = sorted(
+        (row for row in rows if row.delivered),
+        key=lambda row: (
+            row.variant != baseline,
+            -len(row.seeds),
+            -_balanced_mean(row),
+        ),
+    )
+    return [row.variant for row in delivered[figures.MAX_COLOURED :]]
+
+
+def _accuracy(
+    lines: Sequence[Line], table: Table, aside: Collection[str] = ()
+) -> Section:
     panels = {
         f"{title}, %": [
             Curve(line.label, _over_rounds(line.runs, _accuracy_of(line.head, column)))
@@ -236,12 +255,13 @@ def _accuracy(lines: Sequence[Line], table: Table) -> Section:
         "accuracy",
         f"Balanced, many-, medium- and few-shot accuracy over the rounds. Balanced, "
         f"mean of the last {LAST_ROUNDS}: {last}.",
-        figures.over_rounds(panels),
+        figures.over_rounds(panels, aside),
     )
-    return Section("accuracy", "Accuracy over rounds", "", [picture], [table])
+    text = f"In grey, here and below: {', '.join(aside)}." if aside else ""
+    return Section("accuracy", "Accuracy over rounds", text, [picture], [table])
 
 
-def _classes(lines: Sequence[Line]) -> Section:
+def _classes(lines: Sequence[Line], aside: Collection[str] = ()) -> Section:
     run = lines[0].runs[0]
     counts = run.train_counts
     values = {line.label: line.per_class() for line in lines}
@@ -249,7 +269,7 @@ def _classes(lines: Sequence[Line]) -> Section:
         "classes",
         "Accuracy of each class, the most frequent on top; the table below has the "
         "numbers.",
-        figures.by_class(values, run.class_names, counts),
+        figures.by_class(values, run.class_names, counts, aside),
     )
     rows = [
         TableRow(
@@ -332,7 +352,9 @@ def _features(run: FinishedRun) -> Section:
 
 
 def _losses(
-    runs: Mapping[str, Sequence[FinishedRun]], tables: Sequence[Table]
+    runs: Mapping[str, Sequence[FinishedRun]],
+    tables: Sequence[Table],
+    aside: Collection[str] = (),
 ) -> Section:
     panels = {}
     for key, title in LOSSES.items():
@@ -349,7 +371,7 @@ def _losses(
     picture = Picture(
         "losses",
         f"Losses over the rounds: {', '.join(panels)}.",
-        figures.over_rounds(panels),
+        figures.over_rounds(panels, aside),
     )
     text = (
         "Client losses are means over the last local epoch. Gradient matching and "

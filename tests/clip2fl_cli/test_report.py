@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clip2fl_cli.figures import principal_plane
+from clip2fl_cli.figures import (
+    COLOURS,
+    DASHES,
+    GREY,
+    Curve,
+    by_class,
+    over_rounds,
+    principal_plane,
+    styled,
+)
 from clip2fl_cli.report import write_comparison_report, write_run_report
 from clip2fl_cli.runs import FinishedRun, RunError
 from tests.clip2fl_cli.html_page import Page
@@ -229,6 +238,49 @@ def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None
     assert differing.texts == [[v, json.dumps(v)] for v in runs]
     links = [a for a in page.addresses if not a.startswith(("data:", "#"))]
     assert links == [f"{variant}-seed7/report.html" for variant in runs]
+
+
+def test_lines_differ_in_colour_or_dashes() -> None:
+    """As many as there are pairs of the two."""
+    pairs = len(COLOURS) * len(DASHES)
+    assert len({tuple(styled(n).values()) for n in range(pairs)}) == pairs
+
+
+def test_curves_aside_are_grey_and_share_an_entry_of_the_legend() -> None:
+    values = {"a": 1.0, "b": 2.0, "c": 3.0}
+    curves = [Curve(label, np.full((1, 3), value)) for label, value in values.items()]
+    per_class = {label: [value] for label, value in values.items()}
+    aside = ["a", "c"]
+    rounds = over_rounds({"first": curves, "second": curves}, aside)
+    classes = by_class(per_class, ["the class"], [5], aside)
+    # Values go up in the one, and to the right in the other.
+    for figure, direction in ((rounds, 1), (classes, 0)):
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["b", "2 others"]
+        for axis in figure.axes:
+            drawn = {
+                float(np.asarray(line.get_xydata())[0, direction]): line.get_color()
+                for line in axis.lines
+            }
+            assert drawn == {1.0: GREY, 2.0: COLOURS[0], 3.0: GREY}
+
+
+def test_of_many_variants_the_baseline_and_the_best_are_in_colour(
+    tmp_path: Path,
+) -> None:
+    """Two seeds go before accuracy, and the baseline before both."""
+    accuracy = {f"v{n:02}": float(n) for n in range(12)}
+    runs = {
+        variant: [write_run(tmp_path / f"{variant}-seed1", [value], seed=1)]
+        for variant, value in accuracy.items()
+    }
+    runs["v01"].append(write_run(tmp_path / "v01-seed2", [1.0], seed=2))
+    page = write_comparison_report(tmp_path, "x", runs, "v00").read_text("utf-8")
+    assert "In grey, here and below: v03, v02." in page
+    few = {variant: runs[variant] for variant in list(runs)[:10]}
+    assert "In grey" not in write_comparison_report(
+        tmp_path, "x", few, "v00"
+    ).read_text("utf-8")
 
 
 def test_what_is_no_complete_run_is_named(tmp_path: Path) -> None:
