@@ -60,11 +60,15 @@ class Network:
 
     @cached_property
     def facts(self) -> TeacherFacts:
-        """Fingerprint and scale, computed from the weights."""
+        """Fingerprint and scale, computed from the weights.
+
+        Both are computed on the CPU in float32, wherever the model is: the last digit
+        of ``exp`` differs from device to device.
+        """
         model = cast(Any, self.model)
         return TeacherFacts(
             _fingerprint(model, self.preprocess),
-            float(model.logit_scale.detach().exp()),
+            float(model.logit_scale.detach().cpu().float().exp()),
         )
 
 
@@ -125,7 +129,9 @@ class Teacher:
         """
         network = self._load()
         known = self.__dict__.get("_facts")
-        if known is not None and network.facts != known:
+        # The fingerprint alone says which teacher it is. The scale is a result of
+        # floating-point arithmetic, perhaps of another process on another device.
+        if known is not None and network.facts.fingerprint != known.fingerprint:
             raise TeacherError(
                 f"teacher {self.name} has changed while it was in use: its fingerprint "
                 f"is {network.facts.fingerprint[:12]} and was {known.fingerprint[:12]}"

@@ -21,8 +21,9 @@ from clip2fl_common.feature_store import cache_dir
 
 logger = getLogger(__name__)
 
-# Enters the name of the file: raise it when what is kept changes.
-FORMAT = 1
+# Enters the name of the file: raise it when what is kept changes. Format 1 could hold
+# a scale that was computed on a GPU.
+FORMAT = 2
 
 
 @dataclass(frozen=True)

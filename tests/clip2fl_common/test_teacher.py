@@ -17,10 +17,11 @@ from PIL import Image
 from client_app.app import _check_code, _check_teacher
 from clip2fl_common import demo
 from clip2fl_common import teacher as teachers
+from clip2fl_common.demo_teacher import DATA_PATH
 from clip2fl_common.feature_store import TABLE, FeatureStore, cache_dir, content_keys
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
-from clip2fl_common.teacher_facts import recall_facts
+from clip2fl_common.teacher_facts import note_facts, recall_facts
 
 
 @pytest.fixture
@@ -28,6 +29,60 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teacher:
     """Return the demo's teacher with an empty cache."""
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
     return load_teacher("demo")
+
+
+def _next(value: float) -> float:
+    """Return the next float32 above a value."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
+def test_teacher_is_known_by_its_fingerprint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process, on a GPU, noted a scale that differs in the last digit."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    facts = load_teacher("demo").network.facts
+    other = replace(facts, logit_scale=_next(facts.logit_scale))
+    note_facts("demo", "", [DATA_PATH], other)
+    teacher = load_teacher("demo")
+    assert teacher.logit_scale == other.logit_scale != facts.logit_scale
+    # Loads the network, which computes the facts again, here.
+    assert teacher.image_features(images(1)).shape == (1, 512)
+
+
+class _ScaleOnDevice:
+    """A logit scale on a device whose ``exp`` is off by one in the last digit."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self._scale = scale
+
+    def detach(self) -> "_ScaleOnDevice":
+        return self
+
+    def float(self) -> "_ScaleOnDevice":
+        return self
+
+    def exp(self) -> torch.Tensor:
+        return torch.tensor(_next(float(self._scale.exp())))
+
+    def cpu(self) -> torch.Tensor:
+        return self._scale
+
+
+def test_facts_are_computed_on_the_cpu(teacher: Teacher) -> None:
+    here = teacher.network
+    scale = teacher._model.logit_scale.detach()
+
+    class OnDevice(torch.nn.Module):
+        """The teacher's weights; only its scale is asked for otherwise."""
+
+        logit_scale = _ScaleOnDevice(scale)
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return here.model.state_dict()
+
+    there = Network(OnDevice(), here.tokenizer, here.preprocess)
+    assert there.facts == here.facts
 
 
 def images(count: int) -> torch.Tensor:
