@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 from typing import cast
 
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.evaluation import recalls
@@ -61,8 +61,12 @@ def train(message: Message, context: Context) -> Message:
     """Compute class gradients and train the global model on this client's images."""
     config = RunConfig.from_run_config(context.run_config)
     request = records.TrainRequest.parse(message.content)
-    with names_kept_here(config):
-        return Message(_train(config, request, context), reply_to=message)
+    try:
+        with names_kept_here(config):
+            return Message(_train(config, request, context), reply_to=message)
+    except FloatingPointError as error:
+        # By this code the server sees whether the model that it sent is at fault.
+        return Message(Error(records.DIVERGED, records.plain(error)), reply_to=message)
 
 
 @app.evaluate()

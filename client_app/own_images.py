@@ -111,7 +111,7 @@ def names_kept_here(config: RunConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (OtherTeacherError, SiteError):
+    except (OtherTeacherError, SiteError, FloatingPointError):
         raise  # they speak of the run, not of the site
     except Exception as error:
         if config.dataset.name != SITES:

@@ -116,8 +116,8 @@ class Federation:
     """Clients drawn without replacement each round; sites: waited for at the start."""
     round_timeout: PositiveFloat
     """Seconds to wait for a round's replies."""
-    min_replies: Positive
-    """Good replies that a round needs; with fewer, the model stays as it is."""
+    min_replies: Count
+    """Good replies without which the model stays; 0: 1, of sites more than half."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -128,6 +128,8 @@ class Aggregation:
     """Mean, or coordinate-wise median or trimmed mean, of models and gradients."""
     trim: Annotated[float, Field(ge=0, lt=0.5)]
     """trimmed-mean: share of the values cut off at each end."""
+    max_length_ratio: Weight
+    """Longest update that is used, in medians of the round; 0: any."""
     max_update_norm: Weight
     """Norm to which a client's update is shortened; 0: no bound."""
     max_gradient_norm: Weight

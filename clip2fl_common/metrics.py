@@ -1,7 +1,8 @@
 """Accuracy of long-tailed classification: per class, balanced, many/medium/few-shot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Literal
 
 import numpy as np
@@ -201,3 +202,54 @@ def recall_report(
         few=mean_of(groups.few),
         per_class=tuple(recall),
     )
+
+
+def median_site_reports(
+    sites: Sequence[Mapping[str, Mapping[int, int]]], groups: ShotGroups
+) -> dict[str, AccuracyReport]:
+    """Return what the median site says of each head.
+
+    A site's accuracy is what it claims, and in a mean one site that claims 100 % lifts
+    all rounds alike or the round that it likes. The median over sites (of two, the
+    lower) stays among what honest sites say as long as most are honest.
+
+    Parameters
+    ----------
+    sites : sequence of mapping
+        For each site, head to class to accuracy in percent.
+    groups : ShotGroups
+        Shot groups of the classes.
+
+    Returns
+    -------
+    dict of str to AccuracyReport
+        By head: the median over sites of each site's mean over the classes that it
+        holds, of all classes, of each group's and of each class.
+    """
+    found = {}
+    classes = sorted({*groups.many, *groups.medium, *groups.few})
+    for head in dict.fromkeys(head for site in sites for head in site):
+        recalls = [site[head] for site in sites if site.get(head)]
+
+        def median_of(
+            wanted: Sequence[int], of: Sequence[Mapping[int, int]]
+        ) -> float | None:
+            means = [
+                sum(values) / len(values)
+                for recall in of
+                if (values := [recall[c] for c in wanted if c in recall])
+            ]
+            return median_low(means) if means else None
+
+        balanced = median_of(classes, recalls)
+        if balanced is None:
+            continue
+        found[head] = AccuracyReport(
+            top1=None,
+            balanced=balanced,
+            many=median_of(groups.many, recalls),
+            medium=median_of(groups.medium, recalls),
+            few=median_of(groups.few, recalls),
+            per_class=tuple(median_of([c], recalls) for c in classes),
+        )
+    return found

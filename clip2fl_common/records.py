@@ -61,6 +61,16 @@ LARGEST_VALUE = 1e12
 LONGEST_HEADER = 256
 # BatchNorm's, of which the square root is taken.
 VARIANCE = "running_var"
+RUNNING_STATISTICS = ("running_mean", VARIANCE)
+
+# Codes of errors that a ClientApp answers with. Flower's own are below 100. The server
+# decides by them; the text beside them is for people.
+DATA_ERROR = 1001  # the client's images cannot be read
+SITE_REFUSES = 1002  # the site's own rules refuse the run
+DIVERGED = 1003  # the model that was sent, or the training on it, is not finite
+
+# Characters of a text from elsewhere that are shown.
+LONGEST_TEXT = 300
 
 # Numbers that every train reply carries besides NUM_EXAMPLES and PARTITION.
 AVERAGED_METRICS = ("loss", "distillation-loss")
@@ -131,8 +141,45 @@ class TrainRequest:
         )
 
 
+def plain(text: object) -> str:
+    """Return a text from elsewhere as one line that is safe to print.
+
+    Parameters
+    ----------
+    text : object
+        What a client sent: of any length, with any characters.
+
+    Returns
+    -------
+    str
+        Control characters (line ends, terminal codes), invisible ones and halves of
+        surrogate pairs escaped; `LONGEST_TEXT` characters at most.
+    """
+    # Cut first: escaping a text of many megabytes takes seconds.
+    whole = str(text)
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in whole[:LONGEST_TEXT]
+    )
+    cut = len(whole) > LONGEST_TEXT or len(shown) > LONGEST_TEXT
+    return shown[:LONGEST_TEXT] + ("..." if cut else "")
+
+
 class ReplyError(ValueError):
-    """A reply that must not touch the server's state; says why."""
+    """A reply that must not touch the server's state; says why, in one plain line.
+
+    Parameters
+    ----------
+    reason : str
+        May hold what the client sent, whatever that is.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
+
+
+class NotFiniteError(ReplyError):
+    """A reply holds numbers that are not finite: its training has diverged."""
 
 
 def model_to_arrays(model: nn.Module) -> ArrayRecord:
@@ -372,7 +419,7 @@ def check_reply(
     reference: ArrayRecord,
     gradients: GradientFormat | None,
     asked: Mapping[int, int],
-) -> None:
+) -> dict[int, CodedGradient]:
     """Check a train reply before it touches any state.
 
     Parameters
@@ -385,6 +432,11 @@ def check_reply(
         What is expected of class gradients, where they belong into the reply.
     asked : mapping of int to int
         Partitions that the sender was asked for, each with its number of images.
+
+    Returns
+    -------
+    dict of int to ClassGradient or LowRankGradient
+        The class gradients; empty where none are expected.
 
     Raises
     ------
@@ -407,9 +459,10 @@ def check_reply(
         values = _checked(name, arrays[name], tuple(sent.shape), sent.dtype)
         if name.endswith(VARIANCE) and values.min(initial=0) < 0:
             raise ReplyError(f"array {name} is a variance, but has negative values")
-    if gradients:
-        gradients_from_arrays(content.array_records[GRADIENTS], gradients)
     _check_metrics(content.metric_records[METRICS], asked)
+    if gradients is None:
+        return {}
+    return gradients_from_arrays(content.array_records[GRADIENTS], gradients)
 
 
 def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
@@ -418,8 +471,10 @@ def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
         difference = sorted(set(metrics) ^ expected)
         raise ReplyError(f"metrics missing or unknown: {', '.join(difference)}")
     for name, value in metrics.items():
-        if isinstance(value, list) or not math.isfinite(value):
+        if isinstance(value, list):
             raise ReplyError(f"metric {name} = {value} is not a finite number")
+        if not math.isfinite(value):
+            raise NotFiniteError(f"metric {name} = {value} is not a finite number")
         least = -LARGEST_VALUE if name in AVERAGED_METRICS else 0
         if name != NUM_EXAMPLES and not least <= value <= LARGEST_VALUE:
             raise ReplyError(
@@ -458,7 +513,7 @@ def _checked(
 
 def _check_values(name: str, values: npt.NDArray[Any]) -> None:
     if not np.isfinite(values).all():
-        raise ReplyError(f"array {name} has values that are not finite")
+        raise NotFiniteError(f"array {name} has values that are not finite")
     if values.dtype.kind == "f" and np.abs(values).max(initial=0) > LARGEST_VALUE:
         raise ReplyError(
             f"array {name} has values up to {float(np.abs(values).max()):.1e}, "
@@ -606,8 +661,30 @@ def _integers(metrics: MetricRecord, name: str, low: int, high: int) -> list[int
 
 
 def partition_of(reply: Message) -> int:
-    """Return which simulated partition a reply comes from."""
+    """Return which simulated partition a reply that has been checked comes from."""
     return cast(int, reply.content.metric_records[METRICS][PARTITION])
+
+
+def images_of(reply: Message) -> int:
+    """Return the training images that a reply that has been checked claims."""
+    return cast(int, reply.content.metric_records[METRICS][NUM_EXAMPLES])
+
+
+def simulated_partition(answer: Message) -> int:
+    """Return which partition a node says it simulates, in its answer to a query.
+
+    Raises
+    ------
+    ReplyError
+        If it does not say so in a usable way.
+    """
+    metrics = answer.content.metric_records.get(METRICS, MetricRecord())
+    partition = metrics.get(PARTITION)
+    if not isinstance(partition, int) or partition < 0:
+        raise ReplyError(
+            f"its answer has {PARTITION} = {partition!r}, expected an integer from 0"
+        )
+    return partition
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -57,19 +57,22 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     queries = [
         Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids()
     ]
-    answers = grid.send_and_receive(queries, timeout=QUERY_TIMEOUT_S)
-    places = {
-        records.partition_of(answer): answer.metadata.src_node_id
-        for answer in answers
-        if not answer.has_error()
-    }
+    places: dict[int, int] = {}
+    reasons: set[str] = set()
+    for answer in grid.send_and_receive(queries, timeout=QUERY_TIMEOUT_S):
+        if answer.has_error():
+            reasons.add(records.plain(answer.error.reason))
+            continue
+        try:
+            partition = records.simulated_partition(answer)
+        except records.ReplyError as error:
+            reasons.add(str(error))
+        else:
+            places[partition] = answer.metadata.src_node_id
     if not places:
-        reasons = {str(a.error.reason) for a in answers if a.has_error()} or {
-            "no answer"
-        }
         raise RuntimeError(
             f"none of {len(queries)} nodes says which clients it simulates: "
-            + "; ".join(reasons)
+            + "; ".join(sorted(reasons) or ["no answer"])
         )
     return tuple(places[partition] for partition in sorted(places))
 

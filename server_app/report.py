@@ -193,10 +193,31 @@ class Progress:
         server_round: int,
         reports: Mapping[str, AccuracyReport],
         loss: float | None,
+        *,
+        participation: str = "",
+        went_back_to: int | None = None,
+        medians: Mapping[str, AccuracyReport] | None = None,
     ) -> str:
         """Return the line of a round that has just ended.
 
-        Without a loss no model came out of the round, and the line says so.
+        Parameters
+        ----------
+        server_round : int
+            The round.
+        reports : mapping of str to AccuracyReport
+            Accuracy by head.
+        loss : float or None
+            The clients'; without one no model came out of the round.
+        participation : str
+            Which share of the sites and their images took part, if there are sites.
+        went_back_to : int or None
+            Round whose model took the place of a bad one.
+        medians : mapping of str to AccuracyReport or None
+            What the median site says of each head, if there are sites.
+
+        Returns
+        -------
+        str
         """
         now = time.perf_counter()
         self._durations.append(now - self._last)
@@ -206,12 +227,16 @@ class Progress:
         left = (self._rounds - server_round) * sum(typical) / len(typical)
         accuracy = "; ".join(
             f"{name} balanced {report.balanced:.1f} % ({_groups(report)})"
+            + (f", median site {medians[name].balanced:.1f} %" if medians else "")
             for name, report in reports.items()
         )
         trained = "old model kept" if loss is None else f"loss {loss:.3f}"
+        if went_back_to is not None:
+            trained = f"went back to the model of round {went_back_to}"
         accuracy = accuracy or "no site has evaluated"
+        who = f"{participation}; " if participation else ""
         return (
-            f"round {server_round}/{self._rounds}: {accuracy}; {trained}; "
+            f"round {server_round}/{self._rounds}: {accuracy}; {trained}; {who}"
             f"{self._durations[-1]:.1f} s, "
             f"{timedelta(seconds=round(left))} left"
         )

@@ -268,8 +268,10 @@ def load_newest(run_folder: Path) -> Checkpoint:
 def prune(run_folder: Path, keep: int) -> None:
     """Remove old checkpoints.
 
-    What stays are the last ``keep`` and, for each of them, the best one so far: where
-    the newest turns out to be damaged, the one before still finds its best.
+    What stays are the last ``keep``, but two at least, and, for each of them, the best
+    one so far: where the newest turns out to be damaged, the one before still finds
+    its best. Two, because only the next round shows whether clients can train on the
+    newest model.
 
     Parameters
     ----------
@@ -279,8 +281,9 @@ def prune(run_folder: Path, keep: int) -> None:
         How many of the last checkpoints stay, at least 1.
     """
     rounds = rounds_with_checkpoint(run_folder)
-    wanted = set(rounds[-keep:])
-    for server_round in rounds[-keep:]:
+    last = rounds[-max(keep, 2) :]
+    wanted = set(last)
+    for server_round in last:
         state = checkpoint_path(run_folder, server_round) / STATE
         if best := json.loads(state.read_text("utf-8"))["best"]:
             wanted.add(best["round"])

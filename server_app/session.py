@@ -25,6 +25,7 @@ from clip2fl_common.metrics import (
     TEACHER_HEAD,
     AccuracyReport,
     listed_groups,
+    median_site_reports,
     recall_report,
     shot_groups,
 )
@@ -32,6 +33,7 @@ from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.partition import class_counts
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
+from clip2fl_common.records import model_to_arrays
 from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoint import ModelCard, save_model
 from server_app.evaluation import Evaluator
@@ -52,10 +54,12 @@ from server_app.resume import (
     load_newest,
     prune,
     refuse_differences,
+    rounds_with_checkpoint,
     save_checkpoint,
 )
 from server_app.tracking import open_trackers, scalars
 from strategy.partitioned import PartitionedTraining
+from strategy.recovery import Earlier
 from strategy.registry import method_named
 from strategy.round_record import RoundRecord
 
@@ -139,7 +143,8 @@ class Session:
         Parameters
         ----------
         strategy : PartitionedTraining
-            Gets the state of the last round, where there was one.
+            Gets the state of the last round, where there was one, and the way back to
+            earlier ones.
 
         Returns
         -------
@@ -151,6 +156,7 @@ class Session:
         ResumeError
             If the run in the folder is another, or cannot be read.
         """
+        strategy.earlier = self._earlier
         done = self._resume(strategy) if self.config.run.resume else 0
         facts = self._facts()
         with self._storing("the run's beginning"):
@@ -213,6 +219,25 @@ class Session:
         self.folder.begin_metrics(newest.metrics)
         return newest.round
 
+    def _earlier(self, before: int) -> Earlier | None:
+        """Return the run's state after the last round before a given one."""
+        for server_round in reversed(rounds_with_checkpoint(self.folder.path)):
+            if server_round >= before:
+                continue
+            try:
+                found = load_checkpoint(self.folder.path, server_round)
+            except DamagedCheckpointError as error:
+                logger.warning(
+                    "the checkpoint of round %d is damaged (%s); looking for an "
+                    "earlier one",
+                    server_round,
+                    error,
+                )
+                continue
+            self.model.load_state_dict(found.model)
+            return Earlier(found.round, model_to_arrays(self.model), found.strategy)
+        return None
+
     def _take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:
         self.model.load_state_dict(checkpoint.model)
         strategy.load_state(checkpoint.strategy)
@@ -252,6 +277,13 @@ class Session:
         config = self.config
         final = server_round == config.federation.rounds
         recalls = strategy.round.recalls
+        medians = {
+            head: report
+            for head, report in median_site_reports(
+                strategy.round.site_recalls, self.evaluator.groups
+            ).items()
+            if head != TEACHER_HEAD
+        }
         reports = (
             self.evaluator.evaluate(*self._delivered(strategy), final)
             if recalls is None
@@ -259,6 +291,10 @@ class Session:
         )
         seconds = {**strategy.round.seconds, "evaluation": perf_counter() - started}
         line = self._metrics_line(server_round, strategy.round, reports, seconds)
+        if medians:
+            line["accuracy_median_site"] = {
+                head: accuracy_fields(report) for head, report in medians.items()
+            }
         with self._storing(f"round {server_round}"):
             self.folder.append_metrics(line)
             if final:
@@ -267,13 +303,20 @@ class Session:
                 )
             if final or server_round % config.checkpoint.every == 0:
                 self._keep_round(
-                    server_round, strategy, next(iter(reports.values()), None)
+                    server_round,
+                    strategy,
+                    next(iter((medians or reports).values()), None),
                 )
         for tracker in self._trackers:
             tracker.log(server_round, scalars(line))
         print(
             self._progress.line(
-                server_round, reports, strategy.round.losses.get("client")
+                server_round,
+                reports,
+                strategy.round.losses.get("client"),
+                participation=strategy.round.participation,
+                went_back_to=strategy.round.went_back_to,
+                medians=medians,
             ),
             flush=True,
         )
@@ -343,6 +386,8 @@ class Session:
             "clients": record.clients,
             "dropped_replies": record.dropped,
             "kept_model": record.kept_model,
+            "went_back_to": record.went_back_to,
+            "left_out": record.left_out,
             "shortened": {
                 "updates": record.shortened_updates,
                 "class_gradients": record.shortened_gradients,

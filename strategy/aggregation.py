@@ -6,6 +6,7 @@ not dropped (norm thresholding, Sun et al. 2019): honest clients' updates differ
 length when their data do, and keep their direction and their say.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -74,15 +75,19 @@ def shorten_update(
     }
 
 
-def gradient_norm(gradient: CodedGradient) -> float:
-    """Return the Euclidean norm of a class gradient, weight and bias together."""
+def weight_norm(gradient: CodedGradient) -> float:
+    """Return the Euclidean norm of a class gradient's weight part."""
     if isinstance(gradient, LowRankGradient):
         left, right = gradient.left.double(), gradient.right.double()
         squared = ((left.T @ left) * (right @ right.T)).sum()
     else:
         squared = gradient.weight.double().square().sum()
-    squared = squared + gradient.bias.double().square().sum()
     return float(squared.clamp_min(0).sqrt())  # rounding may leave it below zero
+
+
+def gradient_norm(gradient: CodedGradient) -> float:
+    """Return the Euclidean norm of a class gradient, weight and bias together."""
+    return math.hypot(weight_norm(gradient), float(gradient.bias.double().norm()))
 
 
 def shorten_gradient(gradient: CodedGradient, max_norm: float) -> CodedGradient | None:

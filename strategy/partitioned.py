@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from statistics import fmean
@@ -33,7 +33,10 @@ from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.model_average import ModelAverage
+from strategy.outliers import LengthRule
 from strategy.privacy import PrivacyLedger
+from strategy.recovery import Earlier, Recovery
+from strategy.replies import ReplyCheck, Verdicts, reasons
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
 
@@ -73,12 +76,33 @@ class ClientPlan:
     seed: int
     images: tuple[int, ...]
 
-    def sample(self, server_round: int) -> list[int]:
-        """Return the partitions that train in a round, ascending."""
+    def available(self) -> list[int]:
+        """Return all partitions, ascending."""
+        return list(range(self.num_clients))
+
+    def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
+        """Return the partitions that train in a round, ascending.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        left_out : collection of int
+            Partitions that do not; others train in their place.
+        """
         drawn = torch.randperm(
             self.num_clients, generator=generator(self.seed, "sampling", server_round)
-        )
-        return sorted(drawn[: self.clients_per_round].tolist())
+        ).tolist()
+        drawn = [partition for partition in drawn if partition not in left_out]
+        return sorted(drawn[: self.clients_per_round])
+
+    def replies_needed(self, configured: int) -> int:
+        """Return the good replies that a round needs: one, unless configured."""
+        return max(1, configured)
+
+    def participation(self, trained: Mapping[int, int]) -> str:
+        """Return what a round's line says of who took part: nothing."""
+        return ""
 
     def node_of(self, partition: int) -> int:
         """Return the node that simulates a partition."""
@@ -155,7 +179,8 @@ class PartitionedTraining(FlowerFedAvg):
     aggregation : Aggregation
         How models are put together, and the bounds on what a client sends.
     min_replies : int
-        Good replies that a round needs; with fewer, the model stays as it is.
+        Good replies that a round needs, with fewer, the model stays as it is; 0: what
+        the plan says.
     privacy : Privacy
         Noise on the mean update, and what is accounted for.
     ema : EMA
@@ -177,6 +202,9 @@ class PartitionedTraining(FlowerFedAvg):
         What is expected of class gradients, where a method asks for them.
     round : RoundRecord
         What the last round cost and brought.
+    earlier : callable
+        Returns a run's state after the last round before a given one that is kept;
+        None if none is. Set by who keeps them.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -216,6 +244,9 @@ class PartitionedTraining(FlowerFedAvg):
         self.average = ModelAverage(ema.decay)
         self.ledger = PrivacyLedger.of(privacy, self.asks_class_gradients)
         self.round = RoundRecord()
+        self.earlier: Callable[[int], Earlier | None] = _nothing_kept
+        self.recovery = Recovery()
+        self.lengths = LengthRule(aggregation.max_length_ratio)
         self._aggregator = flower_aggregator(
             aggregation, train_metrics_aggr_fn=_summarise_metrics
         )
@@ -233,21 +264,34 @@ class PartitionedTraining(FlowerFedAvg):
         Random numbers are no part of it: each generator comes from the run's seed,
         its purpose, the round and the client.
         """
-        return {**self.ledger.state(), **self.average.state()}
+        return {
+            **self.ledger.state(),
+            **self.average.state(),
+            **self.recovery.state(),
+            **self.lengths.state(),
+        }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` returned."""
         self.ledger.load_state(state)
         self.average.load_state(state)
+        self.recovery.load_state(state)
+        self.lengths.load_state(state)
 
     def summary(self) -> None:
         """Log the sampling, then the Flower strategy's own settings."""
         log(INFO, "\t├──> Clients:")
         log(INFO, "\t│\t├── Drawn each round: %s", self.plan)
-        log(INFO, "\t│\t└── Good replies a round needs: %d", self.min_replies)
+        needed = self.min_replies or self.plan.replies_needed(0)
+        log(INFO, "\t│\t└── Good replies a round needs: %s", needed)
         rule = self.aggregation
         log(INFO, "\t├──> Aggregation:")
         log(INFO, "\t│\t├── Rule: %s, trim %g", rule.rule, rule.trim)
+        log(
+            INFO,
+            "\t│\t├── Longest update, in medians of the round (0: any): %g",
+            rule.max_length_ratio,
+        )
         log(
             INFO,
             "\t│\t└── Norms allowed (0: any): update %g, class gradient %g",
@@ -334,7 +378,7 @@ class PartitionedTraining(FlowerFedAvg):
         if message_type == MessageType.TRAIN:
             self._sent = record.array_records[records.ARRAYS]
             self._sent_at = time.perf_counter()
-            clients = self.plan.sample(server_round)
+            clients = self._sample(server_round)
             self.round = RoundRecord(
                 bytes_down=len(clients) * records.payload_bytes(record)
             )
@@ -370,6 +414,21 @@ class PartitionedTraining(FlowerFedAvg):
             messages.append(Message(content, node, message_type))
         return messages
 
+    def _sample(self, server_round: int) -> list[int]:
+        """Return the clients that train in a round, without those that are left out."""
+        available = self.plan.available()
+        usual = min(self.plan.clients_per_round, len(available))
+        needed = max(self.plan.replies_needed(self.min_replies), -(-usual // 2))
+        absent = self.recovery.absent(server_round, available, needed)
+        if absent:
+            log(
+                INFO,
+                "round %d: left out because of an earlier model: %s",
+                server_round,
+                ", ".join(str(self.plan.label(client)) for client in sorted(absent)),
+            )
+        return self.plan.sample(server_round, absent)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -378,25 +437,32 @@ class PartitionedTraining(FlowerFedAvg):
         Raises
         ------
         DatasetError
-            If a client's images cannot be read and are not to be skipped.
+            If a simulated client's images cannot be read and are not to be skipped.
         NoRepliesError
-            If no reply is usable.
+            If no reply is usable, and there is nothing to go back to or on with.
         """
         replies = list(replies)
         self._book("clients", self._sent_at)
         self._name_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
         started = time.perf_counter()
-        accepted = self._accept(server_round, replies)
-        self.round.dropped = len(replies) - len(accepted)
-        if len(accepted) < self.min_replies:
+        verdicts = self._judge(server_round, replies)
+        self.round.dropped = len(replies) - len(verdicts.good)
+        if verdicts.poisoned:
+            self._book("checks", started)
+            return self._go_back(server_round, verdicts), None
+        accepted = list(verdicts.good.values())
+        trained = {c: size.images for c, size in verdicts.sizes.items()}
+        self.round.participation = self.plan.participation(trained)
+        needed = self.plan.replies_needed(self.min_replies)
+        if len(accepted) < needed:
             log(
                 WARNING,
                 "round %d: %d good replies, fewer than federation.min-replies = %d; "
                 "the model stays as it was",
                 server_round,
                 len(accepted),
-                self.min_replies,
+                needed,
             )
             self.round.kept_model = True
             self._book("checks", started)
@@ -422,6 +488,10 @@ class PartitionedTraining(FlowerFedAvg):
         assert arrays is not None and metrics is not None
         if self.privacy.update_noise_multiplier > 0:
             arrays = self._with_noise(server_round, arrays, len(accepted))
+        self.recovery.note(
+            server_round, {c: size.update for c, size in verdicts.sizes.items()}
+        )
+        self.lengths.remember(list(verdicts.sizes.values()))
         self._book("aggregation", started)
         self._record(metrics)
         return arrays, metrics
@@ -433,49 +503,82 @@ class PartitionedTraining(FlowerFedAvg):
         """Return what a report may show of the method's state, by name."""
         return {}
 
-    def _accept(self, server_round: int, replies: Sequence[Message]) -> list[Message]:
-        """Return the good replies in the order of their partitions.
-
-        Replies arrive in any order, and sums of floating-point numbers depend on it.
-        Where a node answers twice for a partition, which answer came first is chance,
-        so that neither is used.
-        """
-        good: defaultdict[int, list[Message]] = defaultdict(list)
-        bad: list[tuple[Message, str]] = []
-        for reply in replies:
-            if reply.has_error():
-                reason = str(reply.error.reason)
-                if DatasetError.__name__ in reason:
-                    raise DatasetError(f"round {server_round}: {reason}")
-                bad.append((reply, reason))
-                continue
-            try:
-                records.check_reply(
-                    reply,
-                    self._sent,
-                    self.gradient_format,
-                    self._asked.get(reply.metadata.src_node_id, {}),
-                )
-            except records.ReplyError as error:
-                bad.append((reply, str(error)))
-            else:
-                good[records.partition_of(reply)].append(reply)
-        for partition, answers in sorted(good.items()):
-            if len(answers) > 1:
-                reason = f"{len(answers)} replies for partition {partition}"
-                bad += [(reply, reason) for reply in answers]
-                del good[partition]
-        reasons = [f"{self._name(reply)}: {reason}" for reply, reason in bad]
-        for reason in reasons:
+    def _judge(self, server_round: int, replies: Sequence[Message]) -> Verdicts:
+        """Tell good replies from bad ones, and name these."""
+        check = ReplyCheck(
+            self._sent,
+            self._asked,
+            self.gradient_format,
+            self.privacy.gradient_noise_multiplier > 0,
+            self.lengths,
+        )
+        verdicts = check.judge(replies)
+        simulated = not isinstance(self.plan, SitePlan)
+        # The same images are missing in every round and in every run: nothing is won
+        # by going on. A site may say so for reasons of its own.
+        if verdicts.unreadable and simulated:
+            raise DatasetError(f"round {server_round}: {verdicts.unreadable}")
+        named = reasons(verdicts, self._name)
+        for reason in named:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
-        if not good:
+        nothing = not verdicts.good and not verdicts.poisoned
+        if nothing and (simulated or not self.recovery.succeeded):
             raise NoRepliesError(
                 f"round {server_round}: no usable reply from "
                 f"{self.plan.clients_per_round} clients ("
-                + ("; ".join(reasons) or "none arrived before federation.round-timeout")
+                + ("; ".join(named) or "none arrived before federation.round-timeout")
                 + ")"
             )
-        return [good[partition][0] for partition in sorted(good)]
+        return verdicts
+
+    def _go_back(self, server_round: int, verdicts: Verdicts) -> ArrayRecord | None:
+        """Take the last model that clients can train on; leave out who made this one.
+
+        Raises
+        ------
+        NoRepliesError
+            If there is no earlier model.
+        """
+        bad = self.recovery.origin
+        found = (
+            f"round {server_round}: training diverged at {verdicts.diverged} of "
+            f"{verdicts.diverged + len(verdicts.good)} clients, so the model of round "
+            f"{bad} is at fault"
+        )
+        self.round.kept_model = True
+        self.round.dropped += len(verdicts.good)
+        earlier = self.earlier(bad) if bad else None
+        if earlier is None:
+            if isinstance(self.plan, SitePlan) and self.recovery.succeeded:
+                log(WARNING, "%s; no earlier one is kept, so that it stays", found)
+                return None
+            raise NoRepliesError(
+                f"{found} ("
+                + "; ".join(reasons(verdicts, self._name))
+                + "), and no earlier one is kept; lower client.learning-rate, or keep "
+                "more (checkpoint.every, checkpoint.keep)"
+            )
+        culprits = self.recovery.leave_out(server_round)
+        self.round.left_out = [self.plan.label(client) for client in culprits]
+        self.round.went_back_to = earlier.round
+        log(
+            WARNING,
+            "%s; the run goes on with that of round %d and leaves out for some rounds "
+            "the clients that made the bad one: %s",
+            found,
+            earlier.round,
+            ", ".join(map(str, self.round.left_out)),
+        )
+        # What privacy has cost and who is left out is not undone.
+        self.load_state(
+            {
+                **earlier.strategy,
+                **self.ledger.state(),
+                **self.recovery.absences(),
+            }
+        )
+        self.recovery.origin = earlier.round
+        return earlier.arrays
 
     def _shorten_updates(self, server_round: int, replies: Sequence[Message]) -> None:
         """Shorten models' updates that are longer than allowed."""
@@ -546,7 +649,7 @@ class PartitionedTraining(FlowerFedAvg):
         for reply in replies:
             try:
                 if reply.has_error():
-                    raise records.ReplyError(reply.error.reason)
+                    raise records.ReplyError(str(reply.error.reason))
                 found.append(
                     records.recalls_of(reply, self.plan.num_classes, self._heads)
                 )
@@ -558,6 +661,7 @@ class PartitionedTraining(FlowerFedAvg):
                     self._name(reply),
                     error,
                 )
+        self.round.site_recalls = found
         self.round.recalls = {
             head: [
                 fmean(values)
@@ -586,6 +690,10 @@ class PartitionedTraining(FlowerFedAvg):
 
     def _book(self, phase: str, started: float) -> None:
         self.round.seconds[phase] = time.perf_counter() - started
+
+
+def _nothing_kept(before: int) -> Earlier | None:
+    return None
 
 
 def _weigh_equally(replies: Sequence[Message]) -> None:

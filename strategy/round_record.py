@@ -14,7 +14,14 @@ class RoundRecord:
     dropped : int
         Replies that were not.
     kept_model : bool
-        Whether too few replies were good, so that the model is the round's before.
+        Whether no model came out of the round: the one before, or an earlier one,
+        stays.
+    went_back_to : int or None
+        Round whose model took the place of a bad one, if that was so.
+    left_out : list of (int or str)
+        Clients that are left out from here on because they made the bad one.
+    participation : str
+        Who took part, for the round's line; empty where clients are simulated.
     shortened_updates, shortened_gradients : int
         Models' updates and class gradients that were longer than allowed.
     bytes_down : int
@@ -32,6 +39,8 @@ class RoundRecord:
     recalls : dict or None
         Sites' mean accuracy on each class in percent (None: no site has it), by head;
         None without sites.
+    site_recalls : list of dict
+        Each site's own accuracy in percent, by head and class.
     privacy : dict
         What the round and all so far have cost, by mechanism (see `PrivacyLedger`).
     """
@@ -39,6 +48,9 @@ class RoundRecord:
     clients: list[int | str] = field(default_factory=list)
     dropped: int = 0
     kept_model: bool = False
+    went_back_to: int | None = None
+    left_out: list[int | str] = field(default_factory=list)
+    participation: str = ""
     shortened_updates: int = 0
     shortened_gradients: int = 0
     bytes_down: int = 0
@@ -48,4 +60,5 @@ class RoundRecord:
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     recalls: dict[str, list[float | None]] | None = None
+    site_recalls: list[dict[str, dict[int, int]]] = field(default_factory=list)
     privacy: dict[str, dict[str, float]] = field(default_factory=dict)

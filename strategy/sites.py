@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import cast
@@ -118,6 +118,10 @@ class SitePlan:
     seed: int
     max_images: int
     _names: dict[int, str] = field(default_factory=dict)
+    # All that have taken part, by number, connected or not, and the images on which
+    # each has trained last.
+    _seen: dict[int, str] = field(default_factory=dict)
+    _images: dict[int, int] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
     _started: bool = False
 
@@ -154,13 +158,60 @@ class SitePlan:
         self._started = True
         return cast(Grid, _Connected(sorted(self._names)))
 
-    def sample(self, server_round: int) -> list[int]:
-        """Return the numbers of the sites that train in a round, ascending."""
+    def available(self) -> list[int]:
+        """Return the numbers of the sites that are connected."""
+        return self.connected()
+
+    def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
+        """Return the numbers of the sites that train in a round, ascending.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        left_out : collection of int
+            Sites that do not; others train in their place.
+        """
         clients = self.connected()
-        drawn = torch.randperm(
+        order = torch.randperm(
             len(clients), generator=generator(self.seed, "sampling", server_round)
         )
-        return sorted(clients[i] for i in drawn[: self.clients_per_round])
+        drawn = [clients[i] for i in order if clients[i] not in left_out]
+        return sorted(drawn[: self.clients_per_round])
+
+    def replies_needed(self, configured: int) -> int:
+        """Return the good replies that a round needs.
+
+        Parameters
+        ----------
+        configured : int
+            ``federation.min-replies``. 0: more than half of the sites that have been
+            seen in the run (of those drawn, where fewer are drawn each round). What is
+            left when most are away is not what the federation knows, however good the
+            replies are.
+        """
+        if configured:
+            return configured
+        return min(self.clients_per_round, len(self._seen)) // 2 + 1
+
+    def participation(self, trained: Mapping[int, int]) -> str:
+        """Return who took part in a round.
+
+        Parameters
+        ----------
+        trained : mapping of int to int
+            Training images of each site whose reply was good.
+
+        Returns
+        -------
+        str
+            Such as ``2 of 3 sites, 345 of 438 images``.
+        """
+        self._images |= trained
+        return (
+            f"{len(trained)} of {len(self._seen)} sites, {sum(trained.values()):,} of "
+            f"{sum(self._images.values()):,} images"
+        )
 
     def connected(self) -> list[int]:
         """Return the numbers of all known sites, in the order of their names."""
@@ -179,8 +230,8 @@ class SitePlan:
         return self.max_images
 
     def label(self, client: int) -> str:
-        """Return a site's name."""
-        return self._names[self.node_of(client)]
+        """Return the name of a site that is or was connected."""
+        return self._seen.get(client, f"site number {client}")
 
     def _meet(self, grid: Grid) -> None:
         """Forget the sites that have left, and ask new nodes which they are."""
@@ -209,7 +260,7 @@ class SitePlan:
         for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
             node = answer.metadata.src_node_id
             if answer.has_error():
-                reasons[node] = str(answer.error.reason)
+                reasons[node] = records.plain(answer.error.reason)
                 continue
             try:
                 name = records.site_of(answer)
@@ -234,6 +285,7 @@ class SitePlan:
             )
             name = f"{name}-{node}"
         self._names[node] = name
+        self._seen[client_number(name)] = name
         log(INFO, "site %s (node %d) takes part", name, node)
 
 

@@ -270,7 +270,8 @@ def test_no_replies_stops_with_the_reasons(tmp_path: Path) -> None:
 
 def test_unreadable_image_at_a_client_stops_the_run(tmp_path: Path) -> None:
     def tamper(request: Message, reply: Message) -> Message:
-        return _error(request, "DatasetError: 1 of 5 images cannot be read: /x.png")
+        reason = "1 of 5 images cannot be read: /x.png"
+        return Message(Error(records.DATA_ERROR, reason), reply_to=request)
 
     with pytest.raises(DatasetError, match=r"round 1: .*/x\.png"):
         federate(tmp_path / "run", tamper=tamper)

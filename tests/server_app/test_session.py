@@ -124,6 +124,8 @@ def test_round_is_written_with_all_its_numbers(
         "clients": [0, 2],
         "dropped_replies": 1,
         "kept_model": False,
+        "went_back_to": None,
+        "left_out": [],
         "shortened": {"updates": 2, "class_gradients": 5},
         "test_images": 10,
         "losses": {"client": 1.5, "distillation": 0.25},

@@ -137,9 +137,9 @@ def train_reply(
     return Message(content, reply_to=request)
 
 
-def error_reply(request: Message, reason: str) -> Message:
-    """Return what Flower sends when a ClientApp raised."""
-    return Message(Error(code=2, reason=reason), reply_to=request)
+def error_reply(request: Message, reason: str, code: int = 2) -> Message:
+    """Return an error; by default what Flower sends when a ClientApp raised."""
+    return Message(Error(code, reason), reply_to=request)
 
 
 def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
@@ -155,12 +155,12 @@ def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
 def random_gradients(
     classes: Sequence[int], shape: tuple[int, int], seed: int
 ) -> dict[int, ClassGradient]:
-    """Return class gradients of a classifier of shape [C, d]."""
+    """Return class gradients of a classifier of shape [C, d], as four images have."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        c: ClassGradient(
-            torch.randn(shape, generator=generator),
-            torch.randn(shape[0], generator=generator),
-        )
-        for c in classes
-    }
+    gradients = {}
+    for c in classes:
+        features = torch.randn(4, shape[1], generator=generator)
+        residual = torch.randn(4, shape[0], generator=generator).softmax(dim=1)
+        residual[:, c % shape[0]] -= 1  # classes out of range are sent, too
+        gradients[c] = ClassGradient(residual.T @ features / 4, residual.mean(0))
+    return gradients

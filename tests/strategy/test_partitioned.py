@@ -357,12 +357,18 @@ def test_no_reply_at_all_stops() -> None:
 
 
 def test_unreadable_images_at_a_client_stop_the_run() -> None:
-    """Though the other replies are good."""
+    """Though the other replies are good. The error's code says so, not its text."""
     arrays = global_model()
     strategy = FedAvg(client_plan(), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
-    replies[1] = error_reply(requests[1], "DatasetError('/data/a.png is unreadable')")
+    replies[1] = error_reply(requests[1], "DatasetError: DatasetError")
+    result, _ = strategy.aggregate_train(2, replies)
+    assert result is not None and strategy.round.dropped == 1
+    replies = good_replies(requests, arrays)
+    replies[1] = error_reply(
+        requests[1], "/data/a.png is unreadable", records.DATA_ERROR
+    )
     with pytest.raises(DatasetError, match=r"round 2: .*/data/a\.png is unreadable"):
         strategy.aggregate_train(2, replies)
 
