@@ -179,7 +179,7 @@ class ReplyError(ValueError):
 
 
 class NotFiniteError(ReplyError):
-    """A reply holds numbers that are not finite: its training has diverged."""
+    """A reply holds numbers that are not finite or about to be: it has diverged."""
 
 
 def model_to_arrays(model: nn.Module) -> ArrayRecord:
@@ -515,7 +515,7 @@ def _check_values(name: str, values: npt.NDArray[Any]) -> None:
     if not np.isfinite(values).all():
         raise NotFiniteError(f"array {name} has values that are not finite")
     if values.dtype.kind == "f" and np.abs(values).max(initial=0) > LARGEST_VALUE:
-        raise ReplyError(
+        raise NotFiniteError(
             f"array {name} has values up to {float(np.abs(values).max()):.1e}, "
             f"expected {LARGEST_VALUE:.0e} at most"
         )

@@ -35,7 +35,7 @@ from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.model_average import ModelAverage
 from strategy.outliers import LengthRule
 from strategy.privacy import PrivacyLedger
-from strategy.recovery import Earlier, Recovery
+from strategy.recovery import MOST_RETURNS, Earlier, Recovery
 from strategy.replies import ReplyCheck, Verdicts, reasons
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
@@ -548,19 +548,22 @@ class PartitionedTraining(FlowerFedAvg):
         self.round.kept_model = True
         self.round.dropped += len(verdicts.good)
         earlier = self.earlier(bad) if bad else None
+        if earlier and self.recovery.returns[earlier.round] == MOST_RETURNS:
+            earlier = None
         if earlier is None:
             if isinstance(self.plan, SitePlan) and self.recovery.succeeded:
-                log(WARNING, "%s; no earlier one is kept, so that it stays", found)
+                log(WARNING, "%s; there is none to go back to, so it stays", found)
                 return None
             raise NoRepliesError(
                 f"{found} ("
                 + "; ".join(reasons(verdicts, self._name))
-                + "), and no earlier one is kept; lower client.learning-rate, or keep "
-                "more (checkpoint.every, checkpoint.keep)"
+                + "), and there is none to go back to; lower client.learning-rate, or "
+                "keep more models (checkpoint.every, checkpoint.keep)"
             )
         culprits = self.recovery.leave_out(server_round)
         self.round.left_out = [self.plan.label(client) for client in culprits]
         self.round.went_back_to = earlier.round
+        self.recovery.returns[earlier.round] += 1
         log(
             WARNING,
             "%s; the run goes on with that of round %d and leaves out for some rounds "

@@ -5,6 +5,7 @@ model of an earlier round takes its place, and the clients whose updates made th
 one are left out for some rounds, longer each time.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +15,15 @@ from flwr.app import ArrayRecord
 # Rounds for which clients are left out at first; each further time twice as many.
 LEFT_OUT_ROUNDS = 5
 MOST_DOUBLINGS = 10
+# Times that a run goes back to the same round. One client that poisons models is left
+# out by then; what still fails is the run itself.
+MOST_RETURNS = 2
 
 # Names in a strategy's state.
 ORIGIN = "recovery-origin"
 CONTRIBUTORS, LENGTHS = "recovery-clients", "recovery-lengths"
 LEFT_OUT, LEFT_OUT_LENGTHS = "recovery-left-out", "recovery-left-out-lengths"
-SUCCEEDED = "recovery-succeeded"
+SUCCEEDED, RETURNS = "recovery-succeeded", "recovery-returns"
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,14 @@ class Recovery:
         Round that brought about the global model; 0: the initial one.
     succeeded : bool
         Whether any round has brought about a model.
+    returns : Counter of int
+        How often the run has gone back to each round.
     """
 
     def __init__(self) -> None:
         self.origin = 0
         self.succeeded = False
+        self.returns: Counter[int] = Counter()
         self._contributors: dict[int, float] = {}
         self._absent: dict[int, _Absence] = {}
 
@@ -147,6 +154,9 @@ class Recovery:
         absences = self._absent.items()
         return {
             SUCCEEDED: torch.tensor(self.succeeded),
+            RETURNS: torch.tensor(
+                list(self.returns.items()), dtype=torch.int64
+            ).reshape(-1, 2),
             LEFT_OUT: torch.tensor(
                 [(client, a.until, a.times) for client, a in absences],
                 dtype=torch.int64,
@@ -160,6 +170,7 @@ class Recovery:
         """Take back what `state` returned."""
         self.origin = int(state[ORIGIN])
         self.succeeded = bool(state[SUCCEEDED])
+        self.returns = Counter(dict(state[RETURNS].tolist()))
         self._contributors = dict(
             zip(state[CONTRIBUTORS].tolist(), state[LENGTHS].tolist(), strict=True)
         )

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.server.superlink.linkstate.utils import (
     create_message_error_unavailable_res_message,
 )
@@ -22,6 +22,7 @@ from clip2fl_common.demo import CLASS_NAMES
 from clip2fl_common.models import build_model
 from server_app.app import main
 from server_app.checkpoint import load_model
+from strategy.sites import client_number
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid, Tamper, as_grid
@@ -466,3 +467,126 @@ def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
     assert page.count("Sites tell nobody how many images of a class they have.") == 2
     balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
     assert f'data-value="{balanced}"' in page
+
+
+class _Liar(InProcessGrid):
+    """A grid on which the third site claims an accuracy of 100 % throughout."""
+
+    def send_and_receive(self, messages: Any, *, timeout: Any = None) -> list[Message]:
+        replies = super().send_and_receive(messages, timeout=timeout)
+        for reply in replies:
+            if (
+                reply.metadata.message_type == "evaluate"
+                and reply.metadata.src_node_id == self._ids[2]
+            ):
+                values = reply.content.metric_records["metrics"]
+                for name, value in values.items():
+                    if name.startswith("recall-"):
+                        values[name] = [100] * len(cast(list[int], value))
+        return replies
+
+
+def test_a_claimed_accuracy_does_not_choose_the_best_round(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    changes: dict[str, Any] = {"method": "fedavg", "federation__rounds": 4}
+    federate(tmp_path / "honest", folders, **changes)
+    federate(tmp_path / "lied-to", folders, kind=_Liar, **changes)
+    honest, lied_to = metrics(tmp_path / "honest"), metrics(tmp_path / "lied-to")
+    for before, after in zip(honest, lied_to, strict=True):
+        claimed = after["accuracy"]["fedavg"]["balanced"]
+        assert claimed > before["accuracy"]["fedavg"]["balanced"] + 10
+        median = after["accuracy_median_site"]["fedavg"]["balanced"]
+        # The greater of two honest sites' at most; both are far below 100 here.
+        assert median < 60
+    best = json.loads(
+        (
+            tmp_path / "lied-to" / "checkpoints" / "round-000004" / "state.json"
+        ).read_text("utf-8")
+    )["best"]
+    medians = [r["accuracy_median_site"]["fedavg"]["balanced"] for r in lied_to]
+    assert best["value"] == pytest.approx(max(medians), abs=1e-4)
+    assert best["round"] == 1 + medians.index(max(medians))
+
+
+def test_one_site_of_three_does_not_become_the_model(
+    tmp_path: Path, folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sites leave after round 1, and one of them is back in round 3."""
+    away: set[int] = set()
+
+    class Leaving(InProcessGrid):
+        rounds = 0
+
+        def send_and_receive(
+            self, messages: Any, *, timeout: Any = None
+        ) -> list[Message]:
+            messages = list(messages)
+            if messages and messages[0].metadata.message_type == "evaluate":
+                Leaving.rounds += 1
+                replies = super().send_and_receive(messages, timeout=timeout)
+                away.clear()
+                away.update({1: {0, 1}, 2: {0}}.get(Leaving.rounds, set()))
+                return replies
+            return super().send_and_receive(messages, timeout=timeout)
+
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        kind=Leaving,
+        away=away,
+        method="fedavg",
+        federation__rounds=3,
+        federation__clients_per_round=3,
+    )
+    rounds = metrics(tmp_path / "run")
+    assert [line["kept_model"] for line in rounds] == [False, True, False]
+    assert [len(line["clients"]) for line in rounds] == [3, 0, 2]
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("round")]
+    trained = [
+        r.content.metric_records["metrics"]["num-examples"]
+        for r in grid.replies
+        if r.metadata.message_type == "train"
+    ]
+    total = sum(cast(list[int], trained[:3]))
+    assert f"3 of 3 sites, {total} of {total} images" in lines[0]
+    assert f"1 of 3 sites, {trained[3]} of {total} images" in lines[1]
+    assert "old model kept" in lines[1]
+    assert "2 of 3 sites, " in lines[2]
+
+
+@pytest.mark.parametrize("code", [2, records.DATA_ERROR, records.DIVERGED])
+def test_a_site_never_stops_a_run(
+    tmp_path: Path, folders: list[Path], code: int
+) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        config = request.content.config_records["config"]
+        if config[records.PARTITION] != client_number("west"):
+            return reply
+        return Message(Error(code, "DatasetError: DatasetError"), reply_to=request)
+
+    federate(
+        tmp_path / "run",
+        folders,
+        method="fedavg",
+        tamper=tamper,
+        federation__clients_per_round=3,
+    )
+    assert [line["dropped_replies"] for line in metrics(tmp_path / "run")] == [1, 1]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_round_without_any_usable_reply_is_passed_over(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        config = request.content.config_records["config"]
+        if config[records.ROUND] != 2:
+            return reply
+        return Message(Error(2, "out of memory"), reply_to=request)
+
+    federate(
+        tmp_path / "run", folders, method="fedavg", tamper=tamper, federation__rounds=3
+    )
+    rounds = metrics(tmp_path / "run")
+    assert [line["kept_model"] for line in rounds] == [False, True, False]

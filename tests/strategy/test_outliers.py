@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from client_app.gradients import class_gradients
 from clip2fl_common.gradients import ClassGradient
+from strategy.aggregation import Arrays
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -18,7 +19,7 @@ from strategy.outliers import (
     reply_size,
 )
 
-SENT = {"weight": np.full((2, 8), 1.0, np.float32), "running_var": np.ones(4)}
+SENT: Arrays = {"weight": np.full((2, 8), 1.0, np.float32), "running_var": np.ones(4)}
 
 
 def sizes(*updates: float, images: int = 100) -> dict[int, ReplySize]:
@@ -28,7 +29,8 @@ def sizes(*updates: float, images: int = 100) -> dict[int, ReplySize]:
 def test_length_is_that_of_weights_and_statistics_apart() -> None:
     local = {"weight": SENT["weight"] + 3, "running_var": np.full(4, 5.0)}
     size = reply_size(local, SENT, 7)
-    assert size == ReplySize(7, pytest.approx(12.0), pytest.approx(10.0))
+    assert size.images == 7 and size.features is None
+    assert (size.update, size.statistics) == pytest.approx((12.0, 10.0))
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e6, 1e12])
