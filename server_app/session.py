@@ -235,7 +235,7 @@ class Session:
                 )
                 continue
             self.model.load_state_dict(found.model)
-            return Earlier(found.round, model_to_arrays(self.model), found.strategy)
+            return Earlier(model_to_arrays(self.model), found.strategy)
         return None
 
     def _take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:

@@ -35,7 +35,7 @@ from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.model_average import ModelAverage
 from strategy.outliers import LengthRule
 from strategy.privacy import PrivacyLedger
-from strategy.recovery import MOST_RETURNS, Earlier, Recovery
+from strategy.recovery import MOST_RETURNS, ORIGIN, Earlier, Recovery
 from strategy.replies import ReplyCheck, Verdicts, reasons
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
@@ -548,8 +548,11 @@ class PartitionedTraining(FlowerFedAvg):
         self.round.kept_model = True
         self.round.dropped += len(verdicts.good)
         earlier = self.earlier(bad) if bad else None
-        if earlier and self.recovery.returns[earlier.round] == MOST_RETURNS:
-            earlier = None
+        if earlier:
+            # A round that kept its model has that of the round that made it.
+            origin = int(earlier.strategy[ORIGIN])
+            if self.recovery.returns[origin] == MOST_RETURNS:
+                earlier = None
         if earlier is None:
             if isinstance(self.plan, SitePlan) and self.recovery.succeeded:
                 log(WARNING, "%s; there is none to go back to, so it stays", found)
@@ -562,14 +565,14 @@ class PartitionedTraining(FlowerFedAvg):
             )
         culprits = self.recovery.leave_out(server_round)
         self.round.left_out = [self.plan.label(client) for client in culprits]
-        self.round.went_back_to = earlier.round
-        self.recovery.returns[earlier.round] += 1
+        self.round.went_back_to = origin
+        self.recovery.returns[origin] += 1
         log(
             WARNING,
             "%s; the run goes on with that of round %d and leaves out for some rounds "
             "the clients that made the bad one: %s",
             found,
-            earlier.round,
+            origin,
             ", ".join(map(str, self.round.left_out)),
         )
         # What privacy has cost and who is left out is not undone.
@@ -580,7 +583,6 @@ class PartitionedTraining(FlowerFedAvg):
                 **self.recovery.absences(),
             }
         )
-        self.recovery.origin = earlier.round
         return earlier.arrays
 
     def _shorten_updates(self, server_round: int, replies: Sequence[Message]) -> None:

@@ -32,15 +32,12 @@ class Earlier:
 
     Attributes
     ----------
-    round : int
-        That round; 0: before the first.
     arrays : ArrayRecord
         The global model.
     strategy : mapping of str to Tensor
         The strategy's state.
     """
 
-    round: int
     arrays: ArrayRecord
     strategy: Mapping[str, torch.Tensor]
 
