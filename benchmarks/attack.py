@@ -41,6 +41,7 @@ from tests.in_process_grid import InProcessGrid, as_grid
 CLIENTS = 8
 ATTACKER = 0
 FACTOR = -10.0
+LENGTH_RATIO = 10.0
 # In the folder of a run that could not be completed: why.
 BROKEN = "broken.txt"
 COLUMNS = ("balanced", "many", "medium", "few")
@@ -214,8 +215,14 @@ def compare(
         "federation.clients-per-round": CLIENTS,
     }
     base = {**settings, **everybody}
-    calm = run(runs / "mean-calm", base, attacks=False)
-    chosen = {"mean": {}, **rules(calm)}
+    calm = run(runs / "length-ratio-calm", base, attacks=False)
+    # Each rule by itself: what is far too long is dropped by the first one only.
+    alone: dict[str, Scalar] = {"aggregation.max-length-ratio": 0.0}
+    chosen: dict[str, dict[str, Scalar]] = {
+        "length ratio": {"aggregation.max-length-ratio": LENGTH_RATIO},
+        "mean": alone,
+        **{rule: {**own, **alone} for rule, own in rules(calm).items()},
+    }
     results = {}
     for rule, own in chosen.items():
         for attacks in (False, True):
@@ -243,14 +250,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stem = options.run_config.stem
     runs = options.runs.resolve() / f"attack-{stem}-{options.seed}"
     results, chosen = compare(runs, settings)
-    bounds = ", ".join(f"`{k}` = {v:.3g}" for k, v in chosen["norm bound"].items())
+    bounds = ", ".join(f"`{k}` = {v:.3g}" for k, v in chosen["norm bound"].items() if v)
     write_results(
         f"attack-{stem}",
         f"One of {CLIENTS} clients attacks: {stem}",
         f"The attacker sends its update and class gradients times {FACTOR:g}. Accuracy "
         "in percent of the delivered classifier after the last round; a run breaks "
         "down when every client's loss has become infinite. "
-        f"Norm bound: {bounds}; trimmed mean: `aggregation.trim` = {1 / CLIENTS:g}.\n\n"
+        f"Length ratio: `aggregation.max-length-ratio` = {LENGTH_RATIO:g}, the "
+        f"default, which the other rules are without. Norm bound: {bounds}; trimmed "
+        f"mean: `aggregation.trim` = {1 / CLIENTS:g}.\n\n"
         f"{table(results)}",
         torch.device("cpu"),
         options.results,

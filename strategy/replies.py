@@ -131,7 +131,7 @@ class ReplyCheck:
             self.asked.get(reply.metadata.src_node_id, {}),
         )
         features = None
-        if gradients and not self.noisy:
+        if gradients and self.lengths.ratio > 0 and not self.noisy:
             if reason := impossible_gradient(gradients):
                 raise records.ReplyError(reason)
             features = feature_scale(gradients)
