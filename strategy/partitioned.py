@@ -35,7 +35,13 @@ from strategy.aggregation import flower_aggregator, shorten_update
 from strategy.model_average import ModelAverage
 from strategy.outliers import LengthRule
 from strategy.privacy import PrivacyLedger
-from strategy.recovery import MOST_RETURNS, ORIGIN, Earlier, Recovery
+from strategy.recovery import (
+    MOST_EMPTY,
+    MOST_RETURNS,
+    ORIGIN,
+    Earlier,
+    Recovery,
+)
 from strategy.replies import ReplyCheck, Verdicts, reasons
 from strategy.round_record import RoundRecord
 from strategy.sites import SitePlan
@@ -521,8 +527,13 @@ class PartitionedTraining(FlowerFedAvg):
         named = reasons(verdicts, self._name)
         for reason in named:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
-        nothing = not verdicts.good and not verdicts.poisoned
-        if nothing and (simulated or not self.recovery.succeeded):
+        if verdicts.good or verdicts.poisoned:
+            return verdicts
+        self.recovery.empty_rounds += 1
+        hopeless = (
+            not self.recovery.succeeded and self.recovery.empty_rounds >= MOST_EMPTY
+        )
+        if simulated or hopeless:
             raise NoRepliesError(
                 f"round {server_round}: no usable reply from "
                 f"{self.plan.clients_per_round} clients ("

@@ -18,6 +18,8 @@ MOST_DOUBLINGS = 10
 # Times that a run goes back to the same round. One client that poisons models is left
 # out by then; what still fails is the run itself.
 MOST_RETURNS = 2
+# Rounds without a usable reply after which a run of sites ends that never had one.
+MOST_EMPTY = 5
 
 # Names in a strategy's state.
 ORIGIN = "recovery-origin"
@@ -70,6 +72,8 @@ class Recovery:
         Round that brought about the global model; 0: the initial one.
     succeeded : bool
         Whether any round has brought about a model.
+    empty_rounds : int
+        Rounds without a usable reply before the first one with some.
     returns : Counter of int
         How often the run has gone back to each round.
     """
@@ -77,6 +81,7 @@ class Recovery:
     def __init__(self) -> None:
         self.origin = 0
         self.succeeded = False
+        self.empty_rounds = 0
         self.returns: Counter[int] = Counter()
         self._contributors: dict[int, float] = {}
         self._absent: dict[int, _Absence] = {}

@@ -1,0 +1,1 @@
+"""Hostile configurations, site folders and replies against the real apps."""
