@@ -6,22 +6,54 @@ live in pyproject.toml only, so that there is one place to look.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from clip2fl_common.gradient_coding import Precision
-from clip2fl_common.image_files import class_name
+from clip2fl_common.config_checks import SITES as SITES
+from clip2fl_common.config_checks import contradictions
+from clip2fl_common.config_messages import (
+    explain,
+    key_problems,
+    listed,
+    scalar_problem,
+)
+from clip2fl_common.config_types import (
+    Concentration,
+    Cosine,
+    Delta,
+    Device,
+    DrawnImages,
+    Draws,
+    FeatureDim,
+    FeaturesPerClass,
+    FinalStepSize,
+    FolderName,
+    ImageLimit,
+    Images,
+    ImageSize,
+    MethodName,
+    NameList,
+    Padding,
+    PathText,
+    Positive,
+    Ratio,
+    Seconds,
+    Share,
+    StepSize,
+    Temperature,
+    Text,
+    TrackerNames,
+    Weight,
+)
+from clip2fl_common.config_types import ConfigError as ConfigError
+from clip2fl_common.config_types import Scalar as Scalar
+from clip2fl_common.config_types import listed_names as listed_names
+from clip2fl_common.precision import Precision
 
-Scalar = bool | int | float | str
-
-# dataset.name of a federation whose nodes have images of their own.
-SITES = "sites"
 # Methods whose clients need the teacher; nodes do not know the strategies themselves.
 TEACHER_METHODS = ("clip2fl", "clip2flm")
 
@@ -32,27 +64,18 @@ _strict = ConfigDict(
     alias_generator=lambda name: name.replace("_", "-"),
 )
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class ConfigError(ValueError):
-    """A key of the run configuration is unknown, missing or out of range."""
-
 
 @dataclass(frozen=True, config=_strict)
 class Run:
     """Where a run leaves its results."""
 
-    dir: str
+    dir: PathText
     """Folder that receives one sub-folder a run; empty: the user's data folder."""
-    name: str
+    name: FolderName
     """Name of the run's folder; empty: method, data set, seed and Flower's run id."""
-    resume: str
+    resume: PathText
     """Folder of an interrupted run that goes on there; empty: a new run."""
-    trackers: str
+    trackers: TrackerNames
     """``tensorboard``, ``mlflow``, ``wandb``, separated by spaces; empty: none."""
 
 
@@ -74,23 +97,23 @@ class Dataset:
 
     name: Literal["demo", "cifar10", "cifar100", "imagenet-lt", "image-folder", "sites"]
     """Data set; ``sites``: the images that each node has of its own."""
-    root: str
+    root: PathText
     """Absolute folder of the images; cifar10 and cifar100 are downloaded there."""
-    train_list: str
+    train_list: PathText
     """imagenet-lt: file with one ``path label`` a line (or a JSON list of them)."""
-    test_list: str
+    test_list: PathText
     """imagenet-lt: the same for the test images."""
-    class_names: str
+    class_names: NameList
     """sites: the classes, separated by commas, from frequent to rare."""
-    validation_share: Annotated[float, Field(ge=0, lt=1)]
+    validation_share: Share
     """sites: share of each site's images that evaluate instead of training."""
-    image_size: Annotated[int, Field(ge=8)]
+    image_size: ImageSize
     """Side in pixels to which images are brought."""
-    imbalance_factor: Annotated[float, Field(ge=1)]
+    imbalance_factor: Ratio
     """Most frequent over least frequent class; 1 keeps every sample."""
-    demo_train_per_class: Positive
+    demo_train_per_class: DrawnImages
     """demo: drawn images of the most frequent class."""
-    demo_test_per_class: Positive
+    demo_test_per_class: DrawnImages
     """demo: drawn test images of each class."""
     skip_unreadable: bool
     """Leave out unreadable images (and count them) instead of stopping."""
@@ -102,7 +125,7 @@ class Partition:
 
     clients: Positive
     """Number of clients, whatever the number of nodes that simulate them."""
-    alpha: PositiveFloat
+    alpha: Concentration
     """Concentration of the Dirichlet distribution; smaller is more uneven."""
 
 
@@ -114,7 +137,7 @@ class Federation:
     """Number of rounds."""
     clients_per_round: Positive
     """Clients drawn without replacement each round; sites: waited for at the start."""
-    round_timeout: PositiveFloat
+    round_timeout: Seconds
     """Seconds to wait for a round's replies."""
     min_replies: Count
     """Good replies without which the model stays; 0: 1, of sites more than half."""
@@ -134,7 +157,7 @@ class Aggregation:
     """Norm to which a client's update is shortened; 0: no bound."""
     max_gradient_norm: Weight
     """The same for each of its class gradients; 0: no bound."""
-    max_site_images: Positive
+    max_site_images: Images
     """sites: the most training images, its weight in the mean, that one may claim."""
 
 
@@ -144,7 +167,7 @@ class Model:
 
     name: Literal["resnet8", "resnet8-slim", "resnet18", "resnet50"]
     """Architecture."""
-    feature_dim: Positive
+    feature_dim: FeatureDim
     """Width of the features; equal to the teacher's embedding width."""
 
 
@@ -156,11 +179,11 @@ class Client:
     """Passes over the client's images each round."""
     batch_size: Positive
     """Mini-batch size."""
-    learning_rate: PositiveFloat
+    learning_rate: StepSize
     """Step size of plain SGD, of round 1 where it changes."""
-    learning_rate_final: Weight
+    learning_rate_final: FinalStepSize
     """Step size of the last round, geometric in between; 0: the same throughout."""
-    crop_padding: Count
+    crop_padding: Padding
     """Zero pixels around an image before its random crop; 0: no crop."""
     augment_per: Literal["batch", "image"]
     """What place of the crop and flip are drawn for."""
@@ -176,7 +199,7 @@ class Distillation:
 
     weight: Weight
     """alpha: weight of the distillation loss."""
-    temperature: PositiveFloat
+    temperature: Temperature
     """T: temperature of teacher and student."""
 
 
@@ -194,7 +217,7 @@ class FedAvgM:
 
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Share of the last round's step that is taken again."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    learning_rate: Annotated[float, Field(ge=1e-6, le=1)]
     """Step size of the server; 1 goes all the way to the clients' average."""
 
 
@@ -210,7 +233,7 @@ class EMA:
 class ClassGradients:
     """Class gradients of the re-trained classifier (clip2fl, creff)."""
 
-    draws: Positive
+    draws: Draws
     """Augmented draws that are averaged."""
     samples_per_class: Positive
     """Images of a class in one draw, at most."""
@@ -224,7 +247,7 @@ class Upload:
 
     precision: Precision
     """``half`` (bfloat16) or ``full`` (float32)."""
-    min_cosine: Annotated[float, Field(gt=0, le=1)]
+    min_cosine: Cosine
     """Bound on a weight row's cosine under low-rank coding; 1: no such coding."""
 
 
@@ -240,7 +263,7 @@ class Privacy:
     """Client's noise on class gradients, in units of what one image can change."""
     update_noise_multiplier: Weight
     """Server's noise on the mean update, in units of what one client can change."""
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    delta: Delta
     """Probability delta at which the privacy spent is accounted for."""
 
 
@@ -248,17 +271,17 @@ class Privacy:
 class Synthesis:
     """Federated features (clip2fl, creff)."""
 
-    features_per_class: Positive
+    features_per_class: FeaturesPerClass
     """m: federated features of each class."""
     steps: Positive
     """Descent steps each round."""
-    learning_rate: PositiveFloat
+    learning_rate: StepSize
     """Step size on the features, of round 1 where it changes."""
-    learning_rate_final: Weight
+    learning_rate_final: FinalStepSize
     """Step size of the last round, geometric in between; 0: the same throughout."""
     contrast_weight: Weight
     """eta: weight of the prototype contrastive loss (clip2fl)."""
-    contrast_temperature: PositiveFloat
+    contrast_temperature: Temperature
     """tau: temperature of the prototype contrastive loss."""
 
 
@@ -272,7 +295,7 @@ class Retraining:
     """Passes over the federated features."""
     batch_size: Positive
     """Mini-batch size."""
-    learning_rate: PositiveFloat
+    learning_rate: StepSize
     """Step size of plain SGD."""
 
 
@@ -280,11 +303,11 @@ class Retraining:
 class TeacherConfig:
     """The frozen vision-language model."""
 
-    model: str
+    model: Text
     """open_clip name, ``local-dir:PATH``, ``hf-hub:NAME`` or ``demo``."""
-    pretrained: str
+    pretrained: Text
     """open_clip tag of the weights, with a model given by name."""
-    prompt: str
+    prompt: Text
     """Text of a class, with ``{class}`` where its name goes."""
     batch_size: Positive
     """Images in one forward pass."""
@@ -294,7 +317,7 @@ class TeacherConfig:
 class Evaluation:
     """Central evaluation at the server."""
 
-    max_images: Count
+    max_images: ImageLimit
     """Test images in all rounds but the last, which uses all; 0: all."""
     batch_size: Positive
     """Images in one forward pass."""
@@ -304,11 +327,11 @@ class Evaluation:
 class RunConfig:
     """Everything that decides a run's outcome."""
 
-    method: str
+    method: MethodName
     """Algorithm: a name in strategy/registry.py, which the server looks up."""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Fixes partition, initial model, sampling, batches, augmentation, synthesis."""
-    device: str
+    device: Device
     """``auto`` (CUDA where there is one), ``cpu`` or ``cuda[:n]``."""
     run: Run
     checkpoint: CheckpointConfig
@@ -348,22 +371,29 @@ class RunConfig:
         ConfigError
             Names each offending key, what was found and what is allowed.
         """
+        problems = list(key_problems(flat, known_keys()))
         nested: dict[str, Any] = {}
-        for key, value in flat.items():
-            group, dot, leaf = key.partition(".")
-            if not dot:
-                nested[key] = value
-            elif isinstance(nested.setdefault(group, {}), dict):
-                nested[group][leaf] = value
+        for key in known_keys():
+            if key in flat and scalar_problem(flat[key]) is None:
+                group, dot, leaf = key.partition(".")
+                if dot:
+                    nested.setdefault(group, {})[leaf] = flat[key]
+                else:
+                    nested[key] = flat[key]
         try:
             # Only JSON input lets strict types and nested dataclasses go together.
             config = _adapter.validate_json(json.dumps(nested))
         except ValidationError as error:
-            problems = [_explain(dict(problem)) for problem in error.errors()]
-            raise ConfigError(_bullets(problems)) from None
-        problems = _contradictions(config)
+            # What is missing here has been named above.
+            problems += [
+                explain(dict(problem))
+                for problem in error.errors()
+                if "missing" not in problem["type"]
+            ]
+        if not problems:
+            problems = _contradictions(config)
         if problems:
-            raise ConfigError(_bullets(problems))
+            raise ConfigError(listed(problems))
         return config
 
     def to_flat(self) -> dict[str, Scalar]:
@@ -397,28 +427,6 @@ def known_keys() -> list[str]:
     return sorted(keys)
 
 
-def listed_names(text: str) -> tuple[str, ...]:
-    """Return the class names in a comma-separated list, as they stand in prompts."""
-    return tuple(class_name(part) for part in text.split(","))
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    kind = problem["type"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(key, known_keys(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{key} is not a key of the run configuration{hint}"
-    if kind in ("missing", "missing_argument"):
-        return (
-            f"{key} is missing; its default stands in pyproject.toml, "
-            "[tool.flwr.app.config]"
-        )
-    # pydantic's text is "Input should be ..."; the key and value say which input.
-    wanted = str(problem["msg"]).replace("Input should be ", "")
-    return f"{key} = {problem['input']!r}, but it must be {wanted}"
-
-
 def _contradictions(config: RunConfig) -> list[str]:
     """Return what is wrong between keys that are each in range."""
     problems = []
@@ -435,87 +443,4 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"federation.clients-per-round = {sampled}: no round could succeed; lower "
             "the first or raise the second"
         )
-    problems += _privacy_problems(config)
-    if "{class}" not in config.teacher.prompt:
-        problems.append(
-            f"teacher.prompt = {config.teacher.prompt!r} has no {{class}} where the "
-            "class name goes, so every class would get the same text"
-        )
-    if sites:
-        problems += _site_problems(config.dataset)
-    needed = {
-        "cifar10": ["root"],
-        "cifar100": ["root"],
-        "image-folder": ["root"],
-        "imagenet-lt": ["root", "train_list", "test_list"],
-    }
-    for leaf in needed.get(config.dataset.name, []):
-        value = getattr(config.dataset, leaf)
-        problems += _absolute(
-            f"dataset.{leaf.replace('_', '-')}",
-            value,
-            f"dataset.name = {config.dataset.name!r} needs it",
-        )
-    for key, folder in (("dir", config.run.dir), ("resume", config.run.resume)):
-        if folder:
-            problems += _absolute(f"run.{key}", folder, "")
-    prefix = "local-dir:"
-    if config.teacher.model.startswith(prefix):
-        problems += _absolute(
-            "teacher.model", config.teacher.model.removeprefix(prefix), ""
-        )
-    return problems
-
-
-def _privacy_problems(config: RunConfig) -> list[str]:
-    problems = []
-    privacy, aggregation = config.privacy, config.aggregation
-    if privacy.gradient_noise_multiplier > 0 and privacy.gradient_clip_norm == 0:
-        problems.append(
-            "privacy.gradient-noise-multiplier = "
-            f"{privacy.gradient_noise_multiplier}, but privacy.gradient-clip-norm = 0 "
-            "does not bound what one image can change; set it, for example to 1.0"
-        )
-    if privacy.update_noise_multiplier > 0 and (
-        aggregation.rule != "mean" or aggregation.max_update_norm == 0
-    ):
-        problems.append(
-            f"privacy.update-noise-multiplier = {privacy.update_noise_multiplier} "
-            "needs aggregation.rule = 'mean' and aggregation.max-update-norm above 0, "
-            "which bound what one client can change"
-        )
-    return problems
-
-
-def _site_problems(dataset: Dataset) -> list[str]:
-    problems = []
-    names = listed_names(dataset.class_names)
-    if len(set(names)) < max(2, len(names)) or "" in names:
-        problems.append(
-            f"dataset.class-names = {dataset.class_names!r}, but dataset.name = "
-            "'sites' needs at least two different names, separated by commas"
-        )
-    if dataset.validation_share == 0:
-        problems.append(
-            "dataset.validation-share = 0.0, but with dataset.name = 'sites' the "
-            "server has no test images: let the sites keep some, for example 0.2"
-        )
-    return problems
-
-
-def _absolute(key: str, value: str, reason: str) -> list[str]:
-    if not value:
-        return [f"{key} is empty, but {reason}: give an absolute path"]
-    if not Path(value).expanduser().is_absolute():
-        problem = (
-            f"{key} = {value!r} is relative; server and clients run in folders of "
-            "their own, so give an absolute path"
-        )
-        return [problem]
-    return []
-
-
-def _bullets(problems: list[str]) -> str:
-    return "run configuration: " + "\n".join(
-        problems if len(problems) == 1 else ["", *(f"  - {p}" for p in problems)]
-    )
+    return problems + contradictions(config)

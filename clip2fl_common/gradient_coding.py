@@ -10,14 +10,12 @@ G V_r V_r^T has the cosine ``|M_j V_r|`` with row j of G, for every r at once.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.parallel import map_pieces
-
-Precision = Literal["half", "full"]
+from clip2fl_common.precision import Precision as Precision
 
 ITEM_BYTES: dict[Precision, int] = {"half": 2, "full": 4}
 

@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from clip2fl_common.config import RunConfig
+from clip2fl_common.config_types import Rule
 from clip2fl_common.dotted_keys import flatten
 from scripts.check_config_keys import key_comments
 
@@ -96,7 +97,7 @@ def allowed(hint: object) -> str:
     words = {bool: "true, false", int: "integer", float: "number", str: "string"}
     assert isinstance(hint, type)
     bounds = [
-        f"{sign} {getattr(limit, name)}"
+        f"{sign} {getattr(limit, name):,.12g}"
         for limit in limits
         for kind, name, sign in (
             (Gt, "gt", ">"),
@@ -106,6 +107,10 @@ def allowed(hint: object) -> str:
         )
         if isinstance(limit, kind)
     ]
+    rules = [limit.words for limit in limits if isinstance(limit, Rule)]
+    if hint is str and rules:
+        return ", ".join(rules)
+    bounds = [*rules, *bounds]
     return ", ".join([" ".join([words[hint], *bounds[:1]]), *bounds[1:]])
 
 

@@ -25,7 +25,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.simulate import ANSI, NOISE, ROOT, copy_app, merge_run_config
+from scripts.simulate import (
+    ANSI,
+    NOISE,
+    ROOT,
+    copy_app,
+    merge_run_config,
+    not_negative,
+    refuse_bad_config,
+)
 
 PROFILE = "server"
 RETRY_SECONDS = 3.0
@@ -143,7 +151,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--patience",
-        type=float,
+        type=not_negative,
         default=300.0,
         metavar="S",
         help="seconds for which the SuperLink may be away (default: 300)",
@@ -158,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(directory)
         try:
             text = merge_run_config(ROOT, options.run_config, options.pairs)
+            refuse_bad_config(ROOT, text)
         except (ValueError, OSError) as error:
             print(f"federate.py: {error}", file=sys.stderr)
             return 2

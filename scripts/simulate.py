@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
+import math
 import os
 import queue
 import re
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +42,9 @@ from typing import TextIO
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config_files import complete_config
+from clip2fl_common.config_files import merge_run_config as merge_run_config
+from clip2fl_common.config_files import parse_overrides as parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +63,9 @@ STOP_SECONDS = 15.0
 CLIENTS_PER_GPU = 4
 """More training at the same time on one GPU wait for each other and fill its memory."""
 
+MOST_NODES = 100_000
+"""A simulated node is an entry in a database; clients, not nodes, decide the result."""
+
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 """Kinds of files that Flower lets into an app's bundle."""
 
@@ -71,9 +75,6 @@ RAY_SOCKET_SUFFIX = (
 UNIX_SOCKET_PATH_MAX = 103
 """Ray refuses longer socket paths (the smallest limit of its platforms)."""
 
-PAIR = re.compile(
-    r"""\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>'[^']*'|"[^"]*"|[^\s'"]+)\s*"""
-)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NOISE = re.compile(
     r"Using SuperLink: "
@@ -155,113 +156,27 @@ class _Signals:
             self.hurry = True
 
 
-def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
-    """Parse ``key=value`` pairs as ``flwr run --run-config`` understands them.
-
-    Parameters
-    ----------
-    texts : Sequence[str]
-        Each holds pairs separated by spaces, for example ``'seed=8 method="creff"'``.
-
-    Returns
-    -------
-    dict[str, object]
-        Dotted key to value; a later pair replaces an earlier one.
-
-    Raises
-    ------
-    ValueError
-        If a text holds anything but pairs of a key and a TOML value.
-    """
-    pairs: dict[str, object] = {}
-    for text in texts:
-        position = 0
-        while position < len(text):
-            match = PAIR.match(text, position)
-            try:
-                if match is None:
-                    raise ValueError("not a key=value pair")
-                value = tomllib.loads(f"value = {match['value']}")["value"]
-            except ValueError as error:
-                raise ValueError(
-                    f"--set {text!r}: cannot read {text[position:]!r} ({error}). Write "
-                    "pairs such as 'seed=8 method=\"fedavg\"': strings need quotes, "
-                    "booleans are true or false."
-                ) from None
-            pairs[match["key"]] = value
-            position = match.end()
-    return pairs
-
-
-def merge_run_config(
-    app: Path,
-    run_config: Path | None,
-    overrides: Sequence[str],
-    resume: Path | None = None,
-) -> str:
-    """Merge a TOML file with pairs, which flwr does not accept together.
+def refuse_bad_config(app: Path, merged: str) -> None:
+    """Refuse a configuration of this program that its run would refuse.
 
     Parameters
     ----------
     app : Path
-        Directory of the app, whose ``pyproject.toml`` names every key there is.
-    run_config : Path | None
-        A TOML file of run configuration keys.
-    overrides : Sequence[str]
-        Pairs as in `parse_overrides`; they win over the file.
-    resume : Path | None
-        Folder of an interrupted run, whose configuration the others win over.
-
-    Returns
-    -------
-    str
-        TOML text with one dotted key per line.
+        Directory of the app; another app's configuration is its own affair.
+    merged : str
+        What `merge_run_config` returned.
 
     Raises
     ------
-    ValueError
-        If a value cannot be read, or the app has no such key (Flower's own message
-        for that does not name the key).
+    ConfigError
+        Names each offending key, what was found and what is allowed.
     """
-    with (app / "pyproject.toml").open("rb") as file:
-        project = tomllib.load(file)
-    try:
-        known = flatten(project["tool"]["flwr"]["app"].get("config", {}))
-    except KeyError:
-        raise ValueError(
-            f"{app / 'pyproject.toml'} has no [tool.flwr.app], so this is no Flower app"
-        ) from None
-    merged: dict[str, object] = {}
-    if resume is not None:
-        merged.update(_interrupted_config(resume))
-    if run_config is not None:
-        try:
-            merged.update(flatten(tomllib.loads(run_config.read_text("utf-8"))))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"--run-config {run_config}: {error}") from None
-    merged.update(parse_overrides(overrides))
-    for key in sorted(merged.keys() - known.keys()):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {sorted(known)}"
-        raise ValueError(f"run configuration key {key!r} does not exist; {hint}")
-    # JSON writes booleans, numbers and strings exactly as TOML does.
-    return "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in merged.items()
-    )
+    if app.resolve() == ROOT:
+        config = complete_config(app, merged)
+        # torch and flwr take two seconds, for which a wrong key need not wait.
+        from strategy.registry import method_named
 
-
-def _interrupted_config(folder: Path) -> dict[str, object]:
-    """Return the configuration of the run in a folder, made to go on there."""
-    file = folder.absolute() / "config.json"
-    try:
-        config: dict[str, object] = json.loads(file.read_text("utf-8"))["config"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"--resume {folder}: {file} cannot be read ({error}). Give the folder of "
-            "a run; one that was stopped before it had this file is started anew"
-        ) from None
-    return {**config, "run.resume": str(file.parent)}
+        method_named(config.method)
 
 
 def simulate(
@@ -314,14 +229,16 @@ def simulate(
 
     Raises
     ------
-    ValueError
-        If the run configuration cannot be read or has an unknown key.
+    ConfigError
+        If the run configuration cannot be read or has an unknown key; this program's
+        own, whatever is wrong with it.
     SimulationError
         If the SuperLink does not start.
     Interrupted
         If SIGINT, SIGTERM or SIGHUP arrived, after all was stopped.
     """
     config_text = merge_run_config(app, run_config, overrides, resume)
+    refuse_bad_config(app, config_text)
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client)
     federation_config = (
@@ -678,15 +595,23 @@ def _tail(path: Path) -> str:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Return the number that an option of a command line gives, if it can be used."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
     return value
 
 
 def _at_least_one(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= value <= MOST_NODES:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_NODES:,}, got {text}")
     return value
 
 
@@ -727,7 +652,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--gpus-per-client",
-        type=float,
+        type=not_negative,
         metavar="F",
         help="GPUs, or the share of one, a client occupies (default: what there is, "
         f"but at most {CLIENTS_PER_GPU} clients a GPU; 0: it sees none)",

@@ -1,12 +1,15 @@
 """The reference page has every key, as the code has it."""
 
+import math
+import re
 import sys
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
-from clip2fl_common.config import ConfigError, RunConfig, known_keys
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
+from clip2fl_common.config_types import Rule
 from scripts import configuration_page
 from scripts.configuration_page import PAGE, allowed, main, page
 from tests.defaults import ROOT, default_config
@@ -32,19 +35,39 @@ def test_every_key_has_its_default_and_a_meaning() -> None:
         assert len(found[key][3]) > 10
 
 
+BOUND = re.compile(r"([≥>≤<]) ([0-9.,e-]+[0-9])")
+
+
+def accepts(key: str, value: Scalar) -> bool:
+    """Tell whether a value is within its key's range."""
+    try:
+        RunConfig.from_run_config({**default_config(), key: value})
+    except ConfigError as error:
+        assert key in str(error)
+        # A contradiction with another key names both, and no range.
+        return "but it must be" not in str(error)
+    return True
+
+
 def test_allowed_values_are_those_that_the_configuration_accepts() -> None:
-    """Just outside each limit a value is refused with that key's name."""
-    outside = {"≥ 0": -1, "≥ 1": 0, "≥ 8": 7, "> 0": 0, "< 1": 1, "≤ 1": 2}
+    """At each limit a value is in range, and just outside it is not."""
     checked = 0
     for key, (_, _, words, _) in rows().items():
-        for limit, value in outside.items():
-            kind, *bounds = words.replace(", ", " ").split(" ", 1)
-            if kind in ("integer", "number") and bounds and limit in bounds[0]:
-                typed = float(value) if kind == "number" else value
-                with pytest.raises(ConfigError, match=key):
-                    RunConfig.from_run_config({**default_config(), key: typed})
-                checked += 1
-    assert checked > 30
+        if not words.startswith(("integer", "number")):
+            continue
+        for sign, text in BOUND.findall(words):
+            limit = float(text.replace(",", ""))
+            towards = -math.inf if sign in "≥>" else math.inf
+            if words.startswith("integer"):
+                inside: Scalar = int(limit)
+                outside: Scalar = int(limit) + (-1 if sign in "≥>" else 1)
+            else:
+                inside, outside = limit, math.nextafter(limit, towards)
+            assert accepts(key, inside) == (sign in "≥≤"), (key, inside)
+            # Zero may be allowed apart from a range, as a switch.
+            assert not accepts(key, outside) or outside == 0, (key, outside)
+            checked += 1
+    assert checked > 60
 
 
 @pytest.mark.parametrize(
@@ -55,6 +78,11 @@ def test_allowed_values_are_those_that_the_configuration_accepts() -> None:
         (Literal["a", "b"], '`"a"`, `"b"`'),
         (Annotated[int, Field(ge=1)], "integer ≥ 1"),
         (Annotated[float, Field(gt=0, le=1)], "number > 0, ≤ 1"),
+        (
+            Annotated[float, Field(le=1e6), Rule("0 or ≥ 2", bool)],
+            "number 0 or ≥ 2, ≤ 1,000,000",
+        ),
+        (Annotated[str, Rule("a word", bool)], "a word"),
     ],
 )
 def test_types_in_words(hint: object, words: str) -> None:

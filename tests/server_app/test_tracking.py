@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clip2fl_common import config_types
 from clip2fl_common.config import ConfigError
-from server_app.tracking import open_trackers, scalars
+from server_app.tracking import TRACKERS, open_trackers, scalars
 from tests.defaults import run_config
 from tests.server_app import test_session
 from tests.server_app.test_session import session, strategy
@@ -111,8 +112,9 @@ def test_tracker_that_is_not_installed_is_named(
         open_trackers(run_config(run__trackers="wandb"), tmp_path)
 
 
-def test_unknown_tracker_is_named(tmp_path: Path) -> None:
+def test_trackers_are_those_that_the_configuration_accepts() -> None:
+    assert tuple(TRACKERS) == config_types.TRACKERS
     with pytest.raises(
-        ConfigError, match="'comet' is not known; name some of tensorboard, mlflow"
+        ConfigError, match="'tensorboard comet', but .* some of tensorboard, mlflow, wa"
     ):
-        open_trackers(run_config(run__trackers="tensorboard comet"), tmp_path)
+        run_config(run__trackers="tensorboard comet")
