@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from client_app import preflight
+from client_app import data_check, preflight
 from client_app.preflight import Finding
 from clip2fl_common.config import (
     TEACHER_METHODS,
@@ -23,8 +23,7 @@ from clip2fl_common.config import (
     listed_names,
 )
 from clip2fl_common.dotted_keys import flatten
-from clip2fl_common.feature_store import cache_dir
-from clip2fl_common.image_files import image_files, subfolders
+from clip2fl_common.private_files import cache_dir
 from clip2fl_common.provenance import PACKAGE_ROOT
 
 
@@ -41,9 +40,9 @@ def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding
         )
     dataset = config.dataset
     yield preflight.check_disk(
-        cache_dir(), _count(options.data_path), dataset.image_size
+        cache_dir(), data_check.count_images(options.data_path), dataset.image_size
     )
-    yield from preflight.check_data(
+    yield from data_check.check_data(
         options.data_path,
         listed_names(dataset.class_names),
         dataset.image_size,
@@ -54,13 +53,6 @@ def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding
         yield preflight.check_teacher(
             config.teacher.model, config.teacher.pretrained, options.teacher_fingerprint
         )
-
-
-def _count(folder: Path) -> int:
-    try:
-        return sum(len(image_files(place)) for place in subfolders(folder))
-    except OSError:
-        return 0  # the check of the data says why
 
 
 def _run_config(path: Path) -> RunConfig:

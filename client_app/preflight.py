@@ -1,18 +1,16 @@
 """Checks of a node before it takes part: each says what it found and what to do.
 
-They need neither Flower nor, as long as no teacher or GPU is asked for, torch; images
-are read one at a time.
+They need neither Flower nor, as long as no teacher or GPU is asked for, torch. The
+images have checks of their own: `client_app.data_check`.
 """
 
 import http.client
-import os
 import shutil
 import socket
 import ssl
 import stat
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -28,17 +26,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from clip2fl_common.image_files import (
-    IMAGE_SUFFIXES,
-    UNREADABLE,
-    class_name,
-    image_files,
-    read_image,
-    subfolders,
-)
+from clip2fl_common.private_files import make_cache_dir
 
-# Unreadable images that are named one by one.
-NAMED = 20
 # Days before its end at which a certificate is worth a warning.
 RENEW_DAYS = 30
 # Seconds by which a clock may be ahead of the server's, or behind it: Flower refuses
@@ -79,121 +68,11 @@ class Finding:
         return f"{line}\n{'':<22}fix: {self.fix}" if self.fix else line
 
 
-def check_data(
-    folder: Path, known: Sequence[str], image_size: int, skip_unreadable: bool
-) -> Iterator[Finding]:
-    """Read every image ``<class>/<image>`` of a folder, one at a time.
-
-    Parameters
-    ----------
-    folder : Path
-        The node's data-path.
-    known : sequence of str
-        The run's classes.
-    image_size : int
-        Side in pixels that images are brought to.
-    skip_unreadable : bool
-        Whether the run leaves unreadable images out.
-
-    Yields
-    ------
-    Finding
-    """
-    if not folder.is_dir():
-        yield Finding(
-            "problem",
-            "data",
-            f"{folder} is not a folder",
-            "mount the images there, or correct data-path",
-        )
-        return
-    try:
-        folders = subfolders(folder)
-    except OSError as error:
-        yield Finding("problem", "data", str(error), _access(folder))
-        return
-    if unknown := [f.name for f in folders if class_name(f.name) not in known]:
-        yield Finding(
-            "problem",
-            "classes",
-            f"folders that are no class of the run: {', '.join(unknown)}; "
-            f"known: {', '.join(known)}",
-            "rename or move them, or have them added to dataset.class-names",
-        )
-    counts: Counter[str] = Counter()
-    unreadable: list[str] = []
-    others: list[Path] = []
-    for place in folders:
-        if class_name(place.name) not in known:
-            continue
-        try:
-            files = image_files(place)
-            others += [p for p in place.iterdir() if p not in set(files)]
-        except OSError as error:
-            yield Finding("problem", "data", str(error), _access(place))
-            continue
-        for path in files:
-            try:
-                read_image(path, image_size)
-            except UNREADABLE as error:
-                unreadable.append(f"{path.relative_to(folder)}: {_why(path, error)}")
-            else:
-                counts[class_name(place.name)] += 1
-    total = sum(counts.values())
-    if total:
-        listed = ", ".join(f"{name} {counts[name]}" for name in known if counts[name])
-        yield Finding("ok", "data", f"{total} images in {folder}: {listed}")
-    else:
-        yield Finding(
-            "problem",
-            "data",
-            f"no readable image in a class folder of {folder}",
-            f"put images into <class>/<image> ({', '.join(IMAGE_SUFFIXES)})",
-        )
-    if unreadable:
-        more = len(unreadable) - NAMED
-        names = "".join(f"\n{'':<22}{name}" for name in unreadable[:NAMED])
-        yield Finding(
-            "warning" if skip_unreadable else "problem",
-            "images",
-            f"{len(unreadable)} of {total + len(unreadable)} cannot be read{names}"
-            + (f"\n{'':<22}and {more} more" if more > 0 else ""),
-            "repair or remove them"
-            + (
-                "; the run leaves them out"
-                if skip_unreadable
-                else ", or run with dataset.skip-unreadable=true"
-            ),
-        )
-    if others:
-        yield Finding(
-            "warning",
-            "images",
-            f"{len(others)} entries of class folders are no images by their name, "
-            f"for example {others[0].name}",
-            "none, if that is as it should be; they are ignored",
-        )
-
-
-def _why(path: Path, error: Exception) -> str:
-    try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-    except OSError as missing:
-        return str(missing.strerror)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return "no image that is known" if "cannot identify" in text else text
-
-
-def _access(path: Path) -> str:
-    return f"let the user with the id {os.getuid()} read {path}"
-
-
 def check_disk(folder: Path, images: int, image_size: int) -> Finding:
     """Check that the cache folder can be written to and has room."""
     needed = images * (3 * image_size**2 + FEATURE_BYTES) + SPARE_BYTES
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(folder)
         with tempfile.NamedTemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clip2fl_cli.runs import MODEL_FILE, RunError
-from clip2fl_common.datasets import read_image
+from clip2fl_common.image_reading import UnreadableImageError, read_image
+from clip2fl_common.shown import shown
 from server_app.checkpoint import load_model
 
 BATCH = 64
@@ -84,8 +86,10 @@ def predict(model: Path, images: Sequence[Path], top: int) -> list[Prediction]:
     return found
 
 
-def _read(file: Path, size: int) -> np.ndarray:
+def _read(file: Path, size: int) -> npt.NDArray[np.uint8]:
     try:
         return read_image(file, size)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RunError(f"{file} cannot be read as an image: {error}") from None
+    except UnreadableImageError as error:
+        raise RunError(
+            f"{shown(file)} cannot be read as an image: {error.reason}"
+        ) from None

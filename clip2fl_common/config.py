@@ -35,12 +35,14 @@ from clip2fl_common.config_types import (
     ImageLimit,
     Images,
     ImageSize,
+    LengthRatio,
     MethodName,
     NameList,
     Padding,
     PathText,
     Positive,
     Ratio,
+    Replies,
     Seconds,
     Share,
     StepSize,
@@ -139,7 +141,7 @@ class Federation:
     """Clients drawn without replacement each round; sites: waited for at the start."""
     round_timeout: Seconds
     """Seconds to wait for a round's replies."""
-    min_replies: Count
+    min_replies: Replies
     """Good replies without which the model stays; 0: 1, of sites more than half."""
 
 
@@ -151,7 +153,7 @@ class Aggregation:
     """Mean, or coordinate-wise median or trimmed mean, of models and gradients."""
     trim: Annotated[float, Field(ge=0, lt=0.5)]
     """trimmed-mean: share of the values cut off at each end."""
-    max_length_ratio: Weight
+    max_length_ratio: LengthRatio
     """Longest update that is used, in medians of the round; 0: any."""
     max_update_norm: Weight
     """Norm to which a client's update is shortened; 0: no bound."""

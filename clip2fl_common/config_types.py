@@ -105,6 +105,7 @@ def _known_trackers(text: str) -> bool:
 TINY = 1e-9
 # A million rounds of a second each take twelve days.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Replies = Annotated[int, Field(ge=0, le=1_000_000)]
 # Images that can be counted, on one site or in one data set.
 Images = Annotated[int, Field(ge=1, le=1_000_000_000)]
 ImageLimit = Annotated[int, Field(ge=0, le=1_000_000_000)]
@@ -137,6 +138,12 @@ Weight = Annotated[
     float,
     Field(le=1e6),
     Rule("0 or ≥ 1e-9", _zero_or_more_than_tiny),
+]
+# A smaller one would drop the median update itself, or about half of the others.
+LengthRatio = Annotated[
+    float,
+    Field(le=1e6),
+    Rule("0 or ≥ 2", lambda value: value == 0 or value >= 2),
 ]
 FinalStepSize = Annotated[
     float,

@@ -1,15 +1,11 @@
 """Named data sets: what images there are, and how to get them as tensors."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from logging import getLogger
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from filelock import FileLock
 
@@ -17,17 +13,25 @@ from clip2fl_common import demo
 from clip2fl_common.config import SITES, listed_names
 from clip2fl_common.config import Dataset as DatasetConfig
 from clip2fl_common.image_files import (
-    IMAGE_SUFFIXES,
-    UNREADABLE,
     DatasetError,
-    class_name,
-    image_files,
-    read_image,
+    class_folders,
+    is_folder,
+    labelled_images,
     site_files,
-    subfolders,
 )
-from clip2fl_common.image_store import DecodedImage, decoded_images, file_digests
+from clip2fl_common.image_formats import IMAGE_SUFFIXES
+from clip2fl_common.image_lists import read_image_list
+from clip2fl_common.image_reading import read_image
+from clip2fl_common.image_sources import (
+    ArraySource,
+    FileSource,
+    ImageSource,
+    LabelArray,
+    LoadedImages,
+)
+from clip2fl_common.image_store import file_digests
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
+from clip2fl_common.shown import listed, shown
 
 __all__ = [
     "DatasetError",
@@ -41,171 +45,6 @@ __all__ = [
     "partition_indices",
     "read_image",
 ]
-
-logger = getLogger(__name__)
-
-LabelArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class LoadedImages:
-    """Images as they came from memory or disk.
-
-    Attributes
-    ----------
-    images : Tensor of uint8, shape [N, 3, H, W]
-        RGB images.
-    labels : Tensor of int64, shape [N]
-        Their classes.
-    unreadable : tuple of str
-        Files that were left out.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    unreadable: tuple[str, ...] = ()
-
-
-class ImageSource(Protocol):
-    """One split of a data set: labels at hand, images on demand."""
-
-    @property
-    def labels(self) -> LabelArray:
-        """Class of each image, shape [N]."""
-
-    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the images at these indices, in their order."""
-
-    def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the same, for use again and again: decoded once, maybe on disk."""
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Images held in memory.
-
-    Attributes
-    ----------
-    images : Tensor of uint8, shape [N, 3, H, W]
-        RGB images.
-    labels : ndarray of int64, shape [N]
-        Their classes.
-    """
-
-    images: torch.Tensor
-    labels: LabelArray
-
-    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the images at these indices, in their order."""
-        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return LoadedImages(self.images[chosen], torch.from_numpy(self.labels)[chosen])
-
-    open = load
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Images read from files when they are asked for.
-
-    Attributes
-    ----------
-    paths : tuple of Path
-        N image files.
-    labels : ndarray of int64, shape [N]
-        Their classes.
-    image_size : int
-        Side in pixels: the shorter side is brought to it, the centre is kept.
-    skip_unreadable : bool
-        Leave out unreadable files instead of raising.
-    """
-
-    paths: tuple[Path, ...]
-    labels: LabelArray
-    image_size: int
-    skip_unreadable: bool
-
-    def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the images at these indices, in their order.
-
-        Raises
-        ------
-        DatasetError
-            If a file is unreadable and unreadable files are not to be left out, or
-            nothing is left without them. All are counted, the first are named.
-        """
-        paths = [self.paths[i] for i in indices]
-        decoded = list(self._decode(paths))
-        positions = [position for position, _ in decoded]
-        return self._loaded(
-            indices,
-            paths,
-            positions,
-            torch.from_numpy(np.stack([pixels for _, pixels in decoded])),
-        )
-
-    def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the images at these indices, decoded once and memory-mapped.
-
-        Raises
-        ------
-        DatasetError
-            As `load`.
-        """
-        paths = [self.paths[i] for i in indices]
-        stored = decoded_images(paths, self.image_size, self._decode(paths))
-        if stored is None:
-            return self.load(indices)
-        pixels, positions = stored
-        # They may have been kept by a run with another dataset.skip-unreadable.
-        self._check(paths, positions.tolist())
-        return self._loaded(indices, paths, positions.tolist(), pixels)
-
-    def _decode(self, paths: Sequence[Path]) -> Iterator[DecodedImage]:
-        """Yield position and pixels of each readable file; then check the others."""
-        readable = []
-        for position, path in enumerate(paths):
-            try:
-                pixels = read_image(path, self.image_size)
-            except UNREADABLE:
-                continue
-            readable.append(position)
-            yield position, pixels
-        self._check(paths, readable)
-
-    def _check(self, paths: Sequence[Path], positions: Sequence[int]) -> None:
-        """Raise if files were unreadable that must not be, or if nothing is left."""
-        unreadable = _others(paths, positions)
-        named = f"{', '.join(unreadable[:5])}{', ...' if unreadable[5:] else ''}"
-        if unreadable and not self.skip_unreadable:
-            raise DatasetError(
-                f"{len(unreadable)} of {len(paths)} images cannot be read: {named}; "
-                "repair or remove them, or set dataset.skip-unreadable=true",
-                f"{len(unreadable)} of {len(paths)} images cannot be read",
-            )
-        if not positions:
-            raise DatasetError(
-                f"none of {len(paths)} images can be read, so nothing is left: {named}",
-                f"none of {len(paths)} images can be read",
-            )
-
-    def _loaded(
-        self,
-        indices: npt.NDArray[np.integer],
-        paths: Sequence[Path],
-        positions: Sequence[int],
-        pixels: torch.Tensor,
-    ) -> LoadedImages:
-        unreadable = _others(paths, positions)
-        for path in unreadable:
-            logger.warning("left out an unreadable image: %s", path)
-        labels = self.labels[np.asarray(indices)[positions]]
-        return LoadedImages(pixels, torch.from_numpy(labels), tuple(unreadable))
-
-
-def _others(paths: Sequence[Path], positions: Sequence[int]) -> list[str]:
-    """Return the files at all other positions."""
-    there = set(positions)
-    return [str(path) for n, path in enumerate(paths) if n not in there]
 
 
 @dataclass(frozen=True)
@@ -414,61 +253,64 @@ def _cifar(config: DatasetConfig) -> ImageDataset:
 
 def _image_folder(config: DatasetConfig) -> ImageDataset:
     root = Path(config.root).expanduser()
-    names = _class_folders(root / "train")
-    test_names = _class_folders(root / "test")
-    if unknown := sorted(set(test_names) - set(names)):
+    folders = _class_folders(root / "train")
+    names = [name for name, _ in folders]
+    labels = {name: label for label, name in enumerate(names)}
+    test_folders = _class_folders(root / "test")
+    if unknown := [folder.name for name, folder in test_folders if name not in labels]:
         raise DatasetError(
-            f"{root / 'test'} has folders that {root / 'train'} has not: "
-            f"{', '.join(unknown)}; known classes: {', '.join(names)}"
+            f"{shown(root / 'test')} has folders that {shown(root / 'train')} has not: "
+            f"{listed(unknown, most=20)}; known classes: "
+            f"{', '.join(folder.name for _, folder in folders)}"
         )
-    train = _folder_source(root / "train", names, config)
-    test = _folder_source(root / "test", names, config)
-    for label, name in enumerate(names):
+    train = _folder_source(root / "train", folders, labels, config)
+    test = _folder_source(root / "test", test_folders, labels, config)
+    for label, (_, folder) in enumerate(folders):
         if not (train.labels == label).any():
             raise DatasetError(
-                f"class {name!r} would be held by nobody: {root / 'train' / name} has "
+                f"class {folder.name!r} would be held by nobody: {shown(folder)} has "
                 f"no image ({', '.join(IMAGE_SUFFIXES)}); add some or remove the folder"
             )
     return ImageDataset(
         "image-folder",
-        tuple(map(class_name, names)),
+        tuple(names),
         train,
-        test,
+        replace(test, trained_on=train.paths),
         IMAGENET_NORMALIZATION,
         config.image_size,
         config.imbalance_factor,
     )
 
 
-def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
+def _class_folders(folder: Path) -> list[tuple[str, Path]]:
+    if not is_folder(folder):
         raise DatasetError(
-            f"{folder} is not a folder; dataset.root must hold train/<class>/<image> "
-            "and test/<class>/<image>"
+            f"{shown(folder)} is not a folder; dataset.root must hold "
+            "train/<class>/<image> and test/<class>/<image>"
         )
-    names = [entry.name for entry in subfolders(folder)]
-    if not names:
+    folders = class_folders(folder)
+    if not folders:
         raise DatasetError(
-            f"{folder} has no class folders; it must hold <class>/<image>"
+            f"{shown(folder)} has no class folders; it must hold <class>/<image>"
         )
-    return names
+    return folders
 
 
 def _folder_source(
-    folder: Path, names: Sequence[str], config: DatasetConfig
+    root: Path,
+    folders: Sequence[tuple[str, Path]],
+    labels: Mapping[str, int],
+    config: DatasetConfig,
 ) -> FileSource:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        if (folder / name).is_dir():
-            found = image_files(folder / name)
-            paths += found
-            labels += [label] * len(found)
-    if not paths:
+    files = labelled_images((labels[name], folder) for name, folder in folders)
+    if not files:
         raise DatasetError(
-            f"{folder} has class folders but no image ({', '.join(IMAGE_SUFFIXES)})"
+            f"{shown(root)} has class folders but no image "
+            f"({', '.join(IMAGE_SUFFIXES)})"
         )
-    return _file_source(paths, labels, config)
+    return _file_source(
+        [path for path, _ in files], [label for _, label in files], config
+    )
 
 
 def _file_source(
@@ -521,8 +363,8 @@ def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
     validates = file_digests(paths) < config.validation_share * 2.0**64
     if validates.all():
         raise DatasetError(
-            f"all {len(paths)} images of {folder} serve validation; add images or "
-            f"lower dataset.validation-share (now {config.validation_share})",
+            f"all {len(paths)} images of {shown(folder)} serve validation; add images "
+            f"or lower dataset.validation-share (now {config.validation_share})",
             "no image is left to train on",
         )
     train, validation = (
@@ -549,11 +391,12 @@ def _site_dataset(
 
 def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
     root = Path(config.root).expanduser()
-    if not root.is_dir():
+    if not is_folder(root):
         raise DatasetError(f"dataset.root = {root} is not a folder")
     train = _listed_source(root, Path(config.train_list).expanduser(), config)
     test = _listed_source(root, Path(config.test_list).expanduser(), config)
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
+    names = _imagenet_names(classes)
     present = np.bincount(train.labels, minlength=classes)
     if missing := np.flatnonzero(present == 0).tolist():
         raise DatasetError(
@@ -563,7 +406,7 @@ def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
     # The lists are long-tailed already: nothing more is cut from them.
     return ImageDataset(
         "imagenet-lt",
-        _imagenet_names(classes),
+        names,
         train,
         test,
         IMAGENET_NORMALIZATION,
@@ -584,24 +427,4 @@ def _imagenet_names(classes: int) -> tuple[str, ...]:
 
 
 def _listed_source(root: Path, list_file: Path, config: DatasetConfig) -> FileSource:
-    """Read the public list format: ``path label`` a line, or JSON of such lines."""
-    try:
-        text = list_file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DatasetError(f"cannot read the image list {list_file}: {error}") from None
-    lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    paths, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        entry = " ".join(map(str, line)) if isinstance(line, list) else str(line)
-        if not entry.strip():
-            continue
-        path, _, label = entry.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise DatasetError(
-                f"{list_file}, entry {number}: expected 'path label', found {entry!r}"
-            )
-        paths.append(root / path)
-        labels.append(int(label))
-    if not paths:
-        raise DatasetError(f"the image list {list_file} is empty")
-    return _file_source(paths, labels, config)
+    return _file_source(*read_image_list(list_file, root), config)

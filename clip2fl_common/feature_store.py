@@ -7,38 +7,30 @@ the sample's content; SQLite makes writes atomic and safe between processes.
 
 import contextlib
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from logging import getLogger
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 from filelock import FileLock
 
+from clip2fl_common.private_files import (
+    FILE_MODE,
+    cache_dir,
+    make_cache_dir,
+    private_file,
+)
+
 logger = getLogger(__name__)
 
-CACHE_VARIABLE = "CLIP2FL_CACHE_DIR"
 # Clients that start together wait for each other's writes, which take milliseconds.
 LOCK_TIMEOUT_S = 120.0
 # Each row with a checksum of its own: SQLite has none.
 TABLE = "checked_feature"
 # SQLite's limit on the variables of one statement, in its oldest builds.
 QUERY_SIZE = 900
-
-
-def cache_dir() -> Path:
-    """Return the folder of cached features.
-
-    Returns
-    -------
-    Path
-        ``$CLIP2FL_CACHE_DIR`` where set, else ``clip2fl`` in the user's cache folder.
-    """
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("clip2fl"))
 
 
 def content_keys(images: torch.Tensor) -> list[bytes]:
@@ -100,7 +92,9 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(self.path.parent)
+        # SQLite gives its journal the mode of the file.
+        private_file(self.path)
         connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S)
         try:
             with connection:
@@ -197,7 +191,7 @@ class FeatureStore:
 
     def _remove_damaged(self, error: Exception) -> None:
         """Remove the file unless another process has done so and begun a new one."""
-        with FileLock(f"{self.path}.lock"):
+        with FileLock(f"{self.path}.lock", mode=FILE_MODE):
             if _is_sound(self.path):
                 return
             self.path.unlink(missing_ok=True)

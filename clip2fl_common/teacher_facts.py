@@ -5,11 +5,8 @@ message starts a new process that needs no more of it than its fingerprint and
 features that are on disk.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +14,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from clip2fl_common.feature_store import cache_dir
+from clip2fl_common.private_files import cache_dir, replacing
 
 logger = getLogger(__name__)
 
@@ -73,15 +70,8 @@ def note_facts(
     place = _place(model, pretrained)
     document = {"files": [_state(path) for path in files], "facts": asdict(facts)}
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix="incomplete-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-            os.replace(temporary, place)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with replacing(place) as file:
+            file.write(json.dumps(document).encode())
     except OSError as error:
         logger.warning(
             "cannot note the teacher's fingerprint in %s (%s); the teacher is loaded "

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
-from client_app import doctor, preflight
+from client_app import data_check, doctor, preflight
 from client_app.preflight import Finding
 from tests.defaults import ROOT
 
@@ -156,7 +156,7 @@ def test_unknown_classes_are_listed_with_the_known_ones(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / "a.png")
     picture(tmp_path / "wolf" / "a.png")
     (tmp_path / "cat" / "notes.txt").write_text("x")
-    found = levels(preflight.check_data(tmp_path, ["cat", "dog"], 8, False))
+    found = levels(data_check.check_data(tmp_path, ["cat", "dog"], 8, False))
     assert found["classes"].endswith("no class of the run: wolf; known: cat, dog")
     assert found["classes"].startswith("problem")
     assert found["data"].startswith("ok: 1 images")
@@ -166,7 +166,7 @@ def test_unknown_classes_are_listed_with_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["missing", "empty"])
 def test_folder_without_images_is_a_problem(tmp_path: Path, place: str) -> None:
     (tmp_path / "empty" / "cat").mkdir(parents=True)
-    (found,) = preflight.check_data(tmp_path / place, ["cat"], 8, True)
+    (found,) = data_check.check_data(tmp_path / place, ["cat"], 8, True)
     assert found.level == "problem" and place in found.text
 
 
@@ -176,7 +176,7 @@ def test_unreadable_images_are_a_warning_where_the_run_skips_them(
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "cat" / "b.png").write_bytes(b"")
     for skip, level in ((True, "warning"), (False, "problem")):
-        found = levels(preflight.check_data(tmp_path, ["cat"], 8, skip))
+        found = levels(data_check.check_data(tmp_path, ["cat"], 8, skip))
         assert found["images"].startswith(level)
         assert "cat/b.png: the file is empty" in found["images"]
 

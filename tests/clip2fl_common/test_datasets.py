@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from clip2fl_common import datasets
+from clip2fl_common import image_sources, image_store
 from clip2fl_common.config import Dataset, Scalar
 from clip2fl_common.datasets import (
     DatasetError,
@@ -118,7 +118,9 @@ def test_opened_images_are_decoded_once(
     expected = folder_source.load(indices)
     opened = folder_source.open(indices)
     assert same(opened, expected)
-    monkeypatch.setattr(datasets, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        image_sources, "read_picture", lambda *_: pytest.fail("decoded again")
+    )
     opened.images[0] = 0  # reaches neither the file nor the next reader
     assert same(folder_source.open(indices), expected)
 
@@ -133,7 +135,7 @@ def test_changed_file_is_decoded_again(
     assert folder_source.open(np.arange(5)).images[3].unique().tolist() == [77]
 
 
-@pytest.mark.parametrize("name", ["pixels.bin", "positions.npy"])
+@pytest.mark.parametrize("name", ["pixels.bin", "refused.json"])
 def test_damaged_decoded_images_are_made_again(
     folder_source: ImageSource, tmp_path: Path, name: str
 ) -> None:
@@ -150,10 +152,10 @@ def test_full_disk_costs_time_only(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def full(*_: object) -> None:
+    def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(image_store, "replacing", full)
     expected = folder_source.load(np.arange(5))
     assert same(folder_source.open(np.arange(5)), expected)
     assert "No space left" in caplog.text and "CLIP2FL_CACHE_DIR" in caplog.text

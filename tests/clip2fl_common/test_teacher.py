@@ -18,7 +18,8 @@ from client_app.app import _check_code, _check_teacher
 from clip2fl_common import demo
 from clip2fl_common import teacher as teachers
 from clip2fl_common.demo_teacher import DATA_PATH
-from clip2fl_common.feature_store import TABLE, FeatureStore, cache_dir, content_keys
+from clip2fl_common.feature_store import TABLE, FeatureStore, content_keys
+from clip2fl_common.private_files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
 from clip2fl_common.teacher_facts import note_facts, recall_facts

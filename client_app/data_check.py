@@ -1,0 +1,270 @@
+"""A node's images, before it takes part: what is used, what is not, and why.
+
+Needs no torch. Images are read one at a time. Names from the disk are shown with
+everything escaped that does not print as itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client_app.preflight import Finding
+from clip2fl_common.image_files import (
+    DatasetError,
+    Listing,
+    class_name,
+    images_below,
+    is_folder,
+    look_into,
+    name_faults,
+)
+from clip2fl_common.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
+from clip2fl_common.image_reading import UnreadableImageError, read_picture
+from clip2fl_common.shown import listed, shown
+
+# Unreadable images that are named one by one.
+NAMED = 20
+# Of other kinds, so many examples.
+EXAMPLES = 3
+INDENT = f"\n{'':<22}"
+
+
+def count_images(folder: Path) -> int:
+    """Return the number of images in class folders; 0 where it cannot be told."""
+    try:
+        return sum(len(look_into(p).images) for p in look_into(folder).folders)
+    except DatasetError:
+        return 0  # the check of the data says why
+
+
+def check_data(
+    folder: Path, known: Sequence[str], image_size: int, skip_unreadable: bool
+) -> Iterator[Finding]:
+    """Read every image ``<class>/<image>`` of a folder, one at a time.
+
+    Parameters
+    ----------
+    folder : Path
+        The node's data-path.
+    known : sequence of str
+        The run's classes.
+    image_size : int
+        Side in pixels that images are brought to.
+    skip_unreadable : bool
+        Whether the run leaves unreadable images out.
+
+    Yields
+    ------
+    Finding
+        With names from the disk: for the people of the node, not for the server.
+    """
+    if not is_folder(folder):
+        yield Finding(
+            "problem",
+            "data",
+            f"{shown(folder)} is not a folder",
+            "mount the images there, or correct data-path",
+        )
+        return
+    try:
+        top = look_into(folder)
+    except DatasetError as error:
+        yield _not_listed(error)
+        return
+    yield from _check_classes(top, known)
+    read = _Read()
+    listings = [top]
+    for place in top.folders:
+        name = class_name(place.name)
+        if name not in known:
+            continue
+        try:
+            listing = look_into(place)
+        except DatasetError as error:
+            yield _not_listed(error)
+            continue
+        listings.append(listing)
+        for path in listing.images:
+            read.add(name, path, folder, image_size)
+    yield from read.findings(folder, known, skip_unreadable)
+    yield from _ignored(folder, listings)
+
+
+@dataclass
+class _Read:
+    """What came of reading images.
+
+    Attributes
+    ----------
+    counts, kinds : Counter
+        Good images by class, and by what the files hold.
+    scaled : set of str
+        The kinds whose values had more than 8 bits.
+    several : list of str
+        Files of several pictures.
+    unreadable : list of str
+        Files that are refused, with the reasons.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    scaled: set[str] = field(default_factory=set)
+    several: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, name: str, path: Path, folder: Path, image_size: int) -> None:
+        """Read one image of a class."""
+        within = shown(path.relative_to(folder))
+        try:
+            picture = read_picture(path, image_size)
+        except UnreadableImageError as error:
+            self.unreadable.append(f"{within}: {error.reason}")
+            return
+        self.counts[name] += 1
+        self.kinds[picture.kind] += 1
+        if picture.scaled:
+            self.scaled.add(picture.kind)
+        if picture.several:
+            self.several.append(within)
+
+    def findings(
+        self, folder: Path, known: Sequence[str], skip_unreadable: bool
+    ) -> Iterator[Finding]:
+        """Yield what there is to say."""
+        total = sum(self.counts.values())
+        if total:
+            by_class = [f"{n} {self.counts[n]}" for n in known if self.counts[n]]
+            yield Finding(
+                "ok",
+                "data",
+                f"{total} images in {shown(folder)}: {', '.join(by_class)}",
+            )
+            kinds = [
+                f"{kind}: {n}{', scaled to 8 bit' if kind in self.scaled else ''}"
+                for kind, n in self.kinds.most_common()
+            ]
+            yield Finding("ok", "kinds", "; ".join(kinds))
+        else:
+            yield Finding(
+                "problem",
+                "data",
+                f"no readable image in a class folder of {shown(folder)}",
+                f"put images into <class>/<image> ({', '.join(IMAGE_SUFFIXES)})",
+            )
+        if self.several:
+            yield Finding(
+                "warning",
+                "pictures",
+                f"{_files(len(self.several))} several pictures (pages, an animation), "
+                f"for example {listed(self.several, EXAMPLES)}",
+                "none, if the first of each is the right one: only it is used",
+            )
+        if self.unreadable:
+            yield self._unreadable(total, skip_unreadable)
+
+    def _unreadable(self, total: int, skip_unreadable: bool) -> Finding:
+        more = len(self.unreadable) - NAMED
+        named = "".join(INDENT + line for line in self.unreadable[:NAMED])
+        return Finding(
+            "warning" if skip_unreadable else "problem",
+            "images",
+            f"{len(self.unreadable)} of {total + len(self.unreadable)} cannot be read"
+            + named
+            + (f"{INDENT}and {more} more" if more > 0 else ""),
+            "repair, convert or remove them"
+            + (
+                "; the run leaves them out"
+                if skip_unreadable
+                else ", or run with dataset.skip-unreadable=true"
+            ),
+        )
+
+
+def _check_classes(top: Listing, known: Sequence[str]) -> Iterator[Finding]:
+    """Yield what is wrong with the names of the class folders."""
+    for fault in name_faults(top.folders):
+        yield Finding("problem", "classes", fault, "rename or merge the folders")
+    unknown = [p.name for p in top.folders if class_name(p.name) not in known]
+    if unknown:
+        yield Finding(
+            "problem",
+            "classes",
+            f"folders that are no class of the run: {listed(unknown, NAMED)}; "
+            f"known: {', '.join(known)}",
+            "rename or move them, or have them added to dataset.class-names",
+        )
+
+
+def _ignored(folder: Path, listings: Sequence[Listing]) -> Iterator[Finding]:
+    """Yield what lies in the folders and is not used, by the reason."""
+    top, *classes = listings
+    if top.images:
+        yield Finding(
+            "warning",
+            "images",
+            f"{len(top.images)} images lie beside the class folders, for example "
+            f"{listed((p.name for p in top.images), EXAMPLES)}",
+            "move them into the folder of their class",
+        )
+    nested = [(place, images_below(place)) for c in classes for place in c.folders]
+    if nested:
+        places = [f"{place.relative_to(folder)} ({n} images)" for place, n in nested]
+        yield Finding(
+            "warning",
+            "images",
+            f"{len(nested)} folders in class folders, with "
+            f"{sum(n for _, n in nested)} images: {listed(places, NAMED)}",
+            "move the images up into the folder of their class",
+        )
+    missing = Counter(
+        (suffix_of(path.name), missing_decoder(suffix_of(path.name)))
+        for listing in classes
+        for path in listing.not_decoded
+    )
+    for (suffix, fix), count in missing.items():
+        yield Finding(
+            "warning",
+            "images",
+            f"{count} {suffix} images, which the Pillow of this machine cannot read",
+            fix,
+        )
+    special = [
+        f"{path.relative_to(folder)} ({kind})"
+        for listing in listings
+        for path, kind in listing.special
+    ]
+    if special:
+        yield Finding(
+            "warning",
+            "images",
+            f"{len(special)} entries are no files: {listed(special, NAMED)}",
+            "remove them",
+        )
+    others = [path for listing in listings for path in listing.other]
+    if others:
+        suffixes = Counter(suffix_of(path.name) for path in others)
+        kinds = (f"{s or 'no suffix'} {n}" for s, n in suffixes.most_common())
+        yield Finding(
+            "warning",
+            "images",
+            f"{_files(len(others))} no suffix of an image: {listed(kinds, NAMED)}; "
+            f"for example {listed((path.name for path in others), EXAMPLES)}",
+            "none, if they are no images; what is one is decided by the suffix",
+        )
+    system = [path.name for listing in listings for path in listing.system]
+    if system:
+        yield Finding(
+            "ok",
+            "system",
+            f"{len(system)} hidden entries or such of an operating system: "
+            f"{listed(dict.fromkeys(system), EXAMPLES)}",
+        )
+
+
+def _files(count: int) -> str:
+    return "1 file has" if count == 1 else f"{count} files have"
+
+
+def _not_listed(error: DatasetError) -> Finding:
+    return Finding("problem", "data", str(error), "give that user the right to read it")
