@@ -137,7 +137,10 @@ def test_unknown_key_is_one_line_and_status_2(
     assert run(monkeypatch, "partition", "--set", "partition.client=2") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("clip2fl: run configuration key 'partition.client'")
+    assert captured.err.startswith(
+        "clip2fl: run configuration: partition.client is not a key of the run "
+        "configuration; did you mean partition.clients?"
+    )
     assert len(captured.err.splitlines()) == 1
 
 
