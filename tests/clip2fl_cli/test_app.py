@@ -21,6 +21,7 @@ from clip2fl_cli import exporting, results
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import load_dataset
 from scripts.simulate import Interrupted, SimulationError
+from tests.clip2fl_cli.commands import run
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE
 from tests.defaults import ROOT, run_config
@@ -29,15 +30,6 @@ SMALL = (
     "dataset.demo-train-per-class=20 dataset.imbalance-factor=10.0 "
     "dataset.demo-test-per-class=3 partition.clients=3 federation.clients-per-round=2"
 )
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | int | Path) -> int:
-    """Run the command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["clip2fl", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        module.main()
-    code = exit_.value.code
-    return code if isinstance(code, int) else 0
 
 
 @pytest.fixture(scope="module")
