@@ -5,16 +5,21 @@ seconds.
 """
 
 import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from clip2fl_common.text import visible
 
 app = typer.Typer(
     name="clip2fl",
@@ -24,9 +29,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Answers go to standard output, everything else to standard error.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Answers go to standard output, everything else to standard error. Names from outside
+# are text: neither markup nor emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+# Longer messages than this hide what they say; values in them may have any length.
+MAX_MESSAGE = 2000
 
 Settings = Annotated[
     list[str],
@@ -70,26 +79,26 @@ def compare(
     compared = comparisons.Comparison.read(comparison, runs, settings, seeds)
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
-    err.print(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
+    _tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
     try:
         with ComparisonProgress(missing, there, err) as progress:
             failed = list(comparisons.complete(compared, progress))
     except KeyboardInterrupt as interruption:
         # Between two simulations, Python's own handler raises it.
         signum: int = getattr(interruption, "signum", signal.SIGINT)
-        err.print("interrupted; the same command goes on where this one stopped")
+        _tell("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(128 + signum) from None
-    finished = compared.finished()
-    if not finished:
-        raise typer.Exit(1)
-    command = shlex.join(["clip2fl", *sys.argv[1:]])
-    err.print("Drawing the reports of all runs")
-    written = write_results(compared, finished, command)
-    answer = written.json if as_json else written.markdown
-    out.print(answer, markup=False, soft_wrap=True)
-    err.print(f"Report: {written.page}")
+    if finished := compared.finished():
+        command = shlex.join(["clip2fl", *sys.argv[1:]])
+        _tell("Drawing the reports of all runs")
+        written = write_results(compared, finished, command, failed)
+        answer = written.json if as_json else written.markdown
+        out.print(answer, soft_wrap=True)
+        _tell(f"Report: {written.page}")
+    else:
+        _tell("no run has completed, so there is nothing to report")
     for run in failed:
-        err.print(f"failed: {run.variant}, seed {run.seed}", style="bold red")
+        _tell(f"failed: {run.variant}, seed {run.seed}: {run.reason}", "bold red")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -126,7 +135,7 @@ def partition(
     held = Holdings.of(resolve(run_config, settings))
     if figure is not None:
         held.draw(figure)
-        err.print(f"Heat map: {figure}")
+        _tell(f"Heat map: {figure}")
     if as_json:
         _print_json({"classes": held.class_names, "images": held.counts.tolist()})
         return
@@ -152,12 +161,12 @@ def report(
     from clip2fl_cli.results import SUMMARY_FILE, rewrite_report
     from clip2fl_cli.runs import FinishedRun
 
-    if (folder / SUMMARY_FILE).is_file():
+    if os.path.lexists(folder / SUMMARY_FILE):
         page = rewrite_report(folder)
     else:
         other = None if against is None else FinishedRun.read(against)
         page = write_run_report(FinishedRun.read(folder), other)
-    _print_json({"report": str(page)}) if as_json else out.print(str(page))
+    _print_json({"report": str(page)}) if as_json else _answer(str(page))
 
 
 @app.command()
@@ -186,7 +195,7 @@ def predict(
         return
     for prediction in found:
         named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-        out.print(f"{prediction.file}: {named}", markup=False, soft_wrap=True)
+        _answer(f"{prediction.file}: {named}")
 
 
 @app.command()
@@ -194,17 +203,35 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the files.")],
     costs: Annotated[
-        bool, typer.Option(help="Measure size and CPU latency, and the teacher's.")
+        bool, typer.Option(help="Measure size and CPU latency of the model.")
     ] = True,
+    teacher_cost: Annotated[
+        bool,
+        typer.Option(
+            "--teacher-cost",
+            help="Also of the run's teacher, whatever folder or hub its configuration "
+            "names; the built-in one is always measured.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a delivered model as safetensors and ONNX, and say what it costs."""
     from clip2fl_cli import exporting
     from clip2fl_cli.prediction import model_file
+    from server_app.foreign_files import short
 
     file = model_file(model)
+    # What is wrong is found before anything is written.
+    teacher = exporting.run_teacher(file) if costs else None
     written = exporting.export(file, output)
-    measured = exporting.costs(file) if costs else []
+    loaded = teacher if teacher and (teacher_cost or teacher.is_built_in) else None
+    measured = exporting.costs(file, loaded) if costs else []
+    if teacher and not loaded:
+        _tell(
+            f"the run's teacher, {short(teacher.name)}, is not measured; "
+            "--teacher-cost loads and measures it: give it if you trust this run's "
+            "configuration"
+        )
     if as_json:
         _print_json(
             {
@@ -214,7 +241,7 @@ def export(
         )
         return
     for path in written:
-        out.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)", soft_wrap=True)
+        _answer(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
     if measured:
         _print_table(
             ["model", "parameters", "MB", "ms an image, 1 thread"],
@@ -233,33 +260,66 @@ def export(
 def main() -> None:
     """Run the command; what a user can mend is one line and exit status 2."""
     try:
-        app()
+        status = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        problem = error.format_message().rstrip(".")
+        _fail(f"{problem}; --help lists what there is", error.exit_code)
+    except click.Abort:
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        _fail(error, 2)
+        _fail(_message(error), 2)
     except RuntimeError as error:
         from clip2fl_common.teacher import TeacherError
         from scripts.simulate import SimulationError
 
         if not isinstance(error, TeacherError | SimulationError):
             raise
-        _fail(error, 1)
+        _fail(_message(error), 1)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(error: Exception, status: int) -> None:
-    err.print(f"clip2fl: {error}", style="bold red", markup=False, soft_wrap=True)
+def _message(error: Exception) -> str:
+    """Return an error's text: one line, but for the list of a configuration's keys."""
+    from clip2fl_common.config import ConfigError
+
+    text = str(error)
+    lines = text.split("\n") if isinstance(error, ConfigError) else [text]
+    return "\n".join(map(visible, lines))
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    if len(message) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    err.print(f"clip2fl: {message}", style="bold red", soft_wrap=True)
     sys.exit(status)
 
 
+def _answer(text: str) -> None:
+    """Print a line of the answer."""
+    out.print(visible(text), soft_wrap=True)
+
+
+def _tell(text: str, style: str | None = None) -> None:
+    """Print a line that is no part of the answer."""
+    err.print(visible(text), style=style, soft_wrap=True)
+
+
 def _print_json(content: Any) -> None:
-    out.print(json.dumps(content), markup=False, soft_wrap=True)
+    out.print(json.dumps(content), soft_wrap=True)
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     table = Table()
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        table.add_column(
+            Text(visible(name)), justify="right" if number else "left", no_wrap=True
+        )
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(visible(str(cell))) for cell in row))
     # A table that is wider than the terminal, or goes to a file, is not cut.
     unlimited = out.options.update(max_width=100_000)
     width = out.measure(table, options=unlimited).maximum

@@ -4,26 +4,35 @@ import json
 import os
 import shutil
 import tempfile
-import tomllib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TextIO, cast
+from typing import Annotated, Any, Protocol, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from client_app.shared_training import FOLDER_VARIABLE
-from clip2fl_cli.configuration import defaults, resolve
+from clip2fl_cli.configuration import defaults, flat_settings, read_toml, resolve
+from clip2fl_cli.run_schema import MAX_RUNS, MAX_VARIANTS, Seed, component_problem
 from clip2fl_cli.runs import FinishedRun, is_complete
-from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_cli.summary import Failure
+from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
+from clip2fl_common.text import visible
 from scripts.simulate import RunResult, simulate
-from server_app.resume import ResumeError, load_newest
+from server_app.foreign_files import ForeignFileError, check, short, shown
+from server_app.resume import load_newest
 
 # Where a run goes and what watches it do not change its outcome.
 WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers", "run.resume")
+# A reason is a cell of a table; the log has the rest.
+MAX_REASON = 300
+
+_Seeds = Annotated[list[Seed], Field(min_length=1, max_length=MAX_RUNS)]
+_seeds: TypeAdapter[list[int]] = TypeAdapter(_Seeds, config=ConfigDict(strict=True))
 
 
 class ComparisonError(ValueError):
@@ -36,11 +45,13 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     experiment: str
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: _Seeds
     baseline: str
     share_local_training: bool = Field(default=False, alias="share-local-training")
     settings: dict[str, Any] = {}
-    variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    variants: Annotated[
+        dict[str, dict[str, Any]], Field(min_length=1, max_length=MAX_VARIANTS)
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,18 +144,30 @@ class Comparison:
             If a variant's configuration is not allowed.
         """
         content = _parse(file)
+        if problem := component_problem(file.stem):
+            raise ComparisonError(
+                f"{shown(file)}: its runs go to a folder of its name, but "
+                f"{short(file.stem)} {problem}: rename it"
+            )
         folder = runs.resolve() / file.stem
+        where = shown(file)
+        general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
-            own_seeds = seeds or table.get("seeds", content.seeds)
-            own = flatten({**content.settings} | _without(table, "seeds"))
-            of_variant[variant] = [
-                PlannedRun(
-                    variant,
-                    seed,
-                    _configured(file, content, own, overrides, folder, variant, seed),
+            named = f"{where}: variants.{visible(variant)}"
+            own = flat_settings(_without(table, "seeds"), named)
+            try:
+                config = resolve(
+                    file.parent / content.experiment, overrides, {**general, **own}
                 )
-                for seed in own_seeds
+            except ConfigError as error:
+                raise ConfigError(f"{named}: {error}") from None
+            own_seeds = list(seeds) or table.get("seeds", content.seeds)
+            of_variant[variant] = [
+                PlannedRun(variant, seed, _placed(config, folder, variant, seed))
+                for seed in _checked_seeds(
+                    own_seeds, "--seed" if seeds else f"{named}.seeds"
+                )
             ]
         longest = max(map(len, of_variant.values()))
         plan = [
@@ -196,7 +219,7 @@ class Watcher(Protocol):
         """Take note of how a run ended."""
 
 
-def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
+def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
     """Make the missing runs, one after the other; a failure does not stop the others.
 
     An interrupted run goes on from its last checkpoint. Where that is not possible
@@ -212,8 +235,8 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
 
     Yields
     ------
-    PlannedRun
-        Each run that did not complete.
+    Failure
+        Each run that did not complete, and why.
     """
     for run in comparison.missing():
         going_on = _can_go_on(run)
@@ -228,7 +251,9 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[PlannedRun]:
             )
         watcher.ended(run, result)
         if not result.completed:
-            yield run
+            lines = (result.details or result.status).strip().splitlines()
+            reason = visible(lines[0] if lines else "no reason given")[:MAX_REASON]
+            yield Failure(run.variant, run.seed, reason)
     if not comparison.missing() and comparison.local_training.exists():
         shutil.rmtree(comparison.local_training)
 
@@ -248,50 +273,63 @@ def _begin(run: PlannedRun, output: TextIO) -> RunResult:
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
         # JSON writes booleans, numbers and strings exactly as TOML does.
         for key, value in run.config.to_flat().items():
-            file.write(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            file.write(f"{key} = {text}\n")
         file.flush()
         return simulate(run_config=Path(file.name), output=output)
 
 
 def _parse(file: Path) -> _File:
     try:
-        content = _File.model_validate(tomllib.loads(file.read_text("utf-8")))
-    except OSError as error:
-        raise ComparisonError(f"cannot read the comparison {file}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ComparisonError(f"{file}: {error}") from None
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            for problem in error.errors()
-        )
+        content = check(read_toml(file), _File, shown(file))
+    except ForeignFileError as error:
         raise ComparisonError(
-            f"{file} is no comparison ({problems}); see conf/demo-compare.toml"
+            f"cannot read the comparison {error}; see conf/demo-compare.toml"
         ) from None
+    folders: dict[str, str] = {}
+    for variant in content.variants:
+        # The longest folder that it may get.
+        if problem := component_problem(f"{variant}-seed{2**32 - 1}"):
+            raise ComparisonError(
+                f"{shown(file)}: the variant {short(variant)} {problem}, but its runs "
+                "go to folders of that name: choose another"
+            )
+        # Some systems take two such names for one folder.
+        same = unicodedata.normalize("NFKC", variant).casefold()
+        if same in folders:
+            raise ComparisonError(
+                f"{shown(file)}: the variants {short(folders[same])} and "
+                f"{short(variant)} have the same name but for case or form: rename one"
+            )
+        folders[same] = variant
     if content.baseline not in content.variants:
         raise ComparisonError(
-            f"{file}: baseline = {content.baseline!r} is none of the variants "
-            f"{', '.join(content.variants)}"
+            f"{shown(file)}: baseline = {short(content.baseline)} is none of the "
+            f"variants {visible(', '.join(content.variants))}"
         )
     return content
 
 
-def _configured(
-    file: Path,
-    content: _File,
-    own: Mapping[str, object],
-    overrides: Sequence[str],
-    folder: Path,
-    variant: str,
-    seed: int,
-) -> RunConfig:
-    config = resolve(
-        file.parent / content.experiment, overrides, cast(Mapping[str, Scalar], own)
-    )
+def _checked_seeds(seeds: object, where: str) -> list[int]:
+    try:
+        found = _seeds.validate_python(seeds)
+    except ValidationError:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise ComparisonError(
+            f"{where} = {short(seeds)}, but it must be different whole numbers from 0 "
+            f"to {2**32 - 1}, at least one"
+        )
+    return found
+
+
+def _placed(config: RunConfig, folder: Path, variant: str, seed: int) -> RunConfig:
+    """Return a variant's configuration for one seed, in a folder of its own."""
     place: dict[str, Scalar] = {
         "seed": seed,
         "run.dir": str(folder),
         "run.name": f"{variant}-seed{seed}",
+        "run.resume": "",
     }
     return RunConfig.from_run_config({**config.to_flat(), **place})
 
@@ -306,9 +344,9 @@ def _check_same(run: PlannedRun) -> None:
     for key, wanted in run.config.to_flat().items():
         if key not in WITHOUT_INFLUENCE and found[key] != wanted:
             raise ComparisonError(
-                f"{run.folder} was made with {key} = {found[key]!r}, but the "
-                f"comparison now wants {wanted!r}: choose another folder with --runs, "
-                "or remove that one"
+                f"{shown(run.folder)} was made with {key} = {short(found[key])}, but "
+                f"the comparison now wants {short(wanted)}: choose another folder with "
+                "--runs, or remove that one"
             )
 
 
@@ -316,10 +354,11 @@ def _can_go_on(run: PlannedRun) -> bool:
     """Whether the folder holds a checkpoint of this very run."""
     try:
         newest = load_newest(run.folder)
-    except ResumeError:
+    # There is none, or what there is was not written by this program.
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError):
         return False
     wanted = run.config.to_flat()
-    return newest.made_with["code"] == code_fingerprint(packages=ALL_CODE) and all(
+    return newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE) and all(
         newest.config.get(key) == value
         for key, value in wanted.items()
         if key not in WITHOUT_INFLUENCE
@@ -327,7 +366,7 @@ def _can_go_on(run: PlannedRun) -> bool:
 
 
 def _set_aside(folder: Path) -> None:
-    if folder.exists():
+    if os.path.lexists(folder):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.part{number}")).exists():
             number += 1

@@ -2,18 +2,94 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
-from scripts.simulate import ROOT, merge_run_config
+from clip2fl_common.text import visible
+from scripts.simulate import ROOT, parse_overrides
+from server_app.foreign_files import (
+    MEGABYTE,
+    ForeignFileError,
+    read_text,
+    short,
+    shown,
+)
+from strategy.registry import method_named
+
+MAX_TOML_BYTES = MEGABYTE
+# Tables in tables; the parser takes time that grows with the square of a key's depth.
+MAX_DOTS = 1000
 
 
-def defaults() -> dict[str, Scalar]:
+@cache
+def defaults() -> Mapping[str, Scalar]:
     """Return every dotted key with its default in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     return cast(dict[str, Scalar], flatten(project["tool"]["flwr"]["app"]["config"]))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file that may come from anybody.
+
+    Parameters
+    ----------
+    file : Path
+        At most `MAX_TOML_BYTES`.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ForeignFileError
+        If it cannot be read, or is no TOML.
+    """
+    text = read_text(file, MAX_TOML_BYTES)
+    where = shown(file)
+    if any(line.split('"')[0].count(".") > MAX_DOTS for line in text.split("\n")):
+        raise ForeignFileError(f"{where} is nested too deeply")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ForeignFileError(f"{where} is nested too deeply") from None
+    except ValueError as error:
+        raise ForeignFileError(f"{where}: {visible(str(error))}") from None
+
+
+def flat_settings(table: Mapping[str, object], where: str) -> dict[str, Scalar]:
+    """Return the dotted keys in TOML tables, whose values must be scalars.
+
+    Parameters
+    ----------
+    table : mapping
+        As `read_toml` returns it.
+    where : str
+        Names its place in errors.
+
+    Returns
+    -------
+    dict of str to Scalar
+
+    Raises
+    ------
+    ConfigError
+        If a value is a list, a date or a time, or a table is nested too deeply.
+    """
+    try:
+        flat = flatten(table)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply") from None
+    for key, value in flat.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(
+                f"{where}: {visible(key)} = {short(value)}, but it must be a number, a "
+                "string, true or false"
+            )
+    return cast(dict[str, Scalar], flat)
 
 
 def resolve(
@@ -22,6 +98,9 @@ def resolve(
     own: Mapping[str, Scalar] | None = None,
 ) -> RunConfig:
     """Return the configuration that a run would get, checked.
+
+    This is the one place where the command's configurations come from: what it
+    returns, a run accepts.
 
     Parameters
     ----------
@@ -39,9 +118,23 @@ def resolve(
     Raises
     ------
     ValueError
-        If a key does not exist or a value is not allowed.
+        If a key or the method does not exist, a value is not allowed, or the file
+        cannot be read.
     """
-    of_file = tomllib.loads(merge_run_config(ROOT, run_config, []))
-    of_pairs = tomllib.loads(merge_run_config(ROOT, None, overrides))
-    flat = {**defaults(), **flatten(of_file), **(own or {}), **flatten(of_pairs)}
-    return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
+    of_file = (
+        {}
+        if run_config is None
+        else flat_settings(read_toml(run_config), shown(run_config))
+    )
+    of_pairs = flat_settings(parse_overrides(overrides), "--set")
+    try:
+        config = RunConfig.from_run_config(
+            {**defaults(), **of_file, **(own or {}), **of_pairs}
+        )
+        method_named(config.method)
+    except ConfigError as error:
+        won = {*(own or {}), *of_pairs}
+        if run_config and any(key in str(error) for key in of_file.keys() - won):
+            raise ConfigError(f"{shown(run_config)}: {error}") from None
+        raise
+    return config

@@ -1,6 +1,7 @@
 """Delivered models for use elsewhere: safetensors and ONNX, and what they cost."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,17 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from clip2fl_cli.output import OutputFolder
+from clip2fl_cli.run_schema import Facts
+from clip2fl_cli.runs import DAMAGED, FACTS_FILE, MAX_FACTS_BYTES, RunError
 from clip2fl_common.datasets import Normalization
 from clip2fl_common.models import ImageClassifier
-from clip2fl_common.teacher import Teacher, load_teacher
+from clip2fl_common.teacher import DEMO, Teacher, load_teacher
 from server_app.checkpoint import ModelCard, load_model
+from server_app.foreign_files import ForeignFileError, opened, read_json
 
+SAFETENSORS_FILE = "model.safetensors"
+ONNX_FILE = "model.onnx"
 # Seconds of measurement for each latency.
 MEASURED_SECONDS = 2.0
 
@@ -81,15 +88,17 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
     -------
     tuple of Path
         The two files.
+
+    Raises
+    ------
+    ForeignFileError
+        If the model is no delivered one.
+    OutputError
+        If a file cannot be written. Links in their places are replaced.
     """
     import onnx
 
     network, card = load_model(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors_file = folder / "model.safetensors"
-    if model.resolve() != safetensors_file.resolve():
-        shutil.copyfile(model, safetensors_file)
-    onnx_file = folder / "model.onnx"
     # Two images, because one would be taken for a constant.
     pixels = torch.zeros(2, 3, card.image_size, card.image_size, dtype=torch.uint8)
     program = torch.onnx.export(
@@ -112,8 +121,20 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
         },
     )
     onnx.checker.check_model(exported)
-    onnx.save(exported, onnx_file)
-    return safetensors_file, onnx_file
+    content = exported.SerializeToString()
+    with OutputFolder.open(folder) as place:
+        if not _is_same_file(model, folder / SAFETENSORS_FILE):
+            with opened(model) as source, place.replacing(SAFETENSORS_FILE) as copy:
+                shutil.copyfileobj(source, copy)
+        place.write(ONNX_FILE, content)
+    return folder / SAFETENSORS_FILE, folder / ONNX_FILE
+
+
+def _is_same_file(model: Path, target: Path) -> bool:
+    """Tell whether a model is to be written over itself; a link to it is not it."""
+    return (
+        target.exists() and not target.is_symlink() and os.path.samefile(model, target)
+    )
 
 
 def preprocessing(card: ModelCard) -> dict[str, object]:
@@ -161,8 +182,42 @@ def _cost(name: str, network: nn.Module, forward: Callable[[], torch.Tensor]) ->
     )
 
 
-def costs(model: Path) -> list[Cost]:
-    """Measure a delivered model and, where a run lies beside it, the run's teacher.
+@dataclass(frozen=True)
+class RunTeacher:
+    """The teacher that a run's ``config.json`` names; nothing of it is loaded.
+
+    Attributes
+    ----------
+    name, pretrained, prompt : str
+        As in the configuration.
+    """
+
+    name: str
+    pretrained: str
+    prompt: str
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it comes with the program.
+
+        Another one is whatever folder or hub somebody else's file names: it is loaded
+        on request only.
+        """
+        return self.name == DEMO
+
+    def load(self) -> Teacher:
+        """Load it.
+
+        Raises
+        ------
+        TeacherError
+            If it cannot be had.
+        """
+        return load_teacher(self.name, self.pretrained, prompt=self.prompt)
+
+
+def run_teacher(model: Path) -> RunTeacher | None:
+    """Return the teacher of the run that a model lies in.
 
     Parameters
     ----------
@@ -171,23 +226,46 @@ def costs(model: Path) -> list[Cost]:
 
     Returns
     -------
+    RunTeacher or None
+        None where no run lies beside the model, or it had no teacher.
+
+    Raises
+    ------
+    RunError
+        If the run's ``config.json`` is not as a run writes it.
+    """
+    file = model.parent / FACTS_FILE
+    if not os.path.lexists(file):
+        return None
+    try:
+        facts = read_json(file, Facts, MAX_FACTS_BYTES)
+    except ForeignFileError as error:
+        raise RunError(f"{error}; {DAMAGED}; --no-costs does without it") from None
+    if not facts.get("teacher"):
+        return None
+    config = facts["config"]
+    return RunTeacher(
+        config["teacher.model"], config["teacher.pretrained"], config["teacher.prompt"]
+    )
+
+
+def costs(model: Path, teacher: RunTeacher | None = None) -> list[Cost]:
+    """Measure a delivered model and, if wanted, a teacher.
+
+    Parameters
+    ----------
+    model : Path
+        A run's ``model.safetensors``.
+    teacher : RunTeacher or None
+        The run's, which is loaded from where its configuration says.
+
+    Returns
+    -------
     list of Cost
-        The student, then the teacher if the run had one.
+        The student, then the teacher.
     """
     measured = [student_cost(model)]
-    facts_file = model.parent / "config.json"
-    if facts_file.is_file():
-        facts = json.loads(facts_file.read_text("utf-8"))
-        if "teacher" in facts:
-            config = facts["config"]
-            teacher = load_teacher(
-                config["teacher.model"],
-                config["teacher.pretrained"],
-                prompt=config["teacher.prompt"],
-            )
-            measured.append(
-                teacher_cost(
-                    teacher, facts["class_names"], config["dataset.image-size"]
-                )
-            )
+    if teacher is not None:
+        _, card = load_model(model)
+        measured.append(teacher_cost(teacher.load(), card.class_names, card.image_size))
     return measured

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clip2fl_cli.runs import by_frequency
+from clip2fl_common.text import visible
 
 WIDTH_INCHES = 4.8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +31,8 @@ GREY = "#aaaaaa"
 MAX_NAMES = 30
 # More cells than this are too small to hold their number.
 MAX_NUMBERED_CELLS = 150
+# Longer names leave no room for what they name.
+MAX_NAME = 40
 # Classes whose features are shown; more of them are a cloud.
 MAX_CLOUDS = 10
 
@@ -43,6 +46,8 @@ STYLE: Any = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
     "svg.hashsalt": "clip2fl",
+    # A name such as "$\\frac$" is a name, not a formula.
+    "text.parse_math": False,
 }
 
 
@@ -60,6 +65,17 @@ class Curve:
 
     label: str
     values: npt.NDArray[np.float64]
+
+
+def in_picture(name: str) -> str:
+    """Return a name from outside as pictures show it: visible and not too long.
+
+    matplotlib leaves labels out of a legend that begin with an underscore.
+    """
+    text = visible(name)
+    if len(text) > MAX_NAME:
+        text = f"{text[: MAX_NAME - 1]}…"
+    return f" {text}" if text.startswith("_") else text
 
 
 def styled(number: int) -> dict[str, Any]:
@@ -118,7 +134,12 @@ def over_rounds(
                 continue
             style = styled(shown.index(curve.label))
             axis.plot(
-                rounds, mean, label=curve.label, linewidth=1.6, marker=marker, **style
+                rounds,
+                mean,
+                label=in_picture(curve.label),
+                linewidth=1.6,
+                marker=marker,
+                **style,
             )
             if len(curve.values) > 1:
                 axis.fill_between(
@@ -143,7 +164,8 @@ def _others(aside: Collection[str]) -> Iterator[str]:
 
 
 def _with_count(names: Sequence[str], counts: Sequence[int] | None, c: int) -> str:
-    return names[c] if counts is None else f"{names[c]} ({counts[c]:,})"
+    name = in_picture(names[c])
+    return name if counts is None else f"{name} ({counts[c]:,})"
 
 
 @rc_context(STYLE)
@@ -194,7 +216,7 @@ def by_class(
             markersize=6 if named else 3,
             linestyle="none",
             alpha=0.9,
-            label=label,
+            label=in_picture(label),
         )
     for label, entry in zip(
         [label for label in values if label in aside], _others(aside), strict=False
@@ -271,7 +293,7 @@ def heat_map(
     ):
         which.set_label_text(title)
         if len(names) <= MAX_NAMES:
-            which.set_ticks(range(len(names)), names)
+            which.set_ticks(range(len(names)), [in_picture(name) for name in names])
     if len(columns) <= MAX_NAMES:
         axis.tick_params("x", rotation=60)
     if matrix.size <= MAX_NUMBERED_CELLS:
@@ -314,7 +336,8 @@ def principal_plane(
     """
 
     def centred(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        unit = vectors / np.maximum(lengths, 1e-12)
         return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
 
     points = centred(features)
@@ -326,7 +349,9 @@ def principal_plane(
         kinds.append(prototypes)
     scaled = [kind / max(np.linalg.norm(kind), 1e-12) for kind in kinds]
     _, _, directions = np.linalg.svd(np.concatenate(scaled), full_matrices=False)
-    plane = directions[:2].T
+    # A single class or dimension spans a line.
+    plane = np.zeros((directions.shape[1], 2))
+    plane[:, : min(2, len(directions))] = directions[:2].T
     return points @ plane, None if prototypes is None else prototypes @ plane
 
 
@@ -400,7 +425,9 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
     figure = Figure((WIDTH_INCHES, 0.26 * sum(lengths) + 0.3), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lengths)[:, 0]
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        drawn = axis.barh(list(panel), list(panel.values()), color=COLOURS[0])
+        places = range(len(panel))
+        drawn = axis.barh(places, list(panel.values()), color=COLOURS[0])
+        axis.set_yticks(places, [in_picture(name) for name in panel])
         axis.bar_label(drawn, fmt=" {:,.3g}", fontsize=8)
         axis.margins(x=0.15)
         axis.set_ylim(len(panel) - 0.4, -0.6)

@@ -1,14 +1,17 @@
 """Who would hold which images, before anybody trains."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from clip2fl_cli.output import write_file
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
+from server_app.foreign_files import shown
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,18 @@ class Holdings:
         return cls(names, class_counts(parts, dataset.train.labels, len(names)))
 
     def draw(self, file: Path) -> None:
-        """Write the heat map; the file's ending decides its format."""
-        from clip2fl_cli.figures import heat_map
+        """Write the heat map; the file's ending decides its format.
+
+        Raises
+        ------
+        ValueError
+            If there is no such format.
+        OutputError
+            If the file cannot be written; a link in its place is replaced.
+        """
+        from matplotlib import rc_context
+
+        from clip2fl_cli.figures import STYLE, heat_map
 
         order = np.argsort(-self.counts.sum(axis=0), kind="stable")
         figure = heat_map(
@@ -52,4 +65,10 @@ class Holdings:
             column_title="class, most frequent first",
             bar_title="training images",
         )
-        figure.savefig(file, dpi=200)
+        drawn = io.BytesIO()
+        try:
+            with rc_context(STYLE):
+                figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
+        except ValueError as error:
+            raise ValueError(f"--figure {shown(file)}: {error}") from None
+        write_file(file, drawn.getvalue())

@@ -3,18 +3,22 @@
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from clip2fl_cli.figures import STYLE
-from server_app.durable import write_whole
+from clip2fl_cli.output import OutputFolder
+from clip2fl_common.text import visible
 
 PNG_DOTS_PER_INCH = 200
+PAGE_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,15 @@ class Cell:
     text: str
     value: str | None = None
     link: str | None = None
+
+    @classmethod
+    def file(cls, text: str, path: Path) -> "Cell":
+        """Return a cell that links to a file below the page's folder.
+
+        Whatever the file is called, the link stays one to a file: a name such as
+        ``javascript:x`` is no address of its own.
+        """
+        return cls(text, link="./" + quote(os.fsencode(path)))
 
     @classmethod
     def number(cls, value: float | None, digits: int = 1) -> "Cell":
@@ -108,26 +121,33 @@ def write_page(
     Path
         The page.
     """
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+    # Everything is drawn before anything is written.
+    pictures: dict[str, bytes] = {}
     images = {}
     for picture in (p for section in sections for p in section.pictures):
-        svg = io.BytesIO()
-        # Without a date and random ids, the same run gives the same bytes.
+        svg, png = io.BytesIO(), io.BytesIO()
         with rc_context(STYLE):
+            # Without a date and random ids, the same run gives the same bytes.
             picture.figure.savefig(svg, format="svg", metadata={"Date": None})
-        (figures / f"{picture.name}.svg").write_bytes(svg.getvalue())
-        # Once laid out, the places of all parts stay.
-        picture.figure.set_layout_engine("none")
-        picture.figure.savefig(figures / f"{picture.name}.png", dpi=PNG_DOTS_PER_INCH)
+            # Once laid out, the places of all parts stay.
+            picture.figure.set_layout_engine("none")
+            picture.figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH)
+        pictures[f"{picture.name}.svg"] = svg.getvalue()
+        pictures[f"{picture.name}.png"] = png.getvalue()
         encoded = base64.b64encode(svg.getvalue()).decode("ascii")
         images[picture.name] = f"data:image/svg+xml;base64,{encoded}"
     environment = Environment(
-        loader=PackageLoader("clip2fl_cli"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("clip2fl_cli"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        # Escaping keeps markup out; this keeps out what turns text around.
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
     )
     html = environment.get_template("report.html.j2").render(
         title=title, lead=lead, sections=sections, images=images
     )
-    page = folder / "report.html"
-    write_whole(page, html + "\n")
-    return page
+    with OutputFolder.open(folder) as place, place.subfolder("figures") as figures:
+        for name, content in pictures.items():
+            figures.write(name, content)
+        place.write(PAGE_FILE, f"{html}\n".encode())
+    return folder / PAGE_FILE

@@ -1,5 +1,6 @@
 """Classes of image files, by a delivered model."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from clip2fl_cli.runs import MODEL_FILE, RunError
 from clip2fl_common.image_reading import UnreadableImageError, read_image
 from clip2fl_common.shown import shown
 from server_app.checkpoint import load_model
+from server_app.foreign_files import refuse_unless_regular, shown
 
+# Images in one forward pass: fewer of large ones, whose activations take the memory.
 BATCH = 64
+BATCH_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,11 @@ def model_file(path: Path) -> Path:
         If there is none.
     """
     file = path / MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
+    # What is there but is no file is told by reading it.
+    if not os.path.lexists(file):
         raise RunError(
-            f"{file} does not exist; give a {MODEL_FILE} or a complete run's folder"
+            f"{shown(file)} does not exist; give a {MODEL_FILE} or a complete run's "
+            "folder"
         )
     return file
 
@@ -68,15 +74,27 @@ def predict(model: Path, images: Sequence[Path], top: int) -> list[Prediction]:
     Raises
     ------
     RunError
-        If the model is not there, or an image cannot be read.
+        If the model is not there, an image cannot be read, or the model's weights
+        give no finite numbers for one.
+    ForeignFileError
+        If the model is no delivered one, or an image is no file.
     """
     network, card = load_model(model_file(model))
+    for file in images:
+        refuse_unless_regular(file)
+    batch = min(BATCH, max(1, BATCH_PIXELS // card.image_size**2))
     found = []
-    for start in range(0, len(images), BATCH):
-        files = images[start : start + BATCH]
+    for start in range(0, len(images), batch):
+        files = images[start : start + batch]
         pixels = np.stack([_read(file, card.image_size) for file in files])
         with torch.inference_mode():
             logits = network(card.normalization(torch.from_numpy(pixels)))
+        for file, row in zip(files, logits, strict=True):
+            if not bool(row.isfinite().all()):
+                raise RunError(
+                    f"{shown(model)} gives no finite numbers for {shown(file)}: its "
+                    "weights are damaged, or training went astray"
+                )
         likeliest = logits.softmax(1).topk(min(top, logits.shape[1]), dim=1)
         for file, values, classes in zip(
             files, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True

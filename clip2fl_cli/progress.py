@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from clip2fl_cli.comparison import PlannedRun
+from clip2fl_common.text import visible
 from scripts.simulate import RunResult
 
 # What the server prints at the end of each round (server_app/report.py).
@@ -65,7 +66,7 @@ class ComparisonProgress:
         self._total = complete + len(runs)
         self._before = 0
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rounds"),
@@ -102,7 +103,7 @@ class ComparisonProgress:
             if not self._console.is_terminal:
                 self._print(f"{name}: {line}")
 
-        self._progress.update(self._task, description=name)
+        self._progress.update(self._task, description=visible(name))
         if not self._console.is_terminal:
             self._print(f"{name}: starts")
         return RoundLines(on_round)
@@ -118,4 +119,6 @@ class ComparisonProgress:
             self._print(f"{name}: did not complete ({result.status}): {result.details}")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            visible(text), markup=False, emoji=False, highlight=False, soft_wrap=True
+        )

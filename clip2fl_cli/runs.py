@@ -1,20 +1,38 @@
 """A run's folder, read."""
 
-import json
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+
+from clip2fl_cli.artifacts import read_artifacts
+from clip2fl_cli.run_schema import Facts, Round
+from clip2fl_common.text import visible
+from server_app.foreign_files import (
+    MEGABYTE,
+    ForeignFileError,
+    parse_json,
+    read_json,
+    read_text,
+    refuse_unless_regular,
+    shown,
+)
 
 # Rounds vary by some points; the mean of the last ones is compared.
 LAST_ROUNDS = 5
 COLUMNS = ("top1", "balanced", "many", "medium", "few")
+FACTS_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+ARTIFACTS_FILE = "artifacts.safetensors"
 MODEL_FILE = "model.safetensors"
+# A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
+MAX_FACTS_BYTES = 32 * MEGABYTE
+MAX_METRICS_BYTES = 256 * MEGABYTE
 
 
 class RunError(ValueError):
@@ -48,25 +66,35 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
-        """Read a complete run's folder.
+        """Read a complete run's folder, which may be damaged or come from anybody.
 
         Raises
         ------
         RunError
-            If it is no run's folder, or the run has not come to its end.
+            If it is no run's folder, the run has not come to its end, or a file is
+            not as a run writes it; names the file and the field.
         """
-        if not (folder / "config.json").is_file():
+        # What is there but is no file is told by reading it.
+        if not os.path.lexists(folder / FACTS_FILE):
             raise RunError(
-                f"{folder} is no run's folder: it has no config.json; give the folder "
-                "that a run names in its last line"
+                f"{shown(folder)} is no run's folder: it has no {FACTS_FILE}; give the "
+                "folder that a run names in its last line"
             )
-        if not is_complete(folder):
+        if not os.path.lexists(folder / MODEL_FILE):
             raise RunError(
-                f"{folder} holds a run that did not end: it has no {MODEL_FILE}"
+                f"{shown(folder)} holds a run that did not end: it has no {MODEL_FILE}"
             )
-        facts = json.loads((folder / "config.json").read_text("utf-8"))
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        return cls(folder, facts, [json.loads(line) for line in lines])
+        try:
+            refuse_unless_regular(folder / MODEL_FILE)
+            facts = read_json(folder / FACTS_FILE, Facts, MAX_FACTS_BYTES)
+            return cls(folder, facts, _read_rounds(folder / METRICS_FILE, facts))
+        except ForeignFileError as error:
+            raise RunError(f"{error}; {DAMAGED}") from None
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, for readers."""
+        return visible(os.path.basename(os.path.abspath(self.folder)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -96,9 +124,19 @@ class FinishedRun:
         return by_frequency(self.train_counts, len(self.class_names))
 
     @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """Rounds that have an accuracy; of sites, some may have none."""
+        return [line for line in self.rounds if line["accuracy"]]
+
+    @property
     def heads(self) -> list[str]:
         """Names of the classifiers that were evaluated; the delivered one first."""
-        return list(self.rounds[-1]["accuracy"])
+        return list(self.evaluated[-1]["accuracy"])
+
+    def final(self, head: str) -> dict[str, Any]:
+        """Return a classifier's accuracy in the last round that was evaluated."""
+        accuracy: dict[str, Any] = self.evaluated[-1]["accuracy"][head]
+        return accuracy
 
     @property
     def teacher(self) -> dict[str, Any] | None:
@@ -107,22 +145,41 @@ class FinishedRun:
 
     @cached_property
     def artifacts(self) -> dict[str, torch.Tensor]:
-        """Tensors kept for the report; none in a run of an earlier version."""
-        file = self.folder / "artifacts.safetensors"
-        return load_file(file) if file.is_file() else {}
+        """Tensors kept for the report; none in a run of an earlier version.
+
+        Raises
+        ------
+        RunError
+            If the file is not as a run writes it.
+        """
+        file = self.folder / ARTIFACTS_FILE
+        if not os.path.lexists(file):
+            return {}
+        try:
+            return read_artifacts(file, len(self.class_names))
+        except ForeignFileError as error:
+            raise RunError(f"{error}; {DAMAGED}") from None
 
     def last(self, head: str, column: str) -> float | None:
         """Return a column's mean over the last rounds, None where it has a hole."""
-        values = [line["accuracy"][head][column] for line in self.rounds[-LAST_ROUNDS:]]
+        values = [accuracy[column] for accuracy in self._last_accuracies(head)]
         return None if None in values else statistics.fmean(values)
 
     def per_class(self, head: str) -> list[float | None]:
         """Return the per-class accuracy's mean over the last rounds."""
         columns = zip(
-            *(r["accuracy"][head]["per_class"] for r in self.rounds[-LAST_ROUNDS:]),
+            *(accuracy["per_class"] for accuracy in self._last_accuracies(head)),
             strict=True,
         )
         return [None if None in c else statistics.fmean(c) for c in columns]
+
+    def _last_accuracies(self, head: str) -> list[Mapping[str, Any]]:
+        # A classifier may be missing from rounds before it was first trained.
+        return [
+            line["accuracy"][head]
+            for line in self.evaluated[-LAST_ROUNDS:]
+            if head in line["accuracy"]
+        ]
 
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase, over all rounds."""
@@ -140,3 +197,59 @@ class FinishedRun:
 def is_complete(folder: Path) -> bool:
     """Tell whether a run came to its end: the model is what it writes last."""
     return (folder / MODEL_FILE).is_file()
+
+
+def refuse_other_classes(runs: Sequence[FinishedRun]) -> None:
+    """Refuse runs that cannot stand in one table: their classes must be the same.
+
+    Raises
+    ------
+    RunError
+        Names two runs that differ.
+    """
+    first = runs[0]
+    for run in runs:
+        if run.class_names != first.class_names:
+            raise RunError(
+                f"{shown(run.folder)} has other classes than {shown(first.folder)} "
+                f"({len(run.class_names)} and {len(first.class_names)}): compare runs "
+                "of the same data set"
+            )
+
+
+DAMAGED = "the run's folder is damaged or was not written by this program"
+
+
+def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of a complete run, one a round."""
+    where = shown(file)
+    lines = read_text(file, MAX_METRICS_BYTES).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    classes, expected = len(facts["class_names"]), facts["config"]["federation.rounds"]
+    rounds = []
+    for number, text in enumerate(lines, start=1):
+        line = parse_json(text, Round, f"{where}: line {number}")
+        if line["round"] != number:
+            raise ForeignFileError(
+                f"{where}: line {number} is of round {line['round']}, but lines must "
+                "follow one another from round 1"
+            )
+        for head, accuracy in line["accuracy"].items():
+            if len(accuracy["per_class"]) != classes:
+                raise ForeignFileError(
+                    f"{where}: line {number}: accuracy.{visible(head)}.per_class has "
+                    f"{len(accuracy['per_class'])} entries, but {FACTS_FILE} has "
+                    f"{classes} class_names"
+                )
+        rounds.append(line)
+    if len(rounds) != expected:
+        raise ForeignFileError(
+            f"{where} has {len(rounds)} rounds, but {FACTS_FILE} says "
+            f"federation.rounds = {expected}"
+        )
+    if not any(line["accuracy"] for line in rounds):
+        raise ForeignFileError(
+            f"{where}: no round has an accuracy, so there is nothing to report"
+        )
+    return rounds

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,19 @@ from datetime import date
 
 from scipy import stats
 
-from clip2fl_cli.runs import COLUMNS, LAST_ROUNDS, FinishedRun
+from clip2fl_cli.runs import (
+    COLUMNS,
+    LAST_ROUNDS,
+    FinishedRun,
+    RunError,
+    refuse_other_classes,
+)
+from clip2fl_common.text import visible
+from server_app.foreign_files import shown
 
 CONFIDENCE = 0.95
+# What Markdown would take for markup, and what ends a cell of a table.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,69 @@ class Row:
     difference: PairedDifference | None
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not complete.
+
+    Attributes
+    ----------
+    variant : str
+        What was to be compared.
+    seed : int
+        Its seed.
+    reason : str
+        Why, on one line.
+    """
+
+    variant: str
+    seed: int
+    reason: str
+
+
+def failed_runs(failures: Sequence[Failure]) -> dict[str, str]:
+    """Return the text for each variant of which a run failed.
+
+    Parameters
+    ----------
+    failures : sequence of Failure
+        Runs that did not complete.
+
+    Returns
+    -------
+    dict of str to str
+        Such as ``failed: seed 8: out of memory; seed 9: stopped``.
+    """
+    found: dict[str, list[str]] = {}
+    for failure in failures:
+        text = f"seed {failure.seed}: {failure.reason}"
+        found.setdefault(failure.variant, []).append(text)
+    return {variant: f"failed: {'; '.join(texts)}" for variant, texts in found.items()}
+
+
+def refuse_unlike(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
+    """Refuse runs that cannot be compared.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's runs.
+
+    Raises
+    ------
+    RunError
+        If classes differ, or runs of a variant have other classifiers.
+    """
+    refuse_other_classes([run for group in runs.values() for run in group])
+    for group in runs.values():
+        for run in group:
+            if run.heads != group[0].heads:
+                raise RunError(
+                    f"{shown(run.folder)} has the classifiers {', '.join(run.heads)}, "
+                    f"but {shown(group[0].folder)} has {', '.join(group[0].heads)}: "
+                    "runs of one variant must have the same"
+                )
+
+
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> PairedDifference | None:
@@ -150,9 +224,7 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
                     head == delivered,
                     tuple(run.seed for run in group),
                     {column: _spread(group, head, column) for column in COLUMNS},
-                    Spread.of(
-                        [run.rounds[-1]["accuracy"][head]["balanced"] for run in group]
-                    ),
+                    Spread.of([run.final(head)["balanced"] for run in group]),
                     None
                     if itself
                     else paired_difference(_balanced(group, head), reference),
@@ -167,12 +239,16 @@ def teachers(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, f
         run.teacher["name"]: run.teacher["zero_shot"]
         for group in runs.values()
         for run in group
-        if run.teacher and "zero_shot" in run.teacher
+        if run.teacher and run.teacher.get("zero_shot")
     }
 
 
 def markdown(
-    runs: Mapping[str, Sequence[FinishedRun]], baseline: str, title: str, command: str
+    runs: Mapping[str, Sequence[FinishedRun]],
+    baseline: str,
+    title: str,
+    command: str,
+    failures: Sequence[Failure] = (),
 ) -> str:
     """Return the dated Markdown page of a comparison, to be kept with the results.
 
@@ -184,6 +260,8 @@ def markdown(
         Variant that the others are set against.
     title, command : str
         Heading, and the command that made it.
+    failures : sequence of Failure
+        Runs that did not complete.
 
     Returns
     -------
@@ -191,26 +269,27 @@ def markdown(
     """
     every = [run for group in runs.values() for run in group]
     facts = every[0].facts
-    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items())
+    versions = plain(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
     groups = facts["shot_groups"]
+    reference = plain(baseline)
     minutes = ", ".join(
-        f"{run.folder.name} {run.wall_seconds() / 60:.0f}" for run in every
+        f"{plain(run.name)} {run.wall_seconds() / 60:.0f}" for run in every
     )
-    codes = ", ".join(sorted({run.facts["code"] for run in every}))
-    return f"""# {title}
+    codes = plain(", ".join(sorted({run.facts["code"] for run in every})))
+    return f"""# {plain(title)}
 
 Date: {date.today().isoformat()}. Command:
 
-    {command}
+    {visible(command)}
 
 Accuracy in percent on {_test_images(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
 many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
-Difference: to the delivered classifier of {baseline}, in balanced accuracy, seed by
+Difference: to the delivered classifier of {reference}, in balanced accuracy, seed by
 seed, with its 95 % confidence interval (Student's t).
-Teacher: {", ".join(teachers(runs)) or "none"}.
+Teacher: {plain(", ".join(teachers(runs))) or "none"}.
 
-{main_table(runs, baseline)}
+{main_table(runs, baseline, failures)}
 
 Per class:
 
@@ -230,13 +309,17 @@ def _test_images(run: FinishedRun) -> str:
     return f"{final} test images"
 
 
-def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:
-    """Return the Markdown table of `summarise` and the teachers."""
+def main_table(
+    runs: Mapping[str, Sequence[FinishedRun]],
+    baseline: str,
+    failures: Sequence[Failure] = (),
+) -> str:
+    """Return the Markdown table of `summarise`, of failed runs and the teachers."""
     titles = ["top-1", *COLUMNS[1:]]
     rows = [
         [
-            row.variant,
-            row.head,
+            plain(row.variant),
+            plain(row.head),
             ", ".join(map(str, row.seeds)),
             *("-" if cell is None else str(cell) for cell in row.columns.values()),
             str(row.last_round),
@@ -244,10 +327,15 @@ def main_table(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> str:
         ]
         for row in summarise(runs, baseline)
     ]
+    unknown = ["-"] * (len(titles) + 2)
+    rows += [
+        [plain(variant), "-", plain(failed), *unknown]
+        for variant, failed in failed_runs(failures).items()
+    ]
     known = teachers(runs)
     for name, accuracy in known.items():
         cells = [_percent(accuracy[column]) for column in COLUMNS]
-        label = "teacher" if len(known) == 1 else f"teacher {name}"
+        label = "teacher" if len(known) == 1 else f"teacher {plain(name)}"
         rows.append([label, "zero-shot", "-", *cells, cells[1], "-"])
     header = ["variant", "head", "seeds", *titles, "last round", "difference"]
     return _markdown_table(header, rows)
@@ -268,8 +356,9 @@ def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
                 None if None in column else statistics.fmean(column)
                 for column in columns
             ]
-            rows.append([variant, head, *(_percent(means[c]) for c in order)])
-    header = ["variant", "head", *(first.class_names[c] for c in order)]
+            cells = (_percent(means[c]) for c in order)
+            rows.append([plain(variant), plain(head), *cells])
+    header = ["variant", "head", *(plain(first.class_names[c]) for c in order)]
     return _markdown_table(header, rows)
 
 
@@ -291,6 +380,11 @@ def _balanced(runs: Sequence[FinishedRun], head: str | None) -> dict[int, float]
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def plain(text: str) -> str:
+    """Return text from outside as Markdown that shows it and does nothing else."""
+    return _MARKUP.sub(lambda match: f"\\{match[0]}", visible(text))
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,15 +4,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import safe_open
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import nn
 
 from clip2fl_common.datasets import Normalization
-from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.limits import (
+    MAX_CLASSES,
+    MAX_FEATURE_DIM,
+    MAX_IMAGE_SIZE,
+    MAX_NAME_LENGTH,
+    MIN_IMAGE_SIZE,
+)
+from clip2fl_common.models import MODELS, ImageClassifier, build_model
 from server_app.durable import replaced_whole
+from server_app.foreign_files import ForeignFileError, check, parse_json, shown
+from server_app.tensor_files import Declared, TensorFile
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,74 @@ def save_tensors(
         temporary.chmod(mode)
 
 
+def _known_architecture(name: str) -> str:
+    if name not in MODELS:
+        raise ValueError(f"{name!r:.60} is none of {', '.join(MODELS)}")
+    return name
+
+
+_Text = Annotated[str, Field(max_length=10 * MAX_NAME_LENGTH)]
+# Wide, but such that no pixel leaves the range of float32.
+_Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
+class _NormalizationFields(BaseModel):
+    """Of the three colours."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    mean: Annotated[list[_Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[_Deviation], Field(min_length=3, max_length=3)]
+
+
+class _CardFields(BaseModel):
+    """What a card in a file must be like.
+
+    Names of classes may come twice: ImageNet has two called "missile".
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    architecture: Annotated[str, AfterValidator(_known_architecture)]
+    feature_dim: Annotated[int, Field(ge=1, le=MAX_FEATURE_DIM)]
+    class_names: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]],
+        Field(min_length=1, max_length=MAX_CLASSES),
+    ]
+    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE, le=MAX_IMAGE_SIZE)]
+    normalization: _NormalizationFields
+    provenance: Annotated[
+        dict[_Text, _Text | int | float | None], Field(max_length=100)
+    ]
+
+
+def _read_card(file: TensorFile) -> ModelCard:
+    where = f"{shown(file.path)}: its card"
+    if "card" not in file.metadata:
+        raise ForeignFileError(f"{where} is missing, so it is no delivered model")
+    fields = parse_json(file.metadata["card"], _CardFields, where)
+    card = check(fields, _CardFields, where)
+    return ModelCard(
+        card.architecture,
+        card.feature_dim,
+        tuple(card.class_names),
+        card.image_size,
+        _normalization(card.normalization),
+        card.provenance,
+    )
+
+
+def _normalization(fields: _NormalizationFields) -> Normalization:
+    (a, b, c), (d, e, f) = fields.mean, fields.std
+    return Normalization((a, b, c), (d, e, f))
+
+
 def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
     """Load a delivered model, ready to predict.
+
+    The file may come from anywhere. Memory is taken only when its card is sound and
+    its tensors have the types and shapes of the architecture that the card names.
 
     Parameters
     ----------
@@ -105,18 +181,30 @@ def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
     ImageClassifier
         In evaluation mode, on the CPU.
     ModelCard
+
+    Raises
+    ------
+    ForeignFileError
+        If it is no delivered model; names the file, the field or tensor, and what was
+        found.
     """
-    with safe_open(path, framework="pt") as file:
-        fields = json.loads(file.metadata()["card"])
-        state: dict[str, torch.Tensor] = {
-            name: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-        }
-    norm = fields.pop("normalization")
-    card = ModelCard(
-        **{**fields, "class_names": tuple(fields["class_names"])},
-        normalization=Normalization(tuple(norm["mean"]), tuple(norm["std"])),
-    )
-    model = build_model(card.architecture, len(card.class_names), card.feature_dim)
+    try:
+        file = TensorFile.read(path)
+        card = _read_card(file)
+        size = card.architecture, len(card.class_names), card.feature_dim
+        with torch.device("meta"):  # shapes without memory
+            expected = build_model(*size).state_dict()
+        file.require({name: Declared.of(tensor) for name, tensor in expected.items()})
+        state = file.load(expected)
+        for name, tensor in state.items():
+            if name.endswith("running_var") and bool((tensor < 0).any()):
+                raise ForeignFileError(
+                    f"{shown(path)}: the tensor {name} holds negative variances"
+                )
+    except ForeignFileError as error:
+        raise ForeignFileError(
+            f"{error}; give a model.safetensors that a run delivered"
+        ) from None
+    model = build_model(*size)
     model.load_state_dict(state)
     return model.eval(), card

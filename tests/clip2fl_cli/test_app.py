@@ -21,6 +21,7 @@ from clip2fl_cli import exporting, results
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import load_dataset
 from scripts.simulate import Interrupted, SimulationError
+from tests.clip2fl_cli.commands import run
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE
 from tests.defaults import ROOT, run_config
@@ -29,15 +30,6 @@ SMALL = (
     "dataset.demo-train-per-class=20 dataset.imbalance-factor=10.0 "
     "dataset.demo-test-per-class=3 partition.clients=3 federation.clients-per-round=2"
 )
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | int | Path) -> int:
-    """Run the command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["clip2fl", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        module.main()
-    code = exit_.value.code
-    return code if isinstance(code, int) else 0
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +129,10 @@ def test_unknown_key_is_one_line_and_status_2(
     assert run(monkeypatch, "partition", "--set", "partition.client=2") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("clip2fl: run configuration key 'partition.client'")
+    assert captured.err.startswith(
+        "clip2fl: run configuration: partition.client is not a key of the run "
+        "configuration; did you mean partition.clients?"
+    )
     assert len(captured.err.splitlines()) == 1
 
 

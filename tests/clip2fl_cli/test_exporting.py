@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clip2fl_cli import exporting
-from clip2fl_cli.exporting import costs, export
+from clip2fl_cli.exporting import costs, export, run_teacher
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import IMAGENET_NORMALIZATION, load_dataset
 from clip2fl_common.models import build_model
@@ -92,7 +92,8 @@ def test_costs_of_student_and_teacher(
     runs: dict[str, FinishedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "MEASURED_SECONDS", 0.01)
-    student, teacher = costs(runs["clip2fl"].folder / "model.safetensors")
+    model = runs["clip2fl"].folder / "model.safetensors"
+    student, teacher = costs(model, run_teacher(model))
     assert (student.name, teacher.name) == ("student resnet8-slim", "teacher demo")
     state = load_file(runs["clip2fl"].folder / "model.safetensors")
     # BatchNorm's three buffers are no parameters, but take memory.
@@ -113,4 +114,6 @@ def test_run_without_a_teacher_has_the_students_costs_only(
     runs: dict[str, FinishedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "MEASURED_SECONDS", 0.01)
-    assert len(costs(runs["fedavg"].folder / "model.safetensors")) == 1
+    model = runs["fedavg"].folder / "model.safetensors"
+    assert run_teacher(model) is None
+    assert len(costs(model)) == 1

@@ -1,0 +1,210 @@
+"""What the files of a run and of a comparison must be like to be read.
+
+Fields that nothing reads are not checked: a run of another version may have them.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clip2fl_common.limits import MAX_CLASSES, MAX_NAME_LENGTH
+from clip2fl_common.text import visible
+
+# Far above what is real; sums of them stay finite and numbers stay readable.
+MAX_COUNT = 2**48
+MAX_SECONDS = 1e12
+MAX_LOSS = 1e100
+MAX_ROUNDS = 100_000
+MAX_VARIANTS = 256
+MAX_RUNS = 10_000
+# Longer names make no folder on most systems.
+MAX_COMPONENT_BYTES = 220
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
+Text = Annotated[str, Field(max_length=100_000)]
+Value = bool | int | float | Text
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
+ClassIndex = Annotated[int, Field(ge=0, lt=MAX_CLASSES)]
+PerClass = Annotated[list[Percent | None], Field(max_length=MAX_CLASSES)]
+
+_strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+def component_problem(name: str) -> str | None:
+    """Return why a name cannot be that of one file or folder, None if it can."""
+    if not name or name in (".", ".."):
+        return "is no name of a folder"
+    if "/" in name or "\\" in name:
+        return "has a separator of folders in it"
+    if name != visible(name):
+        return "has characters in it that cannot be seen"
+    if name[0] in ".-" or name != name.strip():
+        return "begins with a dot or a dash, or has blanks around it"
+    if len(name.encode("utf-8")) > MAX_COMPONENT_BYTES:
+        return f"is longer than {MAX_COMPONENT_BYTES} bytes"
+    return None
+
+
+class Config(BaseModel):
+    """The keys of a run's configuration that are read; the others are only shown."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Value] = Field(init=False)
+
+    method: Name
+    seed: Seed
+    dataset_name: Annotated[Name, Field(alias="dataset.name")]
+    rounds: Annotated[int, Field(alias="federation.rounds", ge=1, le=MAX_ROUNDS)]
+    tested: Annotated[Count, Field(alias="evaluation.max-images")]
+    teacher_model: Annotated[Text, Field(alias="teacher.model")]
+    teacher_pretrained: Annotated[Text, Field(alias="teacher.pretrained")]
+    teacher_prompt: Annotated[Text, Field(alias="teacher.prompt")]
+
+
+class Accuracy(BaseModel):
+    """Accuracy of one classifier, in percent."""
+
+    model_config = _strict
+
+    top1: Percent | None
+    balanced: Percent
+    many: Percent | None
+    medium: Percent | None
+    few: Percent | None
+    per_class: PerClass
+
+
+class Teacher(BaseModel):
+    """The teacher of a run; without test images it has no accuracy."""
+
+    model_config = _strict
+
+    name: Annotated[Text, Field(min_length=1)]
+    zero_shot: Accuracy | None = None
+
+
+class Groups(BaseModel):
+    """Which classes are many-, medium- and few-shot."""
+
+    model_config = _strict
+
+    rule: Literal["count", "rank", "listed"]
+    many: Annotated[list[ClassIndex], Field(max_length=MAX_CLASSES)]
+    medium: Annotated[list[ClassIndex], Field(max_length=MAX_CLASSES)]
+    few: Annotated[list[ClassIndex], Field(max_length=MAX_CLASSES)]
+
+
+class Facts(BaseModel):
+    """``config.json``: the configuration of a run and what it found."""
+
+    model_config = _strict
+
+    config: Config
+    class_names: Annotated[list[Name], Field(min_length=1, max_length=MAX_CLASSES)]
+    train_images_per_class: (
+        Annotated[list[Count], Field(max_length=MAX_CLASSES)] | None
+    ) = None
+    test_images: Count
+    shot_groups: Groups
+    versions: Annotated[dict[Name, Name], Field(max_length=100)]
+    code: Name
+    teacher: Teacher | None = None
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> "Facts":
+        classes = len(self.class_names)
+        counts = self.train_images_per_class
+        if counts is not None:
+            _same_length("train_images_per_class", counts, classes)
+        if self.teacher and self.teacher.zero_shot:
+            _same_length(
+                "teacher.zero_shot.per_class", self.teacher.zero_shot.per_class, classes
+            )
+        groups = self.shot_groups
+        listed = [*groups.many, *groups.medium, *groups.few]
+        if len(set(listed)) < len(listed) or max(listed, default=0) >= classes:
+            raise ValueError(
+                "shot_groups names a class twice, or one that is not among the "
+                f"{classes} of class_names"
+            )
+        return self
+
+
+class Bytes(BaseModel):
+    """Bytes of a round's messages."""
+
+    model_config = _strict
+
+    down: Count
+    up: Count
+    # Runs of early versions did not count them.
+    class_gradients: list[Count] = []
+
+
+class Spent(BaseModel):
+    """Differential privacy that a mechanism has cost."""
+
+    model_config = _strict
+
+    epsilon_round: Annotated[float, Field(ge=0, le=MAX_LOSS)]
+    epsilon_total: Annotated[float, Field(ge=0, le=MAX_LOSS)]
+    delta: Annotated[float, Field(ge=0, le=1)]
+
+
+class Round(BaseModel):
+    """A line of ``metrics.jsonl``."""
+
+    model_config = _strict
+
+    round: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+    # Empty where no site has evaluated.
+    accuracy: Annotated[dict[Name, Accuracy], Field(max_length=20)]
+    losses: Annotated[dict[Name, Loss], Field(max_length=100)]
+    seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
+    bytes: Bytes
+    privacy: dict[Literal["class_gradients", "updates"], Spent] = {}
+
+
+class FailedRun(BaseModel):
+    """A run of a comparison that did not complete."""
+
+    model_config = _strict
+
+    variant: Name
+    seed: Seed
+    reason: Text
+
+
+class Summary(BaseModel):
+    """``comparison.json``, as far as a report is made from it."""
+
+    model_config = _strict
+
+    name: Name
+    baseline: Name
+    runs: Annotated[
+        dict[Name, Annotated[list[Name], Field(min_length=1, max_length=MAX_RUNS)]],
+        Field(min_length=1, max_length=MAX_VARIANTS),
+    ]
+    # Comparisons of early versions did not list them.
+    failed: Annotated[list[FailedRun], Field(max_length=MAX_RUNS)] = []
+
+    @model_validator(mode="after")
+    def _names_stay_inside(self) -> "Summary":
+        for variant, names in self.runs.items():
+            for name in names:
+                if problem := component_problem(name):
+                    raise ValueError(f"runs.{variant}: {name!r:.60} {problem}")
+        return self
+
+
+def _same_length(field: str, values: Sequence[object], classes: int) -> None:
+    if len(values) != classes:
+        raise ValueError(
+            f"{field} has {len(values)} entries, but class_names has {classes}"
+        )
