@@ -188,17 +188,21 @@ def _partition_problems(config: "RunConfig") -> Iterator[str]:
     counts = _long_tail(dataset)
     if counts is None:
         return
+    largest = f"the most frequent one has {counts[0]}"
+    if dataset.name == "demo":
+        largest += f" (dataset.demo-train-per-class = {counts[0]})"
     if counts[-1] == 0:
         yield (
             f"dataset.imbalance-factor = {dataset.imbalance_factor:g} leaves no image "
-            f"of the rarest class, since the most frequent one has {counts[0]}; use a "
-            "smaller imbalance factor or more images"
+            f"of the rarest class, since {largest}; use a smaller imbalance factor or "
+            "more images"
         )
     elif sum(counts) < clients:
         yield (
-            f"partition.clients = {clients}, but the long tail has only {sum(counts)} "
-            "training images, so a client would have none: use fewer clients or a "
-            "smaller dataset.imbalance-factor"
+            f"partition.clients = {clients}, but all classes together have only "
+            f"{sum(counts)} training images, since {largest} and "
+            f"dataset.imbalance-factor = {dataset.imbalance_factor:g}; a client would "
+            "have none: use fewer clients or a smaller imbalance factor"
         )
 
 

@@ -53,13 +53,11 @@ def read_text(path: Path) -> str:
     """
     try:
         # Opening a pipe that nobody writes to would wait for ever.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ConfigError("is no file, but a folder, a pipe or a device")
+        with open(path, "rb", opener=_open_at_once) as file:
             content = file.read(FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a path may hold a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot be read ({reason})") from None
     if len(content) > FILE_BYTES:
         raise ConfigError(f"is longer than {FILE_BYTES:,} bytes; is it the right file?")
     try:
@@ -73,6 +71,14 @@ def read_text(path: Path) -> str:
             "begins with a byte-order mark; save it as UTF-8 without one (BOM)"
         )
     return text
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError("it is a folder, a pipe or a device, and no file")
+    return handle
 
 
 def read_toml(path: Path) -> dict[str, object]:
@@ -197,17 +203,19 @@ def merge_run_config(
     known = default_settings(app)
     merged: dict[str, object] = {}
     if resume is not None:
-        merged |= _known(_interrupted_config(resume), known, f"--resume {resume}")
+        merged |= _known(
+            _interrupted_config(resume), known, f"--resume {_named(resume)}: "
+        )
     if run_config is not None:
-        source = f"--run-config {run_config}"
+        source = f"--run-config {_named(run_config)}: "
         try:
             table = read_toml(run_config)
             _refuse_tables(table, known)
             found = flatten(table)
         except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+            raise ConfigError(f"{source}{error}") from None
         merged |= _known(found, known, source)
-    merged |= _known(parse_overrides(overrides), known, "--set")
+    merged |= _known(parse_overrides(overrides), known, "")
     # JSON writes booleans, numbers and strings exactly as TOML does, but for one
     # character that only TOML forbids.
     return "".join(
@@ -244,11 +252,17 @@ def _known(
 ) -> Mapping[str, object]:
     for key in sorted(found.keys() - known.keys()):
         near = nearest(key, known)
-        hint = f"did you mean {near!r}?" if near else f"known keys: {sorted(known)}"
+        hint = f"did you mean {near!r}?" if near else "pyproject.toml has all keys"
         raise ConfigError(
-            f"{source}: run configuration key {shown(key)} does not exist; {hint}"
+            f"{source}run configuration key {shown(key)} does not exist; {hint}"
         )
     return found
+
+
+def _named(path: Path) -> str:
+    """Return a path as a message of one line shows it."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def _refuse_tables(table: Mapping[str, object], known: Mapping[str, object]) -> None:
@@ -276,7 +290,7 @@ def _interrupted_config(folder: Path) -> dict[str, object]:
                 )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"--resume {folder}: {file} cannot be read ({error}). Give the folder of "
-            "a run; one that was stopped before it had this file is started anew"
+            f"--resume {_named(folder)}: {_named(file)} cannot be read ({error}). "
+            "Give the folder of a run; one that was stopped before it had this file is started anew"
         ) from None
     return {**config, "run.resume": str(file.parent)}

@@ -128,6 +128,7 @@ def test_deviation_follows_from_the_smallest_class(
 ) -> None:
     """Not from how many images a class has, which the noise would tell."""
     privacy = run_config(
+        class_gradients__samples_per_class=fewest,
         privacy__min_class_samples=fewest,
         privacy__gradient_clip_norm=clip,
         privacy__gradient_noise_multiplier=noise,

@@ -73,3 +73,34 @@ def test_wrong_key_is_wrong_usage(
     arguments = ["--root-certificates", str(tmp_path / "ca.crt"), "--set", "oops=1"]
     assert federate.main(arguments) == 2
     assert "'oops' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('method="fedavgn"', "did you mean 'fedavg'"),
+        ("client.epochs=0", "client.epochs = 0, but it must be"),
+        ("federation.min-replies=6", "federation.min-replies = 6 is more than"),
+        ('run.name="../x"', "run.name = '../x', but it must be"),
+        ("seed=1979-05-27", "--set: cannot read 'seed=1979-05-27'"),
+    ],
+)
+def test_wrong_configuration_is_refused_before_the_superlink_is_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    message: str,
+) -> None:
+    monkeypatch.delattr(Federation, "start")
+    arguments = ["--root-certificates", str(tmp_path / "ca.crt"), "--set", setting]
+    assert federate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_odd_patience_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        federate.parse(["--root-certificates", "ca.crt", "--patience", "nan"])
+    assert "argument --patience: must be" in capsys.readouterr().err

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from clip2fl_common.config import ConfigError
+from scripts import simulate as script
 from scripts.simulate import (
     merge_run_config,
     parse_overrides,
     shared_gpus,
     simulate,
 )
+from tests.defaults import ROOT, default_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
 
@@ -225,6 +228,71 @@ def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr
+
+
+WRONG = {
+    'method="fedavgn"': "did you mean 'fedavg'",
+    "seed=-1": "seed = -1, but it must be",
+    "federation.rounds=10000000": "federation.rounds = 10000000, but it must be",
+    'run.name="../../x"': "run.name = '../../x', but it must be",
+    "federation.min-replies=6": "federation.min-replies = 6 is more than",
+    'dataset.name="cifar10"': "dataset.root is empty",
+    "privacy.min-class-samples=40": "class-gradients.samples-per-class = 32",
+    'client.precision="float16"': "client.precision = 'float16', but it must be",
+}
+"""Settings of this program, each with its message."""
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_wrong_configuration_is_refused_before_anything_starts(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(script, "_private_directory")
+    assert script.main(["--set", setting]) == 2
+    error = capsys.readouterr().err
+    assert WRONG[setting] in error
+    assert len(error.splitlines()) == 1
+
+
+def test_wrong_configuration_of_an_interrupted_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(script, "_private_directory")
+    content = {"config": {**default_config(), "client.epochs": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    assert script.main(["--resume", str(tmp_path)]) == 2
+    assert "client.epochs = 0, but it must be" in capsys.readouterr().err
+
+
+def test_checks_need_neither_torch_nor_flower() -> None:
+    """A wrong setting is refused at once, and not after seconds of imports."""
+    code = (
+        "import sys; from scripts.simulate import main; main(['--set', 'seed=-1']); "
+        "assert not {'torch', 'flwr'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
+    script.refuse_bad_config(toy, merge_run_config(toy, None, ['mode="any thing"']))
+    with pytest.raises(ConfigError, match="method = 'no-such'"):
+        script.refuse_bad_config(ROOT, 'method = "no-such"\n')
+    script.refuse_bad_config(ROOT, 'method = "fedprox"\n')
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--timeout=nan", "--timeout=inf", "--timeout=0", "--gpus-per-client=nan"),
+        *("--gpus-per-client=-1", "--supernodes=1000000000", "--cpus-per-client=0"),
+    ],
+)
+def test_odd_numbers_on_the_command_line_are_wrong_usage(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main([option])
+    assert f"argument {option.partition('=')[0]}: must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import platformdirs
 import pytest
 
-from clip2fl_common.config import RunConfig, known_keys
+from clip2fl_common.config import ConfigError, RunConfig, known_keys
 from clip2fl_common.metrics import AccuracyReport, ShotGroups
 from server_app import report
 from server_app.report import (
@@ -57,6 +57,26 @@ def test_without_a_place_it_goes_to_the_users_data(
     )
     path = RunFolder(run_config(run__name="here"), 1).path
     assert path == tmp_path / "clip2fl" / "runs" / "here"
+
+
+@pytest.mark.parametrize(
+    "value", ["../x", "..", ".", "/x", "a/b", "a/../../b", "\0", "a\nb", "x", "x" * 200]
+)
+@pytest.mark.parametrize("key", ["run__name", "method"])
+def test_no_configuration_leads_out_of_the_runs_folder(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    """Either the value is refused, or the folder lies directly in run.dir."""
+    try:
+        config = run_config(**{"run__dir": str(tmp_path / "runs"), key: value})
+    except ConfigError:
+        assert value != "x"
+        return
+    path = RunFolder(config, 5).path
+    assert value == "x"
+    assert path.parent == tmp_path / "runs"
+    assert path.name == {"run__name": "x", "method": "x-demo-seed7-5"}[key]
+    assert list(tmp_path.rglob(".lock")) == [path / ".lock"]
 
 
 def test_existing_run_is_refused_and_stays(tmp_path: Path) -> None:
