@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 
 app = typer.Typer(
     name="clip2fl",
@@ -287,7 +287,7 @@ def _message(error: Exception) -> str:
 
     text = str(error)
     lines = text.split("\n") if isinstance(error, ConfigError) else [text]
-    return "\n".join(map(visible, lines))
+    return "\n".join(map(shown, lines))
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -300,12 +300,12 @@ def _fail(message: str, status: int) -> NoReturn:
 
 def _answer(text: str) -> None:
     """Print a line of the answer."""
-    out.print(visible(text), soft_wrap=True)
+    out.print(shown(text), soft_wrap=True)
 
 
 def _tell(text: str, style: str | None = None) -> None:
     """Print a line that is no part of the answer."""
-    err.print(visible(text), style=style, soft_wrap=True)
+    err.print(shown(text), style=style, soft_wrap=True)
 
 
 def _print_json(content: Any) -> None:
@@ -316,10 +316,10 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     table = Table()
     for number, name in enumerate(header):
         table.add_column(
-            Text(visible(name)), justify="right" if number else "left", no_wrap=True
+            Text(shown(name)), justify="right" if number else "left", no_wrap=True
         )
     for row in rows:
-        table.add_row(*(Text(visible(str(cell))) for cell in row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     # A table that is wider than the terminal, or goes to a file, is not cut.
     unlimited = out.options.update(max_width=100_000)
     width = out.measure(table, options=unlimited).maximum

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from clip2fl_cli.run_schema import MAX_COUNT
-from server_app.foreign_files import ForeignFileError, short, shown
+from clip2fl_common.shown import shown
+from server_app.foreign_files import ForeignFileError, short
 from server_app.tensor_files import Declared, TensorFile
 
 CLIENTS = "clients_by_class"

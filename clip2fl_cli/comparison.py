@@ -21,9 +21,9 @@ from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 from scripts.simulate import RunResult, simulate
-from server_app.foreign_files import ForeignFileError, check, short, shown
+from server_app.foreign_files import ForeignFileError, check, short
 from server_app.resume import load_newest
 
 # Where a run goes and what watches it do not change its outcome.
@@ -154,7 +154,7 @@ class Comparison:
         general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
-            named = f"{where}: variants.{visible(variant)}"
+            named = f"{where}: variants.{shown(variant)}"
             own = flat_settings(_without(table, "seeds"), named)
             try:
                 config = resolve(
@@ -252,7 +252,7 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
         watcher.ended(run, result)
         if not result.completed:
             lines = (result.details or result.status).strip().splitlines()
-            reason = visible(lines[0] if lines else "no reason given")[:MAX_REASON]
+            reason = shown(lines[0] if lines else "no reason given")[:MAX_REASON]
             yield Failure(run.variant, run.seed, reason)
     if not comparison.missing() and comparison.local_training.exists():
         shutil.rmtree(comparison.local_training)
@@ -305,7 +305,7 @@ def _parse(file: Path) -> _File:
     if content.baseline not in content.variants:
         raise ComparisonError(
             f"{shown(file)}: baseline = {short(content.baseline)} is none of the "
-            f"variants {visible(', '.join(content.variants))}"
+            f"variants {shown(', '.join(content.variants))}"
         )
     return content
 

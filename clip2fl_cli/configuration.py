@@ -8,14 +8,12 @@ from typing import Any, cast
 
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 from scripts.simulate import ROOT, parse_overrides
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     read_text,
-    short,
-    shown,
 )
 from strategy.registry import method_named
 
@@ -57,7 +55,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ForeignFileError(f"{where} is nested too deeply") from None
     except ValueError as error:
-        raise ForeignFileError(f"{where}: {visible(str(error))}") from None
+        raise ForeignFileError(f"{where}: {shown(error)}") from None
 
 
 def flat_settings(table: Mapping[str, object], where: str) -> dict[str, Scalar]:
@@ -77,19 +75,12 @@ def flat_settings(table: Mapping[str, object], where: str) -> dict[str, Scalar]:
     Raises
     ------
     ConfigError
-        If a value is a list, a date or a time, or a table is nested too deeply.
+        If a key is not bare, or a value is no scalar that a run may have.
     """
     try:
-        flat = flatten(table)
-    except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply") from None
-    for key, value in flat.items():
-        if not isinstance(value, bool | int | float | str):
-            raise ConfigError(
-                f"{where}: {visible(key)} = {short(value)}, but it must be a number, a "
-                "string, true or false"
-            )
-    return cast(dict[str, Scalar], flat)
+        return cast(dict[str, Scalar], flatten(table))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def resolve(
@@ -126,7 +117,7 @@ def resolve(
         if run_config is None
         else flat_settings(read_toml(run_config), shown(run_config))
     )
-    of_pairs = flat_settings(parse_overrides(overrides), "--set")
+    of_pairs = cast(dict[str, Scalar], parse_overrides(overrides))
     try:
         config = RunConfig.from_run_config(
             {**defaults(), **of_file, **(own or {}), **of_pairs}

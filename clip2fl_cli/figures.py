@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clip2fl_cli.runs import by_frequency
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 
 WIDTH_INCHES = 4.8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -72,7 +72,7 @@ def in_picture(name: str) -> str:
 
     matplotlib leaves labels out of a legend that begin with an underscore.
     """
-    text = visible(name)
+    text = shown(name)
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME - 1]}…"
     return f" {text}" if text.startswith("_") else text

@@ -11,7 +11,7 @@ from clip2fl_cli.output import write_file
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
-from server_app.foreign_files import shown
+from clip2fl_common.shown import shown
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from clip2fl_cli.figures import STYLE
 from clip2fl_cli.output import OutputFolder
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 
 PNG_DOTS_PER_INCH = 200
 PAGE_FILE = "report.html"
@@ -141,7 +141,7 @@ def write_page(
         autoescape=True,
         undefined=StrictUndefined,
         # Escaping keeps markup out; this keeps out what turns text around.
-        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+        finalize=lambda value: shown(value) if isinstance(value, str) else value,
     )
     html = environment.get_template("report.html.j2").render(
         title=title, lead=lead, sections=sections, images=images

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from clip2fl_cli.comparison import PlannedRun
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 from scripts.simulate import RunResult
 
 # What the server prints at the end of each round (server_app/report.py).
@@ -103,7 +103,7 @@ class ComparisonProgress:
             if not self._console.is_terminal:
                 self._print(f"{name}: {line}")
 
-        self._progress.update(self._task, description=visible(name))
+        self._progress.update(self._task, description=shown(name))
         if not self._console.is_terminal:
             self._print(f"{name}: starts")
         return RoundLines(on_round)
@@ -120,5 +120,5 @@ class ComparisonProgress:
 
     def _print(self, text: str) -> None:
         self._console.print(
-            visible(text), markup=False, emoji=False, highlight=False, soft_wrap=True
+            shown(text), markup=False, emoji=False, highlight=False, soft_wrap=True
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clip2fl_common.limits import MAX_CLASSES, MAX_NAME_LENGTH
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 
 # Far above what is real; sums of them stay finite and numbers stay readable.
 MAX_COUNT = 2**48
@@ -41,7 +41,7 @@ def component_problem(name: str) -> str | None:
         return "is no name of a folder"
     if "/" in name or "\\" in name:
         return "has a separator of folders in it"
-    if name != visible(name):
+    if name != shown(name):
         return "has characters in it that cannot be seen"
     if name[0] in ".-" or name != name.strip():
         return "begins with a dot or a dash, or has blanks around it"

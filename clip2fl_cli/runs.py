@@ -12,7 +12,7 @@ import torch
 
 from clip2fl_cli.artifacts import read_artifacts
 from clip2fl_cli.run_schema import Facts, Round
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
@@ -20,7 +20,6 @@ from server_app.foreign_files import (
     read_json,
     read_text,
     refuse_unless_regular,
-    shown,
 )
 
 # Rounds vary by some points; the mean of the last ones is compared.
@@ -94,7 +93,7 @@ class FinishedRun:
     @property
     def name(self) -> str:
         """Name of its folder, for readers."""
-        return visible(os.path.basename(os.path.abspath(self.folder)))
+        return shown(os.path.basename(os.path.abspath(self.folder)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -238,7 +237,7 @@ def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         for head, accuracy in line["accuracy"].items():
             if len(accuracy["per_class"]) != classes:
                 raise ForeignFileError(
-                    f"{where}: line {number}: accuracy.{visible(head)}.per_class has "
+                    f"{where}: line {number}: accuracy.{shown(head)}.per_class has "
                     f"{len(accuracy['per_class'])} entries, but {FACTS_FILE} has "
                     f"{classes} class_names"
                 )

@@ -17,8 +17,7 @@ from clip2fl_cli.runs import (
     RunError,
     refuse_other_classes,
 )
-from clip2fl_common.text import visible
-from server_app.foreign_files import shown
+from clip2fl_common.shown import shown
 
 CONFIDENCE = 0.95
 # What Markdown would take for markup, and what ends a cell of a table.
@@ -280,7 +279,7 @@ def markdown(
 
 Date: {date.today().isoformat()}. Command:
 
-    {visible(command)}
+    {shown(command)}
 
 Accuracy in percent on {_test_images(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
@@ -384,7 +383,7 @@ def _percent(value: float | None) -> str:
 
 def plain(text: str) -> str:
     """Return text from outside as Markdown that shows it and does nothing else."""
-    return _MARKUP.sub(lambda match: f"\\{match[0]}", visible(text))
+    return _MARKUP.sub(lambda match: f"\\{match[0]}", shown(text))
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

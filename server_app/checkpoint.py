@@ -20,8 +20,9 @@ from clip2fl_common.limits import (
     MIN_IMAGE_SIZE,
 )
 from clip2fl_common.models import MODELS, ImageClassifier, build_model
+from clip2fl_common.shown import shown
 from server_app.durable import replaced_whole
-from server_app.foreign_files import ForeignFileError, check, parse_json, shown
+from server_app.foreign_files import ForeignFileError, check, parse_json
 from server_app.tensor_files import Declared, TensorFile
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from clip2fl_common.text import visible
+from clip2fl_common.shown import shown
 
 MEGABYTE = 2**20
 # Longer numbers are no counts, and Python takes time that grows with their square.
@@ -44,11 +44,6 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 class ForeignFileError(ValueError):
     """A file is not what it should be; says which, what was found and what to do."""
-
-
-def shown(path: Path) -> str:
-    """Return a path as it is written into a message, on one line."""
-    return visible(str(path))
 
 
 def refuse_unless_regular(path: Path) -> None:
@@ -195,7 +190,7 @@ def parse_json(text: str, schema: type[Schema], where: str) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ForeignFileError(f"{where} holds half of a character") from None
     except ValueError as error:
-        raise ForeignFileError(f"{where} is not JSON: {visible(str(error))}") from None
+        raise ForeignFileError(f"{where} is not JSON: {shown(error)}") from None
     if not isinstance(content, dict):
         raise ForeignFileError(
             f"{where} holds a {type(content).__name__}, but it must be an object"
@@ -235,7 +230,7 @@ def check(content: Mapping[str, Any], schema: type[Schema], where: str) -> Schem
 
 def short(value: object) -> str:
     """Return a value as it is written into a message: on one line, and not long."""
-    return visible(_SHORT.repr(value))
+    return shown(_SHORT.repr(value))
 
 
 _SHORT = reprlib.Repr()
@@ -245,7 +240,7 @@ _SHORT.maxlevel = 2
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    field = visible(".".join(map(str, problem["loc"])))[:200]
+    field = shown(".".join(map(str, problem["loc"])))[:200]
     message = str(problem["msg"])
     if problem["type"] == "missing":
         return f"{field} is missing"

@@ -15,13 +15,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
+from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     opened,
     parse_json,
     short,
-    shown,
 )
 
 # A model of 32,768 classes with long names has ten megabytes.
