@@ -1,6 +1,8 @@
 """Exported models give the logits that the training code gives."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from clip2fl_cli.exporting import costs, export, run_teacher
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import IMAGENET_NORMALIZATION, load_dataset
 from clip2fl_common.models import build_model
+from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoint import load_model
+from tests.clip2fl_cli.commands import run
 from tests.defaults import run_config
 
 
@@ -117,3 +121,93 @@ def test_run_without_a_teacher_has_the_students_costs_only(
     model = runs["fedavg"].folder / "model.safetensors"
     assert run_teacher(model) is None
     assert len(costs(model)) == 1
+
+
+FOREIGN = [
+    {"teacher.model": "local-dir:/somewhere"},
+    {"teacher.model": "hf-hub:somebody/something"},
+    {"teacher.model": "ViT-B-32", "teacher.pretrained": "openai"},
+]
+
+
+@pytest.fixture
+def foreign(runs: dict[str, FinishedRun], tmp_path: Path) -> Callable[..., Path]:
+    """Return what makes a run's folder whose configuration names another teacher."""
+
+    def make(keys: dict[str, str]) -> Path:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["clip2fl"].folder, folder)
+        facts = json.loads((folder / "config.json").read_text())
+        facts["config"] |= keys
+        (folder / "config.json").write_text(json.dumps(facts))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return which teachers were loaded; all are the built-in one."""
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, pretrained: str, *, prompt: str) -> Teacher:
+        asked.append((name, pretrained))
+        return load_teacher("demo", prompt=prompt)
+
+    monkeypatch.setattr(exporting, "load_teacher", load)
+    # Writing the files takes seconds, and other tests show it.
+    monkeypatch.setattr(exporting, "export", lambda file, _: (file, file))
+    monkeypatch.setattr(exporting, "MEASURED_SECONDS", 0.01)
+    return asked
+
+
+@pytest.mark.parametrize("keys", FOREIGN, ids=str)
+def test_teacher_that_a_file_names_is_loaded_on_request_only(
+    foreign: Callable[..., Path],
+    loaded: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    keys: dict[str, str],
+) -> None:
+    folder = foreign(keys)
+    arguments = ("export", "--json", "--model", folder, "--output", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 0
+    captured = capsys.readouterr()
+    assert loaded == []
+    assert len(json.loads(captured.out)["costs"]) == 1
+    said = f"the run's teacher, {keys['teacher.model']!r}, is not measured"
+    (line,) = (line for line in captured.err.splitlines() if "teacher" in line)
+    assert line.startswith(said)
+    assert "--teacher-cost loads and measures it" in line
+
+    assert run(monkeypatch, *arguments, "--teacher-cost") == 0
+    captured = capsys.readouterr()
+    assert loaded == [(keys["teacher.model"], keys.get("teacher.pretrained", ""))]
+    assert len(json.loads(captured.out)["costs"]) == 2
+    assert "not measured" not in captured.err
+
+
+def test_built_in_teacher_is_measured_without_being_asked_for(
+    foreign: Callable[..., Path],
+    loaded: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = foreign({"teacher.model": "demo"})
+    arguments = ("export", "--json", "--model", folder, "--output", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["costs"]) == 2
+    assert run(monkeypatch, *arguments, "--no-costs") == 0
+    assert json.loads(capsys.readouterr().out)["costs"] == []
+    assert loaded == [("demo", "")]
+
+
+def test_without_costs_the_runs_configuration_is_not_read(
+    foreign: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = foreign({})
+    (folder / "config.json").write_text("not JSON")
+    arguments = ("export", "--model", folder, "--output", tmp_path / "out")
+    assert run(monkeypatch, *arguments, "--no-costs") == 0

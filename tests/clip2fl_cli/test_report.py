@@ -24,7 +24,7 @@ from clip2fl_cli.figures import (
 from clip2fl_cli.report import write_comparison_report, write_run_report
 from clip2fl_cli.runs import FinishedRun, RunError
 from tests.clip2fl_cli.html_page import Page
-from tests.clip2fl_cli.made_up import write_run
+from tests.clip2fl_cli.made_up import accuracy, write_run
 
 SECTIONS = [
     "results",
@@ -328,3 +328,49 @@ def test_thousand_classes_give_a_page_of_reasonable_size(
     assert len(page.tables["classes-table"].texts) == classes
     assert not {"clients-table", "confusion-table"} & set(page.tables)
     assert file.stat().st_size < 4_000_000
+
+
+def rewritten(run: FinishedRun, *accuracies: dict[str, object]) -> FinishedRun:
+    """Return the run with other heads in its rounds."""
+    for line, heads in zip(run.rounds, accuracies, strict=True):
+        line["accuracy"] = heads
+        line["losses"] = {}
+    text = "\n".join(json.dumps(line) for line in run.rounds)
+    (run.folder / "metrics.jsonl").write_text(text)
+    return FinishedRun.read(run.folder)
+
+
+def test_rounds_that_no_site_evaluated_are_left_out(tmp_path: Path) -> None:
+    """Also the last one; and a head may be younger than the run."""
+    run = rewritten(
+        write_run(tmp_path / "run", [0.0] * 4),
+        {"fedavg": accuracy(10.0)},
+        {"retrained": accuracy(40.0), "fedavg": accuracy(20.0)},
+        {},
+        {},
+    )
+    assert run.heads == ["retrained", "fedavg"]
+    assert run.last("retrained", "balanced") == 40.0
+    assert run.last("fedavg", "balanced") == 15.0
+    assert run.per_class("fedavg") == [15.0, 17.0]
+    assert run.final("fedavg")["top1"] == 20.0
+    page = Page(write_run_report(run))
+    assert page.sections == SECTIONS
+    assert page.tables["results"].column("balanced")[:2] == ["40.0", "40.0"]
+    rounds = page.tables["accuracy-rounds"]
+    assert rounds.column("fedavg balanced") == ["10.0", "20.0", None, None]
+    assert rounds.column("retrained balanced") == [None, "40.0", None, None]
+    assert "No round has a loss." in (run.folder / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 3), (3, 1, 1), (2, 1, 5)])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_features_of_any_number_of_dimensions_are_drawn(
+    shape: tuple[int, int, int], value: float
+) -> None:
+    features = np.full(shape, value)
+    points, prototypes = principal_plane(features, features[:, 0])
+    assert points.shape == (*shape[:2], 2)
+    assert np.isfinite(points).all()
+    assert prototypes is not None
+    assert np.isfinite(prototypes).all()

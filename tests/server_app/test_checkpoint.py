@@ -1,5 +1,6 @@
 """The delivered model comes back as it was, and is there whole or not at all."""
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from safetensors import safe_open
 from torch import nn
 
 from clip2fl_common.datasets import Normalization
+from clip2fl_common.limits import MAX_FEATURE_DIM, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from clip2fl_common.models import ImageClassifier, build_model
 from server_app import checkpoint
 from server_app.checkpoint import ModelCard, load_model, save_model
+from server_app.foreign_files import ForeignFileError
 
 CLASSES, DIM = 3, 16
 
@@ -134,3 +137,55 @@ def test_model_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
     checkpoint.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     modes = {(tmp_path / n).stat().st_mode for n in ("other", "x.safetensors")}
     assert len(modes) == 1
+
+
+def saved_card(path: Path, **changes: Any) -> None:
+    """Save a model with a card of which some fields are different."""
+    changed = dataclasses.replace(card(), **changes)
+    classes, width = len(changed.class_names), changed.feature_dim
+    network = build_model(changed.architecture, classes, width)
+    save_model(path, network, network.classifier, changed)
+
+
+@pytest.mark.parametrize("size", [MIN_IMAGE_SIZE, MAX_IMAGE_SIZE])
+def test_sizes_up_to_the_bounds_are_loaded(tmp_path: Path, size: int) -> None:
+    saved_card(tmp_path / "x", image_size=size)
+    assert load_model(tmp_path / "x")[1].image_size == size
+
+
+@pytest.mark.parametrize("size", [MIN_IMAGE_SIZE - 1, MAX_IMAGE_SIZE + 1, 10**6])
+def test_sizes_beyond_the_bounds_are_refused(tmp_path: Path, size: int) -> None:
+    saved_card(tmp_path / "x", image_size=size)
+    with pytest.raises(ForeignFileError, match=f"x: its card: image_size = {size}"):
+        load_model(tmp_path / "x")
+
+
+def test_class_names_of_imagenet_are_loaded(tmp_path: Path) -> None:
+    """Two of its classes are called "missile", and two "sunglasses"."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    names = tuple(IMAGENET_CLASSNAMES)
+    assert len(set(names)) < len(names)
+    saved_card(tmp_path / "x", class_names=names)
+    assert load_model(tmp_path / "x")[1].class_names == names
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"feature_dim": MAX_FEATURE_DIM + 1},
+        {"normalization": Normalization((0.1, 0.2, 0.3), (0.4, 0.0, 0.6))},
+        {"normalization": Normalization((0.1, 0.2, 0.3), (0.4, -0.5, 0.6))},
+        {"normalization": Normalization((0.1, float("nan"), 0.3), (0.4, 0.5, 0.6))},
+        {"normalization": Normalization((0.1, float("inf"), 0.3), (0.4, 0.5, 0.6))},
+        {"class_names": ("a", "", "c")},
+        {"class_names": ("a", "b" * 501, "c")},
+    ],
+    ids=str,
+)
+def test_card_that_is_not_sound_is_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    saved_card(tmp_path / "x", **changes)
+    with pytest.raises(ForeignFileError, match="x: its card"):
+        load_model(tmp_path / "x")
