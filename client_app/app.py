@@ -1,7 +1,9 @@
 """Flower ClientApp: answers queries about the node, trains and evaluates."""
 
 import time
+from collections.abc import Callable
 from functools import lru_cache, partial
+from logging import getLogger
 from typing import cast
 
 import torch
@@ -11,15 +13,18 @@ from flwr.clientapp import ClientApp
 from client_app.evaluation import recalls
 from client_app.gradients import coded_class_gradients
 from client_app.own_images import (
+    OtherCodeError,
     SiteError,
-    min_class_samples,
+    gradient_images,
     names_kept_here,
-    open_own_site,
     training_images,
     validation_images,
 )
+from client_app.own_site import OwnSite, data_folder
 from client_app.privacy import gradient_protection
 from client_app.shared_training import train_or_recall
+from client_app.site_ledger import Kind
+from client_app.site_policy import SiteRefusal, is_real_site
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -29,7 +34,7 @@ from client_app.training import (
 )
 from clip2fl_common import records
 from clip2fl_common.config import SITES, RunConfig, TeacherConfig
-from clip2fl_common.datasets import ImageDataset
+from clip2fl_common.datasets import DatasetError, ImageDataset, open_site
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
@@ -38,55 +43,98 @@ from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.schedule import step_size
 from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
+logger = getLogger(__name__)
+
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which simulated partition, or which site, this node is."""
-    config = RunConfig.from_run_config(context.run_config)
-    if config.dataset.name == SITES:
-        with names_kept_here(config):
+
+    def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
+        if site is not None:
             name = _site_name(context)
-            open_own_site(config, context.node_config)
-        return Message(records.site_reply(name), reply_to=message)
-    place = MetricRecord(
-        {records.PARTITION: cast(int, context.node_config["partition-id"])}
-    )
-    return Message(RecordDict({records.METRICS: place}), reply_to=message)
+            open_site(config.dataset, site.folder)
+            return records.site_reply(name)
+        place = MetricRecord(
+            {records.PARTITION: cast(int, context.node_config["partition-id"])}
+        )
+        return RecordDict({records.METRICS: place})
+
+    return _answer(message, context, "query", answer)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Compute class gradients and train the global model on this client's images."""
-    config = RunConfig.from_run_config(context.run_config)
-    request = records.TrainRequest.parse(message.content)
-    try:
-        with names_kept_here(config):
-            return Message(_train(config, request, context), reply_to=message)
-    except FloatingPointError as error:
-        # By this code the server sees whether the model that it sent is at fault.
-        return Message(Error(records.DIVERGED, records.plain(error)), reply_to=message)
+
+    def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
+        request = records.TrainRequest.parse(message.content)
+        return _train(config, request, site)
+
+    return _answer(message, context, "train", answer)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Say how well each classifier does on a site's validation images."""
-    config = RunConfig.from_run_config(context.run_config)
-    request = records.TrainRequest.parse(message.content)
-    with names_kept_here(config):
-        return Message(_evaluate(config, request, context), reply_to=message)
+
+    def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
+        request = records.TrainRequest.parse(message.content)
+        return _evaluate(config, request, site)
+
+    return _answer(message, context, "evaluate", answer)
+
+
+def _answer(
+    message: Message,
+    context: Context,
+    kind: Kind,
+    answer: Callable[[RunConfig, OwnSite | None], RecordDict],
+) -> Message:
+    """Return what a handler answers, within the site's own rules."""
+    try:
+        with names_kept_here(context.node_config):
+            site = OwnSite.of(context.node_config)
+            config = RunConfig.from_run_config(context.run_config)
+            if site is not None:
+                config = site.admit(
+                    config,
+                    kind=kind,
+                    run=str(context.run_id),
+                    request_bytes=records.message_bytes(message.content),
+                )
+            elif config.dataset.name == SITES:
+                data_folder(context.node_config)  # says that there is none
+            content = answer(config, site)
+            if site is not None:
+                site.check_reply(records.message_bytes(content))
+            return Message(content, reply_to=message)
+    except SiteRefusal as refusal:
+        logger.error("run %d, %s: %s", context.run_id, kind, refusal)
+        error = Error(records.SITE_REFUSES, refusal.sent)
+    except DatasetError as found:
+        logger.error("run %d, %s: %s", context.run_id, kind, found)
+        told = f"{type(found).__name__}: {found}"
+        if is_real_site(context.node_config):
+            told = found.summary
+        error = Error(records.DATA_ERROR, told)
+    except FloatingPointError as diverged:
+        # By this code the server sees whether the model that it sent is at fault.
+        error = Error(records.DIVERGED, records.plain(diverged))
+    return Message(error, reply_to=message)
 
 
 def _train(
-    config: RunConfig, request: records.TrainRequest, context: Context
+    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
 ) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
     precision: torch.dtype = getattr(torch, config.client.precision)
     clock = _Stopwatch()
 
-    dataset, loaded = training_images(config, context.node_config, request.partition)
+    dataset, loaded = training_images(config, site, request.partition)
     images = PixelImages(
         to_device_if_small(loaded.images, device), dataset.normalization, device
     )
@@ -99,13 +147,19 @@ def _train(
     teacher_logits = None
     if objective.distillation_weight > 0:
         teacher_logits = _teacher_logits(
-            config, dataset, loaded.images, request, device
+            config, dataset, loaded.images, request, device, site
         ).to(device)
     clock.lap("data")
 
     model = _global_model(config, dataset, request, device)
     reply = RecordDict()
     if request.classifier is not None:
+        fixed = gradient_images(config, site, dataset, loaded)
+        least = config.privacy.min_class_samples
+        most = config.class_gradients.samples_per_class
+        if site is not None:
+            least = site.least_samples(config)
+            most = most if fixed is None else site.policy.set_size
         features, drawn = augmented_features(
             model,
             images,
@@ -118,7 +172,8 @@ def _train(
                 config.seed, "augmentation", request.server_round, request.partition
             ),
             precision=precision,
-            min_class_samples=min_class_samples(config, context.node_config),
+            min_class_samples=least,
+            fixed=fixed,
         )
         gradients = coded_class_gradients(
             features,
@@ -128,8 +183,8 @@ def _train(
             precision=config.upload.precision,
             protection=gradient_protection(
                 config.privacy,
-                config.class_gradients.samples_per_class,
-                _noise_source(config, request),
+                most,
+                _noise_source(config, request, site),
             ),
         )
         reply[records.GRADIENTS] = records.gradients_to_arrays(
@@ -184,19 +239,21 @@ def _train(
     return reply
 
 
-def _noise_source(config: RunConfig, request: records.TrainRequest) -> torch.Generator:
+def _noise_source(
+    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
+) -> torch.Generator:
     """Return the source of noise: the run's seed only where clients are simulated."""
-    if config.dataset.name == SITES:
+    if site is not None:
         return secret_generator()
     return generator(config.seed, "privacy", request.server_round, request.partition)
 
 
 def _evaluate(
-    config: RunConfig, request: records.TrainRequest, context: Context
+    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
 ) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
-    dataset, loaded = validation_images(config, context.node_config)
+    dataset, loaded = validation_images(config, site)
     model = _global_model(config, dataset, request, device)
     own = model.classifier
     classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
@@ -205,11 +262,11 @@ def _evaluate(
     if request.classifier is not None:
         weight, bias = (tensor.to(device) for tensor in request.classifier)
         classifiers[RETRAINED_HEAD] = (weight, bias)
-    teacher_logits = (
-        {TEACHER_HEAD: _teacher_logits(config, dataset, loaded.images, request, device)}
-        if request.teacher_fingerprint
-        else {}
-    )
+    teacher_logits = {}
+    if request.teacher_fingerprint:
+        teacher_logits[TEACHER_HEAD] = _teacher_logits(
+            config, dataset, loaded.images, request, device, site
+        )
     found = recalls(
         model,
         PixelImages(loaded.images, dataset.normalization, device),
@@ -252,8 +309,11 @@ def _teacher_logits(
     images: torch.Tensor,
     request: records.TrainRequest,
     device: torch.device,
+    site: OwnSite | None,
 ) -> torch.Tensor:
     """Return the teacher's logits [N, C] of un-augmented images, on the CPU."""
+    if site is not None:
+        site.check_teacher(config.teacher, request.teacher_fingerprint)
     teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
     _check_teacher(teacher, request.teacher_fingerprint)
     features = teacher.cached_image_features(images)
@@ -285,7 +345,7 @@ def _check_teacher(teacher: Teacher, expected: str) -> None:
 
 def _check_code(expected: str) -> None:
     if code_fingerprint() != expected:
-        raise RuntimeError(
+        raise OtherCodeError(
             f"the client code in {PACKAGE_ROOT} is not the server's. Flower's local "
             "SuperLink was started in another folder and imports its code: stop it "
             "and run again, or use scripts/simulate.py, which starts one of its own"

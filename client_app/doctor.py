@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import cast
 
 from client_app import data_check, preflight
+from client_app.own_site import state_folder
+from client_app.policy_check import check_ledger, check_policy
 from client_app.preflight import Finding
 from clip2fl_common.config import (
+    SITES,
     TEACHER_METHODS,
-    ConfigError,
     RunConfig,
     Scalar,
     listed_names,
@@ -27,7 +29,9 @@ from clip2fl_common.private_files import cache_dir
 from clip2fl_common.provenance import PACKAGE_ROOT
 
 
-def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding]:
+def findings(
+    options: argparse.Namespace, config: RunConfig | None
+) -> Iterator[Finding]:
     """Yield what the checks find, the quick ones first."""
     now = preflight.now()
     if options.root_certificates:
@@ -38,6 +42,14 @@ def findings(options: argparse.Namespace, config: RunConfig) -> Iterator[Finding
         yield from preflight.check_server(
             options.superlink, options.root_certificates, now
         )
+    yield from check_policy(options.policy, config)
+    yield check_ledger(options.site_state, options.policy)
+    if config is None:
+        yield preflight.check_disk(cache_dir(), 0, 0)
+        yield Finding(
+            "ok", "run", "no --run-config: images, device and teacher are not checked"
+        )
+        return
     dataset = config.dataset
     yield preflight.check_disk(
         cache_dir(), data_check.count_images(options.data_path), dataset.image_size
@@ -79,9 +91,21 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--run-config",
         type=Path,
-        required=True,
         metavar="TOML",
-        help="the run's configuration: classes, image size, teacher, device",
+        help="the run's configuration: classes, image size, teacher, device; without "
+        "one, only what no run changes is checked",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="TOML",
+        help="the site's own rules (docs/site-policy.md)",
+    )
+    parser.add_argument(
+        "--site-state",
+        type=Path,
+        metavar="DIR",
+        help="the node's record of what it has answered, if --node-config names one",
     )
     parser.add_argument("--superlink", metavar="HOST:PORT", help="the server")
     parser.add_argument(
@@ -104,18 +128,22 @@ def main(
 ) -> int:
     """Run the command line and return its exit status."""
     options = _parse(arguments, prog)
-    try:
-        config = _run_config(options.run_config)
-    except (OSError, tomllib.TOMLDecodeError, ConfigError) as error:
-        print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
-        return 2
-    if config.dataset.name != "sites":
-        print(
-            f"doctor: {options.run_config}: dataset.name = {config.dataset.name!r}, "
-            "but only 'sites' uses nodes' own images",
-            file=sys.stderr,
-        )
-        return 2
+    config = None
+    if options.run_config:
+        try:
+            config = _run_config(options.run_config)
+        except (OSError, ValueError) as error:
+            print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
+            return 2
+        if config.dataset.name != SITES:
+            print(
+                f"doctor: {options.run_config}: dataset.name = "
+                f"{config.dataset.name!r}, but only 'sites' uses nodes' own images",
+                file=sys.stderr,
+            )
+            return 2
+    if options.site_state is None:
+        options.site_state = state_folder({}, options.data_path)
     levels = []
     for finding in findings(options, config):
         print(finding, flush=True)

@@ -1,31 +1,39 @@
 """The images of this client: a site's own folder, or a simulated partition."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
+import torch
 
-from clip2fl_common.config import SITES, RunConfig
+from client_app.own_site import OwnSite
+from client_app.site_policy import NodeConfig, SiteRefusal, is_real_site, one_line
+from clip2fl_common.config import ConfigError, RunConfig
 from clip2fl_common.datasets import (
     DatasetError,
+    FileSource,
     ImageDataset,
+    ImageSource,
     LoadedImages,
     load_dataset,
     open_site,
     partition_indices,
 )
+from clip2fl_common.image_store import file_digests
 from clip2fl_common.teacher import OtherTeacherError, TeacherError
-
-NodeConfig = Mapping[str, bool | int | float | str]
 
 
 class SiteError(RuntimeError):
     """A site cannot do what it was asked; says so without a name from its disk."""
 
 
+class OtherCodeError(RuntimeError):
+    """The client's code is not the server's; names a folder of this machine."""
+
+
 def training_images(
-    config: RunConfig, node_config: NodeConfig, partition: int
+    config: RunConfig, site: OwnSite | None, partition: int
 ) -> tuple[ImageDataset, LoadedImages]:
     """Return the site's images, or those of the partition asked for.
 
@@ -33,8 +41,8 @@ def training_images(
     ----------
     config : RunConfig
         The run's configuration.
-    node_config : mapping
-        What the node was started with.
+    site : OwnSite or None
+        This node, if it has images of its own.
     partition : int
         Which partition to train on, where clients are simulated.
 
@@ -50,8 +58,8 @@ def training_images(
     DatasetError
         If they are not where, or not what, they should be.
     """
-    if config.dataset.name == SITES:
-        dataset = open_own_site(config, node_config)
+    if site is not None:
+        dataset = open_site(config.dataset, site.folder)
         return dataset, dataset.train.open(np.arange(len(dataset.train.labels)))
     dataset = load_dataset(config.dataset)
     parts = partition_indices(
@@ -60,65 +68,119 @@ def training_images(
     return dataset, dataset.train.open(parts[partition])
 
 
+def gradient_images(
+    config: RunConfig, site: OwnSite | None, dataset: ImageDataset, loaded: LoadedImages
+) -> dict[int, torch.Tensor] | None:
+    """Return which images enter the class gradients, where a site fixes them.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    site : OwnSite or None
+        This node, if it has images of its own.
+    dataset, loaded : ImageDataset and LoadedImages
+        As `training_images` returned them.
+
+    Returns
+    -------
+    dict of int to Tensor of int64, or None
+        See `OwnSite.gradient_images`.
+    """
+    if site is None or not site.policy.fixes_images:
+        return None
+    digests, readable = _digests(dataset.train, loaded)
+    there = list(zip(dataset.train.labels.tolist(), digests, strict=True))
+    return site.gradient_images(
+        config, dataset.class_names, loaded.labels, readable, there
+    )
+
+
 def validation_images(
-    config: RunConfig, node_config: NodeConfig
+    config: RunConfig, site: OwnSite | None
 ) -> tuple[ImageDataset, LoadedImages]:
-    """Return the site's images that evaluate; see `training_images`."""
-    dataset = open_own_site(config, node_config)
-    indices = np.arange(len(dataset.test.labels))
-    # Nothing can be kept of no images.
-    source = dataset.test
-    return dataset, source.open(indices) if len(indices) else source.load(indices)
-
-
-def open_own_site(config: RunConfig, node_config: NodeConfig) -> ImageDataset:
-    """Open the folder that the node was started with."""
-    folder = node_config.get("data-path")
-    if not isinstance(folder, str) or not Path(folder).is_absolute():
-        raise DatasetError(
-            f"dataset.name = 'sites', but this node's data-path is {folder!r}: start "
-            "it with --node-config 'data-path=\"/absolute/folder\"'",
-            "the node has no absolute data-path in its --node-config",
-        )
-    return open_site(config.dataset, Path(folder))
-
-
-def min_class_samples(config: RunConfig, node_config: NodeConfig) -> int:
-    """Return the images that a class needs here to have its gradient sent.
-
-    A node may ask for more than the run does, never for less.
+    """Return the site's images that evaluate, of classes with enough of them.
 
     Raises
     ------
-    SiteError
-        If the node's own number is not a positive integer.
+    DatasetError
+        As `training_images`; or where clients are simulated.
     """
-    own = node_config.get("min-class-samples", 1)
-    if not isinstance(own, int) or own < 1:
-        raise SiteError(
-            f"min-class-samples in the node's --node-config is {own!r}; it must be a "
-            "positive integer"
+    if site is None:
+        raise DatasetError(
+            f"this node has no data-path, and dataset.name = {config.dataset.name!r} "
+            "is evaluated at the server",
+            "the node has no data-path in its --node-config",
         )
-    return max(own, config.privacy.min_class_samples)
+    dataset = open_site(config.dataset, site.folder)
+    source = dataset.test
+    indices = np.arange(len(source.labels))
+    # Nothing can be kept of no images.
+    loaded = source.open(indices) if len(indices) else source.load(indices)
+    least = site.policy.evaluation_samples
+    if least == 1:
+        return dataset, loaded
+    # Copies of one image are one image.
+    different = set(
+        zip(loaded.labels.tolist(), _digests(source, loaded)[1], strict=True)
+    )
+    counts = torch.bincount(
+        torch.tensor([label for label, _ in different], dtype=torch.int64),
+        minlength=len(dataset.class_names),
+    )
+    kept = counts[loaded.labels] >= least
+    if kept.all():
+        return dataset, loaded
+    return dataset, replace(
+        loaded, images=loaded.images[kept], labels=loaded.labels[kept]
+    )
+
+
+def _digests(source: ImageSource, loaded: LoadedImages) -> tuple[list[int], list[int]]:
+    """Return the digests of all files, and of those that could be read, in order."""
+    assert isinstance(source, FileSource)
+    digests = file_digests(source.paths).tolist()
+    left_out = set(loaded.unreadable)
+    readable = [
+        digest
+        for path, digest in zip(source.paths, digests, strict=True)
+        if str(path) not in left_out
+    ]
+    assert len(readable) == len(loaded.labels)
+    return digests, readable
 
 
 @contextlib.contextmanager
-def names_kept_here(config: RunConfig) -> Iterator[None]:
+def names_kept_here(node_config: NodeConfig) -> Iterator[None]:
     """Keep names of a site's folders and files out of the error that is sent.
 
     Flower sends an exception's text to the server. The whole one is in the node's own
-    log, as the cause.
+    log, as the cause. Whether the node is a site is for its own configuration to say:
+    the run's comes from the server.
     """
     try:
         yield
-    except (OtherTeacherError, SiteError, FloatingPointError):
-        raise  # they speak of the run, not of the site
+    except (SiteRefusal, FloatingPointError):
+        raise  # have a text for the server
     except Exception as error:
-        if config.dataset.name != SITES:
+        if not is_real_site(node_config):
             raise
-        reason = f"it stopped with {type(error).__name__}"
         if isinstance(error, DatasetError):
-            reason = error.summary
-        elif isinstance(error, TeacherError):
-            reason = "its teacher cannot be loaded"
-        raise SiteError(f"{reason}; the site's own log says more") from error
+            raise DatasetError(
+                str(error), one_line(f"{error.summary}; the site's own log says more")
+            ) from error
+        raise SiteError(one_line(_reason(error))) from error
+
+
+def _reason(error: Exception) -> str:
+    # The first three speak of the run, not of the site.
+    if isinstance(error, SiteError | OtherTeacherError | ConfigError):
+        return str(error)
+    if isinstance(error, OtherCodeError):
+        return (
+            "the client code here is not the server's: install the same version on both"
+        )
+    reason = f"it stopped with {type(error).__name__}"
+    if isinstance(error, TeacherError):
+        reason = "its teacher cannot be loaded"
+    return f"{reason}; the site's own log says more"

@@ -1,6 +1,6 @@
 """Local training: (logit-adjusted) cross-entropy, distillation, proximal term."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -279,6 +279,7 @@ def augmented_features(
     generator: torch.Generator,
     precision: torch.dtype = torch.float32,
     min_class_samples: int = 1,
+    fixed: Mapping[int, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the features from which a client's class gradients are computed.
 
@@ -307,6 +308,9 @@ def augmented_features(
         Of the forward passes: float32, or bfloat16 for mixed precision.
     min_class_samples : int
         Classes with fewer images are left out.
+    fixed : mapping of int to Tensor of int64, or None
+        Class to the places of the images that every draw takes, exactly; other classes
+        are left out. None: each draw chooses.
 
     Returns
     -------
@@ -319,6 +323,12 @@ def augmented_features(
         for c, count in zip(*labels.unique(return_counts=True), strict=True)
         if count >= min_class_samples
     }
+    if fixed is not None:
+        members = {
+            c: places.cpu()
+            for c, places in fixed.items()
+            if len(places) >= min_class_samples
+        }
     if not members:
         dim = model.classifier.in_features
         return torch.empty(0, dim, device=labels.device), labels[:0]
@@ -327,8 +337,10 @@ def augmented_features(
     def parts() -> Iterator[torch.Tensor]:
         for _ in range(draws):
             for indices in members.values():
-                order = torch.randperm(len(indices), generator=generator)
-                picked = indices[order[:samples_per_class]].to(images.device)
+                if fixed is None:
+                    order = torch.randperm(len(indices), generator=generator)
+                    indices = indices[order[:samples_per_class]]
+                picked = indices.to(images.device)
                 chosen.append(picked)
                 part = images[picked]
                 yield siamese_augment(part, None, generator) if augment else part

@@ -54,6 +54,13 @@ DISTILLATION_TEMPERATURE = "distillation-temperature"
 TEACHER_FINGERPRINT = "teacher-fingerprint"
 CODE_FINGERPRINT = "code-fingerprint"
 
+# Codes of Flower's errors that clients return; Flower's own are below 1000.
+# This client's images cannot be read.
+DATA_ERROR = 1001
+# The site's own rules refuse the run.
+SITE_REFUSES = 1002
+DIVERGED = 1003  # the model that was sent, or the training on it, is not finite
+
 # No training brings about larger numbers. Sums, squares and products of those below
 # stay finite in float32, so that no reply can leave behind what is not a number.
 LARGEST_VALUE = 1e12
@@ -63,11 +70,6 @@ LONGEST_HEADER = 256
 VARIANCE = "running_var"
 RUNNING_STATISTICS = ("running_mean", VARIANCE)
 
-# Codes of errors that a ClientApp answers with. Flower's own are below 100. The server
-# decides by them; the text beside them is for people.
-DATA_ERROR = 1001  # the client's images cannot be read
-SITE_REFUSES = 1002  # the site's own rules refuse the run
-DIVERGED = 1003  # the model that was sent, or the training on it, is not finite
 
 # Characters of a text from elsewhere that are shown.
 LONGEST_TEXT = 300
@@ -690,6 +692,18 @@ def simulated_partition(answer: Message) -> int:
 def payload_bytes(content: RecordDict) -> int:
     """Return the size of a message's arrays in bytes: what is worth counting."""
     return sum(map(_record_bytes, content.array_records.values()))
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Return the size of all that a message carries, in bytes; numbers count eight."""
+    values = [
+        *(v for record in content.config_records.values() for v in record.values()),
+        *(v for record in content.metric_records.values() for v in record.values()),
+    ]
+    parts = [p for v in values for p in (v if isinstance(v, list) else [v])]
+    return payload_bytes(content) + sum(
+        len(part) if isinstance(part, str | bytes) else 8 for part in parts
+    )
 
 
 def gradient_bytes(content: RecordDict) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 
 from client_app.app import _teacher, app
 from client_app.gradients import class_gradients
+from client_app.own_images import training_images
 from clip2fl_common import records
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import load_dataset, partition_indices
@@ -226,6 +227,27 @@ def test_same_request_twice_gives_identical_arrays() -> None:
             for reply in (first, second)
         ]
         assert values[0] == values[1]
+
+
+def test_two_clients_draw_their_own_batches_and_augmentation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even of the same images, in the same round of the same run."""
+
+    def same_images(config: RunConfig, site: None, partition: int) -> Any:
+        return training_images(config, site, 0)
+
+    monkeypatch.setattr("client_app.app.training_images", same_images)
+    augmented = run_config(upload__precision="full")
+    first, again, other = (
+        answer(request(partition=partition, with_classifier=True), config=augmented)
+        for partition in (0, 0, 1)
+    )
+    assert array_bytes(first) == array_bytes(again)
+    for record in (records.ARRAYS, records.GRADIENTS):
+        one, two = (array_bytes(reply)[record] for reply in (first, other))
+        name = {records.ARRAYS: "bn1.bias", records.GRADIENTS: "weight"}[record]
+        assert one[name] != two[name]
 
 
 def test_precision_of_the_configuration_reaches_training_and_gradients() -> None:

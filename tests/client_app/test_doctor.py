@@ -21,6 +21,8 @@ from PIL import Image
 
 from client_app import data_check, doctor, preflight
 from client_app.preflight import Finding
+from client_app.site_ledger import SiteLedger
+from client_app.site_policy import SitePolicy
 from tests.defaults import ROOT
 
 NOW = datetime(2030, 6, 1, tzinfo=UTC)
@@ -338,3 +340,106 @@ def test_wrong_usage_names_the_file(
         )
         assert status == 2 and str(path) in text
     assert os.listdir(tmp_path / "data") == ["cat"]
+
+
+POLICY = """
+min-class-samples = 5
+gradient-samples = 8
+max-clip-norm = 1.5
+teachers = ["abcdefabcdef"]
+"""
+
+
+def test_policy_is_reported_and_the_run_is_held_against_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY, "utf-8")
+    bad = run_config(tmp_path, class_gradients__samples_per_class=2)
+    common = ("--data-path", tmp_path / "data", "--policy", policy)
+    status, report = doctor_says(capsys, *common, "--run-config", bad)
+    assert status == 1
+    for rule in (
+        "min-class-samples = 5",
+        "gradient-samples = 8",
+        "gradient-cuts = 1",
+        "min-evaluation-samples = 5",
+        "validation-share = none",
+        "max-clip-norm = 1.5",
+        "teachers = [abcdefabcdef]",
+        "hub-downloads = false",
+    ):
+        assert rule in report
+    for reason in (
+        "class-gradients.samples-per-class = 2, and the site's min-class-samples is 5",
+        "privacy.gradient-clip-norm = 0, and the site's max-clip-norm is 1.5",
+    ):
+        line = f"this site would refuse the run: the run has {reason}"
+        assert f"PROBLEM  policy       {line}" in report
+    good = run_config(tmp_path, privacy__gradient_clip_norm=1.0)
+    status, report = doctor_says(capsys, *common, "--run-config", good)
+    assert status == 0, report
+    other = run_config(tmp_path, privacy__gradient_clip_norm=1.0, method="clip2fl")
+    status, report = doctor_says(capsys, *common, "--run-config", other)
+    assert status == 1 and "is not among the site's teachers" in report
+
+
+def test_no_policy_is_said_and_an_unusable_one_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    common = ("--data-path", tmp_path / "data", "--run-config", run_config(tmp_path))
+    status, report = doctor_says(capsys, *common)
+    assert status == 0 and "OK       policy       no policy: the run decides" in report
+    policy = tmp_path / "policy.toml"
+    policy.write_text("min-class-sample = 5", "utf-8")
+    status, report = doctor_says(capsys, *common, "--policy", policy)
+    assert status == 1 and "did you mean min-class-samples?" in report
+    policy.write_text("min-class-samples = 5", "utf-8")
+    policy.chmod(0o646)
+    status, report = doctor_says(capsys, *common, "--policy", policy)
+    assert status == 0 and f"chmod go-w {policy}" in report
+
+
+def test_without_a_policy_a_teacher_of_anybodys_is_refused_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    config = run_config(
+        tmp_path, method="clip2fl", teacher__model=f"local-dir:{tmp_path / 'none'}"
+    )
+    status, report = doctor_says(
+        capsys, "--data-path", tmp_path / "data", "--run-config", config
+    )
+    assert status == 1 and "outside the site's teacher-folders" in report
+
+
+def test_without_a_run_only_the_node_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = doctor_says(capsys, "--data-path", tmp_path / "nowhere")
+    assert status == 0, report
+    assert "no --run-config: images, device and teacher are not checked" in report
+    assert "disk" in report and "policy" in report
+    assert "OK       device" not in report
+
+
+def test_record_of_what_was_answered_is_checked_and_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Doctor may run as another user than the node."""
+    state = tmp_path / "state"
+    common = ("--data-path", tmp_path, "--site-state", state)
+    status, report = doctor_says(capsys, *common)
+    assert status == 0 and "nothing answered yet" in report and not state.exists()
+    SiteLedger(state).count("1", "train", SitePolicy())
+    status, report = doctor_says(capsys, *common)
+    assert status == 0 and "1 runs answered so far" in report
+    (state / "ledger.sqlite").write_bytes(b"")
+    status, report = doctor_says(capsys, *common)
+    assert status == 0 and "WARNING  ledger" in report
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-runs = 3", "utf-8")
+    status, report = doctor_says(capsys, *common, "--policy", policy)
+    assert status == 1 and "PROBLEM  ledger" in report

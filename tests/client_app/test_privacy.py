@@ -1,5 +1,7 @@
 """What one image can change in a class gradient, and the noise that hides it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from flwr.app import ArrayRecord
@@ -9,10 +11,12 @@ from torch.nn import functional
 
 from client_app.app import _noise_source
 from client_app.gradients import class_gradients, coded_class_gradients
+from client_app.own_site import OwnSite
 from client_app.privacy import GradientProtection, gradient_protection
+from client_app.site_ledger import SiteLedger
+from client_app.site_policy import SitePolicy
 from client_app.training import augmented_features
 from clip2fl_common import records
-from clip2fl_common.config import RunConfig
 from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.models import build_model
 from tests.defaults import run_config
@@ -193,7 +197,9 @@ def weights(num_classes: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(num_classes, dim), torch.zeros(num_classes)
 
 
-def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
+def test_noise_can_be_repeated_only_where_clients_are_simulated(
+    tmp_path: Path,
+) -> None:
     """The server knows the run's seed, and would take the noise away again."""
     request = records.TrainRequest(
         model=ArrayRecord(),
@@ -206,13 +212,12 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
         distillation_temperature=1.0,
         proximal_mu=0.0,
     )
-    simulated = run_config()
-    sites = run_config(dataset__name="sites", dataset__class_names="a, b, c")
+    site = OwnSite(tmp_path, SitePolicy(), SiteLedger(tmp_path))
 
-    def drawn(config: RunConfig) -> list[float]:
-        source = _noise_source(config, request)
+    def drawn(place: OwnSite | None) -> list[float]:
+        source = _noise_source(run_config(), request, place)
         numbers: list[float] = torch.randn(4, generator=source).tolist()
         return numbers
 
-    assert drawn(simulated) == drawn(simulated)
-    assert drawn(sites) != drawn(sites)
+    assert drawn(None) == drawn(None)
+    assert drawn(site) != drawn(site)

@@ -1,0 +1,231 @@
+"""A node with images of its own: its rules, and its record of what it has answered."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+
+import torch
+
+from client_app.site_ledger import HeldImages, Kind, LedgerError, SiteLedger
+from client_app.site_policy import (
+    DATA_PATH,
+    STATE,
+    NodeConfig,
+    SitePolicy,
+    SiteRefusal,
+    is_real_site,
+    site_policy,
+)
+from clip2fl_common.config import RunConfig, TeacherConfig
+from clip2fl_common.datasets import DatasetError
+from clip2fl_common.private_files import cache_dir
+
+logger = getLogger(__name__)
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class OwnSite:
+    """What stands between a run and a site's images.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds ``<class>/<image>``.
+    policy : SitePolicy
+        The site's rules.
+    ledger : SiteLedger
+        What it has answered.
+    """
+
+    folder: Path
+    policy: SitePolicy
+    ledger: SiteLedger
+
+    @classmethod
+    def of(cls, node_config: NodeConfig) -> "OwnSite | None":
+        """Return the site that a node is; None where it simulates a client.
+
+        Raises
+        ------
+        SiteRefusal
+            If its rules are not usable.
+        DatasetError
+            If it has no folder.
+        """
+        if not is_real_site(node_config):
+            return None
+        policy = site_policy(node_config)
+        folder = data_folder(node_config)
+        return cls(folder, policy, SiteLedger(state_folder(node_config, folder)))
+
+    def admit(
+        self, config: RunConfig, *, kind: Kind, run: str, request_bytes: int
+    ) -> RunConfig:
+        """Return a run's configuration as this site follows it.
+
+        Parameters
+        ----------
+        config : RunConfig
+            As the server has it.
+        kind : {"query", "train", "evaluate"}
+            What the site is asked for.
+        run : str
+            Flower's id of the run.
+        request_bytes : int
+            Size of the message.
+
+        Returns
+        -------
+        RunConfig
+            With the site's own division into training and validation images.
+
+        Raises
+        ------
+        SiteRefusal
+            If a rule forbids it; says which.
+        """
+        _check_size("request", request_bytes, self.policy.max_request_mib)
+        if problems := list(self.policy.violations(config)):
+            raise SiteRefusal("; ".join(problems))
+        try:
+            self.ledger.count(run, kind, self.policy)
+            share = self._validation_share(config, kind)
+        except LedgerError as error:
+            if self.policy.needs_ledger:
+                raise
+            share = self.policy.validation_share or config.dataset.validation_share
+            logger.warning("%s. Until then each run divides the images anew.", error)
+        if share == config.dataset.validation_share:
+            return config
+        logger.warning(
+            "the run has dataset.validation-share = %g, but this site keeps its "
+            "division into training and validation images: %g",
+            config.dataset.validation_share,
+            share,
+        )
+        own = {"dataset.validation-share": share}
+        return RunConfig.from_run_config({**config.to_flat(), **own})
+
+    def _validation_share(self, config: RunConfig, kind: Kind) -> float:
+        if self.policy.validation_share is not None:
+            return self.policy.validation_share
+        return self.ledger.validation_share(
+            config.dataset.validation_share, keep=kind != "query"
+        )
+
+    def check_teacher(self, teacher: TeacherConfig, fingerprint: str) -> None:
+        """Raise `SiteRefusal` unless a teacher may be loaded, or used."""
+        if problems := list(self.policy.teacher_violations(teacher, fingerprint)):
+            raise SiteRefusal("; ".join(problems))
+
+    def check_reply(self, reply_bytes: int) -> None:
+        """Raise `SiteRefusal` if a reply is larger than the site allows."""
+        _check_size("reply", reply_bytes, self.policy.max_reply_mib)
+
+    def least_samples(self, config: RunConfig) -> int:
+        """Return the images that a class needs to have its gradient sent.
+
+        A site may ask for more than the run does, never for less.
+        """
+        return max(self.policy.min_class_samples, config.privacy.min_class_samples)
+
+    def gradient_images(
+        self,
+        config: RunConfig,
+        class_names: Sequence[str],
+        labels: torch.Tensor,
+        readable: Sequence[int],
+        there: Sequence[tuple[int, int]],
+    ) -> dict[int, torch.Tensor] | None:
+        """Return which images enter the class gradients, where the site fixes them.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run's.
+        class_names : sequence of str
+            C names.
+        labels : Tensor of int64, shape [N]
+            Classes of the training images that could be read.
+        readable : sequence of int
+            Digests of their files, N of them.
+        there : sequence of tuple of int and int
+            Class and digest of all training images' files.
+
+        Returns
+        -------
+        dict of int to Tensor of int64, or None
+            Class to places among the N images, the same in all draws, rounds and runs;
+            None where the run's seed chooses.
+        """
+        if not self.policy.fixes_images:
+            return None
+        places = {int(c): torch.nonzero(labels == c).flatten() for c in labels.unique()}
+        files: dict[int, set[int]] = {c: set() for c in places}
+        for label, digest in there:
+            files.get(label, set()).add(digest)
+        held = {
+            class_names[c]: HeldImages(
+                [readable[int(i)] for i in at], frozenset(files[c])
+            )
+            for c, at in places.items()
+        }
+        chosen = self.ledger.gradient_images(
+            held, self.least_samples(config), self.policy
+        )
+        return {
+            c: at[torch.tensor(chosen[class_names[c]])]
+            for c, at in places.items()
+            if class_names[c] in chosen
+        }
+
+
+def data_folder(node_config: NodeConfig) -> Path:
+    """Return the folder that the node was started with.
+
+    Raises
+    ------
+    DatasetError
+        If there is none.
+    """
+    folder = node_config.get(DATA_PATH)
+    if not isinstance(folder, str) or not Path(folder).is_absolute():
+        raise DatasetError(
+            f"this node's data-path is {folder!r}: start it with --node-config "
+            "'data-path=\"/absolute/folder\"'",
+            "the node has no absolute data-path in its --node-config",
+        )
+    return Path(folder)
+
+
+def state_folder(node_config: NodeConfig, folder: Path) -> Path:
+    """Return where a site's record is: in ``site-state``, or in the cache folder.
+
+    Raises
+    ------
+    SiteRefusal
+        If ``site-state`` is no absolute path.
+    """
+    chosen = node_config.get(STATE)
+    if chosen is None:
+        name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8)
+        return cache_dir() / "sites" / name.hexdigest()
+    if not isinstance(chosen, str) or not Path(chosen).is_absolute():
+        raise SiteRefusal(
+            f"no run is answered: site-state = {chosen!r} in --node-config is no "
+            "absolute path",
+            "the site's own rules are not usable; the site's own log says more",
+        )
+    return Path(chosen)
+
+
+def _check_size(what: str, size: int, limit_mib: float | None) -> None:
+    if limit_mib is not None and size > limit_mib * MIB:
+        raise SiteRefusal(
+            f"a {what} of {size / MIB:.2f} MiB, and the site's max-{what}-mib is "
+            f"{limit_mib:g}"
+        )

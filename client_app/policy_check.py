@@ -1,0 +1,124 @@
+"""Check of a site's own rules, and of a run's configuration against them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from client_app.preflight import Finding, Level
+from client_app.site_ledger import LedgerError, SiteLedger
+from client_app.site_policy import (
+    SitePolicy,
+    SiteRefusal,
+    policy_file,
+    writable_by_others,
+)
+from clip2fl_common.config import TEACHER_METHODS, RunConfig
+
+
+def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Finding]:
+    """Report each rule, and what a run asks for against them.
+
+    Parameters
+    ----------
+    path : Path or None
+        The site's policy file.
+    config : RunConfig or None
+        A run's configuration.
+
+    Yields
+    ------
+    Finding
+    """
+    policy = SitePolicy()
+    if path is None:
+        yield Finding(
+            "ok",
+            "policy",
+            "no policy: the run decides which images enter class gradients, and how "
+            "well they are protected (docs/site-policy.md)",
+        )
+    else:
+        try:
+            policy = policy_file(path)
+        except SiteRefusal as error:
+            yield Finding(
+                "problem",
+                "policy",
+                str(error),
+                "correct the file (docs/site-policy.md)",
+            )
+            return
+        if writable_by_others(path):
+            yield Finding(
+                "warning",
+                "policy",
+                f"{path} can be changed by other users",
+                f"chmod go-w {path}",
+            )
+        rules = ", ".join(
+            f"{key} = {_shown(value)}" for key, value in policy.rules().items()
+        )
+        yield Finding("ok", "policy", f"{path}: {rules}")
+    if config is None:
+        return
+    problems = list(policy.violations(config))
+    if policy.teachers and config.method in TEACHER_METHODS and not problems:
+        problems += _teacher_problems(policy, config)
+    for problem in problems:
+        yield Finding(
+            "problem",
+            "policy",
+            f"this site would refuse the run: {problem}",
+            "change the run's configuration, or the site's policy",
+        )
+
+
+def _teacher_problems(policy: SitePolicy, config: RunConfig) -> list[str]:
+    from clip2fl_common.teacher import TeacherError, load_teacher
+
+    try:
+        teacher = load_teacher(config.teacher.model, config.teacher.pretrained)
+    except (TeacherError, ValueError):
+        return []  # the check of the teacher says why
+    return list(policy.teacher_violations(config.teacher, teacher.fingerprint))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_ledger(folder: Path, policy: Path | None) -> Finding:
+    """Check that a site's record of what it has answered can be written to.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it lies.
+    policy : Path or None
+        The site's policy file; some rules cannot do without the record.
+
+    Returns
+    -------
+    Finding
+    """
+    ledger = SiteLedger(folder)
+    fix = "let this user write there; no budget is kept without it"
+    level: Level = "problem" if policy else "warning"
+    if not ledger.path.exists():
+        # Not made here: it must be the node's own user's.
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        if os.access(place, os.W_OK | os.X_OK):
+            return Finding("ok", "ledger", f"{ledger.path}: nothing answered yet")
+        return Finding(level, "ledger", f"{place} cannot be written to", fix)
+    try:
+        runs = ledger.runs()
+    except LedgerError as error:
+        return Finding(level, "ledger", str(error), fix)
+    return Finding("ok", "ledger", f"{ledger.path}: {runs} runs answered so far")

@@ -1,0 +1,529 @@
+"""Each rule of a site, as a server meets it: messages to the real ClientApp."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+
+from client_app import app as client
+from clip2fl_common import records
+from clip2fl_common.config import Scalar
+from clip2fl_common.datasets import FileSource, open_site
+from clip2fl_common.teacher import load_teacher
+from tests.conftest import be_flower
+from tests.defaults import ROOT
+from tests.site_folders import write_site
+from tests.site_node import (
+    KINDS,
+    SiteNode,
+    evaluated,
+    gradients,
+    images_in,
+    site_run,
+    student,
+)
+
+LONGEST = 300
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    be_flower(tmp_path / "cache", monkeypatch)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a site's images: 9 training images or so of one class, 4 of another."""
+    return write_site(tmp_path / "private", {"circle": 12, "star": 6})
+
+
+def refusal(reply: Message) -> str:
+    """Return why a site's rules refuse."""
+    assert reply.has_error(), "the site answered"
+    assert reply.error.code == records.SITE_REFUSES, reply.error
+    return told(reply)
+
+
+def told(reply: Message) -> str:
+    """Return an error's text, which must be one bounded line."""
+    reason = str(reply.error.reason)
+    assert len(reason) <= LONGEST and reason.isprintable(), reason
+    return reason
+
+
+def works(reply: Message) -> Message:
+    """Return a reply that must not be an error."""
+    assert not reply.has_error(), reply.error
+    return reply
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["imagenet-lt", "image-folder", "cifar10", "demo"])
+def test_no_run_reads_or_writes_elsewhere_on_a_sites_disk(
+    tmp_path: Path, folder: Path, kind: str, name: str
+) -> None:
+    """A list of images may be any file, a folder of images any folder."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("-----BEGIN PRIVATE KEY-----")
+    (tmp_path / "root" / "train" / "patient").mkdir(parents=True)
+    config = site_run(
+        dataset__name=name,
+        dataset__root=str(tmp_path / ("made" if name == "cifar10" else "root")),
+        dataset__train_list=str(secret),
+        dataset__test_list=str(secret),
+    )
+    reason = refusal(SiteNode(folder).ask(kind, config))
+    assert "only runs with dataset.name = 'sites'" in reason and name in reason
+    assert "PRIVATE" not in reason and "patient" not in reason
+    assert not (tmp_path / "made").exists()
+
+
+def broken_model() -> ArrayRecord:
+    """Return a model that fits nothing."""
+    return ArrayRecord({"fc.weight": Array(torch.zeros(2, 3).numpy())})
+
+
+def unusable_model() -> ArrayRecord:
+    """Return a model that is not a number."""
+    model = student()
+    with torch.no_grad():
+        model.classifier.weight.fill_(torch.nan)
+    return records.model_to_arrays(model)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "run", "message"),
+    [
+        (KINDS, {"method": "creff", "nonsense\n" * 200: 1}, {}),
+        (KINDS, {"dataset.image-size": "/etc/passwd\n" * 50}, {}),
+        (("train", "evaluate"), {"device": "cuda:77"}, {}),
+        (("train", "evaluate"), {}, {"model": broken_model}),
+        (("train",), {}, {"model": unusable_model}),
+        (("train",), {}, {"server_round": "one"}),
+        (("train", "evaluate"), {}, {"code_fingerprint": "other"}),
+        (("train", "evaluate"), {"model.feature-dim": 10**12}, {}),
+    ],
+)
+def test_any_error_is_one_bounded_line_without_a_path(
+    tmp_path: Path,
+    folder: Path,
+    kinds: tuple[str, ...],
+    run: dict[str, Scalar],
+    message: dict[str, Any],
+) -> None:
+    made = {k: v() if callable(v) else v for k, v in message.items()}
+    for kind in kinds:
+        reply = SiteNode(folder).ask(kind, {**site_run().to_flat(), **run}, **made)
+        assert reply.has_error()
+        reason = told(reply)
+        assert str(tmp_path) not in reason and str(ROOT) not in reason
+        assert "SiteError" in reason
+
+
+def test_whole_error_is_in_the_nodes_own_log(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "patient 7").mkdir()
+    reply = SiteNode(folder).ask("train", site_run())
+    assert reply.error.code == records.DATA_ERROR
+    assert told(reply) == (
+        "1 folders are no class of the run; the site's own log says more"
+    )
+    assert "patient 7" in caplog.text
+
+
+def test_simulated_clients_unusable_images_have_a_code_of_their_own(
+    tmp_path: Path,
+) -> None:
+    """The text may name files: they are on the server's machine."""
+    config = site_run(
+        dataset__name="image-folder", dataset__root=str(tmp_path / "nowhere")
+    )
+    reply = SiteNode(None, {"partition_id": 0}).ask("train", config)
+    assert reply.error.code == records.DATA_ERROR
+    assert str(tmp_path / "nowhere") in str(reply.error.reason)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_node_that_was_told_nothing_is_no_simulated_client(
+    tmp_path: Path, kind: str
+) -> None:
+    """A misspelt data-path must not open the disk to a run."""
+    secret = tmp_path / "secret"
+    secret.write_text("-----BEGIN PRIVATE KEY-----")
+    config = site_run(
+        dataset__name="imagenet-lt",
+        dataset__root=str(tmp_path),
+        dataset__train_list=str(secret),
+        dataset__test_list=str(secret),
+    )
+    for rules in ({}, {"datapath": str(tmp_path)}):
+        reply = SiteNode(None, rules).ask(kind, config)
+        assert reply.has_error() and "PRIVATE" not in told(reply)
+
+
+# Rule, what a run has that it forbids, what it has that is allowed, and the reason.
+RULES: list[tuple[dict[str, Any], dict[str, Scalar], dict[str, Scalar], str]] = [
+    (
+        {"min_class_samples": 4},
+        {"class_gradients__samples_per_class": 3},
+        {"class_gradients__samples_per_class": 4},
+        "class-gradients.samples-per-class = 3, and the site's min-class-samples is 4",
+    ),
+    (
+        {"min_class_samples": 4, "gradient_samples": 6},
+        {"privacy__min_class_samples": 7},
+        {"privacy__min_class_samples": 6},
+        "privacy.min-class-samples = 7, and the site's gradient-samples is 6",
+    ),
+    (
+        {"min_noise_multiplier": 0.5},
+        {"privacy__gradient_clip_norm": 1.0},
+        {"privacy__gradient_clip_norm": 1.0, "privacy__gradient_noise_multiplier": 0.5},
+        "gradient-noise-multiplier = 0, and the site's min-noise-multiplier is 0.5",
+    ),
+    (
+        {"max_clip_norm": 2.0},
+        {"privacy__gradient_clip_norm": 2.5},
+        {"privacy__gradient_clip_norm": 2.0},
+        "privacy.gradient-clip-norm = 2.5, and the site's max-clip-norm is 2",
+    ),
+    (
+        {"max_clip_norm": 2.0},
+        {"privacy__gradient_clip_norm": 0.0},
+        {"privacy__gradient_clip_norm": 1.0},
+        "privacy.gradient-clip-norm = 0, and the site's max-clip-norm is 2",
+    ),
+    (
+        {"max_rounds": 3},
+        {"federation__rounds": 4},
+        {"federation__rounds": 3},
+        "federation.rounds = 4, and the site's max-rounds is 3",
+    ),
+    (
+        {"teachers": ""},
+        {"method": "clip2fl"},
+        {"method": "creff"},
+        "teacher 'demo' is not among the site's teachers",
+    ),
+    (
+        {},
+        {"method": "clip2fl", "teacher__model": "hf-hub:someone/anything"},
+        {"method": "clip2fl"},
+        "teacher.model is from hf-hub:, and the site's hub-downloads is false",
+    ),
+    (
+        {},
+        {"method": "clip2fl", "teacher__model": "local-dir:/etc"},
+        {"method": "clip2fl"},
+        "teacher.model names a path outside the site's teacher-folders",
+    ),
+    (
+        {"teacher_folders": "/opt/teachers"},
+        {
+            "method": "clip2fl",
+            "teacher__model": "ViT-B-32",
+            "teacher__pretrained": "/opt/teachers/../../etc/passwd",
+        },
+        {"method": "clip2fl"},
+        "teacher.pretrained names a path outside the site's teacher-folders",
+    ),
+]
+
+
+@pytest.mark.parametrize("place", ["node", "file"])
+@pytest.mark.parametrize(("rule", "forbidden", "allowed", "reason"), RULES)
+def test_run_against_a_rule_is_refused_in_every_answer_and_at_both_ends(
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    rule: dict[str, Any],
+    forbidden: dict[str, Scalar],
+    allowed: dict[str, Scalar],
+    reason: str,
+    place: str,
+) -> None:
+    node = SiteNode(folder, rule if place == "node" else policy(tmp_path, **rule))
+    for kind in KINDS:
+        caplog.clear()
+        assert reason in refusal(node.ask(kind, site_run(**forbidden)))
+        assert reason in caplog.text
+    for kind in KINDS:
+        works(node.ask(kind, site_run(**allowed)))
+
+
+def policy(folder: Path, **rules: Any) -> dict[str, str]:
+    """Write a policy file; return the node configuration that names it."""
+
+    def shown(key: str, value: Any) -> str:
+        if key in ("teachers", "teacher_folders"):
+            return str([part for part in value.split(",") if part])
+        return str(value).lower()
+
+    lines = [f"{k.replace('_', '-')} = {shown(k, v)}" for k, v in rules.items()]
+    path = folder / "policy.toml"
+    path.write_text("\n".join(lines), "utf-8")
+    return {"policy": str(path)}
+
+
+def test_hub_and_folders_may_be_allowed(tmp_path: Path, folder: Path) -> None:
+    """Then the query, which loads nothing, is answered."""
+    teachers = tmp_path / "teachers"
+    teachers.mkdir()
+    (teachers / "elsewhere").symlink_to("/etc")
+    for rule, model, answered in (
+        ({"hub_downloads": True}, "hf-hub:someone/anything", True),
+        ({"teacher_folders": f"/x, {teachers}"}, f"local-dir:{teachers}/clip", True),
+        ({"teacher_folders": f"/x, {teachers}"}, f"local-dir:{teachers}x", False),
+        (
+            {"teacher_folders": f"/x, {teachers}"},
+            f"local-dir:{teachers}/elsewhere",
+            False,
+        ),
+    ):
+        config = site_run(method="clip2fl", teacher__model=model)
+        reply = SiteNode(folder, rule).ask("query", config)
+        assert reply.has_error() != answered
+
+
+@pytest.mark.parametrize("key", ["teacher__model", "teacher__pretrained"])
+def test_answer_does_not_tell_whether_a_path_is_there(
+    tmp_path: Path, folder: Path, key: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "open_clip_config.json").write_text("{}")
+    answers = set()
+    for place in (tmp_path / "there", tmp_path / "absent"):
+        path = f"local-dir:{place}" if key == "teacher__model" else f"{place}/x.bin"
+        changes: dict[str, Scalar] = {"teacher__model": "ViT-B-32", key: path}
+        reply = SiteNode(folder).ask(
+            "train",
+            site_run(**changes),  # a method that needs no teacher, says the run
+            distillation_weight=1.0,
+            teacher_fingerprint="ab" * 32,
+        )
+        answers.add(refusal(reply))
+    assert len(answers) == 1
+
+
+def test_only_the_sites_teachers_are_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_teacher("demo").fingerprint
+    config = site_run(method="clip2fl")
+    wanted: dict[str, Any] = {"distillation_weight": 1.0}
+    node = SiteNode(folder, {"teachers": f"{'0' * 12}, {own[:12]}"})
+    for kind in ("train", "evaluate"):
+        works(node.ask(kind, config, teacher_fingerprint=own, **wanted))
+    # The server says that it is an allowed one, but the weights here are others.
+    node = SiteNode(folder, {"teachers": "ab" * 8})
+    for kind in ("train", "evaluate"):
+        reply = node.ask(kind, config, teacher_fingerprint="ab" * 32, **wanted)
+        assert f"demo has the fingerprint {own[:12]} here" in told(reply)
+
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("the teacher was loaded")
+
+    monkeypatch.setattr(client, "load_teacher", never)
+    client._teacher.cache_clear()
+    for kind in ("train", "evaluate"):
+        reply = node.ask(kind, config, teacher_fingerprint=own, **wanted)
+        assert "is not among the site's teachers" in refusal(reply)
+    for claimed in ("", "a"):
+        reply = node.ask("train", config, teacher_fingerprint=claimed, **wanted)
+        assert "is not among the site's teachers" in refusal(reply)
+
+
+def test_sites_own_least_number_holds_whatever_the_run_says(folder: Path) -> None:
+    """Also where the run asks for more."""
+    assert set(gradients(SiteNode(folder).ask("train", site_run()))) == {
+        "circle",
+        "star",
+    }
+    node = SiteNode(folder, {"min_class_samples": 6})
+    assert set(gradients(node.ask("train", site_run()))) == {"circle"}
+    demanding = site_run(privacy__min_class_samples=6)
+    assert set(gradients(SiteNode(folder).ask("train", demanding))) == {"circle"}
+    node = SiteNode(folder, {"min_class_samples": 2})
+    assert set(gradients(node.ask("train", demanding))) == {"circle"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "classes"),
+    [
+        ({}, {"circle", "star"}),
+        ({"min_evaluation_samples": 2}, {"circle", "star"}),
+        ({"min_evaluation_samples": 3}, {"circle"}),
+        ({"min_class_samples": 3}, {"circle"}),
+        ({"min_class_samples": 3, "min_evaluation_samples": 1}, {"circle", "star"}),
+        ({"min_evaluation_samples": 50}, set()),
+    ],
+)
+def test_class_with_few_validation_images_is_not_evaluated(
+    tmp_path: Path, rules: dict[str, Any], classes: set[str]
+) -> None:
+    """A copy of an image does not make another image of it."""
+    folder = write_site(tmp_path / "private", {"circle": 40, "star": 40})
+    config = site_run(dataset__validation_share=0.5)
+    files = {"circle": 3, "star": 2}
+    keep_validation(folder, config.dataset, files)
+    kept = next(p for p in validation_files(folder, config.dataset) if "star" in str(p))
+    for i in range(3):
+        (kept.parent / f"copy {i}.png").write_bytes(kept.read_bytes())
+    reply = works(SiteNode(folder, rules).ask("evaluate", config))
+    assert evaluated(reply) == classes
+    held = {"circle": 3, "star": 5}
+    assert images_in(reply) == sum(held[name] for name in classes)
+
+
+def validation_files(folder: Path, dataset: Any) -> list[Path]:
+    """Return the files that evaluate."""
+    source = open_site(dataset, folder).test
+    assert isinstance(source, FileSource)
+    return list(source.paths)
+
+
+def keep_validation(folder: Path, dataset: Any, counts: dict[str, int]) -> None:
+    """Remove validation images until so many of each class are left."""
+    for name, count in counts.items():
+        files = [p for p in validation_files(folder, dataset) if p.parent.name == name]
+        assert len(files) >= count
+        for path in files[count:]:
+            path.unlink()
+
+
+def test_message_sizes_are_bounded(folder: Path) -> None:
+    arrays = records.model_to_arrays(student())
+    mib = sum(len(array.data) for array in arrays.values()) / 2**20
+    for key in ("max_request_mib", "max_reply_mib"):
+        works(SiteNode(folder, {key: 1.5 * mib}).ask("train", site_run()))
+        reason = refusal(SiteNode(folder, {key: 0.5 * mib}).ask("train", site_run()))
+        assert f"site's {key.replace('_', '-')} is" in reason
+    # Nothing but arrays would be easy to get round.
+    node = SiteNode(folder, {"max_request_mib": 1.5 * mib})
+    reply = node.ask("train", site_run(), padding="x" * int(2**20 * mib))
+    assert "max-request-mib" in refusal(reply)
+
+
+def test_runs_are_counted(folder: Path) -> None:
+    node = SiteNode(folder, {"max_runs": 2})
+    for run in (1, 2, 1, 2):
+        works(node.ask("evaluate", site_run(), run=run))
+        works(node.ask("train", site_run(), run=run))
+    for kind in KINDS:
+        assert "answered 2 runs" in refusal(node.ask(kind, site_run(), run=3))
+    works(node.ask("query", site_run(), run=2))
+
+
+def test_a_query_is_no_run(folder: Path) -> None:
+    node = SiteNode(folder, {"max_runs": 1})
+    for run in (1, 2, 3):
+        works(node.ask("query", site_run(), run=run))
+    works(node.ask("train", site_run(), run=2))
+
+
+def test_rounds_are_counted_and_asking_again_counts(folder: Path) -> None:
+    """Training and evaluation each; in every run anew."""
+    node = SiteNode(folder, {"max_rounds": 2})
+    for run in (2**63 + 5, 4):
+        works(node.ask("query", site_run(), run=run))
+        for kind in ("train", "evaluate"):
+            for _ in range(2):
+                works(node.ask(kind, site_run(), run=run, server_round=1))
+            reason = refusal(node.ask(kind, site_run(), run=run, server_round=1))
+            assert f"2 requests to {kind} of this run, and its max-rounds is 2" in (
+                reason
+            )
+        assert "max-rounds" in refusal(node.ask("query", site_run(), run=run))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "is not there"),
+        ("min-class-sample = 4", "did you mean min-class-samples?"),
+        ("min-class-samples = 0", "min-class-samples = 0, but it must be"),
+        ("min-class-samples = true", "valid integer"),
+        ("max-clip-norm = nan", "max-clip-norm"),
+        ("validation-share = 1.5", "validation-share = 1.5"),
+        ("teachers = ['xyz']", "teachers.0 = 'xyz'"),
+        ("teachers = 'abcdefabcdef'", "teachers"),
+        ("teacher-folders = ['relative']", "teacher-folders.0"),
+        ("max-runs = 1979-05-27", "not JSON serializable"),
+        ("[privacy]\nmin-class-samples = 4", "privacy is no rule"),
+        ("min-class-samples = 4\ngradient-samples = 3", "is less than"),
+        ("gradient-cuts = 2", "no effect unless min-class-samples is 2 or more"),
+        ("min-class-samples = ", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        ("#" + "x" * 2**20, "larger than 1 MiB"),
+        ("folder", "is not there, or no file"),
+    ],
+)
+def test_unusable_policy_refuses_every_run(
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str | bytes | None,
+    said: str,
+) -> None:
+    path = tmp_path / "policy.toml"
+    if text == "folder":
+        path.mkdir()
+    elif text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    for kind in KINDS:
+        caplog.clear()
+        reply = SiteNode(folder, {"policy": str(path)}).ask(kind, site_run())
+        reason = refusal(reply)
+        assert reason == (
+            "the site's own rules are not usable; the site's own log says more"
+        )
+        assert said in caplog.text and "no run is answered" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"min_class_sample": 4}, "min-class-sample is no rule and no key of a site"),
+        ({"min_class_samples": "4"}, "min-class-samples = '4', but it must be"),
+        ({"min_class_samples": 2.5}, "min-class-samples = 2.5, but it must be"),
+        ({"partition_id": 1}, "partition-id is no rule and no key of a site"),
+        ({"policy": "policy.toml"}, "is no absolute path"),
+        ({"policy": 3}, "is no absolute path"),
+        ({"site_state": "state"}, "is no absolute path"),
+    ],
+)
+def test_unusable_node_configuration_refuses_every_run(
+    folder: Path, caplog: pytest.LogCaptureFixture, rules: dict[str, Any], said: str
+) -> None:
+    assert "rules are not usable" in refusal(
+        SiteNode(folder, rules).ask("train", site_run())
+    )
+    assert said in caplog.text
+
+
+def test_rule_in_two_places_must_be_the_same(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = policy(tmp_path, min_class_samples=4, teachers="ab" * 6)
+    same = {**named, "min_class_samples": 4, "teachers": "ab" * 6}
+    works(SiteNode(folder, same).ask("train", site_run()))
+    other = {**named, "min_class_samples": 2}
+    refusal(SiteNode(folder, other).ask("train", site_run()))
+    assert "say it once" in caplog.text
+
+
+def test_policy_that_others_may_change_is_named(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = policy(tmp_path, min_class_samples=4)
+    Path(named["policy"]).chmod(0o664)
+    works(SiteNode(folder, named).ask("query", site_run()))
+    assert "can be changed by other users" in caplog.text
+    caplog.clear()
+    Path(named["policy"]).chmod(0o644)
+    works(SiteNode(folder, named).ask("query", site_run()))
+    assert "can be changed" not in caplog.text
