@@ -118,6 +118,8 @@ class Federation:
     """Seconds to wait for a round's replies."""
     min_replies: Positive
     """Good replies that a round needs; with fewer, the model stays as it is."""
+    site_registry: str
+    """Absolute path of the file that binds sites' names to keys; empty: free names."""
 
 
 @dataclass(frozen=True, config=_strict)
