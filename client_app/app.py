@@ -41,6 +41,7 @@ from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.schedule import step_size
+from clip2fl_common.site_names import NAME_RULE, is_site_name
 from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 
 logger = getLogger(__name__)
@@ -169,7 +170,7 @@ def _train(
             augment=config.class_gradients.augment,
             batch_size=config.evaluation.batch_size,
             generator=generator(
-                config.seed, "augmentation", request.server_round, request.partition
+                config.seed, "augmentation", request.server_round, request.stream
             ),
             precision=precision,
             min_class_samples=least,
@@ -213,7 +214,7 @@ def _train(
             ),
             crop_padding=config.client.crop_padding,
             generator=generator(
-                config.seed, "batches", request.server_round, request.partition
+                config.seed, "batches", request.server_round, request.stream
             ),
             offsets=(
                 logit_offsets(labels, len(dataset.class_names), strength)
@@ -245,7 +246,7 @@ def _noise_source(
     """Return the source of noise: the run's seed only where clients are simulated."""
     if site is not None:
         return secret_generator()
-    return generator(config.seed, "privacy", request.server_round, request.partition)
+    return generator(config.seed, "privacy", request.server_round, request.stream)
 
 
 def _evaluate(
@@ -279,13 +280,15 @@ def _evaluate(
 
 
 def _site_name(context: Context) -> str:
-    """Return the site's name: what it calls itself, or its node id."""
-    name = context.node_config.get("site", f"node-{context.node_id}")
-    if not isinstance(name, str) or not records.SITE_NAME.fullmatch(name):
-        raise SiteError(
-            "site in the node's --node-config must be 1 to 64 letters, digits, '.', "
-            "'_' or '-'"
-        )
+    """Return what the site calls itself; empty where it was given no name.
+
+    A server with a registry of sites knows the name then.
+    """
+    name = context.node_config.get("site")
+    if name is None:
+        return ""
+    if not is_site_name(name):
+        raise SiteError(f"site in the node's --node-config must be {NAME_RULE}")
     return name
 
 

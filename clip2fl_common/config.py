@@ -143,6 +143,8 @@ class Federation:
     """Seconds to wait for a round's replies."""
     min_replies: Replies
     """Good replies without which the model stays; 0: 1, of sites more than half."""
+    site_registry: PathText
+    """Absolute path of the file that binds sites' names to keys; empty: free names."""
 
 
 @dataclass(frozen=True, config=_strict)

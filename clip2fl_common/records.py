@@ -5,13 +5,13 @@ where class gradients are wanted), ``config`` (round, seeds, what to switch on).
 Train reply: ``arrays`` (local model), ``class-gradients`` (the classes held and, for
 each, weight and bias gradient, dense or low-rank), ``metrics``.
 
-Nodes with images of their own also answer a query (``config``: the site's name) and
-evaluate: the request is a train request's, the reply has ``metrics`` only.
+Nodes with images of their own also answer a query (``config``: the site's name, or an
+empty one) and evaluate: the request is a train request's, the reply has ``metrics``
+only.
 """
 
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -37,6 +37,7 @@ from clip2fl_common.gradient_coding import (
     max_rank,
 )
 from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.site_names import NAME_RULE, is_site_name, shown
 
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
@@ -45,6 +46,7 @@ CONFIG = "config"
 METRICS = "metrics"
 
 PARTITION = "partition-id"
+STREAM = "random-stream"
 SITE = "site"
 ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
@@ -88,8 +90,6 @@ RECALL = "recall-"
 # Steps in percent to which a site rounds its accuracy on each class.
 RECALL_STEP = 5
 
-SITE_NAME = re.compile(r"[\w.-]{1,64}")
-
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -99,7 +99,9 @@ class TrainRequest:
     ----------
     server_round, partition : int
         Round, and which partition to train on; for a node with images of its own, the
-        number of its random streams.
+        site's number.
+    stream : int
+        Number of the client's random streams.
     model : ArrayRecord
         Global model.
     classifier : tuple of Tensor or None
@@ -115,6 +117,7 @@ class TrainRequest:
 
     server_round: int
     partition: int
+    stream: int
     model: ArrayRecord
     classifier: tuple[torch.Tensor, torch.Tensor] | None
     code_fingerprint: str
@@ -131,6 +134,9 @@ class TrainRequest:
         return cls(
             server_round=cast(int, config[ROUND]),
             partition=cast(int, config[PARTITION]),
+            # The server of another version may send none; what to do about that, the
+            # check of its code's fingerprint says.
+            stream=cast(int, config.get(STREAM, config[PARTITION])),
             model=content.array_records[ARRAYS],
             classifier=None if classifier is None else _linear(classifier),
             code_fingerprint=cast(str, config[CODE_FINGERPRINT]),
@@ -478,7 +484,9 @@ def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
         if not math.isfinite(value):
             raise NotFiniteError(f"metric {name} = {value} is not a finite number")
         least = -LARGEST_VALUE if name in AVERAGED_METRICS else 0
-        if name != NUM_EXAMPLES and not least <= value <= LARGEST_VALUE:
+        # A site's number has 63 bits; it is compared with what was asked for, below.
+        counted = name not in (NUM_EXAMPLES, PARTITION)
+        if counted and not least <= value <= LARGEST_VALUE:
             raise ReplyError(
                 f"metric {name} = {value}; it must be from {least:g} to "
                 f"{LARGEST_VALUE:g}"
@@ -557,12 +565,22 @@ def _undecodable(name: str, error: Exception) -> ReplyError:
 
 
 def site_reply(name: str) -> RecordDict:
-    """Return the answer of a node with images of its own to a query."""
+    """Return the answer of a node with images of its own to a query.
+
+    Parameters
+    ----------
+    name : str
+        The site's name; empty where the node was given none.
+
+    Returns
+    -------
+    RecordDict
+    """
     return RecordDict({CONFIG: ConfigRecord({SITE: name})})
 
 
 def site_of(reply: Message) -> str:
-    """Return the name in a reply that `site_reply` made.
+    """Return the name in a reply that `site_reply` made; empty: the node has none.
 
     Raises
     ------
@@ -570,12 +588,9 @@ def site_of(reply: Message) -> str:
         If there is no usable name.
     """
     name = reply.content.config_records.get(CONFIG, ConfigRecord()).get(SITE)
-    if not isinstance(name, str) or not SITE_NAME.fullmatch(name):
-        raise ReplyError(
-            f"its answer names no site ({name!r}); expected 1 to 64 letters, digits, "
-            "'.', '_' or '-'"
-        )
-    return name
+    if name == "" or is_site_name(name):
+        return name
+    raise ReplyError(f"its answer names no site ({shown(name)}); expected {NAME_RULE}")
 
 
 def recall_reply(

@@ -1,5 +1,6 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
+from pathlib import Path
 from typing import cast
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
@@ -80,11 +81,13 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
 def _plan(session: Session, grid: Grid) -> ClientPlan | SitePlan:
     config = session.config
     if config.dataset.name == SITES:
+        registry = config.federation.site_registry
         return SitePlan(
             len(session.dataset.class_names),
             config.federation.clients_per_round,
             config.seed,
             config.aggregation.max_site_images,
+            Path(registry).expanduser() if registry else None,
         )
     return ClientPlan(
         find_nodes(grid),

@@ -39,13 +39,14 @@ SUMS = "SHA256SUMS"
 MODEL_PREFIX = "model."
 STRATEGY_PREFIX = "strategy."
 
-# Keys that decide where results lie, how long is waited and what is kept, but not
-# what comes out: they may differ when a run goes on.
+# Keys that decide where results and the site registry lie, how long is waited and what
+# is kept, but not what comes out: they may differ when a run goes on.
 FREE_KEYS = (
     "run.dir",
     "run.name",
     "run.resume",
     "federation.round-timeout",
+    "federation.site-registry",
     "checkpoint.every",
     "checkpoint.keep",
 )

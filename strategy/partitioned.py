@@ -118,6 +118,10 @@ class ClientPlan:
         """Return random numbers for a round's noise: the seed's, as all others."""
         return generator(self.seed, "privacy", server_round, self.num_clients)
 
+    def stream_of(self, partition: int) -> int:
+        """Return the number of a client's random streams: the partition's."""
+        return partition
+
     def images_of(self, partition: int) -> int:
         """Return the most images that a partition can have been trained on."""
         return self.images[partition]
@@ -407,6 +411,7 @@ class PartitionedTraining(FlowerFedAvg):
                 {
                     **config,
                     records.PARTITION: client,
+                    records.STREAM: self.plan.stream_of(client),
                     records.CODE_FINGERPRINT: code_fingerprint(),
                 }
             )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,6 +15,8 @@ from flwr.serverapp import Grid
 
 from clip2fl_common import records
 from clip2fl_common.randomness import generator, secret_generator
+from clip2fl_common.site_names import clashing
+from clip2fl_common.site_registry import RegistryError, SiteRegistry
 
 # Seconds within which nodes must say which site they are.
 QUERY_TIMEOUT_S = 120.0
@@ -23,6 +26,8 @@ POLL_S = 1.0
 WAIT_S = 3.0
 # Seconds after which a node that refused to take part is asked again.
 ASK_AGAIN_S = 30.0
+# Bits of a site's number below those that number its random streams.
+_MORE_BITS = 31
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,21 @@ class SitePlan:
         The run's seed.
     max_images : int
         More training images than this are believed of no site.
+    registry : Path or None
+        File that binds names to nodes' keys; None: each node says its name.
+
+    Raises
+    ------
+    RegistryError
+        If the registry cannot be used.
     """
 
     num_classes: int
     clients_per_round: int
     seed: int
     max_images: int
+    registry: Path | None = None
+    _bound: SiteRegistry | None = None
     _names: dict[int, str] = field(default_factory=dict)
     # All that have taken part, by number, connected or not, and the images on which
     # each has trained last.
@@ -124,6 +138,17 @@ class SitePlan:
     _images: dict[int, int] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
     _started: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the registry, if there is one."""
+        if self.registry is not None:
+            self._bound = SiteRegistry.read(self.registry)
+        else:
+            log(
+                WARNING,
+                "federation.site-registry is empty: names of sites are free, and any "
+                "registered node may call itself any site",
+            )
 
     def __str__(self) -> str:
         """Return a line for the strategy's summary."""
@@ -225,6 +250,10 @@ class SitePlan:
         """Return random numbers for a round's noise, which no seed repeats."""
         return secret_generator()
 
+    def stream_of(self, client: int) -> int:
+        """Return the number of a site's random streams."""
+        return client >> _MORE_BITS
+
     def images_of(self, client: int) -> int:
         """Return the most images that a site may say it has trained on."""
         return self.max_images
@@ -243,6 +272,7 @@ class SitePlan:
                 self._names.pop(node),
                 node,
             )
+        self._read_registry()
         now = time.monotonic()
         asked = [
             node
@@ -263,33 +293,89 @@ class SitePlan:
                 reasons[node] = records.plain(answer.error.reason)
                 continue
             try:
-                name = records.site_of(answer)
+                self._welcome(node, self._name_of(node, records.site_of(answer)))
             except records.ReplyError as error:
                 reasons[node] = str(error)
                 continue
             del reasons[node]
             self._refused.pop(node, None)
-            self._welcome(node, name)
         for node, reason in reasons.items():
             self._refused[node] = now
             log(WARNING, "node %d does not take part: %s", node, reason)
 
+    def _read_registry(self) -> None:
+        """Read the registry again, and forget the sites that are in it no more."""
+        if self.registry is None:
+            return
+        try:
+            self._bound = SiteRegistry.read(self.registry)
+        except RegistryError as error:
+            log(WARNING, "%s. What it said before goes on to hold", error)
+        assert self._bound is not None
+        for node, name in list(self._names.items()):
+            if self._bound.name_of(node) != name:
+                del self._names[node]
+                log(
+                    WARNING,
+                    "site %s (node %d) is no longer in the site registry: it is left "
+                    "out",
+                    name,
+                    node,
+                )
+
+    def _name_of(self, node: int, given: str) -> str:
+        """Return a node's name: the registry's, or else the one that it gives."""
+        if self._bound is None:
+            return given or f"node-{node}"
+        name = self._bound.name_of(node)
+        if name is None:
+            raise records.ReplyError(
+                f"it calls itself {given or 'nothing'}, but its key is not in "
+                f"{self.registry}: register it there with deploy/register.sh"
+            )
+        if given not in ("", name):
+            raise records.ReplyError(
+                f"it calls itself {given}, but its key is registered for {name}: "
+                f"--node-config 'site=\"{name}\"' at the node"
+            )
+        return name
+
     def _welcome(self, node: int, name: str) -> None:
-        if name in self._names.values():
+        taken = {clashing(known) for known in self._names.values()}
+        if clashing(name) in taken:
             log(
                 WARNING,
-                "node %d calls itself %s, as another node does; give each site a name "
-                "of its own: --node-config 'site=\"...\"'",
+                "node %d calls itself %s, as another node does (case does not count); "
+                "give each site a name of its own: --node-config 'site=\"...\"'",
                 node,
                 name,
             )
             name = f"{name}-{node}"
+        if clashing(name) in taken or client_number(name) in self.connected():
+            raise records.ReplyError(
+                f"it would be called {name}, which stands for another site; give each "
+                "site a name of its own: --node-config 'site=\"...\"'"
+            )
         self._names[node] = name
         self._seen[client_number(name)] = name
         log(INFO, "site %s (node %d) takes part", name, node)
 
 
 def client_number(name: str) -> int:
-    """Return the number that stands for a site in random streams and requests."""
-    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
+    """Return the number that stands for a site in requests, replies and sums.
+
+    Parameters
+    ----------
+    name : str
+        The site's name.
+
+    Returns
+    -------
+    int
+        63 bits, as Flower's metrics hold no more. The upper 32 alone order the sites
+        and number their random streams; with so few, the names of strangers would
+        soon have a number in common, and one of two sites would be shut out.
+    """
+    upper = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    more = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    return int.from_bytes(upper, "little") << _MORE_BITS | more >> 1

@@ -1,6 +1,8 @@
 """Federations of nodes that have images of their own, in one process."""
 
+import hashlib
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from clip2fl_common.config import Scalar
 from clip2fl_common.datasets import open_site
 from clip2fl_common.demo import CLASS_NAMES
 from clip2fl_common.models import build_model
+from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.checkpoint import load_model
 from strategy.sites import client_number
@@ -62,7 +65,7 @@ def folders(tmp_path: Path) -> list[Path]:
 def federate(
     run: Path,
     folders: Sequence[Path],
-    names: Sequence[str] = NAMES,
+    names: Sequence[Any] = NAMES,
     tamper: Tamper | None = None,
     order_seed: int = 3,
     away: set[int] | None = None,
@@ -84,7 +87,7 @@ def federate(
         order_seed,
         tamper,
         [
-            {"data-path": str(folder), "site": name}
+            {"data-path": str(folder)} | ({} if name is None else {"site": name})
             for folder, name in zip(folders, names, strict=True)
         ],
     )
@@ -590,3 +593,67 @@ def test_a_round_without_any_usable_reply_is_passed_over(
     )
     rounds = metrics(tmp_path / "run")
     assert [line["kept_model"] for line in rounds] == [False, True, False]
+
+
+def test_random_numbers_are_the_streams_and_not_the_sites(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    """A site's number has more bits than its stream, which is what it always was."""
+    grid = federate(tmp_path / "run", folders, federation__rounds=1)
+    request = grid.requests[0]
+    config = request.content.config_records["config"]
+    stream = cast(int, config["random-stream"])
+    digests = {
+        int.from_bytes(hashlib.blake2b(n.encode(), digest_size=4).digest(), "little")
+        for n in NAMES
+    }
+    assert stream in digests and config["partition-id"] != stream
+
+    def trained(**changes: int) -> list[bytes]:
+        for name, value in changes.items():
+            config[name.replace("_", "-")] = value
+        (reply,) = grid.send_and_receive([request])
+        arrays = reply.content.array_records
+        return [a.data for kind in sorted(arrays) for a in arrays[kind].values()]
+
+    first = trained()
+    assert trained(partition_id=5) == first
+    assert trained(random_stream=stream + 1) != first
+
+
+def test_registry_names_sites_and_keeps_others_out(
+    tmp_path: Path, folders: list[Path], flower_log: pytest.LogCaptureFixture
+) -> None:
+    """The last folder's node has no key in it, and calls itself the first one's."""
+    (first, second, third) = random.Random(3).sample(range(1, 10**6), 3)
+    registry = SiteRegistry(
+        (Site("north", "ecdsa AAAA1", first), Site("east", "ecdsa AAAA2", second))
+    )
+    path = tmp_path / "sites.json"
+    path.write_text(registry.text())
+    path.chmod(0o644)
+    federate(
+        tmp_path / "run",
+        folders,
+        ["north", None, "north"],
+        federation__site_registry=str(path),
+        federation__rounds=1,
+        federation__clients_per_round=2,
+    )
+    assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "north"]
+    refused = f"node {third} does not take part: it calls itself north, but its key"
+    assert any(refused in m for m in flower_log.messages)
+
+
+@pytest.mark.parametrize("name", ["", "s\u0456te", "a b", 5])
+def test_name_that_no_site_may_have_is_refused_at_the_node(
+    tmp_path: Path,
+    folders: list[Path],
+    flower_log: pytest.LogCaptureFixture,
+    name: Any,
+) -> None:
+    federate(
+        tmp_path / "run", folders[:2], [name, "b"], federation__clients_per_round=1
+    )
+    (line, *_) = [m for m in flower_log.messages if "does not take part" in m]
+    assert "--node-config must be 1 to 64 ASCII letters" in line

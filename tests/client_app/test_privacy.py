@@ -206,6 +206,7 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated(
         classifier=None,
         server_round=2,
         partition=1,
+        stream=1,
         code_fingerprint="",
         teacher_fingerprint="",
         distillation_weight=0.0,
