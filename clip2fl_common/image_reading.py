@@ -177,7 +177,7 @@ def _read(file: BoundedReader, path: Path, size: int) -> Picture:
         image.load()
         orientation = _orientation(image)
         mode = image.mode
-        small = _as_rgb(image)
+        small = to_rgb(image)
     if small.size != (size, size):
         small = ImageOps.fit(small, (size, size), Image.Resampling.BICUBIC)
     # Turned last: the centre square is the same, and a large image is not copied.
@@ -211,8 +211,8 @@ def _bound_size(image: Image.Image, header: Header) -> None:
 
 def _too_large(pixels: str, format: str | None, limit: int) -> str:
     return (
-        f"it has {pixels} pixels; at most {limit / 1e6:.1f} million are decoded"
-        f"{f' of {format}' if format else ''}: make it smaller"
+        f"it has {pixels} pixels; {format or ''}{' ' * bool(format)}images of at most "
+        f"{limit / 1e6:.1f} million are decoded: make it smaller"
     )
 
 
@@ -249,10 +249,15 @@ def _exif(image: Image.Image) -> bytes:
     return block or b""
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of 8-bit RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB.
 
     Transparency is dropped: a pixel keeps the colour that is stored for it.
+
+    Parameters
+    ----------
+    image : Image
+        Loaded, of any mode.
 
     Raises
     ------
