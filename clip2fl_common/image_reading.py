@@ -63,6 +63,8 @@ _KINDS = {
     "RGBA": "8-bit RGB with transparency",
     "CMYK": "8-bit CMYK",
 }
+# Errors that stay while the file stays as it is: of its content, and that it is absent.
+_LASTING = {None, errno.ENOENT, errno.ELOOP}
 _CONVERT = "convert it to 8 or 16 bit first"
 
 
@@ -148,9 +150,10 @@ def read_picture(path: Path, size: int) -> Picture:
         ) from None
     # Pillow raises nearly everything for damaged files.
     except Exception as error:
-        system = isinstance(error, OSError) and error.errno is not None
-        reason = _reason(path, error)
-        raise UnreadableImageError(path, reason, lasting=not system) from error
+        code = error.errno if isinstance(error, OSError) else None
+        raise UnreadableImageError(
+            path, _reason(path, error), lasting=code in _LASTING
+        ) from error
 
 
 def pixel_limit(format: str | None, bytes_per_pixel: float = 0) -> int:

@@ -1,5 +1,6 @@
 """Files of every kind become the right colours, or are refused with a reason."""
 
+import errno
 import io
 import struct
 import subprocess
@@ -498,10 +499,33 @@ def test_reasons_are_plain(tmp_path: Path) -> None:
     assert "truncated" in refusal(tmp_path / "half.jpg")
     assert refusal(tmp_path / "nothing.png") == "a link to a file that is not there"
     assert refusal(tmp_path / "loop.png") == "a link that leads back to itself"
-    for name, lasting in (("half.jpg", True), ("nothing.png", False)):
-        with pytest.raises(UnreadableImageError) as caught:
-            read_image(tmp_path / name, 8)
-        assert caught.value.lasting == lasting
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "lasting"),
+    [
+        (PermissionError(errno.EACCES, "denied"), "Permission denied", False),
+        (OSError(errno.EIO, "disk"), "Input/output error", False),
+        (MemoryError(), "decoding it needs more memory than there is", False),
+        (OSError("damaged\x1b data"), "damaged\\x1b data", True),
+        (struct.error(), "error", True),
+    ],
+)
+def test_reasons_of_the_system_do_not_last(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+    lasting: bool,
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    path = save(tmp_path / "x.png", noise())
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(path, 8)
+    assert (caught.value.reason, caught.value.lasting) == (reason, lasting)
 
 
 @pytest.mark.filterwarnings("error")
