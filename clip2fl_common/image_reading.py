@@ -135,8 +135,8 @@ def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
 def read_picture(path: Path, size: int) -> Picture:
     """Read one image and say what the file holds; see `read_image`.
 
-    Takes at most 1 GiB of memory besides the program's own, and what the file holds
-    besides pixels (at most 64 MiB, a few times).
+    Takes at most 1 GiB of memory besides the program's own, and half of that more
+    where the file holds much besides pixels.
     """
     try:
         with open_regular(path) as file, warnings.catch_warnings():
