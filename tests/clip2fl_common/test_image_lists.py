@@ -23,6 +23,7 @@ def test_paths_of_any_bytes_are_kept(tmp_path: Path) -> None:
         (b"[" * 100_000, "cannot read the image list"),
         (b"a.jpg 99999999999999999999\n", "entry 1: expected 'path label'"),
         (b"a\x1b.jpg x\n", r"found 'a\\x1b\.jpg x'"),
+        (b"a\0b.jpg 0\n", r"found .a\\x00b"),
         (b"", "the file is empty"),
     ],
 )
