@@ -7,6 +7,7 @@ Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
 """  # noqa: D400, D415 (a command line ends it)
 
 import argparse
+import io
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,9 @@ def main(
 ) -> int:
     """Run the command line and return its exit status."""
     options = _parse(arguments, prog)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without accents still shows names that have them.
+        sys.stdout.reconfigure(errors="backslashreplace")
     config = None
     if options.run_config:
         try:

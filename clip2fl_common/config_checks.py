@@ -78,9 +78,13 @@ def _path_problems(config: "RunConfig") -> Iterator[str]:
                 f"{key} is empty, but dataset.name = {config.dataset.name!r} needs it: "
                 "give an absolute path"
             )
-    for key, folder in (("run.dir", config.run.dir), ("run.resume", config.run.resume)):
-        if folder:
-            yield from _not_absolute(key, folder)
+    for key, path in (
+        ("run.dir", config.run.dir),
+        ("run.resume", config.run.resume),
+        ("federation.site-registry", config.federation.site_registry),
+    ):
+        if path:
+            yield from _not_absolute(key, path)
     prefix = "local-dir:"
     if config.teacher.model.startswith(prefix):
         folder = config.teacher.model.removeprefix(prefix)

@@ -37,7 +37,8 @@ def read_image_list(list_file: Path, root: Path) -> tuple[list[Path], list[int]]
         if not entry.strip():
             continue
         path, _, label = entry.strip().rpartition(" ")
-        if not path or not label.isdecimal() or len(label) > MAX_DIGITS:
+        valid = path and "\0" not in path and label.isdecimal()
+        if not valid or len(label) > MAX_DIGITS:
             raise DatasetError(
                 f"{shown(list_file)}, entry {number}: expected 'path label', found "
                 f"'{shown(entry)}'"

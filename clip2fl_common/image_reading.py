@@ -63,6 +63,8 @@ _KINDS = {
     "RGBA": "8-bit RGB with transparency",
     "CMYK": "8-bit CMYK",
 }
+# Errors that stay while the file stays as it is: of its content, and that it is absent.
+_LASTING = {None, errno.ENOENT, errno.ELOOP}
 _CONVERT = "convert it to 8 or 16 bit first"
 
 
@@ -133,8 +135,8 @@ def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
 def read_picture(path: Path, size: int) -> Picture:
     """Read one image and say what the file holds; see `read_image`.
 
-    Takes at most 1 GiB of memory besides the program's own, and what the file holds
-    besides pixels (at most 64 MiB, a few times).
+    Takes at most 1 GiB of memory besides the program's own, and half of that more
+    where the file holds much besides pixels.
     """
     try:
         with open_regular(path) as file, warnings.catch_warnings():
@@ -148,9 +150,10 @@ def read_picture(path: Path, size: int) -> Picture:
         ) from None
     # Pillow raises nearly everything for damaged files.
     except Exception as error:
-        system = isinstance(error, OSError) and error.errno is not None
-        reason = _reason(path, error)
-        raise UnreadableImageError(path, reason, lasting=not system) from error
+        code = error.errno if isinstance(error, OSError) else None
+        raise UnreadableImageError(
+            path, _reason(path, error), lasting=code in _LASTING
+        ) from error
 
 
 def pixel_limit(format: str | None, bytes_per_pixel: float = 0) -> int:
@@ -177,7 +180,7 @@ def _read(file: BoundedReader, path: Path, size: int) -> Picture:
         image.load()
         orientation = _orientation(image)
         mode = image.mode
-        small = _as_rgb(image)
+        small = to_rgb(image)
     if small.size != (size, size):
         small = ImageOps.fit(small, (size, size), Image.Resampling.BICUBIC)
     # Turned last: the centre square is the same, and a large image is not copied.
@@ -211,8 +214,8 @@ def _bound_size(image: Image.Image, header: Header) -> None:
 
 def _too_large(pixels: str, format: str | None, limit: int) -> str:
     return (
-        f"it has {pixels} pixels; at most {limit / 1e6:.1f} million are decoded"
-        f"{f' of {format}' if format else ''}: make it smaller"
+        f"it has {pixels} pixels; {format or ''}{' ' * bool(format)}images of at most "
+        f"{limit / 1e6:.1f} million are decoded: make it smaller"
     )
 
 
@@ -249,10 +252,15 @@ def _exif(image: Image.Image) -> bytes:
     return block or b""
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of 8-bit RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB.
 
     Transparency is dropped: a pixel keeps the colour that is stored for it.
+
+    Parameters
+    ----------
+    image : Image
+        Loaded, of any mode.
 
     Raises
     ------

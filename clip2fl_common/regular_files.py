@@ -11,8 +11,8 @@ from pathlib import Path
 
 # The largest file that is read, also to hash it.
 MAX_FILE_BYTES = 512 * 2**20
-# The same in the words of messages and documents.
-MAX_FILE_TEXT = f"{MAX_FILE_BYTES // 2**20} MiB"
+# Bytes that may be asked for beyond the end of a file.
+_SMALL = 2**16
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -58,13 +58,14 @@ class BoundedReader(io.BufferedReader):
         NotReadError
             If that were more bytes than allowed.
         """
-        if size is None or size < 0:
-            wanted = self.size - self.tell()
-        else:
-            wanted = min(size, self.size)
+        wanted = -1 if size is None else size
+        if not 0 <= wanted <= _SMALL:
+            # Python makes room for what is asked for before it looks what is there.
+            there = max(self.size - self.tell(), 0)
+            wanted = there if wanted < 0 else min(wanted, there)
         if wanted > self._left:
             raise NotReadError("it holds too much besides its pixels")
-        data = super().read(wanted if size is None or size < 0 else size)
+        data = super().read(wanted)
         self._left -= len(data)
         return data
 
@@ -117,6 +118,6 @@ def _check(facts: os.stat_result) -> None:
         raise NotReadError("the file is empty")
     if facts.st_size > MAX_FILE_BYTES:
         raise NotReadError(
-            f"it has {facts.st_size / 2**20:.0f} MiB; files of at most {MAX_FILE_TEXT} "
-            "are read"
+            f"it has {facts.st_size / 2**20:.0f} MiB; files of at most "
+            f"{MAX_FILE_BYTES // 2**20} MiB are read"
         )

@@ -87,6 +87,7 @@ def test_fedavg_asks_for_nothing_more() -> None:
         assert set(request.content.config_records[records.CONFIG]) == {
             records.PARTITION,
             records.ROUND,
+            records.STREAM,
             records.CODE_FINGERPRINT,
         }
 
