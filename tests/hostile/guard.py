@@ -65,13 +65,15 @@ class Guard:
     def _listen(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._active or event not in _EVENTS or not arguments:
             return
-        path = arguments[0]
+        # A link's own place is what is written; it may name anything.
+        path = arguments[1 if event in ("os.symlink", "os.link") else 0]
         if isinstance(path, int) or path is None:
             return
         self._active = False  # resolving a path may raise events itself
         try:
             text = os.path.realpath(os.fsdecode(path))
-            if not any(
+            made_before = event == "os.mkdir" and os.path.isdir(text)
+            if not made_before and not any(
                 text == place or text.startswith(f"{place}/")
                 for place in (*self.allowed, *_OWN)
             ):
