@@ -151,15 +151,16 @@ class Comparison:
             )
         folder = runs.resolve() / file.stem
         where = shown(file)
-        general = flat_settings(content.settings, f"{where}: settings")
+        # Checked first: what is wrong there is no variant's fault.
+        flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
             named = f"{where}: variants.{shown(variant)}"
-            own = flat_settings(_without(table, "seeds"), named)
+            # A variant's group of keys, such as client, takes the place of the general.
+            tables = {**content.settings, **_without(table, "seeds")}
+            own = flat_settings(tables, named)
             try:
-                config = resolve(
-                    file.parent / content.experiment, overrides, {**general, **own}
-                )
+                config = resolve(file.parent / content.experiment, overrides, own)
             except ConfigError as error:
                 raise ConfigError(f"{named}: {error}") from None
             own_seeds = list(seeds) or table.get("seeds", content.seeds)

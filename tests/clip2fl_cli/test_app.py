@@ -21,7 +21,7 @@ from clip2fl_cli import exporting, results
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.datasets import load_dataset
 from scripts.simulate import Interrupted, SimulationError
-from tests.clip2fl_cli.commands import run
+from tests.clip2fl_cli.commands import refused, run
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE
 from tests.defaults import ROOT, run_config
@@ -359,3 +359,35 @@ def test_doctor_checks_a_site(
     assert capsys.readouterr().out.startswith("usage: clip2fl doctor")
     assert run(monkeypatch, "doctor", "--run-config", config) == 2
     assert "--data-path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("predict", "--model", "x", "--top", 0, "y"), "'--top': 0 is not in the"),
+        (("predict", "--model", "x", "--top", "many", "y"), "'--top': 'many' is not"),
+        (("predict", "--model", "x"), "Missing argument 'IMAGES...'"),
+        (("export", "--model", "x"), "Missing option '--output'"),
+        (("report", "--nothing", "x"), "No such option"),
+        (("nothing",), "No such command 'nothing'"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str | int, ...],
+    said: str,
+) -> None:
+    line = refused(monkeypatch, capsys, *arguments)
+    assert said in line
+    assert line.endswith("--help lists what there is")
+
+
+def test_command_without_arguments_shows_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert "predict" in captured.out + captured.err
+    assert "Traceback" not in captured.err

@@ -250,15 +250,6 @@ def test_bad_run_configuration_names_file_and_key(
     assert said in refused(monkeypatch, capsys, "partition", "--run-config", file)
 
 
-def test_settings_for_all_stay_where_a_variant_sets_a_neighbour(file: Path) -> None:
-    """Another key of the same group does not take them away."""
-    file.write_text(
-        HEAD + "[settings]\nclient.epochs = 4\n" + PLAIN + "client.batch-size = 16\n"
-    )
-    planned = Comparison.read(file, file.parent).plan[0].config.client
-    assert (planned.epochs, planned.batch_size) == (4, 16)
-
-
 def test_no_variant_goes_on_with_another_run(file: Path) -> None:
     file.write_text(HEAD + PLAIN + 'run.resume = "/elsewhere"\n')
     assert Comparison.read(file, file.parent).plan[0].config.run.resume == ""
