@@ -80,8 +80,11 @@ def test_one_image_in_a_draw_is_its_feature_and_is_refused(folder: Path) -> None
     "changes",
     [
         [{"class_gradients__samples_per_class": n} for n in (4, 5, 6, 40)],
-        [{"seed": n} for n in range(4)],
-        [{"class_gradients__draws": n} for n in (1, 2, 3)],
+        [{"class_gradients__samples_per_class": 8, "seed": n} for n in range(4)],
+        [
+            {"class_gradients__samples_per_class": 8, "class_gradients__draws": n}
+            for n in (1, 2, 3)
+        ],
         [{"dataset__validation_share": n} for n in (0.2, 0.25, 0.3, 0.6)],
         [{"privacy__min_class_samples": n} for n in (1, 4, 8)],
         [{"dataset__skip_unreadable": n} for n in (False, True)],
