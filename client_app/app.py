@@ -155,12 +155,6 @@ def _train(
     model = _global_model(config, dataset, request, device)
     reply = RecordDict()
     if request.classifier is not None:
-        fixed = gradient_images(config, site, dataset, loaded)
-        least = config.privacy.min_class_samples
-        most = config.class_gradients.samples_per_class
-        if site is not None:
-            least = site.least_samples(config)
-            most = most if fixed is None else site.policy.set_size
         features, drawn = augmented_features(
             model,
             images,
@@ -173,8 +167,8 @@ def _train(
                 config.seed, "augmentation", request.server_round, request.stream
             ),
             precision=precision,
-            min_class_samples=least,
-            fixed=fixed,
+            min_class_samples=config.privacy.min_class_samples,
+            fixed=gradient_images(config, site, dataset, loaded),
         )
         gradients = coded_class_gradients(
             features,
@@ -184,7 +178,7 @@ def _train(
             precision=config.upload.precision,
             protection=gradient_protection(
                 config.privacy,
-                most,
+                config.class_gradients.samples_per_class,
                 _noise_source(config, request, site),
             ),
         )

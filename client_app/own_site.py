@@ -126,13 +126,6 @@ class OwnSite:
         """Raise `SiteRefusal` if a reply is larger than the site allows."""
         _check_size("reply", reply_bytes, self.policy.max_reply_mib)
 
-    def least_samples(self, config: RunConfig) -> int:
-        """Return the images that a class needs to have its gradient sent.
-
-        A site may ask for more than the run does, never for less.
-        """
-        return max(self.policy.min_class_samples, config.privacy.min_class_samples)
-
     def gradient_images(
         self,
         config: RunConfig,
@@ -174,9 +167,9 @@ class OwnSite:
             )
             for c, at in places.items()
         }
-        chosen = self.ledger.gradient_images(
-            held, self.least_samples(config), self.policy
-        )
+        # A site may ask for more than the run does, never for less.
+        least = max(self.policy.min_class_samples, config.privacy.min_class_samples)
+        chosen = self.ledger.gradient_images(held, least, self.policy)
         return {
             c: at[torch.tensor(chosen[class_names[c]])]
             for c, at in places.items()

@@ -310,7 +310,7 @@ def augmented_features(
         Classes with fewer images are left out.
     fixed : mapping of int to Tensor of int64, or None
         Class to the places of the images that every draw takes, exactly; other classes
-        are left out. None: each draw chooses.
+        are left out, however many images they have. None: each draw chooses.
 
     Returns
     -------
@@ -324,11 +324,7 @@ def augmented_features(
         if count >= min_class_samples
     }
     if fixed is not None:
-        members = {
-            c: places.cpu()
-            for c, places in fixed.items()
-            if len(places) >= min_class_samples
-        }
+        members = {c: places.cpu() for c, places in fixed.items()}
     if not members:
         dim = model.classifier.in_features
         return torch.empty(0, dim, device=labels.device), labels[:0]

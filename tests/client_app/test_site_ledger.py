@@ -1,5 +1,6 @@
 """What a site has answered, on its disk."""
 
+import sqlite3
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,12 +36,23 @@ def test_many_at_once_get_no_more_than_is_allowed(tmp_path: Path) -> None:
     def ask(_: int) -> bool:
         try:
             SiteLedger(tmp_path / "state").count("1", "train", policy)
-        except SiteRefusal:
+        except SiteRefusal as refusal:
+            assert "max-rounds is 30" in str(refusal)
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(ask, range(60))) == 30
+
+
+def test_looking_and_counting_are_one_step(tmp_path: Path) -> None:
+    """Nobody else may begin to write in between."""
+    ledger = SiteLedger(tmp_path)
+    with ledger._open():
+        other = sqlite3.connect(ledger.path, timeout=0)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
 
 
 def test_many_at_once_choose_one_set(tmp_path: Path) -> None:
