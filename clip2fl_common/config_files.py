@@ -291,6 +291,7 @@ def _interrupted_config(folder: Path) -> dict[str, object]:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--resume {_named(folder)}: {_named(file)} cannot be read ({error}). "
-            "Give the folder of a run; one that was stopped before it had this file is started anew"
+            "Give the folder of a run; one that was stopped before it had this file is "
+            "started anew"
         ) from None
     return {**config, "run.resume": str(file.parent)}
