@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
 # Make the certificates and keys of a federation. Nothing that exists is overwritten.
 #
-#   deploy/make-keys.sh server DIR NAME...   CA, server certificate, SuperExec secret
-#   deploy/make-keys.sh node DIR NODE...     one key pair for each node, in DIR/nodes
+#   deploy/make-keys.sh server DIR NAME...          at the server, once
+#   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   at each site
 #
-# NAME is each DNS name or IP address by which nodes reach the server; localhost,
-# superlink and 127.0.0.1, by which the server's own parts reach each other, are added.
-# Keep DIR at the server. A node gets its own DIR/nodes/NODE and DIR/ca.crt, no more.
+# `server` makes one folder for each part of the server; none needs another's:
+#
+#   DIR/ca         ca.key                                    to make certificates; then away
+#   DIR/trust      ca.crt                                    for everybody, nodes too
+#   DIR/superlink  server.crt server.key superexec.secret
+#   DIR/superexec  superexec.secret
+#   DIR/proxy      proxy.crt proxy.key
+#
+# NAME is each DNS name or IP address by which nodes reach the proxy.
+#
+# `own-key` makes a site's key pair, DIR/SITE and DIR/SITE.pub. The private key stays
+# there; SITE.pub goes to the server (and into the folder PUBLIC, if one is given).
 set -euo pipefail
 umask 077
+# Letters are ASCII letters below, whatever the machine's language.
+export LC_ALL=C
 
 fail() {
     echo "make-keys.sh: $*" >&2
@@ -17,61 +28,119 @@ fail() {
 
 absent() {
     for file in "$@"; do
-        [ ! -e "$file" ] || fail "$file exists and is not overwritten; move it away first"
+        [ ! -e "$file" ] && [ ! -L "$file" ] ||
+            fail "$file exists and is not overwritten; move it away first"
     done
+}
+
+# Put a finished file in its place; half-written ones never stand there.
+put() {
+    absent "$2"
+    chmod "$3" "$1"
+    mv -n "$1" "$2"
+}
+
+# certificate NAME SAN: $new/NAME.key and NAME.crt, signed by the CA in $new.
+certificate() {
+    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
+        -subj "/CN=CLIP2FL $1" -keyout "$new/$1.key" 2>"$new/log" |
+        openssl x509 -req -CA "$new/ca.crt" -CAkey "$new/ca.key" -days 825 -sha256 \
+            -set_serial "0x$(openssl rand -hex 16)" -out "$new/$1.crt" -extfile <(
+                echo "subjectAltName=$2"
+                echo "extendedKeyUsage=serverAuth"
+                echo "basicConstraints=critical,CA:FALSE"
+            ) 2>>"$new/log" || fail "openssl: $(cat "$new/log")"
 }
 
 make_server() {
-    local names=""
-    for name in localhost superlink 127.0.0.1 "$@"; do
+    local own="DNS:localhost,IP:127.0.0.1" names=""
+    [ $# -ge 1 ] || fail "give each name or address by which nodes reach the server"
+    for name in "$@"; do
+        [[ $name =~ ^[A-Za-z0-9.:*-]+$ ]] || fail "'$name' is no DNS name or IP address"
         case $name in
-            *[!0-9.]*:* | *:*) names+="IP:$name," ;;
-            *[!0-9.]*) names+="DNS:$name," ;;
-            *) names+="IP:$name," ;;
+            *:*) names+=",IP:$name" ;;
+            *[!0-9.]*) names+=",DNS:$name" ;;
+            *) names+=",IP:$name" ;;
         esac
     done
-    absent "$dir/ca.key" "$dir/ca.crt" "$dir/server.key" "$dir/server.crt" \
-        "$dir/superexec.secret"
+    absent "$dir/ca/ca.key" "$dir/trust/ca.crt" "$dir/superlink/server.key" \
+        "$dir/superlink/server.crt" "$dir/superlink/superexec.secret" \
+        "$dir/superexec/superexec.secret" "$dir/proxy/proxy.key" "$dir/proxy/proxy.crt"
+    # Each part's user passes through this one.
+    [ -d "$dir" ] || mkdir -p -m 755 "$dir"
+    mkdir -p "$dir/ca" "$dir/trust" "$dir/superlink" "$dir/superexec" "$dir/proxy"
+    new=$(mktemp -d "$dir/ca/.new.XXXXXX")
+    trap 'rm -rf "$new"' EXIT
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -sha384 -nodes \
-        -days 3650 -subj "/CN=CLIP2FL federation CA" -keyout "$dir/ca.key" \
+        -days 3650 -subj "/CN=CLIP2FL federation CA" -keyout "$new/ca.key" \
         -addext basicConstraints=critical,CA:TRUE \
-        -addext keyUsage=critical,keyCertSign,cRLSign -out "$dir/ca.crt" 2>/dev/null
-    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
-        -subj "/CN=CLIP2FL server" -keyout "$dir/server.key" 2>/dev/null |
-        openssl x509 -req -CA "$dir/ca.crt" -CAkey "$dir/ca.key" -days 825 -sha256 \
-            -set_serial "0x$(openssl rand -hex 16)" -out "$dir/server.crt" -extfile <(
-                echo "subjectAltName=${names%,}"
-                echo "extendedKeyUsage=serverAuth"
-                echo "basicConstraints=critical,CA:FALSE"
-            ) 2>/dev/null
-    openssl rand -hex 32 | tr -d '\n' >"$dir/superexec.secret"
-    # Not secret, and read by processes of other users.
-    chmod 644 "$dir/ca.crt" "$dir/server.crt"
-    echo "server: $dir/server.crt for ${names%,}"
+        -addext keyUsage=critical,keyCertSign,cRLSign -out "$new/ca.crt" \
+        2>"$new/log" || fail "openssl: $(cat "$new/log")"
+    certificate server "$own,DNS:superlink"
+    certificate proxy "$own$names"
+    openssl rand -hex 32 | tr -d '\n' >"$new/superexec.secret"
+    cp "$new/superexec.secret" "$new/superexec.copy"
+    put "$new/ca.key" "$dir/ca/ca.key" 600
+    put "$new/server.key" "$dir/superlink/server.key" 600
+    put "$new/server.crt" "$dir/superlink/server.crt" 644
+    put "$new/superexec.secret" "$dir/superlink/superexec.secret" 600
+    put "$new/superexec.copy" "$dir/superexec/superexec.secret" 600
+    put "$new/proxy.key" "$dir/proxy/proxy.key" 600
+    put "$new/proxy.crt" "$dir/proxy/proxy.crt" 644
+    # Last: it says that all is there. Everybody may read it.
+    put "$new/ca.crt" "$dir/trust/ca.crt" 644
+    chmod 755 "$dir/trust"
+    echo "server: $dir/{ca,trust,superlink,superexec,proxy}, proxy for $own$names"
 }
 
-make_nodes() {
-    mkdir -p "$dir/nodes"
-    for node in "$@"; do
-        [[ $node =~ ^[A-Za-z0-9._-]{1,64}$ ]] ||
-            fail "node name '$node': only letters, digits, '.', '_' and '-'"
-        absent "$dir/nodes/$node" "$dir/nodes/$node.pub"
-    done
-    for node in "$@"; do
-        ssh-keygen -q -t ecdsa -b 384 -N '' -C "$node" -f "$dir/nodes/$node"
-        echo "node: $dir/nodes/$node and $node.pub"
-    done
+make_own_key() {
+    local site=$1 public=${2:-}
+    [[ $site =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$ ]] ||
+        fail "site name '$site': 1 to 64 ASCII letters, digits, '.', '_' or '-', the" \
+            "first a letter or digit"
+    # These stand beside it.
+    case $site in
+        *.pub | *.crt | *.toml) fail "site name '$site' ends as another file does" ;;
+    esac
+    mkdir -p "$dir"
+    if [ -e "$dir/$site" ]; then
+        echo "$dir/$site exists and stays; for a new key move it away first"
+    else
+        absent "$dir/$site" "$dir/$site.pub"
+        new=$(mktemp -d "$dir/.new.XXXXXX")
+        trap 'rm -rf "$new"' EXIT
+        ssh-keygen -q -t ecdsa -b 384 -N '' -C "$site" -f "$new/key"
+        put "$new/key" "$dir/$site" 600
+        put "$new/key.pub" "$dir/$site.pub" 644
+    fi
+    if [ ! -e "$dir/$site.pub" ]; then
+        half=$(ssh-keygen -y -f "$dir/$site") ||
+            fail "$dir/$site is no private key; move it away first"
+        echo "$half $site" >"$dir/$site.pub"
+        chmod 644 "$dir/$site.pub"
+    fi
+    if [ -n "$public" ]; then
+        [ -e "$public/$site.pub" ] || cp -p "$dir/$site.pub" "$public/$site.pub"
+        cmp -s "$dir/$site.pub" "$public/$site.pub" ||
+            fail "$public/$site.pub is another key's, and is not overwritten"
+    fi
+    echo "Send this line, which is no secret, to the server, as $site.pub:"
+    cat "$dir/$site.pub"
+    echo "Compare on the telephone: $(ssh-keygen -l -f "$dir/$site.pub" | cut -d' ' -f2)"
 }
 
-[ $# -ge 3 ] || fail "usage: make-keys.sh server DIR NAME... | node DIR NODE..."
+usage="usage: make-keys.sh server DIR NAME... | own-key DIR SITE [PUBLIC]"
+[ $# -ge 3 ] || fail "$usage"
 what=$1 dir=$2
 shift 2
 for tool in openssl ssh-keygen; do
     command -v "$tool" >/dev/null || fail "$tool is missing: install it"
 done
-mkdir -p "$dir"
 case $what in
     server) make_server "$@" ;;
-    node) make_nodes "$@" ;;
-    *) fail "'$what' is neither 'server' nor 'node'" ;;
+    own-key)
+        [ $# -le 2 ] || fail "$usage"
+        make_own_key "$@"
+        ;;
+    *) fail "'$what' is neither 'server' nor 'own-key'" ;;
 esac

@@ -1,17 +1,40 @@
 #!/bin/sh
 # Check a node, then run it; what the check finds stands in the log.
 #
-# SUPERLINK   HOST:PORT of the server's proxy
-# SITE        the site's name; also its key's: $KEYS/$SITE
-# DATA_PATH   holds <class>/<image> (default /data)
-# KEYS        holds the node's private key and ca.crt (default /keys)
-# RUN_CONFIG  the run's configuration, for the check (default conf/sites.toml)
+# SUPERLINK         HOST:PORT of the server's proxy
+# SITE              the site's name; also its key's: $KEYS/$SITE
+# DATA_PATH         holds <class>/<image> (default /data)
+# KEYS              holds the site's private key (default /keys)
+# CA                the server's ca.crt (default $KEYS/ca.crt)
+# RUN_CONFIG        a run's configuration: classes, image size and teacher are checked,
+#                   too (default: none)
+# POLICY            what the site allows (default $KEYS/policy.toml, if it is there)
+# TRUSTED_ENTITIES  whose signed code alone may run here (default: the server's)
 set -eu
 : "${SUPERLINK:?HOST:PORT of the server}" "${SITE:?name of the site}"
 : "${DATA_PATH:=/data}" "${KEYS:=/keys}"
-python -m client_app.doctor --data-path "$DATA_PATH" --superlink "$SUPERLINK" \
-    --run-config "${RUN_CONFIG:-conf/sites.toml}" \
-    --root-certificates "$KEYS/ca.crt" --private-key "$KEYS/$SITE"
-exec flower-supernode --superlink "$SUPERLINK" --root-certificates "$KEYS/ca.crt" \
-    --auth-supernode-private-key "$KEYS/$SITE" \
-    --node-config "data-path=\"$DATA_PATH\" site=\"$SITE\""
+: "${CA:=$KEYS/ca.crt}" "${RUN_CONFIG:=}" "${POLICY:=}" "${TRUSTED_ENTITIES:=}"
+# A policy that is asked for and missing, or a link to nothing, must not be no policy.
+if [ -z "$POLICY" ] && { [ -e "$KEYS/policy.toml" ] || [ -L "$KEYS/policy.toml" ]; }; then
+    POLICY=$KEYS/policy.toml
+fi
+if [ -n "$POLICY" ] && [ ! -f "$POLICY" ]; then
+    echo "node.sh: POLICY = $POLICY is no file" >&2
+    exit 1
+fi
+export SITE DATA_PATH POLICY TRUSTED_ENTITIES
+node_config=$(python deploy/node_config.py)
+
+if [ -n "$RUN_CONFIG" ]; then
+    set -- --data-path "$DATA_PATH" --run-config "$RUN_CONFIG" \
+        --superlink "$SUPERLINK" --root-certificates "$CA" --private-key "$KEYS/$SITE"
+    [ -z "$POLICY" ] || set -- "$@" --policy "$POLICY"
+    python -m client_app.doctor "$@"
+else
+    python deploy/check_connection.py "$SUPERLINK" "$CA" "$KEYS/$SITE"
+fi
+
+set -- --superlink "$SUPERLINK" --root-certificates "$CA" \
+    --auth-supernode-private-key "$KEYS/$SITE" --node-config "$node_config"
+[ -z "$TRUSTED_ENTITIES" ] || set -- "$@" --trusted-entities "$TRUSTED_ENTITIES"
+exec flower-supernode "$@"

@@ -1,23 +1,16 @@
 #!/bin/sh
-# Register nodes' public keys at the SuperLink; those that are registered stay so.
+# Register sites' public keys at the SuperLink, and write down which site has which.
 #
-#   deploy/register.sh SUPERLINK KEYS NODE...
+#   deploy/register.sh SITE=KEY.pub...    KEY.pub from anywhere; - is the input
+#   deploy/register.sh --remove SITE...   whose key is of no use from then on
+#   deploy/register.sh --list
 #
-# SUPERLINK is HOST:PORT of the SuperLink itself, KEYS the folder of make-keys.sh.
+# SUPERLINK  HOST:PORT of the SuperLink itself (default 127.0.0.1:8000)
+# CA         its ca.crt (default /etc/clip2fl/trust/ca.crt)
+# REGISTRY   the file (default /etc/clip2fl/registry/sites.json), which the run
+#            configuration names as federation.site-registry
 set -eu
-superlink=$1 keys=$2
-shift 2
-mkdir -p "$FLWR_HOME"
-printf '[superlink.server]\naddress = "%s"\nroot-certificates = "%s"\n' \
-    "$superlink" "$keys/ca.crt" > "$FLWR_HOME/config.toml"
-for node in "$@"; do
-    if said=$(flwr supernode register "$keys/nodes/$node.pub" server --name "$node" 2>&1)
-    then
-        echo "$node: registered"
-    else
-        case $said in
-            *already*) echo "$node: was registered before" ;;
-            *) echo "$node: $said" >&2; exit 1 ;;
-        esac
-    fi
-done
+root=$(dirname "$0")/..
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python
+exec "$python" "$root/deploy/register.py" "$@"

@@ -2,7 +2,8 @@
 
 The machines are joined by a bridge in one more namespace, so no packet leaves them.
 The server is set up as docs/deployment.md says: SuperLink on its own loopback only,
-nginx with the repository's configuration in front.
+nginx with the repository's configuration in front. Each node makes its own key; names
+are bound to keys by the registry that `deploy/register.sh` writes.
 """
 
 import contextlib
@@ -136,6 +137,8 @@ class Stack:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys = folder / "keys"
+        self.ca = self.keys / "trust" / "ca.crt"
+        self.registry = self.keys / "registry" / "sites.json"
         self._hub = Machine("hub", folder, {})
         self._machines: list[Machine] = []
         self._ip("netns", "add", self._hub.namespace)
@@ -189,9 +192,12 @@ class Stack:
         self.start_superlink()
         self.server.start(
             *("superexec", BIN / "flower-superexec"),
-            *("--root-certificates", self.keys / "ca.crt"),
+            *("--root-certificates", self.ca),
             *("--runtime-api-address", "127.0.0.1:8000"),
-            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
+            *(
+                "--superexec-auth-secret-file",
+                self.keys / "superexec" / "superexec.secret",
+            ),
         )
         self.start_proxy()
 
@@ -217,19 +223,20 @@ class Stack:
 
     def start_superlink(self) -> None:
         """Start the SuperLink on its own loopback, and wait until it answers."""
+        superlink = self.keys / "superlink"
         self.server.start(
             *("superlink", sys.executable, ROOT / "scripts" / "superlink.py"),
-            *("--ssl-ca-certfile", self.keys / "ca.crt"),
-            *("--ssl-certfile", self.keys / "server.crt"),
-            *("--ssl-keyfile", self.keys / "server.key"),
+            *("--ssl-ca-certfile", self.ca),
+            *("--ssl-certfile", superlink / "server.crt"),
+            *("--ssl-keyfile", superlink / "server.key"),
             *("--host", "127.0.0.1", "--port", "8000", "--isolation", "process"),
-            *("--superexec-auth-secret-file", self.keys / "superexec.secret"),
+            *("--superexec-auth-secret-file", superlink / "superexec.secret"),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
             *("--database", self.server.folder / "state.db"),
         )
         code = (
             "import ssl, urllib.request as r; "
-            f"c = ssl.create_default_context(cafile={str(self.keys / 'ca.crt')!r}); "
+            f"c = ssl.create_default_context(cafile={str(self.ca)!r}); "
             "print(r.urlopen('https://127.0.0.1:8000/health', context=c).status)"
         )
         wait_for(
@@ -239,19 +246,30 @@ class Stack:
         )
 
     def add_node(self, name: str, register: bool = True) -> Machine:
-        """Make a machine for a node and its key, and register the key."""
+        """Make a machine for a node, which makes its key, and register the key."""
         node = self._machine(name, f"10.77.0.{10 + len(self.nodes)}")
         self.nodes[name] = node
-        self._run(self.make_keys, "node", self.keys, name)
+        self._run(self.make_keys, "own-key", node.folder / "keys", name)
+        shutil.copy(self.ca, node.folder / "keys")
         if register:
             printed = self.register(name)
-            assert "registered" in printed.lower(), printed
+            assert f"{name}: registered" in printed, printed
         return node
 
-    def register(self, name: str) -> str:
-        """Register a node's key at the server."""
-        key = self.keys / "nodes" / f"{name}.pub"
-        return self.flwr("supernode", "register", key, "server")
+    def public_key(self, name: str) -> Path:
+        """Return the public half of a node's key."""
+        return self.nodes[name].folder / "keys" / f"{name}.pub"
+
+    def register(self, *names: str) -> str:
+        """Register nodes' keys at the server."""
+        return self.run_register(*(f"{n}={self.public_key(n)}" for n in names))
+
+    def run_register(self, *arguments: object) -> str:
+        """Return what register.sh prints at the server."""
+        return self.server.run(
+            *("env", f"CA={self.ca}", f"REGISTRY={self.registry}"),
+            *(ROOT / "deploy" / "register.sh", *arguments),
+        )
 
     def flwr(self, *arguments: object) -> str:
         """Return what a ``flwr`` command prints at the server."""
@@ -259,32 +277,34 @@ class Stack:
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
             '[superlink.server]\naddress = "127.0.0.1:8000"\n'
-            f'root-certificates = "{self.keys / "ca.crt"}"\n'
+            f'root-certificates = "{self.ca}"\n'
         )
         return self.server.run(BIN / "flwr", *arguments)
 
-    def start_node(self, name: str, data: Path, ca: Path | None = None) -> None:
-        """Start a node's SuperNode, again and again as systemd would."""
-        config = f'data-path="{data}" site="{name}"'
-        self.nodes[name].start(
+    def start_node(
+        self, name: str, data: Path, site: str = "", ca: Path | None = None
+    ) -> None:
+        """Start a node by node.sh, again and again as systemd would.
+
+        It calls itself ``site``, or else by its own name.
+        """
+        node = self.nodes[name]
+        keys = node.folder / "keys"
+        node.start(
             *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
-            *(
-                BIN / "flower-supernode",
-                "--root-certificates",
-                ca or self.keys / "ca.crt",
-            ),
-            *("--superlink", f"{SERVER_IP}:{PORT}"),
-            *("--auth-supernode-private-key", self.keys / "nodes" / name),
-            *("--node-config", config),
+            *("env", f"--chdir={ROOT}", f"SUPERLINK={SERVER_IP}:{PORT}"),
+            *(f"SITE={site or name}", f"DATA_PATH={data}", f"KEYS={keys}"),
+            *(f"CA={ca or keys / 'ca.crt'}", ROOT / "deploy" / "node.sh"),
         )
 
     def start_run(self, settings: str) -> None:
         """Start a run at the server; it is followed to its end."""
         self.server.start(
             *("run", sys.executable, ROOT / "scripts" / "federate.py"),
-            *("--root-certificates", self.keys / "ca.crt"),
+            *("--root-certificates", self.ca),
             *("--run-config", ROOT / "conf" / "sites.toml", "--set", settings),
             *("--set", f'run.dir="{self.results.parent}" run.name="run"'),
+            *("--set", f'federation.site-registry="{self.registry}"'),
         )
 
     @property

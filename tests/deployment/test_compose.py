@@ -12,6 +12,7 @@ import yaml
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.dotted_keys import flatten
+from deploy.register import fingerprint, public_key
 from scripts.draw_sites import draw_sites
 from tests.defaults import ROOT, default_config
 
@@ -27,7 +28,19 @@ def compose() -> dict[str, Any]:
 
 def sites(compose: dict[str, Any]) -> list[str]:
     """Return the services that are nodes."""
-    return [name for name in compose["services"] if name.startswith("site-")]
+    return [
+        name
+        for name in compose["services"]
+        if name.startswith("site-") and not name.endswith("-key")
+    ]
+
+
+def mounts(compose: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return for each service its volumes: name to place, with :ro where read-only."""
+    return {
+        name: dict(mount.split(":", 1) for mount in service.get("volumes", []))
+        for name, service in compose["services"].items()
+    }
 
 
 def test_nodes_reach_the_proxy_only(compose: dict[str, Any]) -> None:
@@ -39,8 +52,8 @@ def test_nodes_reach_the_proxy_only(compose: dict[str, Any]) -> None:
             assert networks == {"server", "nodes"}
         elif name in sites(compose):
             assert networks == {"nodes"}
-        elif name == "setup":
-            assert services[name]["network_mode"] == "none"
+        elif name in ("setup", "images") or name.endswith("-key"):
+            assert services[name]["network_mode"] == "none" and not networks
         else:
             assert networks == {"server"}
     assert all(network["internal"] for network in compose["networks"].values())
@@ -60,18 +73,94 @@ def test_containers_have_no_rights_to_speak_of(compose: dict[str, Any]) -> None:
     assert "HEALTHCHECK" in dockerfile
 
 
+def test_every_container_has_bounds(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        memory = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", service["mem_limit"])
+        assert re.fullmatch(r"\d+[mg]", memory), name
+        assert 32 <= service["pids_limit"] <= 1024, name
+        assert service["tmpfs"] == ["/tmp:size=512m"], name
+        assert service["logging"] == {"driver": "local"}, name
+
+
 def test_each_site_sees_its_own_folders_and_none_can_write_images(
     compose: dict[str, Any],
 ) -> None:
     for name in sites(compose):
         own = name.removesuffix("-gpu")
-        mounts = compose["services"][name]["volumes"]
-        assert mounts == [
-            f"{own}:/data:ro",
-            f"{own}-keys:/keys:ro",
-            f"{own}-cache:/cache",
-        ]
+        assert mounts(compose)[name] == {
+            own: "/data:ro",
+            f"{own}-keys": "/keys/site:ro",
+            "trust": "/keys/trust:ro",
+            f"{own}-cache": "/cache",
+        }
         assert compose["services"][name]["environment"]["SITE"] == own
+
+
+def test_each_part_has_its_own_keys_and_no_others(compose: dict[str, Any]) -> None:
+    by_volume: dict[str, dict[str, str]] = {}
+    for name, volumes in mounts(compose).items():
+        for volume, place in volumes.items():
+            by_volume.setdefault(volume, {})[name] = place
+    assert by_volume["ca"] == {"setup": "/keys/ca"}
+    for part in ("superlink", "superexec", "proxy"):
+        place = f"/keys/{part}"
+        assert by_volume[f"{part}-keys"] == {"setup": place, part: f"{place}:ro"}
+    for site in (name for name in sites(compose) if not name.endswith("-gpu")):
+        holders = set(by_volume[f"{site}-keys"])
+        gpu = {f"{site}-gpu"} & set(sites(compose))
+        assert holders == {site, f"{site}-key"} | gpu
+        # The public half goes from the site to the registration, and nowhere else.
+        assert by_volume[f"{site}-public"] == {
+            f"{site}-key": f"/public/{site}",
+            "register": f"/public/{site}:ro",
+        }
+    # Everybody may see the CA's certificate, and only the set-up may write it.
+    assert {n for n, place in by_volume["trust"].items() if place == "/keys/trust"} == {
+        "setup"
+    }
+    assert by_volume["registry"] == {
+        "register": "/registry",
+        "superexec": "/registry:ro",
+    }
+
+
+def test_commands_name_keys_that_their_containers_have(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        places = {place.split(":")[0] for place in mounts(compose)[name].values()}
+        values = [*service["command"], *service.get("environment", {}).values()]
+        for value in values:
+            for path in re.findall(r"/(?:keys|public)/[\w./-]+", str(value)):
+                assert any(path == p or path.startswith(f"{p}/") for p in places), path
+    proxy = (DEPLOY / "nginx.conf").read_text()
+    assert set(re.findall(r"/keys/(\w+)/", proxy)) == {"proxy", "trust"}
+
+
+def test_every_place_of_a_volume_belongs_to_the_containers_user(
+    compose: dict[str, Any],
+) -> None:
+    """A new volume takes its owner from the folder in the image."""
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (made,) = re.findall(r"mkdir -p (.*?)&& chown", dockerfile, flags=re.S)
+    folders = set(made.replace("\\", " ").split())
+    used = {
+        place.split(":")[0]
+        for volumes in mounts(compose).values()
+        for place in volumes.values()
+    }
+    assert used == folders
+
+
+def test_runs_know_the_registry(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    file = services["register"]["environment"]["REGISTRY"]
+    assert f'federation.site-registry="{file}"' in services["runner"]["command"][-1]
+
+
+def test_base_image_can_be_pinned(compose: dict[str, Any]) -> None:
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (base,) = re.findall(r"^ARG BASE=(\S+)\nFROM \$\{BASE\}$", dockerfile, flags=re.M)
+    for service in compose["services"].values():
+        assert service["build"]["args"] == {"BASE": f"${{CLIP2FL_BASE:-{base}}}"}
 
 
 def test_volumes_and_files_are_those_that_are_used(compose: dict[str, Any]) -> None:
@@ -92,18 +181,25 @@ def test_superlink_is_closed_to_those_without_key_or_secret(
     compose: dict[str, Any],
 ) -> None:
     options = set(compose["services"]["superlink"]["command"])
-    secret = "--superexec-auth-secret-file=/keys/superexec.secret"
-    assert {"--isolation=process", "--enable-supernode-auth", secret} <= options
+    secret = "--superexec-auth-secret-file=/keys/{}/superexec.secret"
+    assert {"--isolation=process", "--enable-supernode-auth"} <= options
+    assert secret.format("superlink") in options
     assert any(option.startswith("--database=/state/") for option in options)
-    assert secret in compose["services"]["superexec"]["command"]
+    assert secret.format("superexec") in compose["services"]["superexec"]["command"]
 
 
 def test_demo_registers_prepares_and_runs_the_same_sites(
     compose: dict[str, Any],
 ) -> None:
     names = [name for name in sites(compose) if not name.endswith("-gpu")]
-    assert compose["services"]["register"]["command"][3:] == names
-    assert f'nodes="{" ".join(names)}"' in (DEPLOY / "demo-setup.sh").read_text()
+    services = compose["services"]
+    registered = [f"{name}=/public/{name}/{name}.pub" for name in names]
+    assert services["register"]["command"] == ["deploy/register.sh", *registered]
+    assert services["images"]["command"][-4:] == names
+    for name in names:
+        key = services[f"{name}-key"]["command"]
+        assert key[1:] == ["own-key", "/keys/site", name, f"/public/{name}"]
+        assert f"{name}-key" in services["register"]["depends_on"]
     text = (ROOT / "conf" / "sites.toml").read_text("utf-8")
     settings: dict[str, Any] = {**default_config(), **flatten(tomllib.loads(text))}
     assert RunConfig.from_run_config(settings).federation.clients_per_round == 4
@@ -136,36 +232,106 @@ def make_keys(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_keys_are_made_once_and_never_overwritten(tmp_path: Path) -> None:
+def verify(ca: Path, certificate: Path, *options: str) -> bool:
+    """Return whether a certificate is good for what the options ask."""
+    command = ["openssl", "verify", "-CAfile", str(ca), *options, str(certificate)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_each_part_of_the_server_gets_keys_of_its_own(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    assert make_keys("server", keys, "fl.example.org", "10.1.2.3").returncode == 0
-    assert make_keys("node", keys, "a", "b").returncode == 0
-    before = {p: p.read_bytes() for p in keys.rglob("*") if p.is_file()}
-    assert {str(p.relative_to(keys)) for p in before} == {
-        *("ca.crt", "ca.key", "server.crt", "server.key", "superexec.secret"),
-        *("nodes/a", "nodes/a.pub", "nodes/b", "nodes/b.pub"),
-    }
-    for arguments in (("server", keys, "other"), ("node", keys, "c", "a")):
-        again = make_keys(*arguments)
-        assert again.returncode == 1 and "exists and is not overwritten" in again.stderr
-    assert {p: p.read_bytes() for p in keys.rglob("*") if p.is_file()} == before
-    for path in before:
-        private = path.suffix not in (".crt",)
-        assert bool(path.stat().st_mode & 0o077) != private
-    shown = subprocess.run(
-        ["openssl", "x509", "-in", keys / "server.crt", "-noout", "-text"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in ("DNS:localhost", "DNS:fl.example.org", "IP Address:10.1.2.3"):
-        assert name in shown
-    verified = subprocess.run(
-        ["openssl", "verify", "-CAfile", keys / "ca.crt", keys / "server.crt"],
-        capture_output=True,
+    assert (
+        make_keys("server", keys, "fl.example.org", "10.1.2.3", "::1").returncode == 0
     )
-    assert verified.returncode == 0
-    assert make_keys("node", keys, "../evil").returncode == 1
+    made = {str(p.relative_to(keys)): p for p in keys.rglob("*") if p.is_file()}
+    assert set(made) == {
+        *("ca/ca.key", "trust/ca.crt"),
+        *("superlink/server.crt", "superlink/server.key", "superlink/superexec.secret"),
+        *("proxy/proxy.crt", "proxy/proxy.key", "superexec/superexec.secret"),
+    }
+    for name, path in made.items():
+        private = not name.endswith(".crt")
+        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if private else 0o644)
+    for folder, mode in (("ca", 0o700), ("proxy", 0o700), ("trust", 0o755)):
+        assert stat.S_IMODE((keys / folder).stat().st_mode) == mode
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o755
+    secrets = [
+        (keys / n / "superexec.secret").read_bytes() for n in ("superlink", "superexec")
+    ]
+    assert secrets[0] == secrets[1] and len(secrets[0]) == 64
+    ca, proxy = made["trust/ca.crt"], made["proxy/proxy.crt"]
+    for name in ("fl.example.org", "localhost"):
+        assert verify(ca, proxy, "-verify_hostname", name, "-purpose", "sslserver")
+    for address in ("10.1.2.3", "127.0.0.1", "::1"):
+        assert verify(ca, proxy, "-verify_ip", address)
+    # Whoever takes the SuperLink's key cannot stand in for the proxy, and so on.
+    superlink = made["superlink/server.crt"]
+    assert verify(ca, superlink, "-verify_hostname", "superlink")
+    assert not verify(ca, superlink, "-verify_hostname", "fl.example.org")
+    assert not verify(ca, proxy, "-verify_hostname", "superlink")
+
+
+def test_server_keys_are_never_overwritten_nor_half_made(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    for wrong in ("a b", "a,DNS:evil", "a\nb", "1.2.3.999"):
+        refused = make_keys("server", keys, wrong)
+        assert refused.returncode == 1 and refused.stderr.startswith("make-keys.sh: ")
+        assert not [p for p in keys.rglob("*") if p.is_file()]
+    assert make_keys("server", keys, "a").returncode == 0
+    before = {p: p.read_bytes() for p in keys.rglob("*") if p.is_file()}
+    again = make_keys("server", keys, "other")
+    assert again.returncode == 1 and "exists and is not overwritten" in again.stderr
+    assert {p: p.read_bytes() for p in keys.rglob("*") if p.is_file()} == before
+
+
+def test_site_makes_its_key_once_and_sends_the_public_half(tmp_path: Path) -> None:
+    keys, public = tmp_path / "keys", tmp_path / "public"
+    public.mkdir()
+    first = make_keys("own-key", keys, "site-a", public)
+    assert first.returncode == 0, first.stderr
+    private, half = keys / "site-a", keys / "site-a.pub"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert (
+        half.read_text() in first.stdout
+        and fingerprint(public_key(half)) in first.stdout
+    )
+    assert "PRIVATE" not in first.stdout
+    assert [p.name for p in public.iterdir()] == ["site-a.pub"]
+    key = private.read_bytes()
+    again = make_keys("own-key", keys, "site-a", public)
+    assert again.returncode == 0 and half.read_text() in again.stdout
+    assert "exists and stays" in again.stdout and private.read_bytes() == key
+    # A public half that is gone is made again from the private one.
+    before = public_key(half)
+    half.unlink()
+    assert make_keys("own-key", keys, "site-a").returncode == 0
+    assert public_key(half) == before and private.read_bytes() == key
+    # Another key's public half is not replaced.
+    (tmp_path / "more").mkdir()
+    other = make_keys("own-key", tmp_path / "more", "site-a", public)
+    assert other.returncode == 1 and "is another key's" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "",
+        "-a",
+        ".a",
+        "a b",
+        "é",
+        "a\n",
+        "x" * 65,
+        "a.pub",
+        "ca.crt",
+        "policy.toml",
+    ],
+)
+def test_key_has_a_name_that_a_site_may_have(tmp_path: Path, name: str) -> None:
+    refused = make_keys("own-key", tmp_path / "keys", name)
+    assert refused.returncode == 1 and "site name '" in refused.stderr
+    assert not (tmp_path / "keys").exists()
 
 
 def test_drawn_sites_are_unequal_and_stay(tmp_path: Path) -> None:
