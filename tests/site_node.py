@@ -21,6 +21,8 @@ from tests.defaults import run_config
 
 DIM = 16
 KINDS = ("query", "train", "evaluate")
+# Characters of an error that reach the server.
+LONGEST_ERROR = 300
 
 
 def site_run(**changes: Scalar) -> RunConfig:
@@ -141,3 +143,37 @@ def same(first: Message, second: Message) -> bool:
         for name in one
         for a, b in zip(one[name], two[name], strict=True)
     )
+
+
+def refusal(reply: Message) -> str:
+    """Return why a site's rules refuse."""
+    assert reply.has_error(), "the site answered"
+    assert reply.error.code == records.SITE_REFUSES, reply.error
+    return told(reply)
+
+
+def told(reply: Message) -> str:
+    """Return an error's text, which must be one bounded line."""
+    reason = str(reply.error.reason)
+    assert len(reason) <= LONGEST_ERROR and reason.isprintable(), reason
+    return reason
+
+
+def works(reply: Message) -> Message:
+    """Return a reply that must not be an error."""
+    assert not reply.has_error(), reply.error
+    return reply
+
+
+def policy(folder: Path, **rules: Any) -> dict[str, str]:
+    """Write a policy file; return the node configuration that names it."""
+
+    def shown(key: str, value: Any) -> str:
+        if key in ("teachers", "teacher_folders"):
+            return str([part for part in value.split(",") if part])
+        return str(value).lower()
+
+    lines = [f"{k.replace('_', '-')} = {shown(k, v)}" for k, v in rules.items()]
+    path = folder / "policy.toml"
+    path.write_text("\n".join(lines), "utf-8")
+    return {"policy": str(path)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord
 
 from client_app import app as client
 from clip2fl_common import records
@@ -21,11 +21,13 @@ from tests.site_node import (
     evaluated,
     gradients,
     images_in,
+    policy,
+    refusal,
     site_run,
     student,
+    told,
+    works,
 )
-
-LONGEST = 300
 
 
 @pytest.fixture(autouse=True)
@@ -38,26 +40,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     """Return a site's images: 9 training images or so of one class, 4 of another."""
     return write_site(tmp_path / "private", {"circle": 12, "star": 6})
-
-
-def refusal(reply: Message) -> str:
-    """Return why a site's rules refuse."""
-    assert reply.has_error(), "the site answered"
-    assert reply.error.code == records.SITE_REFUSES, reply.error
-    return told(reply)
-
-
-def told(reply: Message) -> str:
-    """Return an error's text, which must be one bounded line."""
-    reason = str(reply.error.reason)
-    assert len(reason) <= LONGEST and reason.isprintable(), reason
-    return reason
-
-
-def works(reply: Message) -> Message:
-    """Return a reply that must not be an error."""
-    assert not reply.has_error(), reply.error
-    return reply
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,20 +237,6 @@ def test_run_against_a_rule_is_refused_in_every_answer_and_at_both_ends(
         works(node.ask(kind, site_run(**allowed)))
 
 
-def policy(folder: Path, **rules: Any) -> dict[str, str]:
-    """Write a policy file; return the node configuration that names it."""
-
-    def shown(key: str, value: Any) -> str:
-        if key in ("teachers", "teacher_folders"):
-            return str([part for part in value.split(",") if part])
-        return str(value).lower()
-
-    lines = [f"{k.replace('_', '-')} = {shown(k, v)}" for k, v in rules.items()]
-    path = folder / "policy.toml"
-    path.write_text("\n".join(lines), "utf-8")
-    return {"policy": str(path)}
-
-
 def test_hub_and_folders_may_be_allowed(tmp_path: Path, folder: Path) -> None:
     """Then the query, which loads nothing, is answered."""
     teachers = tmp_path / "teachers"
@@ -438,92 +406,3 @@ def test_rounds_are_counted_and_asking_again_counts(folder: Path) -> None:
                 reason
             )
         assert "max-rounds" in refusal(node.ask("query", site_run(), run=run))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (None, "is not there"),
-        ("min-class-sample = 4", "did you mean min-class-samples?"),
-        ("min-class-samples = 0", "min-class-samples = 0, but it must be"),
-        ("min-class-samples = true", "valid integer"),
-        ("max-clip-norm = nan", "max-clip-norm"),
-        ("validation-share = 1.5", "validation-share = 1.5"),
-        ("teachers = ['xyz']", "teachers.0 = 'xyz'"),
-        ("teachers = 'abcdefabcdef'", "teachers"),
-        ("teacher-folders = ['relative']", "teacher-folders.0"),
-        ("max-runs = 1979-05-27", "not JSON serializable"),
-        ("[privacy]\nmin-class-samples = 4", "privacy is no rule"),
-        ("min-class-samples = 4\ngradient-samples = 3", "is less than"),
-        ("gradient-cuts = 2", "no effect unless min-class-samples is 2 or more"),
-        ("min-class-samples = ", "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
-        ("#" + "x" * 2**20, "larger than 1 MiB"),
-        ("folder", "is not there, or no file"),
-    ],
-)
-def test_unusable_policy_refuses_every_run(
-    tmp_path: Path,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-    text: str | bytes | None,
-    said: str,
-) -> None:
-    path = tmp_path / "policy.toml"
-    if text == "folder":
-        path.mkdir()
-    elif text is not None:
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-    for kind in KINDS:
-        caplog.clear()
-        reply = SiteNode(folder, {"policy": str(path)}).ask(kind, site_run())
-        reason = refusal(reply)
-        assert reason == (
-            "the site's own rules are not usable; the site's own log says more"
-        )
-        assert said in caplog.text and "no run is answered" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rules", "said"),
-    [
-        ({"min_class_sample": 4}, "min-class-sample is no rule and no key of a site"),
-        ({"min_class_samples": "4"}, "min-class-samples = '4', but it must be"),
-        ({"min_class_samples": 2.5}, "min-class-samples = 2.5, but it must be"),
-        ({"partition_id": 1}, "partition-id is no rule and no key of a site"),
-        ({"policy": "policy.toml"}, "is no absolute path"),
-        ({"policy": 3}, "is no absolute path"),
-        ({"site_state": "state"}, "is no absolute path"),
-    ],
-)
-def test_unusable_node_configuration_refuses_every_run(
-    folder: Path, caplog: pytest.LogCaptureFixture, rules: dict[str, Any], said: str
-) -> None:
-    assert "rules are not usable" in refusal(
-        SiteNode(folder, rules).ask("train", site_run())
-    )
-    assert said in caplog.text
-
-
-def test_rule_in_two_places_must_be_the_same(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    named = policy(tmp_path, min_class_samples=4, teachers="ab" * 6)
-    same = {**named, "min_class_samples": 4, "teachers": "ab" * 6}
-    works(SiteNode(folder, same).ask("train", site_run()))
-    other = {**named, "min_class_samples": 2}
-    refusal(SiteNode(folder, other).ask("train", site_run()))
-    assert "say it once" in caplog.text
-
-
-def test_policy_that_others_may_change_is_named(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    named = policy(tmp_path, min_class_samples=4)
-    Path(named["policy"]).chmod(0o664)
-    works(SiteNode(folder, named).ask("query", site_run()))
-    assert "can be changed by other users" in caplog.text
-    caplog.clear()
-    Path(named["policy"]).chmod(0o644)
-    works(SiteNode(folder, named).ask("query", site_run()))
-    assert "can be changed" not in caplog.text
