@@ -16,7 +16,12 @@ import torch
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.datasets import IMAGENET_NORMALIZATION, FileSource, open_site
-from clip2fl_common.image_reading import read_image
+from clip2fl_common.image_reading import (
+    Picture,
+    UnreadableImageError,
+    read_image,
+    read_picture,
+)
 from tests.conftest import be_flower
 from tests.site_folders import write_site
 from tests.site_node import (
@@ -229,12 +234,12 @@ def test_unreadable_fixed_image_silences_its_class_and_spends_nothing(
     before = node.ask("train", site_run())
     broken = fixed_set(folder, node, "star", 4)[0]
 
-    def picky(path: Path, size: int) -> npt.NDArray[Any]:
+    def picky(path: Path, size: int) -> Picture:
         if path == broken and size == 24:
-            raise ValueError("not at this size")
-        return read_image(path, size)
+            raise UnreadableImageError(path, "not at this size", lasting=True)
+        return read_picture(path, size)
 
-    monkeypatch.setattr("clip2fl_common.datasets.read_image", picky)
+    monkeypatch.setattr("clip2fl_common.image_sources.read_picture", picky)
     other = site_run(dataset__image_size=24, dataset__skip_unreadable=True)
     assert set(gradients(node.ask("train", other))) == {"circle"}
     assert same(before, node.ask("train", site_run()))
