@@ -131,7 +131,7 @@ Delta = Annotated[float, Field(ge=1e-15, lt=1)]
 Cosine = Annotated[float, Field(ge=0.01, le=1)]
 Share = Annotated[
     float,
-    Field(le=0.9),
+    Field(lt=1),
     Rule("0 or ≥ 0.001", lambda value: value == 0 or value >= 1e-3),
 ]
 Weight = Annotated[

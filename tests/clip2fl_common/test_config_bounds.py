@@ -46,7 +46,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
 }
 # The smallest value above zero; those that may be zero as well are named below.
 FLOATS: dict[str, tuple[float, float]] = {
-    "dataset.validation-share": (1e-3, 0.9),
+    "dataset.validation-share": (1e-3, math.nextafter(1, 0)),
     "dataset.imbalance-factor": (1.0, 1e6),
     "partition.alpha": (1e-3, 1e6),
     "federation.round-timeout": (1e-3, 1e7),
