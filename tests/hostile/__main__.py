@@ -260,12 +260,15 @@ class Trial:
                 whole = {**flat, "run.dir": str(place)} if same else flat
                 # Other data sets are the server's own business, and so are teachers
                 # that are downloaded, which takes the time that it takes.
-                downloads = flat["teacher.model"] in ("RN50", "ViT-B-32")
+                teacher = flat["teacher.model"]
+                downloads = teacher in ("RN50", "ViT-B-32") or "hub:" in teacher
                 if flat["dataset.name"] != honest["dataset.name"] or downloads:
                     return ""
                 return serve(Grid(whole, self.sites), whole)
 
-            self._try(f"server: {name}", at_the_server, *self.sites)
+            # The folder that it is told to write to is given to it.
+            given = Path(str(flat["run.dir"]).replace("\0", ""))
+            self._try(f"server: {name}", at_the_server, *self.sites, given)
 
     def folders(self) -> None:
         """Let one of two sites have a hostile folder."""
