@@ -176,7 +176,10 @@ def fingerprint(key: str) -> str:
 @contextmanager
 def opened(path: Path) -> Iterator[SiteRegistry]:
     """Lend a registry, which nobody else changes meanwhile; empty if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        # The ServerApp may be another user.
+        path.parent.chmod(0o755)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -259,6 +262,11 @@ def _known_node(
         )
     taken = {site.node for site in registry.sites if site.name != name}
     open_ids = sorted(n for n, s in status.items() if s != REMOVED and n not in taken)
+    if not open_ids:
+        raise RegistrationError(
+            f"the key of {name} was removed before, and is of no use from then on: "
+            "have the site make another one"
+        )
     if node in open_ids:
         return node
     if node is None and len(open_ids) == 1 and REMOVED not in status.values():
@@ -267,7 +275,7 @@ def _known_node(
         f"the key of {name} is known to the SuperLink, but not which node it has"
         + (f" ({node} is none of them)" if node is not None else "")
         + ". If it is one of "
-        f"{', '.join(map(str, open_ids)) or 'none'}, register it alone with "
+        f"{', '.join(map(str, open_ids))}, register it alone with "
         "--node-id ID (the site's log has it: 'SuperNode ID'); if it was removed, it "
         "is of no use any more: have the site make another one"
     )

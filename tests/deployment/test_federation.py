@@ -46,4 +46,4 @@ def test_run_completes_without_an_impostor_and_its_model_predicts(
         if node["status"] != "unregistered"
     }
     assert left == set(sites.values())
-    assert "if it was removed, it is of no use" in federation.register("guest")
+    assert "was removed before, and is of no use" in federation.register("guest")

@@ -130,7 +130,7 @@ def test_removed_site_is_gone_and_its_key_does_not_come_back(
     desk.remove("site-a")
     assert desk.nodes() == {"site-b": 2**63 + 1}
     assert desk.superlink.status[2**63] == "unregistered"
-    with pytest.raises(RegistrationError, match="if it was removed"):
+    with pytest.raises(RegistrationError, match="was removed before, and is of no use"):
         desk.register(site_a=keys[0])
     desk.register(site_a=keys[2])
     assert desk.nodes()["site-a"] == 2**63 + 2

@@ -86,6 +86,7 @@ def test_fedavg_asks_for_nothing_more() -> None:
         assert set(request.content) == {records.ARRAYS, records.CONFIG}
         assert set(request.content.config_records[records.CONFIG]) == {
             records.PARTITION,
+            records.STREAM,
             records.ROUND,
             records.STREAM,
             records.CODE_FINGERPRINT,
