@@ -6,6 +6,10 @@ import torch
 SMALL_BYTES = 2 * 2**30
 
 
+class DeviceError(ValueError):
+    """The configuration's device is none, or none of this machine."""
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device of a configuration's ``device`` key.
 
@@ -20,7 +24,7 @@ def resolve_device(name: str) -> torch.device:
 
     Raises
     ------
-    ValueError
+    DeviceError
         If the name is no device, or not one of this machine.
     """
     if name == "auto":
@@ -30,9 +34,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device = {name!r}; it must be auto, cpu, cuda or cuda:N")
+        raise DeviceError(f"device = {name!r}; it must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise DeviceError(
             f"device = {name!r}, but this machine has {torch.cuda.device_count()} CUDA "
             "devices; use device='auto' or 'cpu'"
         )

@@ -37,7 +37,9 @@ from clip2fl_common.gradient_coding import (
     max_rank,
 )
 from clip2fl_common.gradients import ClassGradient
-from clip2fl_common.site_names import NAME_RULE, is_site_name, shown
+from clip2fl_common.shown import shown
+from clip2fl_common.site_names import NAME_RULE, is_site_name
+from clip2fl_common.site_names import shown as shown_name
 
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
@@ -165,12 +167,9 @@ def plain(text: object) -> str:
     """
     # Cut first: escaping a text of many megabytes takes seconds.
     whole = str(text)
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in whole[:LONGEST_TEXT]
-    )
-    cut = len(whole) > LONGEST_TEXT or len(shown) > LONGEST_TEXT
-    return shown[:LONGEST_TEXT] + ("..." if cut else "")
+    escaped = shown(whole[:LONGEST_TEXT])
+    cut = len(whole) > LONGEST_TEXT or len(escaped) > LONGEST_TEXT
+    return escaped[:LONGEST_TEXT] + ("..." if cut else "")
 
 
 class ReplyError(ValueError):
@@ -590,7 +589,9 @@ def site_of(reply: Message) -> str:
     name = reply.content.config_records.get(CONFIG, ConfigRecord()).get(SITE)
     if name == "" or is_site_name(name):
         return name
-    raise ReplyError(f"its answer names no site ({shown(name)}); expected {NAME_RULE}")
+    raise ReplyError(
+        f"its answer names no site ({shown_name(name)}); expected {NAME_RULE}"
+    )
 
 
 def recall_reply(

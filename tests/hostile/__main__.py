@@ -266,9 +266,10 @@ class Trial:
                     return ""
                 return serve(Grid(whole, self.sites), whole)
 
-            # The folder that it is told to write to is given to it.
-            given = Path(str(flat["run.dir"]).replace("\0", ""))
-            self._try(f"server: {name}", at_the_server, *self.sites, given)
+            # The folders that it is told to write to are given to it.
+            told = (flat["run.dir"], flat["run.resume"] or self.cache)
+            given = [Path(str(path).replace("\0", "")) for path in told]
+            self._try(f"server: {name}", at_the_server, *self.sites, *given)
 
     def folders(self) -> None:
         """Let one of two sites have a hostile folder."""

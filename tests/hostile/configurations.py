@@ -14,7 +14,7 @@ PATHS = (
     "/dev/random",
     "/dev/stdin",
     "/",
-    "/root/.ssh/id_ecdsa",
+    "/home/somebody/.ssh/id_ecdsa",
     "/nonexistent",
     "~/.ssh/id_ecdsa",
     "relative/path",
