@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from flwr.app import ArrayRecord, Message
 
 from clip2fl_common import records
+from strategy.aggregation import Arrays
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -71,6 +73,11 @@ class ReplyCheck:
     noisy: bool
     lengths: LengthRule
 
+    @cached_property
+    def _sent_values(self) -> Arrays:
+        """The global model's values, decoded once for all replies."""
+        return records.arrays_to_numpy(self.sent)
+
     def judge(self, replies: Sequence[Message]) -> Verdicts:
         """Tell the good replies from the others, in the order of their clients.
 
@@ -110,8 +117,8 @@ class ReplyCheck:
                 verdicts.dropped += [(reply, reason) for reply, _ in answers]
             else:
                 verdicts.good[client], verdicts.sizes[client] = answers[0]
-        sent = records.arrays_to_numpy(self.sent)
-        for client, reason in self.lengths.too_long(verdicts.sizes, sent).items():
+        too_long = self.lengths.too_long(verdicts.sizes, self._sent_values)
+        for client, reason in too_long.items():
             verdicts.dropped.append((verdicts.good.pop(client), reason))
             del verdicts.sizes[client]
         return verdicts
@@ -137,7 +144,7 @@ class ReplyCheck:
             features = feature_scale(gradients)
         return reply_size(
             records.arrays_to_numpy(reply.content.array_records[records.ARRAYS]),
-            records.arrays_to_numpy(self.sent),
+            self._sent_values,
             records.images_of(reply),
             features,
         )
