@@ -35,7 +35,7 @@ $(COMMAND): $(INSTALLED) pyproject.toml
 	@touch $@
 
 demo: install ## Train on drawn images, without any download, and write a report
-	$(BIN)/python scripts/simulate.py --run-config conf/demo.toml \
+	$(BIN)/python clip2fl_cli/simulation.py --run-config conf/demo.toml \
 		--set 'run.dir="$(CURDIR)/runs"'
 	$(COMMAND) report "$$(ls -td runs/*/ | head -n 1)"
 

@@ -27,15 +27,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.measure import RESULTS, write_results
 from clip2fl_cli.configuration import defaults
-from clip2fl_common import records
+from clip2fl_cli.simulation import ROOT, parse_overrides
+from clip2fl_common import messages
+from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
-from clip2fl_common.gradients import ClassGradient
-from scripts.simulate import ROOT, parse_overrides
 from server_app.app import main as server_main
-from server_app.resume import rounds_with_checkpoint
-from strategy.aggregation import gradient_norm
-from strategy.partitioned import NoRepliesError
+from server_app.checkpoints import rounds_with_checkpoint
+from strategy.base import NoRepliesError
+from strategy.robust import gradient_norm
 from tests.in_process_grid import InProcessGrid, as_grid
 
 CLIENTS = 8
@@ -73,31 +73,31 @@ class Observer:
         """Return the reply that arrives."""
         if reply.has_error():
             return reply
-        attacks = self.attacks and records.partition_of(reply) == ATTACKER
+        attacks = self.attacks and messages.partition_of(reply) == ATTACKER
         content = reply.content.array_records
-        sent = records.arrays_to_numpy(request.content.array_records[records.ARRAYS])
-        local = records.arrays_to_numpy(content[records.ARRAYS])
+        sent = messages.arrays_to_numpy(request.content.array_records[messages.ARRAYS])
+        local = messages.arrays_to_numpy(content[messages.ARRAYS])
         updates = {name: values - sent[name] for name, values in local.items()}
         if attacks:
             forged = {name: sent[name] + FACTOR * u for name, u in updates.items()}
             for name in forged:
-                if name.endswith(records.VARIANCE):
+                if name.endswith(messages.VARIANCE):
                     forged[name] = np.maximum(forged[name], 0)
-            reply.content[records.ARRAYS] = records.numpy_to_arrays(forged)
+            reply.content[messages.ARRAYS] = messages.numpy_to_arrays(forged)
         else:
             squares = [float(np.square(u).sum()) for u in updates.values()]
             self.update_norms.append(sum(squares) ** 0.5)
-        if records.GRADIENTS in content:
+        if messages.GRADIENTS in content:
             upload = self.config.upload
             num_classes, dim = sent["classifier.weight"].shape
-            wanted = records.GradientFormat(num_classes, dim, upload)
-            honest = records.gradients_from_arrays(content[records.GRADIENTS], wanted)
+            wanted = messages.GradientFormat(num_classes, dim, upload)
+            honest = messages.gradients_from_arrays(content[messages.GRADIENTS], wanted)
             if attacks:
                 forged_gradients = {
                     c: ClassGradient(FACTOR * g.weight, FACTOR * g.bias)
                     for c, g in honest.items()
                 }
-                reply.content[records.GRADIENTS] = records.gradients_to_arrays(
+                reply.content[messages.GRADIENTS] = messages.gradients_to_arrays(
                     forged_gradients, upload.precision
                 )
             else:

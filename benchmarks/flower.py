@@ -21,7 +21,7 @@ import torch
 from benchmarks.direct import run_directly
 from benchmarks.measure import markdown, median_and_spread, write_results
 from clip2fl_cli.configuration import resolve
-from scripts.simulate import simulate
+from clip2fl_cli.simulation import simulate
 
 ROUND_LINE = re.compile(r"^round \d+/\d+: .*; ([\d.]+) s, ", re.MULTILINE)
 

@@ -33,8 +33,9 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
     from PIL import Image
     from torch import nn
 
-    from clip2fl_common import demo, records
+    from clip2fl_common import messages
     from clip2fl_common.config import RunConfig
+    from clip2fl_common.data import demo
     from clip2fl_common.dotted_keys import flatten
     from clip2fl_common.models import build_model
     from clip2fl_common.provenance import code_fingerprint
@@ -58,16 +59,18 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
         setattr(TaskIdentity, name, 1)
     content = RecordDict(
         {
-            records.ARRAYS: records.model_to_arrays(build_model(config.model.name, 10)),
-            records.CLASSIFIER: records.model_to_arrays(nn.Linear(512, 10)),
-            records.CONFIG: ConfigRecord(
+            messages.ARRAYS: messages.model_to_arrays(
+                build_model(config.model.name, 10)
+            ),
+            messages.CLASSIFIER: messages.model_to_arrays(nn.Linear(512, 10)),
+            messages.CONFIG: ConfigRecord(
                 {
-                    records.ROUND: 1,
-                    records.PARTITION: 1,
-                    records.CODE_FINGERPRINT: code_fingerprint(),
-                    records.DISTILLATION_WEIGHT: 1.0,
-                    records.DISTILLATION_TEMPERATURE: 3.0,
-                    records.TEACHER_FINGERPRINT: load_teacher(teacher).fingerprint,
+                    messages.ROUND: 1,
+                    messages.PARTITION: 1,
+                    messages.CODE_FINGERPRINT: code_fingerprint(),
+                    messages.DISTILLATION_WEIGHT: 1.0,
+                    messages.DISTILLATION_TEMPERATURE: 3.0,
+                    messages.TEACHER_FINGERPRINT: load_teacher(teacher).fingerprint,
                 }
             ),
         }

@@ -29,16 +29,16 @@ from torch.nn import functional
 
 from benchmarks.measure import RESULTS, markdown, write_results
 from client_app.gradients import coded_class_gradients
-from client_app.privacy import gradient_protection
+from client_app.noise import gradient_protection
 from client_app.training import LocalObjective, augmented_features, train_locally
 from clip2fl_cli.configuration import defaults
 from clip2fl_cli.runs import FinishedRun
+from clip2fl_common.class_gradients import CodedGradient
 from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.datasets import load_dataset, partition_indices
-from clip2fl_common.gradient_coding import CodedGradient
+from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier
-from server_app.checkpoint import load_model
-from strategy.privacy import epsilon
+from server_app.delivery import load_model
+from strategy.privacy_ledger import epsilon
 
 IMAGES_OF_A_CLASS = (1, 2, 5, 20)
 TRIALS = 50

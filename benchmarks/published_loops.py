@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from client_app.augmentation import random_crop_flip, siamese_augment
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.models import ImageClassifier
 
 COSINE_EPSILON = 1e-6

@@ -28,13 +28,13 @@ from benchmarks.measure import (
 )
 from benchmarks.stages import SYNTHESIS, our_retraining, synthesis_problem
 from client_app.gradients import coded_class_gradients
-from clip2fl_common.gradient_coding import (
+from clip2fl_common.class_gradients import (
+    ClassGradient,
     CodedGradient,
     LowRankGradient,
     Precision,
     encoded_bytes,
 )
-from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
 from strategy.gradient_mean import mean_class_gradients
 from strategy.synthesis import gradient_matching_loss, synthesize

@@ -34,7 +34,7 @@ from client_app.training import (
     augmented_features,
     train_locally,
 )
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.parallel import single_threaded_kernels
 from strategy.gradient_mean import mean_class_gradients

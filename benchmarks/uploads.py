@@ -25,16 +25,16 @@ from client_app.gradients import class_gradients
 from client_app.training import augmented_features
 from clip2fl_cli.configuration import defaults
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_common.config import RunConfig
-from clip2fl_common.datasets import load_dataset
-from clip2fl_common.gradient_coding import (
+from clip2fl_common.class_gradients import (
     LowRankGradient,
     Precision,
     encode_gradients,
     encoded_bytes,
     row_cosines,
 )
-from server_app.checkpoint import load_model
+from clip2fl_common.config import RunConfig
+from clip2fl_common.data.datasets import load_dataset
+from server_app.delivery import load_model
 from strategy.retraining import new_classifier
 
 NUM_CLASSES = 100

@@ -10,9 +10,8 @@ import torch
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app.evaluation import recalls
 from client_app.gradients import coded_class_gradients
-from client_app.own_images import (
+from client_app.images import (
     OtherCodeError,
     SiteError,
     gradient_images,
@@ -20,9 +19,10 @@ from client_app.own_images import (
     training_images,
     validation_images,
 )
+from client_app.noise import gradient_protection
 from client_app.own_site import OwnSite, data_folder
-from client_app.privacy import gradient_protection
 from client_app.shared_training import train_or_recall
+from client_app.site_evaluation import recalls
 from client_app.site_ledger import Kind
 from client_app.site_policy import SiteRefusal, is_real_site
 from client_app.training import (
@@ -32,9 +32,9 @@ from client_app.training import (
     logit_offsets,
     train_locally,
 )
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig, TeacherConfig
-from clip2fl_common.datasets import DatasetError, ImageDataset, open_site
+from clip2fl_common.data.datasets import DatasetError, ImageDataset, open_site
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
@@ -57,11 +57,11 @@ def query(message: Message, context: Context) -> Message:
         if site is not None:
             name = _site_name(context)
             open_site(config.dataset, site.folder)
-            return records.site_reply(name)
+            return messages.site_reply(name)
         place = MetricRecord(
-            {records.PARTITION: cast(int, context.node_config["partition-id"])}
+            {messages.PARTITION: cast(int, context.node_config["partition-id"])}
         )
-        return RecordDict({records.METRICS: place})
+        return RecordDict({messages.METRICS: place})
 
     return _answer(message, context, "query", answer)
 
@@ -71,7 +71,7 @@ def train(message: Message, context: Context) -> Message:
     """Compute class gradients and train the global model on this client's images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
-        request = records.TrainRequest.parse(message.content)
+        request = messages.TrainRequest.parse(message.content)
         return _train(config, request, site)
 
     return _answer(message, context, "train", answer)
@@ -82,7 +82,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Say how well each classifier does on a site's validation images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
-        request = records.TrainRequest.parse(message.content)
+        request = messages.TrainRequest.parse(message.content)
         return _evaluate(config, request, site)
 
     return _answer(message, context, "evaluate", answer)
@@ -104,31 +104,31 @@ def _answer(
                     config,
                     kind=kind,
                     run=str(context.run_id),
-                    request_bytes=records.message_bytes(message.content),
+                    request_bytes=messages.message_bytes(message.content),
                 )
             elif config.dataset.name == SITES:
                 data_folder(context.node_config)  # says that there is none
             content = answer(config, site)
             if site is not None:
-                site.check_reply(records.message_bytes(content))
+                site.check_reply(messages.message_bytes(content))
             return Message(content, reply_to=message)
     except SiteRefusal as refusal:
         logger.error("run %d, %s: %s", context.run_id, kind, refusal)
-        error = Error(records.SITE_REFUSES, refusal.sent)
+        error = Error(messages.SITE_REFUSES, refusal.sent)
     except DatasetError as found:
         logger.error("run %d, %s: %s", context.run_id, kind, found)
         told = f"{type(found).__name__}: {found}"
         if is_real_site(context.node_config):
             told = found.summary
-        error = Error(records.DATA_ERROR, told)
+        error = Error(messages.DATA_ERROR, told)
     except FloatingPointError as diverged:
         # By this code the server sees whether the model that it sent is at fault.
-        error = Error(records.DIVERGED, records.plain(diverged))
+        error = Error(messages.DIVERGED, messages.plain(diverged))
     return Message(error, reply_to=message)
 
 
 def _train(
-    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
+    config: RunConfig, request: messages.TrainRequest, site: OwnSite | None
 ) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
@@ -182,7 +182,7 @@ def _train(
                 _noise_source(config, request, site),
             ),
         )
-        reply[records.GRADIENTS] = records.gradients_to_arrays(
+        reply[messages.GRADIENTS] = messages.gradients_to_arrays(
             gradients,
             config.upload.precision,
             (len(dataset.class_names), config.model.feature_dim),
@@ -220,11 +220,11 @@ def _train(
         )
     )
     clock.lap("training")
-    reply[records.ARRAYS] = records.model_to_arrays(model)
-    reply[records.METRICS] = MetricRecord(
+    reply[messages.ARRAYS] = messages.model_to_arrays(model)
+    reply[messages.METRICS] = MetricRecord(
         {
-            records.PARTITION: request.partition,
-            records.NUM_EXAMPLES: len(labels),
+            messages.PARTITION: request.partition,
+            messages.NUM_EXAMPLES: len(labels),
             "loss": losses.total,
             "distillation-loss": losses.distillation,
             "unreadable-images": len(loaded.unreadable),
@@ -235,7 +235,7 @@ def _train(
 
 
 def _noise_source(
-    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
+    config: RunConfig, request: messages.TrainRequest, site: OwnSite | None
 ) -> torch.Generator:
     """Return the source of noise: the run's seed only where clients are simulated."""
     if site is not None:
@@ -244,7 +244,7 @@ def _noise_source(
 
 
 def _evaluate(
-    config: RunConfig, request: records.TrainRequest, site: OwnSite | None
+    config: RunConfig, request: messages.TrainRequest, site: OwnSite | None
 ) -> RecordDict:
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
@@ -270,7 +270,7 @@ def _evaluate(
         teacher_logits,
         config.evaluation.batch_size,
     )
-    return records.recall_reply(len(loaded.labels), found)
+    return messages.recall_reply(len(loaded.labels), found)
 
 
 def _site_name(context: Context) -> str:
@@ -289,13 +289,13 @@ def _site_name(context: Context) -> str:
 def _global_model(
     config: RunConfig,
     dataset: ImageDataset,
-    request: records.TrainRequest,
+    request: messages.TrainRequest,
     device: torch.device,
 ) -> ImageClassifier:
     model = build_model(
         config.model.name, len(dataset.class_names), config.model.feature_dim
     )
-    records.load_arrays(model, request.model)
+    messages.load_arrays(model, request.model)
     model.to(device)
     return model
 
@@ -304,7 +304,7 @@ def _teacher_logits(
     config: RunConfig,
     dataset: ImageDataset,
     images: torch.Tensor,
-    request: records.TrainRequest,
+    request: messages.TrainRequest,
     device: torch.device,
     site: OwnSite | None,
 ) -> torch.Tensor:
@@ -345,7 +345,7 @@ def _check_code(expected: str) -> None:
         raise OtherCodeError(
             f"the client code in {PACKAGE_ROOT} is not the server's. Flower's local "
             "SuperLink was started in another folder and imports its code: stop it "
-            "and run again, or use scripts/simulate.py, which starts one of its own"
+            "and run again, or use clip2fl run, which starts one of its own"
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client_app.preflight import Finding
-from clip2fl_common.image_files import (
+from clip2fl_common.data.image_files import (
     DatasetError,
     Listing,
     class_name,
@@ -19,8 +19,8 @@ from clip2fl_common.image_files import (
     look_into,
     name_faults,
 )
-from clip2fl_common.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
-from clip2fl_common.image_reading import UnreadableImageError, read_picture
+from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
+from clip2fl_common.data.image_reading import UnreadableImageError, read_picture
 from clip2fl_common.shown import listed, shown
 
 # Unreadable images that are named one by one.

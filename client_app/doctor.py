@@ -26,7 +26,7 @@ from clip2fl_common.config import (
     listed_names,
 )
 from clip2fl_common.dotted_keys import flatten
-from clip2fl_common.private_files import cache_dir
+from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import PACKAGE_ROOT
 
 

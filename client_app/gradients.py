@@ -12,9 +12,13 @@ A sample's own part, row of P times (f, 1), has the norm of that row times the n
 import torch
 from torch.nn import functional
 
-from client_app.privacy import GradientProtection
-from clip2fl_common.gradient_coding import CodedGradient, Precision, encode_gradients
-from clip2fl_common.gradients import ClassGradient
+from client_app.noise import GradientProtection
+from clip2fl_common.class_gradients import (
+    ClassGradient,
+    CodedGradient,
+    Precision,
+    encode_gradients,
+)
 
 __all__ = ["ClassGradient", "class_gradients", "coded_class_gradients"]
 

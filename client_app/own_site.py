@@ -19,8 +19,8 @@ from client_app.site_policy import (
     site_policy,
 )
 from clip2fl_common.config import RunConfig, TeacherConfig
-from clip2fl_common.datasets import DatasetError
-from clip2fl_common.private_files import cache_dir
+from clip2fl_common.data.datasets import DatasetError
+from clip2fl_common.files import cache_dir
 
 logger = getLogger(__name__)
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 )
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from clip2fl_common.private_files import make_cache_dir
+from clip2fl_common.files import make_cache_dir
 
 # Days before its end at which a certificate is worth a warning.
 RENEW_DAYS = 30

@@ -272,8 +272,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         _fail(_message(error), 2)
     except RuntimeError as error:
+        from clip2fl_cli.simulation import SimulationError
         from clip2fl_common.teacher import TeacherError
-        from scripts.simulate import SimulationError
 
         if not isinstance(error, TeacherError | SimulationError):
             raise

@@ -18,13 +18,13 @@ from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli.configuration import defaults, flat_settings, read_toml, resolve
 from clip2fl_cli.run_schema import MAX_RUNS, MAX_VARIANTS, Seed, component_problem
 from clip2fl_cli.runs import FinishedRun, is_complete
+from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.shown import shown
-from scripts.simulate import RunResult, simulate
+from server_app.checkpoints import load_newest
 from server_app.foreign_files import ForeignFileError, check, short
-from server_app.resume import load_newest
 
 # Where a run goes and what watches it do not change its outcome.
 WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers", "run.resume")

@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from clip2fl_cli.simulation import ROOT, parse_overrides
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.shown import shown
-from scripts.simulate import ROOT, parse_overrides
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,

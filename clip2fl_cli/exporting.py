@@ -14,10 +14,10 @@ from torch.utils.benchmark import Timer
 from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.run_schema import Facts
 from clip2fl_cli.runs import DAMAGED, FACTS_FILE, MAX_FACTS_BYTES, RunError
-from clip2fl_common.datasets import Normalization
+from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import ImageClassifier
 from clip2fl_common.teacher import DEMO, Teacher, load_teacher
-from server_app.checkpoint import ModelCard, load_model
+from server_app.delivery import ModelCard, load_model
 from server_app.foreign_files import ForeignFileError, opened, read_json
 
 SAFETENSORS_FILE = "model.safetensors"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from clip2fl_cli.output import write_file
 from clip2fl_common.config import RunConfig
-from clip2fl_common.datasets import load_dataset, partition_indices
+from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
 from clip2fl_common.shown import shown
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from clip2fl_cli.runs import MODEL_FILE, RunError
-from clip2fl_common.image_reading import UnreadableImageError, read_image
+from clip2fl_common.data.image_reading import UnreadableImageError, read_image
 from clip2fl_common.shown import shown
-from server_app.checkpoint import load_model
+from server_app.delivery import load_model
 from server_app.foreign_files import refuse_unless_regular
 
 # Images in one forward pass: fewer of large ones, whose activations take the memory.

@@ -17,10 +17,10 @@ from rich.progress import (
 )
 
 from clip2fl_cli.comparison import PlannedRun
+from clip2fl_cli.simulation import RunResult
 from clip2fl_common.shown import shown
-from scripts.simulate import RunResult
 
-# What the server prints at the end of each round (server_app/report.py).
+# What the server prints at the end of each round (server_app/run_folder.py).
 ROUND = re.compile(r"round (\d+)/\d+: .*")
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from clip2fl_common.image_files import class_name
+from clip2fl_common.data.image_files import class_name
 
 Scalar = bool | int | float | str
 

@@ -36,3 +36,28 @@ def _escaped(code: int) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+# Characters of a text from elsewhere that are shown.
+LONGEST_TEXT = 300
+
+
+def plain(text: object) -> str:
+    """Return a text from elsewhere as one line that is safe to print.
+
+    Parameters
+    ----------
+    text : object
+        What a client sent: of any length, with any characters.
+
+    Returns
+    -------
+    str
+        Control characters (line ends, terminal codes), invisible ones and halves of
+        surrogate pairs escaped; `LONGEST_TEXT` characters at most.
+    """
+    # Cut first: escaping a text of many megabytes takes seconds.
+    whole = str(text)
+    escaped = shown(whole[:LONGEST_TEXT])
+    cut = len(whole) > LONGEST_TEXT or len(escaped) > LONGEST_TEXT
+    return escaped[:LONGEST_TEXT] + ("..." if cut else "")

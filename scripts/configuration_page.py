@@ -30,7 +30,7 @@ HEAD = """# Configuration keys
 
 Every key of a run, with the default that stands in `[tool.flwr.app.config]` of
 pyproject.toml (the demo). Files in `conf/` change some of them; `--set 'KEY=VALUE ...'`
-of `scripts/simulate.py` and `clip2fl`, or `--run-config` of `flwr run`, change any.
+of `clip2fl`, or `--run-config` of `flwr run`, change any.
 Strings need quotes. A key that does not exist or a value that is not allowed is refused
 by name.
 

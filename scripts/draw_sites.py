@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip2fl_common import demo
+from clip2fl_common.data import demo
 from clip2fl_common.partition import long_tail_counts
 
 PER_CLASS = 300

@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip2fl_common.demo import (
+from clip2fl_common.data.demo import (
     CLASS_NAMES,
     COLOUR_NAMES,
     IMAGE_SIZE,
     demo_split,
     sample_scenes,
 )
-from clip2fl_common.demo_teacher import (
+from clip2fl_common.teacher.demo import (
     DATA_FORMAT,
     DATA_PATH,
     TOKEN_EMBEDDING,

@@ -6,13 +6,13 @@ from typing import cast
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
-from server_app.session import Session
-from strategy.continuation import Continuation
-from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
+from server_app.run import Session
+from strategy.base import ClientPlan, PartitionedTraining, Setting
+from strategy.clients import AttentiveGrid, SitePlan
 from strategy.registry import method_named
-from strategy.sites import AttentiveGrid, SitePlan
+from strategy.resumed import Continuation
 
 app = ServerApp()
 
@@ -32,14 +32,14 @@ def main(grid: Grid, context: Context) -> None:
 
         def close_round(server_round: int, arrays: ArrayRecord) -> None:
             if server_round > 0:
-                records.load_arrays(session.model, arrays)
+                messages.load_arrays(session.model, arrays)
                 session.close_round(server_round, strategy)
 
         if done < config.federation.rounds:
             rounds = Continuation(strategy, done) if done else strategy
             rounds.start(
                 grid,
-                records.model_to_arrays(session.model),
+                messages.model_to_arrays(session.model),
                 num_rounds=config.federation.rounds - done,
                 timeout=config.federation.round_timeout,
                 evaluate_fn=close_round,
@@ -62,11 +62,11 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     reasons: set[str] = set()
     for answer in grid.send_and_receive(queries, timeout=QUERY_TIMEOUT_S):
         if answer.has_error():
-            reasons.add(records.plain(answer.error.reason))
+            reasons.add(messages.plain(answer.error.reason))
             continue
         try:
-            partition = records.simulated_partition(answer)
-        except records.ReplyError as error:
+            partition = messages.simulated_partition(answer)
+        except messages.ReplyError as error:
             reasons.add(str(error))
         else:
             places[partition] = answer.metadata.src_node_id

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from clip2fl_common.datasets import ImageDataset, LoadedImages
+from clip2fl_common.data.datasets import ImageDataset, LoadedImages
 from clip2fl_common.metrics import (
     AccuracyReport,
     ShotGroups,

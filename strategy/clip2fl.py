@@ -9,11 +9,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import Distillation
+from strategy.base import ClientPlan, Setting
+from strategy.clients import SitePlan
 from strategy.creff import CReFF
-from strategy.partitioned import ClientPlan, Setting
-from strategy.sites import SitePlan
 
 
 class CLIP2FL(CReFF):
@@ -113,14 +113,14 @@ class CLIP2FL(CReFF):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Switch distillation on at the clients."""
-        config[records.DISTILLATION_WEIGHT] = self.distillation.weight
-        config[records.DISTILLATION_TEMPERATURE] = self.distillation.temperature
-        config[records.TEACHER_FINGERPRINT] = self.teacher_fingerprint
+        config[messages.DISTILLATION_WEIGHT] = self.distillation.weight
+        config[messages.DISTILLATION_TEMPERATURE] = self.distillation.temperature
+        config[messages.TEACHER_FINGERPRINT] = self.teacher_fingerprint
         return super().configure_train(server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Have sites evaluate the teacher too, for comparison."""
-        config[records.TEACHER_FINGERPRINT] = self.teacher_fingerprint
+        config[messages.TEACHER_FINGERPRINT] = self.teacher_fingerprint
         return super().configure_evaluate(server_round, arrays, config, grid)

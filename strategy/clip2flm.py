@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from strategy.base import Setting
 from strategy.clip2fl import CLIP2FL
 from strategy.fedavgm import FedAvgM
-from strategy.partitioned import Setting
 
 
 class CLIP2FLM(CLIP2FL, FedAvgM):

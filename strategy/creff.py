@@ -10,16 +10,16 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from torch import nn
 
-from clip2fl_common import records
+from clip2fl_common import messages
+from clip2fl_common.class_gradients import CodedGradient
 from clip2fl_common.config import Retraining, Synthesis, Upload
-from clip2fl_common.gradient_coding import CodedGradient
 from clip2fl_common.randomness import generator
 from clip2fl_common.schedule import step_size
-from strategy.aggregation import combine_class_gradients, shorten_gradient
+from strategy.base import ClientPlan, Setting
+from strategy.clients import SitePlan
 from strategy.fedavg import FedAvg
-from strategy.partitioned import ClientPlan, Setting
 from strategy.retraining import new_classifier, retrain_classifier
-from strategy.sites import SitePlan
+from strategy.robust import combine_class_gradients, shorten_gradient
 from strategy.synthesis import (
     gradient_matching_loss,
     prototype_contrastive_loss,
@@ -87,7 +87,7 @@ class CReFF(FedAvg):
         self.synthesis = synthesis
         self.rounds = rounds
         self.retraining = retraining
-        self.gradient_format: records.GradientFormat = records.GradientFormat(
+        self.gradient_format: messages.GradientFormat = messages.GradientFormat(
             num_classes, feature_dim, upload
         )
         self.device = device
@@ -198,7 +198,7 @@ class CReFF(FedAvg):
         training = message_type == MessageType.TRAIN
         classifier = self.classifier if training else self.delivered_classifier
         assert classifier is not None
-        record[records.CLASSIFIER] = records.model_to_arrays(classifier)
+        record[messages.CLASSIFIER] = messages.model_to_arrays(classifier)
         return super()._construct_messages(record, node_ids, message_type)
 
     def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
@@ -251,9 +251,9 @@ class CReFF(FedAvg):
 
     def _gradients_of(self, reply: Message) -> dict[int, CodedGradient]:
         """Take the class gradients out of a reply, none longer than allowed."""
-        gradients = records.gradients_from_arrays(
+        gradients = messages.gradients_from_arrays(
             # Popped, because Flower's FedAvg averages every array in a reply.
-            reply.content.array_records.pop(records.GRADIENTS),
+            reply.content.array_records.pop(messages.GRADIENTS),
             self.gradient_format,
         )
         if limit := self.aggregation.max_gradient_norm:

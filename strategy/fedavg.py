@@ -1,6 +1,6 @@
 """FedAvg (McMahan et al. 2017): Flower's own, on seeded partitions."""
 
-from strategy.partitioned import PartitionedTraining
+from strategy.base import PartitionedTraining
 
 
 class FedAvg(PartitionedTraining):

@@ -11,8 +11,8 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 
 from clip2fl_common.config import ConfigError
-from strategy.partitioned import ClientPlan, PartitionedTraining, Setting
-from strategy.sites import SitePlan
+from strategy.base import ClientPlan, PartitionedTraining, Setting
+from strategy.clients import SitePlan
 
 # Names in a strategy's state begin so.
 MOMENTUM = "momentum."

@@ -4,7 +4,7 @@ from typing import Self
 
 from flwr.serverapp.strategy import FedProx as FlowerFedProx
 
-from strategy.partitioned import PartitionedTraining, Setting
+from strategy.base import PartitionedTraining, Setting
 
 
 class FedProx(PartitionedTraining, FlowerFedProx):

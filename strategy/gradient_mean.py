@@ -5,8 +5,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from clip2fl_common.gradient_coding import CodedGradient, LowRankGradient, max_rank
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import (
+    ClassGradient,
+    CodedGradient,
+    LowRankGradient,
+    max_rank,
+)
 
 
 def mean_class_gradients(

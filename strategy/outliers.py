@@ -12,9 +12,9 @@ from statistics import median_low
 import numpy as np
 import torch
 
-from clip2fl_common.gradient_coding import CodedGradient
-from clip2fl_common.records import RUNNING_STATISTICS
-from strategy.aggregation import Arrays, weight_norm
+from clip2fl_common.class_gradients import CodedGradient
+from clip2fl_common.messages import RUNNING_STATISTICS
+from strategy.robust import Arrays, weight_norm
 
 # Rounds whose typical length is remembered.
 REMEMBERED = 5

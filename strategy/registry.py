@@ -3,13 +3,13 @@
 import difflib
 
 from clip2fl_common.config import ConfigError
+from strategy.base import PartitionedTraining
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
-from strategy.partitioned import PartitionedTraining
 
 METHODS: dict[str, type[PartitionedTraining]] = {
     "clip2fl": CLIP2FL,

@@ -7,8 +7,7 @@ from functools import cached_property
 
 from flwr.app import ArrayRecord, Message
 
-from clip2fl_common import records
-from strategy.aggregation import Arrays
+from clip2fl_common import messages
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -16,6 +15,7 @@ from strategy.outliers import (
     impossible_gradient,
     reply_size,
 )
+from strategy.robust import Arrays
 
 
 @dataclass
@@ -69,14 +69,14 @@ class ReplyCheck:
 
     sent: ArrayRecord
     asked: Mapping[int, Mapping[int, int]]
-    gradients: records.GradientFormat | None
+    gradients: messages.GradientFormat | None
     noisy: bool
     lengths: LengthRule
 
     @cached_property
     def _sent_values(self) -> Arrays:
         """The global model's values, decoded once for all replies."""
-        return records.arrays_to_numpy(self.sent)
+        return messages.arrays_to_numpy(self.sent)
 
     def judge(self, replies: Sequence[Message]) -> Verdicts:
         """Tell the good replies from the others, in the order of their clients.
@@ -98,19 +98,19 @@ class ReplyCheck:
         found: defaultdict[int, list[tuple[Message, ReplySize]]] = defaultdict(list)
         for reply in replies:
             if reply.has_error():
-                reason = records.plain(reply.error.reason)
+                reason = messages.plain(reply.error.reason)
                 verdicts.dropped.append((reply, reason))
-                verdicts.diverged += reply.error.code == records.DIVERGED
-                if reply.error.code == records.DATA_ERROR:
+                verdicts.diverged += reply.error.code == messages.DIVERGED
+                if reply.error.code == messages.DATA_ERROR:
                     verdicts.unreadable = reason
                 continue
             try:
                 size = self._size(reply)
-            except records.ReplyError as error:
+            except messages.ReplyError as error:
                 verdicts.dropped.append((reply, str(error)))
-                verdicts.diverged += isinstance(error, records.NotFiniteError)
+                verdicts.diverged += isinstance(error, messages.NotFiniteError)
             else:
-                found[records.partition_of(reply)].append((reply, size))
+                found[messages.partition_of(reply)].append((reply, size))
         for client, answers in sorted(found.items()):
             if len(answers) > 1:
                 reason = f"{len(answers)} replies for partition {client}"
@@ -131,7 +131,7 @@ class ReplyCheck:
         ReplyError
             If it must not be used.
         """
-        gradients = records.check_reply(
+        gradients = messages.check_reply(
             reply,
             self.sent,
             self.gradients,
@@ -140,12 +140,12 @@ class ReplyCheck:
         features = None
         if gradients and self.lengths.ratio > 0 and not self.noisy:
             if reason := impossible_gradient(gradients):
-                raise records.ReplyError(reason)
+                raise messages.ReplyError(reason)
             features = feature_scale(gradients)
         return reply_size(
-            records.arrays_to_numpy(reply.content.array_records[records.ARRAYS]),
+            messages.arrays_to_numpy(reply.content.array_records[messages.ARRAYS]),
             self._sent_values,
-            records.images_of(reply),
+            messages.images_of(reply),
             features,
         )
 

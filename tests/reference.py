@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.models import ImageClassifier, build_model
 
 DATA = Path(__file__).parent / "data"

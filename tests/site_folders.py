@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip2fl_common import demo
+from clip2fl_common.data import demo
 
 
 def write_site(folder: Path, counts: Mapping[str, int], first: int = 0) -> Path:

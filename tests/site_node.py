@@ -12,9 +12,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from torch import nn
 
 from client_app.app import app
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.demo import CLASS_NAMES
+from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from tests.defaults import run_config
@@ -75,18 +75,18 @@ class SiteNode:
         flat = config.to_flat() if isinstance(config, RunConfig) else config
         content = RecordDict()
         if kind != "query":
-            content[records.ARRAYS] = model or records.model_to_arrays(student())
+            content[messages.ARRAYS] = model or messages.model_to_arrays(student())
             if kind == "train":
                 # Without weights every image has the same residual.
                 head = nn.Linear(DIM, len(CLASS_NAMES))
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
-                content[records.CLASSIFIER] = records.model_to_arrays(head)
-            content[records.CONFIG] = ConfigRecord(
+                content[messages.CLASSIFIER] = messages.model_to_arrays(head)
+            content[messages.CONFIG] = ConfigRecord(
                 {
-                    records.ROUND: server_round,
-                    records.PARTITION: 5,
-                    records.CODE_FINGERPRINT: code_fingerprint(),
+                    messages.ROUND: server_round,
+                    messages.PARTITION: 5,
+                    messages.CODE_FINGERPRINT: code_fingerprint(),
                     **{key.replace("_", "-"): v for key, v in settings.items()},
                 }
             )
@@ -106,7 +106,7 @@ class SiteNode:
 
 def gradients(reply: Message) -> dict[str, tuple[npt.NDArray[Any], ...]]:
     """Return weight and bias of each class gradient in a reply, by class name."""
-    arrays = reply.content.array_records[records.GRADIENTS]
+    arrays = reply.content.array_records[messages.GRADIENTS]
     weight, bias = arrays["weight"].numpy(), arrays["bias"].numpy()
     return {
         CLASS_NAMES[c]: (weight[i], bias[i])
@@ -124,14 +124,14 @@ def mean_features(reply: Message) -> dict[str, npt.NDArray[Any]]:
 
 def images_in(reply: Message) -> int:
     """Return the number of images that a reply speaks of."""
-    found = reply.content.metric_records[records.METRICS][records.NUM_EXAMPLES]
+    found = reply.content.metric_records[messages.METRICS][messages.NUM_EXAMPLES]
     assert isinstance(found, int)
     return found
 
 
 def evaluated(reply: Message) -> set[str]:
     """Return the classes whose accuracy a reply has."""
-    classes = reply.content.metric_records[records.METRICS][records.CLASSES]
+    classes = reply.content.metric_records[messages.METRICS][messages.CLASSES]
     return {CLASS_NAMES[c] for c in np.atleast_1d(cast(Any, classes)).astype(int)}
 
 
@@ -148,7 +148,7 @@ def same(first: Message, second: Message) -> bool:
 def refusal(reply: Message) -> str:
     """Return why a site's rules refuse."""
     assert reply.has_error(), "the site answered"
-    assert reply.error.code == records.SITE_REFUSES, reply.error
+    assert reply.error.code == messages.SITE_REFUSES, reply.error
     return told(reply)
 
 

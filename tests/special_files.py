@@ -4,7 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-# How `clip2fl_common.regular_files` calls each.
+# How `clip2fl_common.data.regular_files` calls each.
 SPECIAL = {
     "pipe.png": "a named pipe (FIFO)",
     "socket.png": "a socket",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import federate, simulate
+from clip2fl_cli import federation as federate
+from clip2fl_cli import simulation as simulate
 from tests.defaults import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +41,7 @@ def words(line: str) -> list[str]:
 
 
 def check_simulation(arguments: list[str]) -> None:
-    """Options, file and keys of scripts/simulate.py."""
+    """Options, file and keys of clip2fl_cli/simulation.py."""
     options = simulate._parse_arguments(arguments)
     if options.run_config:
         assert (ROOT / options.run_config).is_file()
@@ -49,7 +50,7 @@ def check_simulation(arguments: list[str]) -> None:
 
 
 def check_federation(arguments: list[str]) -> None:
-    """Options, file and keys of scripts/federate.py."""
+    """Options, file and keys of clip2fl_cli/federation.py."""
     options = federate.parse(arguments)
     assert (ROOT / options.run_config).is_file()
     simulate.merge_run_config(ROOT, options.run_config, options.pairs)
@@ -59,8 +60,8 @@ def check_python(arguments: list[str]) -> None:
     """Scripts and modules of this repository."""
     first, *rest = arguments
     scripts: dict[str, Callable[[list[str]], None]] = {
-        "scripts/simulate.py": check_simulation,
-        "scripts/federate.py": check_federation,
+        "clip2fl_cli/simulation.py": check_simulation,
+        "clip2fl_cli/federation.py": check_federation,
     }
     if first == "-m":
         module = ROOT / Path(*rest[0].split("."))

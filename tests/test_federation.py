@@ -11,15 +11,15 @@ import pytest
 import torch
 from flwr.app import Array, Error, Message
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import TEACHER_METHODS
-from clip2fl_common.datasets import DatasetError, load_dataset, partition_indices
+from clip2fl_common.data.datasets import DatasetError, load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier
-from server_app.checkpoint import ModelCard, load_model
-from server_app.resume import load_checkpoint
+from server_app.checkpoints import load_checkpoint
+from server_app.delivery import ModelCard, load_model
+from strategy.base import NoRepliesError
 from strategy.creff import CLASSIFIER
-from strategy.partitioned import NoRepliesError
-from strategy.privacy import epsilon
+from strategy.privacy_ledger import epsilon
 from strategy.registry import METHODS
 from tests.defaults import run_config
 from tests.federation import federate, metrics
@@ -161,10 +161,10 @@ def _broken(change: str) -> Tamper:
 
     def tamper(request: Message, reply: Message) -> Message:
         content = reply.content
-        values = content.metric_records[records.METRICS]
-        if values[records.PARTITION] != 0 and change != "no replies":
+        values = content.metric_records[messages.METRICS]
+        if values[messages.PARTITION] != 0 and change != "no replies":
             return reply
-        model = content.array_records[records.ARRAYS]
+        model = content.array_records[messages.ARRAYS]
         if change == "not finite":
             model["bn1.bias"] = Array(np.full(16, np.nan, np.float32))
         elif change == "shape":
@@ -172,9 +172,9 @@ def _broken(change: str) -> Tamper:
         elif change == "unknown":
             model["extra"] = Array(np.zeros(1, np.float32))
         elif change == "num-examples":
-            values[records.NUM_EXAMPLES] = -3
+            values[messages.NUM_EXAMPLES] = -3
         elif change == "class":
-            gradients = content.array_records[records.GRADIENTS]
+            gradients = content.array_records[messages.GRADIENTS]
             classes = gradients["classes"].numpy().copy()
             classes[0] = 99
             gradients["classes"] = Array(classes)
@@ -223,11 +223,11 @@ def test_round_with_too_few_replies_keeps_model_and_says_so(
     """The next round goes on from the old model, and the run to its end."""
 
     def tamper(request: Message, reply: Message) -> Message:
-        config = request.content.config_records[records.CONFIG]
-        if config[records.ROUND] == 2 and not failed:
-            failed.append(config[records.PARTITION])
+        config = request.content.config_records[messages.CONFIG]
+        if config[messages.ROUND] == 2 and not failed:
+            failed.append(config[messages.PARTITION])
             return _error(request, "the dog ate it")
-        models.append(dict(request.content.array_records[records.ARRAYS]))
+        models.append(dict(request.content.array_records[messages.ARRAYS]))
         return reply
 
     failed: list[object] = []
@@ -271,7 +271,7 @@ def test_no_replies_stops_with_the_reasons(tmp_path: Path) -> None:
 def test_unreadable_image_at_a_client_stops_the_run(tmp_path: Path) -> None:
     def tamper(request: Message, reply: Message) -> Message:
         reason = "1 of 5 images cannot be read: /x.png"
-        return Message(Error(records.DATA_ERROR, reason), reply_to=request)
+        return Message(Error(messages.DATA_ERROR, reason), reply_to=request)
 
     with pytest.raises(DatasetError, match=r"round 1: .*/x\.png"):
         federate(tmp_path / "run", tamper=tamper)
@@ -309,12 +309,12 @@ def test_protected_gradients_are_accounted_for(tmp_path: Path) -> None:
         config.dataset, config.partition.clients, config.partition.alpha, config.seed
     )
     assert not [r.error.reason for r in grid.replies if r.has_error()]
-    replies = [r for r in grid.replies if records.GRADIENTS in r.content]
+    replies = [r for r in grid.replies if messages.GRADIENTS in r.content]
     assert len(replies) == sum(asked.values())
     sent = 0
     for reply in replies:
-        counts = np.bincount(labels[parts[records.partition_of(reply)]])
-        arrays = reply.content.array_records[records.GRADIENTS]
+        counts = np.bincount(labels[parts[messages.partition_of(reply)]])
+        arrays = reply.content.array_records[messages.GRADIENTS]
         assert (
             arrays["classes"].numpy().tolist() == np.flatnonzero(counts >= 6).tolist()
         )

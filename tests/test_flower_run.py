@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.simulate import RunResult, own_processes, simulate
+from clip2fl_cli.simulation import RunResult, own_processes, simulate
 from tests.defaults import ROOT
 from tests.federation import metrics
 
@@ -83,7 +83,7 @@ def rounds_written(folder: Path) -> int:
 def started(
     arguments: Sequence[str], temporary: Path
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start scripts/simulate.py; at the end nothing of it is left."""
+    """Start clip2fl_cli/simulation.py; at the end nothing of it is left."""
     environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), *arguments]
     with subprocess.Popen(

@@ -21,10 +21,11 @@ from safetensors import safe_open
 
 from clip2fl_common import provenance
 from clip2fl_common.config import Scalar
-from server_app import durable, resume, session
-from server_app.checkpoint import load_model
-from server_app.resume import ResumeError, checkpoint_path, rounds_with_checkpoint
-from server_app.session import StorageError
+from server_app import checkpoints, durable
+from server_app import run as run_module
+from server_app.checkpoints import ResumeError, checkpoint_path, rounds_with_checkpoint
+from server_app.delivery import load_model
+from server_app.run import StorageError
 from strategy.registry import METHODS
 from tests.conftest import be_flower
 from tests.defaults import run_config
@@ -178,7 +179,7 @@ def moments(folder: Path, begin: Callable[[], None]) -> list[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", before(os.fsync))
         patch.setattr(Path, "replace", before(Path.replace))
-        patch.setattr("server_app.resume.remove", before(durable.remove))
+        patch.setattr("server_app.checkpoints.remove", before(durable.remove))
         begin()
     return copies
 
@@ -263,7 +264,7 @@ def test_failure_while_files_are_written(
         patch.undo()
     assert not list((tmp_path / "run").rglob("*.incomplete"))
     for server_round in rounds_with_checkpoint(tmp_path / "run"):
-        resume.load_checkpoint(tmp_path / "run", server_round)
+        checkpoints.load_checkpoint(tmp_path / "run", server_round)
     go_on_or_begin(tmp_path / "run", method="fedavg")
     assert outcome(tmp_path / "run") == outcome(whole_fedavg)
 
@@ -342,9 +343,9 @@ def test_other_surroundings_are_refused(
 ) -> None:
     with pytest.raises(Stop):
         run(tmp_path / "run", stop_in(2))
-    own = session.Session._made_with
+    own = run_module.Session._made_with
     monkeypatch.setattr(
-        session.Session, "_made_with", lambda self: {**own(self), name: "another"}
+        run_module.Session, "_made_with", lambda self: {**own(self), name: "another"}
     )
     with pytest.raises(ResumeError, match=f"the {name} is not the run's"):
         go_on(tmp_path / "run")
@@ -381,7 +382,7 @@ def test_data_are_told_by_classes_labels_and_partition(tmp_path: Path) -> None:
             "run__dir": str(tmp_path),
             "run__name": str(number),
         }
-        with session.Session(run_config(**place, **change), 1) as opened:
+        with run_module.Session(run_config(**place, **change), 1) as opened:
             made.append(opened._data_fingerprint())
     assert made[0] == made[1]
     assert len(set(made)) == 4
@@ -391,8 +392,8 @@ def test_other_machine_is_let_through_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped(tmp_path / "run")
-    now = {**session._versions(), "torch": "99.0"}
-    monkeypatch.setattr(session, "_versions", lambda: now)
+    now = {**run_module._versions(), "torch": "99.0"}
+    monkeypatch.setattr(run_module, "_versions", lambda: now)
     go_on(tmp_path / "run", method="fedavg")
     (warning,) = [m for m in caplog.messages if "last bit" in m]
     assert warning.startswith("torch was ") and "is 99.0 now" in warning
@@ -427,7 +428,7 @@ def test_best_model_is_the_first_of_the_best_rounds(
     assert rounds_with_checkpoint(folder) == sorted({best, before, ROUNDS - 1, ROUNDS})
     _, card = load_model(folder / "model-best.safetensors")
     assert card.provenance["round"] == best
-    state = resume.load_checkpoint(folder, best)
+    state = checkpoints.load_checkpoint(folder, best)
     with safe_open(folder / "model-best.safetensors", framework="pt") as file:
         for name, tensor in state.model.items():
             if not name.startswith("classifier."):
@@ -446,7 +447,7 @@ def test_best_checkpoint_that_is_damaged_leaves_the_best_model(
 ) -> None:
     """Its checkpoint is not the newest, so that the run goes on nevertheless."""
     run(tmp_path / "run", method="fedavg")
-    state = resume.load_newest(tmp_path / "run")
+    state = checkpoints.load_newest(tmp_path / "run")
     assert state.best is not None and state.best.round < ROUNDS, "choose another seed"
     (checkpoint_path(tmp_path / "run", state.best.round) / "SHA256SUMS").unlink()
     before = outcome(tmp_path / "run")

@@ -17,15 +17,15 @@ from PIL import Image
 
 from clip2fl_cli.report import write_run_report
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import Scalar
-from clip2fl_common.datasets import open_site
-from clip2fl_common.demo import CLASS_NAMES
+from clip2fl_common.data.datasets import open_site
+from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.models import build_model
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
-from server_app.checkpoint import load_model
-from strategy.sites import client_number
+from server_app.delivery import load_model
+from strategy.clients import client_number
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid, Tamper, as_grid
@@ -48,9 +48,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategy.sites.POLL_S", 0.0)
-    monkeypatch.setattr("strategy.sites.WAIT_S", 0.0)
-    monkeypatch.setattr("strategy.sites.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("strategy.clients.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.clients.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.clients.ASK_AGAIN_S", 0.0)
 
 
 @pytest.fixture
@@ -375,14 +375,14 @@ def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None
     good = {"retrained": {0: 10.0, 3: 99.0}, "fedavg": {0: 0.0, 3: 50.0}}
 
     def reply(**changes: Any) -> Message:
-        content = records.recall_reply(7, good)
+        content = messages.recall_reply(7, good)
         for name, value in changes.items():
             content.metric_records["metrics"][name.replace("_", "-")] = value
         request = Message(RecordDict(), 5, "evaluate")
         return Message(content, reply_to=request)
 
     heads = ["retrained", "fedavg"]
-    assert records.recalls_of(reply(), 4, heads) == {
+    assert messages.recalls_of(reply(), 4, heads) == {
         "retrained": {0: 10, 3: 100},
         "fedavg": {0: 0, 3: 50},
     }
@@ -395,8 +395,8 @@ def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None
         ({"top1": 3}, "metrics missing or unknown: top1"),
     ]
     for changes, message in cases:
-        with pytest.raises(records.ReplyError, match=message):
-            records.recalls_of(reply(**changes), 4, heads)
+        with pytest.raises(messages.ReplyError, match=message):
+            messages.recalls_of(reply(**changes), 4, heads)
 
 
 def test_site_with_another_teacher_is_left_out_by_name(
@@ -411,9 +411,9 @@ def test_site_with_another_teacher_is_left_out_by_name(
                 settings = request.content.config_records.get("config", {})
                 if (
                     request.metadata.dst_node_id == self._ids[1]
-                    and records.TEACHER_FINGERPRINT in settings
+                    and messages.TEACHER_FINGERPRINT in settings
                 ):
-                    settings[records.TEACHER_FINGERPRINT] = "f00ba5" * 10
+                    settings[messages.TEACHER_FINGERPRINT] = "f00ba5" * 10
             return super().send_and_receive(requests, timeout=timeout)
 
     grid = federate(
@@ -558,13 +558,13 @@ def test_one_site_of_three_does_not_become_the_model(
     assert "2 of 3 sites, " in lines[2]
 
 
-@pytest.mark.parametrize("code", [2, records.DATA_ERROR, records.DIVERGED])
+@pytest.mark.parametrize("code", [2, messages.DATA_ERROR, messages.DIVERGED])
 def test_a_site_never_stops_a_run(
     tmp_path: Path, folders: list[Path], code: int
 ) -> None:
     def tamper(request: Message, reply: Message) -> Message:
         config = request.content.config_records["config"]
-        if config[records.PARTITION] != client_number("west"):
+        if config[messages.PARTITION] != client_number("west"):
             return reply
         return Message(Error(code, "DatasetError: DatasetError"), reply_to=request)
 
@@ -584,7 +584,7 @@ def test_a_round_without_any_usable_reply_is_passed_over(
 ) -> None:
     def tamper(request: Message, reply: Message) -> Message:
         config = request.content.config_records["config"]
-        if config[records.ROUND] != 2:
+        if config[messages.ROUND] != 2:
             return reply
         return Message(Error(2, "out of memory"), reply_to=request)
 

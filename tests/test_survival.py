@@ -18,9 +18,9 @@ from flwr.app import (
     RecordDict,
 )
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import Scalar
-from server_app import resume
+from server_app import checkpoints as resume
 from server_app.app import find_nodes, main
 from tests.defaults import run_config
 from tests.federation import metrics
@@ -49,16 +49,16 @@ def run(
 
 
 def partition(request: Message) -> int:
-    return cast(int, request.content.config_records["config"][records.PARTITION])
+    return cast(int, request.content.config_records["config"][messages.PARTITION])
 
 
 def server_round(request: Message) -> int:
-    return cast(int, request.content.config_records["config"][records.ROUND])
+    return cast(int, request.content.config_records["config"][messages.ROUND])
 
 
 def filled(reply: Message, value: float) -> Message:
     """Let all weights be this number."""
-    model = reply.content.array_records[records.ARRAYS]
+    model = reply.content.array_records[messages.ARRAYS]
     for name, array in list(model.items()):
         model[name] = Array(np.full(tuple(array.shape), value, np.float32))
     return reply
@@ -136,7 +136,7 @@ def test_poisoned_checkpoint_can_be_resumed(tmp_path: Path) -> None:
                 stop()
             return poison(request, reply)
 
-        patch.setattr("server_app.session.open_trackers", lambda *_: [])
+        patch.setattr("server_app.run.open_trackers", lambda *_: [])
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", tamper, **settings)
     assert resume.load_newest(tmp_path / "run").round == 2
@@ -168,7 +168,7 @@ def test_bad_model_over_several_rounds_is_undone_step_by_step(tmp_path: Path) ->
 
     def tamper(request: Message, reply: Message) -> Message:
         if server_round(request) in (5, 6, 7):
-            return Message(Error(records.DIVERGED, "nan"), reply_to=request)
+            return Message(Error(messages.DIVERGED, "nan"), reply_to=request)
         return reply
 
     run(
@@ -189,7 +189,7 @@ def test_run_that_never_gets_further_still_stops(tmp_path: Path) -> None:
     def tamper(request: Message, reply: Message) -> Message:
         if server_round(request) % 2:
             return reply
-        return Message(Error(records.DIVERGED, "nan"), reply_to=request)
+        return Message(Error(messages.DIVERGED, "nan"), reply_to=request)
 
     with pytest.raises(
         RuntimeError, match=r"round 6: training diverged.*lower client\.learning-rate"
@@ -205,10 +205,10 @@ def test_run_that_never_gets_further_still_stops(tmp_path: Path) -> None:
     [
         RecordDict(),
         RecordDict({"metrics": MetricRecord({"x": 1})}),
-        RecordDict({"metrics": MetricRecord({records.PARTITION: 0.5})}),
-        RecordDict({"metrics": MetricRecord({records.PARTITION: -1})}),
+        RecordDict({"metrics": MetricRecord({messages.PARTITION: 0.5})}),
+        RecordDict({"metrics": MetricRecord({messages.PARTITION: -1})}),
         RecordDict({"metrics": MetricRecord({"a" * 20_000_000: 1})}),
-        RecordDict({"metrics": ConfigRecord({records.PARTITION: "\x1b[31m0\n"})}),
+        RecordDict({"metrics": ConfigRecord({messages.PARTITION: "\x1b[31m0\n"})}),
         RecordDict({"metrics": ArrayRecord({})}),
         Error(2, "\x1b[31mred\nline" * 10**6),
     ],
@@ -235,12 +235,12 @@ def test_malformed_answers_to_queries_are_passed_over(
 
 
 def _named(reply: Message, name: str) -> Message:
-    reply.content.metric_records[records.METRICS][name] = 1.0
+    reply.content.metric_records[messages.METRICS][name] = 1.0
     return reply
 
 
 def _array_named(reply: Message, name: str) -> Message:
-    model = reply.content.array_records[records.ARRAYS]
+    model = reply.content.array_records[messages.ARRAYS]
     model[name] = model[next(iter(model))]
     return reply
 

@@ -10,8 +10,8 @@ from flwr.app import Message
 
 from benchmarks import attack
 from benchmarks.attack import ATTACKER, CLIENTS, Observer
-from clip2fl_common import records
-from strategy.partitioned import NoRepliesError
+from clip2fl_common import messages
+from strategy.base import NoRepliesError
 from tests.defaults import run_config
 from tests.federation import federate
 from tests.in_process_grid import Tamper
@@ -31,16 +31,16 @@ def test_attacker_flips_and_scales_what_it_sends(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def compare(request: Message, reply: Message) -> Message:
-        partition = records.partition_of(reply)
+        partition = messages.partition_of(reply)
         seen.append(partition)
         arrays = reply.content.array_records
-        sent = records.arrays_to_numpy(request.content.array_records[records.ARRAYS])
-        honest = records.arrays_to_numpy(arrays[records.ARRAYS])
-        honest_bias = arrays[records.GRADIENTS]["bias"].numpy().copy()
-        forged = records.arrays_to_numpy(
-            observer(request, reply).content.array_records[records.ARRAYS]
+        sent = messages.arrays_to_numpy(request.content.array_records[messages.ARRAYS])
+        honest = messages.arrays_to_numpy(arrays[messages.ARRAYS])
+        honest_bias = arrays[messages.GRADIENTS]["bias"].numpy().copy()
+        forged = messages.arrays_to_numpy(
+            observer(request, reply).content.array_records[messages.ARRAYS]
         )
-        bias = reply.content.array_records[records.GRADIENTS]["bias"].numpy()
+        bias = reply.content.array_records[messages.GRADIENTS]["bias"].numpy()
         for name, values in forged.items():
             if partition != ATTACKER:
                 np.testing.assert_array_equal(values, honest[name])

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import published_loops
 from benchmarks.measure import Comparison, comparison_table, median_and_spread
 from benchmarks.stages import TINY, Logits, normalized, run_stages, seeded
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient
 from tests.defaults import ROOT
 from tests.strategy import slow_synthesis
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from client_app.app import _teacher, app
 from client_app.gradients import class_gradients
-from client_app.own_images import training_images
-from clip2fl_common import records
+from client_app.images import training_images
+from clip2fl_common import messages
+from clip2fl_common.class_gradients import LowRankGradient, row_cosines
 from clip2fl_common.config import RunConfig
-from clip2fl_common.datasets import load_dataset, partition_indices
-from clip2fl_common.gradient_coding import LowRankGradient, row_cosines
+from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
@@ -36,7 +36,7 @@ CONFIG = run_config(
     upload__precision="full",
 )
 CLASSES, DIM = 10, CONFIG.model.feature_dim
-FORMAT = records.GradientFormat(CLASSES, DIM, CONFIG.upload)
+FORMAT = messages.GradientFormat(CLASSES, DIM, CONFIG.upload)
 
 
 @pytest.fixture(autouse=True)
@@ -65,19 +65,19 @@ def request(
     """Return a train request; ``_`` in a key stands for ``-``."""
     content = RecordDict(
         {
-            records.ARRAYS: records.model_to_arrays(student()),
-            records.CONFIG: ConfigRecord(
+            messages.ARRAYS: messages.model_to_arrays(student()),
+            messages.CONFIG: ConfigRecord(
                 {
-                    records.ROUND: 2,
-                    records.PARTITION: partition,
-                    records.CODE_FINGERPRINT: code_fingerprint(),
+                    messages.ROUND: 2,
+                    messages.PARTITION: partition,
+                    messages.CODE_FINGERPRINT: code_fingerprint(),
                     **{name.replace("_", "-"): value for name, value in config.items()},
                 }
             ),
         }
     )
     if with_classifier:
-        content[records.CLASSIFIER] = records.model_to_arrays(classifier())
+        content[messages.CLASSIFIER] = messages.model_to_arrays(classifier())
     return Message(content, 42, "train")
 
 
@@ -119,8 +119,8 @@ def array_bytes(reply: Message) -> dict[str, dict[str, bytes]]:
 
 def test_query_says_which_partition_the_node_simulates() -> None:
     reply = answer(Message(RecordDict(), 42, "query"), place=2)
-    assert set(reply.content) == {records.METRICS}
-    assert records.partition_of(reply) == 2
+    assert set(reply.content) == {messages.METRICS}
+    assert messages.partition_of(reply) == 2
 
 
 @pytest.mark.parametrize("partition", [0, 1, 2])
@@ -128,16 +128,16 @@ def test_reply_keeps_the_contract(partition: int) -> None:
     """The partition asked for is trained on, wherever the node stands itself."""
     message = request(partition=partition, with_classifier=True)
     reply = answer(message, place=0)
-    sent = message.content.array_records[records.ARRAYS]
+    sent = message.content.array_records[messages.ARRAYS]
     images, labels = images_of(partition)
-    records.check_reply(reply, sent, FORMAT, {partition: len(labels)})
-    values = reply.content.metric_records[records.METRICS]
-    assert records.partition_of(reply) == partition
-    assert values[records.NUM_EXAMPLES] == len(images)
+    messages.check_reply(reply, sent, FORMAT, {partition: len(labels)})
+    values = reply.content.metric_records[messages.METRICS]
+    assert messages.partition_of(reply) == partition
+    assert values[messages.NUM_EXAMPLES] == len(images)
     assert values["unreadable-images"] == 0
     assert values["distillation-loss"] == 0
     assert cast(float, values["loss"]) > 0
-    held = reply.content.array_records[records.GRADIENTS]["classes"].numpy()
+    held = reply.content.array_records[messages.GRADIENTS]["classes"].numpy()
     assert held.tolist() == labels.unique().tolist()
     assert reply.metadata.src_node_id == 42
 
@@ -146,8 +146,8 @@ def test_class_gradients_are_the_global_models() -> None:
     """Taken before local training, at the classifier that was sent."""
     images, labels = images_of(1)
     reply = answer(request(with_classifier=True))
-    sent = records.gradients_from_arrays(
-        reply.content.array_records[records.GRADIENTS], FORMAT
+    sent = messages.gradients_from_arrays(
+        reply.content.array_records[messages.GRADIENTS], FORMAT
     )
     model, head = student().eval(), classifier()
     for c, gradient in sent.items():
@@ -178,11 +178,11 @@ def test_class_gradients_are_coded_as_configured() -> None:
         upload__min_cosine=0.95,
     )
     plain, coded = (
-        records.gradients_from_arrays(
+        messages.gradients_from_arrays(
             answer(
                 request(with_classifier=True), config=settings
-            ).content.array_records[records.GRADIENTS],
-            records.GradientFormat(CLASSES, DIM, settings.upload),
+            ).content.array_records[messages.GRADIENTS],
+            messages.GradientFormat(CLASSES, DIM, settings.upload),
         )
         for settings in (CONFIG, config)
     )
@@ -196,15 +196,15 @@ def test_class_gradients_are_coded_as_configured() -> None:
 def test_without_classifier_no_class_gradients() -> None:
     """And the local model is the same: asking for gradients does not change it."""
     plain, asked = answer(request()), answer(request(with_classifier=True))
-    assert set(plain.content) == {records.ARRAYS, records.METRICS}
+    assert set(plain.content) == {messages.ARRAYS, messages.METRICS}
     arrays, asked_arrays = array_bytes(plain), array_bytes(asked)
-    assert arrays == {records.ARRAYS: asked_arrays[records.ARRAYS]}
+    assert arrays == {messages.ARRAYS: asked_arrays[messages.ARRAYS]}
 
 
 def test_local_model_is_trained() -> None:
     message = request()
-    before = message.content.array_records[records.ARRAYS]
-    after = answer(message).content.array_records[records.ARRAYS]
+    before = message.content.array_records[messages.ARRAYS]
+    after = answer(message).content.array_records[messages.ARRAYS]
     moved = [
         name
         for name in before
@@ -223,7 +223,7 @@ def test_same_request_twice_gives_identical_arrays() -> None:
     assert array_bytes(first) == array_bytes(second)
     for name in ("loss", "distillation-loss"):
         values = [
-            reply.content.metric_records[records.METRICS][name]
+            reply.content.metric_records[messages.METRICS][name]
             for reply in (first, second)
         ]
         assert values[0] == values[1]
@@ -244,9 +244,9 @@ def test_two_clients_draw_their_own_batches_and_augmentation(
         for partition in (0, 0, 1)
     )
     assert array_bytes(first) == array_bytes(again)
-    for record in (records.ARRAYS, records.GRADIENTS):
+    for record in (messages.ARRAYS, messages.GRADIENTS):
         one, two = (array_bytes(reply)[record] for reply in (first, other))
-        name = {records.ARRAYS: "bn1.bias", records.GRADIENTS: "weight"}[record]
+        name = {messages.ARRAYS: "bn1.bias", messages.GRADIENTS: "weight"}[record]
         assert one[name] != two[name]
 
 
@@ -259,7 +259,7 @@ def test_precision_of_the_configuration_reaches_training_and_gradients() -> None
         )
         for precision in ("float32", "bfloat16")
     ]
-    for record, name in ((records.ARRAYS, "bn1.bias"), (records.GRADIENTS, "bias")):
+    for record, name in ((messages.ARRAYS, "bn1.bias"), (messages.GRADIENTS, "bias")):
         full, half = (
             reply.content.array_records[record][name].numpy() for reply in replies
         )
@@ -286,7 +286,7 @@ def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
     outcomes = [
         array_bytes(
             answer(request(), config=run_config(client__logit_adjustment=strength))
-        )[records.ARRAYS]["bn1.bias"]
+        )[messages.ARRAYS]["bn1.bias"]
         for strength in (0.0, 0.5, 1.0)
     ]
     assert len(set(outcomes)) == 3
@@ -295,7 +295,7 @@ def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
 def test_terms_of_the_request_change_the_training() -> None:
     """Distillation and the proximal term, and the weight of each."""
     outcomes = [
-        array_bytes(answer(message))[records.ARRAYS]["bn1.bias"]
+        array_bytes(answer(message))[messages.ARRAYS]["bn1.bias"]
         for message in (
             request(),
             request(proximal_mu=1.0),
@@ -310,13 +310,13 @@ def test_terms_of_the_request_change_the_training() -> None:
 
 def test_distillation_is_reported() -> None:
     reply = answer(distilling())
-    values = reply.content.metric_records[records.METRICS]
+    values = reply.content.metric_records[messages.METRICS]
     loss = cast(float, values["loss"])
     assert 0 < cast(float, values["distillation-loss"]) < loss
 
 
 def test_other_code_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="is not the server's.*scripts/simulate.py"):
+    with pytest.raises(RuntimeError, match="is not the server's.*clip2fl run"):
         answer(request(code_fingerprint="0123456789abcdef"))
 
 
@@ -334,7 +334,7 @@ def test_teacher_is_not_needed_without_distillation() -> None:
     """A method without a teacher never asks for its fingerprint."""
     message = distilling(distillation_weight=0.0, teacher_fingerprint="another")
     reply = answer(message)
-    values = reply.content.metric_records[records.METRICS]
+    values = reply.content.metric_records[messages.METRICS]
     assert values["distillation-loss"] == 0
 
 

@@ -13,7 +13,7 @@ from PIL import Image, features
 from client_app import doctor
 from client_app.data_check import check_data, count_images
 from client_app.preflight import Finding
-from clip2fl_common.image_formats import missing_decoder
+from clip2fl_common.data.image_formats import missing_decoder
 from tests.defaults import ROOT
 from tests.special_files import SPECIAL, make_special_files
 

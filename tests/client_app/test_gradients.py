@@ -12,7 +12,7 @@ from client_app.gradients import (
     class_gradients,
     coded_class_gradients,
 )
-from clip2fl_common.gradient_coding import encode_gradients
+from clip2fl_common.class_gradients import encode_gradients
 from tests import reference
 
 

@@ -10,7 +10,7 @@ import torch
 from client_app import shared_training
 from client_app.shared_training import FOLDER_VARIABLE, train_or_recall
 from client_app.training import LocalObjective, PixelImages, train_locally
-from clip2fl_common.datasets import CIFAR10_NORMALIZATION
+from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.models import ImageClassifier, build_model
 from tests.federation import federate, metrics
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from clip2fl_common.config import RunConfig
-from clip2fl_common.datasets import IMAGENET_NORMALIZATION, FileSource, open_site
-from clip2fl_common.image_reading import (
+from clip2fl_common.data.datasets import IMAGENET_NORMALIZATION, FileSource, open_site
+from clip2fl_common.data.image_reading import (
     Picture,
     UnreadableImageError,
     read_image,
@@ -239,7 +239,7 @@ def test_unreadable_fixed_image_silences_its_class_and_spends_nothing(
             raise UnreadableImageError(path, "not at this size", lasting=True)
         return read_picture(path, size)
 
-    monkeypatch.setattr("clip2fl_common.image_sources.read_picture", picky)
+    monkeypatch.setattr("clip2fl_common.data.sources.read_picture", picky)
     other = site_run(dataset__image_size=24, dataset__skip_unreadable=True)
     assert set(gradients(node.ask("train", other))) == {"circle"}
     assert same(before, node.ask("train", site_run()))

@@ -10,7 +10,7 @@ import pytest
 from client_app.own_site import state_folder
 from client_app.site_ledger import FILE, HeldImages, LedgerError, SiteLedger
 from client_app.site_policy import SitePolicy, SiteRefusal, policy_file
-from clip2fl_common import records
+from clip2fl_common import messages
 from tests.conftest import be_flower
 from tests.site_folders import write_site
 from tests.site_node import KINDS, SiteNode, site_run
@@ -159,7 +159,7 @@ def test_site_with_budgets_answers_nothing_without_its_ledger(
         assert str(state) in caplog.text
         assert reply.has_error() == bool(rule)
         if rule:
-            assert reply.error.code == records.SITE_REFUSES
+            assert reply.error.code == messages.SITE_REFUSES
             assert str(reply.error.reason) == (
                 "the site's record of what it has answered cannot be used; the site's "
                 "own log says more"

@@ -8,9 +8,9 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from client_app import app as client
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import Scalar
-from clip2fl_common.datasets import FileSource, open_site
+from clip2fl_common.data.datasets import FileSource, open_site
 from clip2fl_common.teacher import load_teacher
 from tests.conftest import be_flower
 from tests.defaults import ROOT
@@ -73,7 +73,7 @@ def unusable_model() -> ArrayRecord:
     model = student()
     with torch.no_grad():
         model.classifier.weight.fill_(torch.nan)
-    return records.model_to_arrays(model)
+    return messages.model_to_arrays(model)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_any_error_is_one_bounded_line_without_a_path(
         assert str(tmp_path) not in reason and str(ROOT) not in reason
         if message.get("model") is unusable_model:
             # What diverges says so by a code; the text speaks of the run only.
-            assert reply.error.code == records.DIVERGED
+            assert reply.error.code == messages.DIVERGED
         else:
             assert "SiteError" in reason
 
@@ -114,7 +114,7 @@ def test_whole_error_is_in_the_nodes_own_log(
 ) -> None:
     (folder / "patient 7").mkdir()
     reply = SiteNode(folder).ask("train", site_run())
-    assert reply.error.code == records.DATA_ERROR
+    assert reply.error.code == messages.DATA_ERROR
     assert told(reply) == (
         "1 folders are no class of the run; the site's own log says more"
     )
@@ -129,7 +129,7 @@ def test_simulated_clients_unusable_images_have_a_code_of_their_own(
         dataset__name="image-folder", dataset__root=str(tmp_path / "nowhere")
     )
     reply = SiteNode(None, {"partition_id": 0}).ask("train", config)
-    assert reply.error.code == records.DATA_ERROR
+    assert reply.error.code == messages.DATA_ERROR
     assert str(tmp_path / "nowhere") in str(reply.error.reason)
 
 
@@ -368,7 +368,7 @@ def keep_validation(folder: Path, dataset: Any, counts: dict[str, int]) -> None:
 
 
 def test_message_sizes_are_bounded(folder: Path) -> None:
-    arrays = records.model_to_arrays(student())
+    arrays = messages.model_to_arrays(student())
     mib = sum(len(array.data) for array in arrays.values()) / 2**20
     for key in ("max_request_mib", "max_reply_mib"):
         works(SiteNode(folder, {key: 1.5 * mib}).ask("train", site_run()))

@@ -19,8 +19,8 @@ from clip2fl_cli import app as module
 from clip2fl_cli import comparison as comparisons
 from clip2fl_cli import exporting, results
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_common.datasets import load_dataset
-from scripts.simulate import Interrupted, SimulationError
+from clip2fl_cli.simulation import Interrupted, SimulationError
+from clip2fl_common.data.datasets import load_dataset
 from tests.clip2fl_cli.commands import refused, run
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE

@@ -15,10 +15,10 @@ from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
 from clip2fl_cli.progress import ComparisonProgress, RoundLines
+from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
-from scripts.simulate import RunResult
-from server_app.resume import Checkpoint, load_newest, save_checkpoint
+from server_app.checkpoints import Checkpoint, load_newest, save_checkpoint
 from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT
 

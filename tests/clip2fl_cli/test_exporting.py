@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from clip2fl_cli import exporting
 from clip2fl_cli.exporting import costs, export, run_teacher
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_common.datasets import IMAGENET_NORMALIZATION, load_dataset
+from clip2fl_common.data.datasets import IMAGENET_NORMALIZATION, load_dataset
 from clip2fl_common.models import build_model
 from clip2fl_common.teacher import Teacher, load_teacher
-from server_app.checkpoint import load_model
+from server_app.delivery import load_model
 from tests.clip2fl_cli.commands import run
 from tests.defaults import run_config
 

@@ -11,7 +11,7 @@ import pytest
 from clip2fl_cli import comparison as module
 from clip2fl_cli import results
 from clip2fl_cli.comparison import Comparison
-from scripts.simulate import RunResult
+from clip2fl_cli.simulation import RunResult
 from tests.clip2fl_cli.commands import refused, run, tree
 from tests.clip2fl_cli.html_page import Page
 from tests.clip2fl_cli.made_up import write_run

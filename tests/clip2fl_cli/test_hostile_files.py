@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from clip2fl_cli import exporting
-from clip2fl_common.datasets import Normalization
+from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import build_model
-from server_app.checkpoint import ModelCard, save_model, save_tensors
+from server_app.delivery import ModelCard, save_model, save_tensors
 from tests.clip2fl_cli.commands import refused, run, tree
 from tests.clip2fl_cli.made_up import write_run
 
@@ -463,7 +463,7 @@ def test_no_model_is_built_before_the_card_is_checked(
     def build(*_: object) -> None:
         raise AssertionError("a model is built")
 
-    monkeypatch.setattr("server_app.checkpoint.build_model", build)
+    monkeypatch.setattr("server_app.delivery.build_model", build)
     refused(monkeypatch, capsys, *arguments("predict", folder))
 
 

@@ -20,13 +20,13 @@ from client_app.training import (
     augmented_features,
     train_locally,
 )
-from clip2fl_common.gradient_coding import (
+from clip2fl_common.class_gradients import (
+    ClassGradient,
     CodedGradient,
     LowRankGradient,
     encode_gradients,
     row_cosines,
 )
-from clip2fl_common.gradients import ClassGradient
 from clip2fl_common.models import build_model
 from strategy.retraining import retrain_classifier
 from strategy.synthesis import (

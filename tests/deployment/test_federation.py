@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clip2fl_common.site_registry import SiteRegistry
-from server_app.checkpoint import load_model
+from server_app.delivery import load_model
 from tests.deployment.conftest import TINY
 from tests.deployment.stack import Stack, missing, wait_for
 

@@ -26,7 +26,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-import strategy.sites
+import strategy.clients
 from client_app.app import app
 from clip2fl_common.config import RunConfig
 from server_app.app import main as server_main
@@ -322,7 +322,7 @@ def main() -> int:
     for name in ("_run_id", "_task_id", "_node_id"):
         setattr(TaskIdentity, name, 1)  # a Flower process sets them
     for name in ("POLL_S", "WAIT_S", "ASK_AGAIN_S"):
-        setattr(strategy.sites, name, 0.0)
+        setattr(strategy.clients, name, 0.0)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     folder = own_temporary_folder()

@@ -14,7 +14,7 @@ from flwr.app import (
     RecordDict,
 )
 
-from clip2fl_common import records
+from clip2fl_common import messages
 
 # Takes a request and the honest reply, returns what arrives.
 Change = Callable[[Message, Message], Message]
@@ -37,7 +37,7 @@ NUMBERS: tuple[Any, ...] = (
 
 
 def _arrays(reply: Message) -> ArrayRecord:
-    return reply.content.array_records[records.ARRAYS]
+    return reply.content.array_records[messages.ARRAYS]
 
 
 def _filled(value: float) -> Change:
@@ -62,12 +62,12 @@ def _one_array(index: int, value: float) -> Change:
 
 def _times(factor: float) -> Change:
     def change(request: Message, reply: Message) -> Message:
-        sent = request.content.array_records[records.ARRAYS]
+        sent = request.content.array_records[messages.ARRAYS]
         model = _arrays(reply)
         for name, array in list(model.items()):
             before = sent[name].numpy()
             moved = before + np.float32(factor) * (array.numpy() - before)
-            if name.endswith(records.VARIANCE):
+            if name.endswith(messages.VARIANCE):
                 moved = np.abs(moved)
             model[name] = Array(moved.astype(np.float32))
         return reply
@@ -77,7 +77,7 @@ def _times(factor: float) -> Change:
 
 def _metric(name: str, value: Any) -> Change:
     def change(_: Message, reply: Message) -> Message:
-        reply.content.metric_records[records.METRICS][name] = value
+        reply.content.metric_records[messages.METRICS][name] = value
         return reply
 
     return change
@@ -105,8 +105,8 @@ def _raw(data: bytes, dtype: str = "float32", stype: str = "numpy.ndarray") -> C
 
 def _gradient(name: str, values: Any) -> Change:
     def change(_: Message, reply: Message) -> Message:
-        if records.GRADIENTS in reply.content.array_records:
-            reply.content.array_records[records.GRADIENTS][name] = Array(values)
+        if messages.GRADIENTS in reply.content.array_records:
+            reply.content.array_records[messages.GRADIENTS][name] = Array(values)
         return reply
 
     return change
@@ -114,7 +114,7 @@ def _gradient(name: str, values: Any) -> Change:
 
 def _scaled_gradients(factor: float) -> Change:
     def change(_: Message, reply: Message) -> Message:
-        gradients = reply.content.array_records.get(records.GRADIENTS)
+        gradients = reply.content.array_records.get(messages.GRADIENTS)
         if gradients:
             for name in ("weight", "bias"):
                 bits = gradients[name].numpy().astype(np.uint32) << 16
@@ -155,13 +155,13 @@ def hostile_replies() -> Iterator[tuple[str, Change]]:
     for factor in (-1.0, -10.0, 9.0, 100.0, 1e4, 1e8):
         yield f"update times {factor}", _times(factor)
         yield f"gradients times {factor}", _scaled_gradients(factor)
-    for metric in (records.NUM_EXAMPLES, records.PARTITION, "loss", "seconds-data"):
+    for metric in (messages.NUM_EXAMPLES, messages.PARTITION, "loss", "seconds-data"):
         for number, value in enumerate(NUMBERS):
             yield f"metric {metric}, number {number}", _metric(metric, value)
     for number, text in enumerate(HOSTILE_TEXTS):
         yield f"metric named by text {number}", _metric(text, 1.0)
         yield f"array named by text {number}", _array_named(text)
-        for code in (0, 2, 5, records.DATA_ERROR, records.DIVERGED, 2**31 - 1):
+        for code in (0, 2, 5, messages.DATA_ERROR, messages.DIVERGED, 2**31 - 1):
             yield f"error {code} with text {number}", _error(code, text)
     for number, content in enumerate(_contents()):
         yield f"content {number}", _content(content)
@@ -199,13 +199,13 @@ def hostile_answers() -> Iterator[tuple[str, Change]]:
         yield f"content {number}", _content(content)
     for number, text in enumerate(HOSTILE_TEXTS):
         yield f"error with text {number}", _error(2, text)
-        site = RecordDict({records.CONFIG: ConfigRecord({records.SITE: text})})
+        site = RecordDict({messages.CONFIG: ConfigRecord({messages.SITE: text})})
         yield f"site {number}", _content(site)
     for number, value in enumerate(NUMBERS):
         metrics = MetricRecord(
-            {records.NUM_EXAMPLES: value, "classes": [0, 1], "recall-fedavg": [100]}
+            {messages.NUM_EXAMPLES: value, "classes": [0, 1], "recall-fedavg": [100]}
         )
-        yield f"evaluation {number}", _content(RecordDict({records.METRICS: metrics}))
+        yield f"evaluation {number}", _content(RecordDict({messages.METRICS: metrics}))
 
 
 def _contents() -> list[RecordDict]:
@@ -214,13 +214,13 @@ def _contents() -> list[RecordDict]:
     return [
         RecordDict(),
         RecordDict({"x" * 1_000_000: MetricRecord({"a": 1})}),
-        RecordDict({records.METRICS: MetricRecord(empty)}),
-        RecordDict({records.METRICS: ConfigRecord({"a": "b" * 1_000_000})}),
-        RecordDict({records.METRICS: ArrayRecord(empty)}),
-        RecordDict({records.ARRAYS: MetricRecord({"a": 1})}),
-        RecordDict({records.ARRAYS: ArrayRecord(empty)}),
-        RecordDict({records.GRADIENTS: ArrayRecord(empty)}),
-        RecordDict({records.CONFIG: ConfigRecord({records.SITE: 7})}),
-        RecordDict({records.CONFIG: ConfigRecord({records.SITE: ["a", "b"]})}),
-        RecordDict({records.CONFIG: ConfigRecord({records.SITE: b"\xff\xfe"})}),
+        RecordDict({messages.METRICS: MetricRecord(empty)}),
+        RecordDict({messages.METRICS: ConfigRecord({"a": "b" * 1_000_000})}),
+        RecordDict({messages.METRICS: ArrayRecord(empty)}),
+        RecordDict({messages.ARRAYS: MetricRecord({"a": 1})}),
+        RecordDict({messages.ARRAYS: ArrayRecord(empty)}),
+        RecordDict({messages.GRADIENTS: ArrayRecord(empty)}),
+        RecordDict({messages.CONFIG: ConfigRecord({messages.SITE: 7})}),
+        RecordDict({messages.CONFIG: ConfigRecord({messages.SITE: ["a", "b"]})}),
+        RecordDict({messages.CONFIG: ConfigRecord({messages.SITE: b"\xff\xfe"})}),
     ]

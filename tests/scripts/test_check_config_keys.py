@@ -51,7 +51,7 @@ def app(tmp_path: Path) -> Path:
     for name, text in {
         "pyproject.toml": PYPROJECT,
         "clip2fl_common/config.py": CONFIG,
-        "clip2fl_common/datasets.py": COMMON,
+        "clip2fl_common/data/datasets.py": COMMON,
         "server_app/app.py": SERVER,
         "conf/demo.toml": 'seed = 8\n[model]\nname = "b"\n',
     }.items():
@@ -79,7 +79,7 @@ def test_sound_app_has_no_problems(app: Path) -> None:
         ("server_app/app.py", "config.seed", "seed", "seed", "nothing reads"),
         ("server_app/app.py", "model.name", "other.name", "model.name", "nothing read"),
         (
-            "clip2fl_common/datasets.py",
+            "clip2fl_common/data/datasets.py",
             "return config.image_size",
             "config.image_size = 3",
             "dataset.image-size",
@@ -120,7 +120,7 @@ def test_comparison_is_looked_into(app: Path) -> None:
 
 def test_same_name_of_another_variable_is_no_read(app: Path) -> None:
     """An argument of another type hides the configuration of the same name."""
-    replace(app / "clip2fl_common/datasets.py", ": DatasetConfig", ": Other")
+    replace(app / "clip2fl_common/data/datasets.py", ": DatasetConfig", ": Other")
     assert any("dataset.image-size: nothing reads" in p for p in problems(app))
 
 

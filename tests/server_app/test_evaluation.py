@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip2fl_common.datasets import (
+from clip2fl_common.data.datasets import (
     ImageDataset,
     ImageSource,
     LoadedImages,

@@ -13,10 +13,10 @@ from clip2fl_common import config_types
 from clip2fl_common.config import ConfigError
 from server_app.tracking import TRACKERS, open_trackers, scalars
 from tests.defaults import run_config
-from tests.server_app import test_session
-from tests.server_app.test_session import session, strategy
+from tests.server_app import test_run
+from tests.server_app.test_run import session, strategy
 
-own_cache = test_session.own_cache
+own_cache = test_run.own_cache
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

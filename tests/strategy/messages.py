@@ -20,11 +20,10 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from torch import nn
 
-from clip2fl_common import records
+from clip2fl_common import messages
+from clip2fl_common.class_gradients import ClassGradient, CodedGradient, Precision
 from clip2fl_common.config import Scalar
-from clip2fl_common.gradient_coding import CodedGradient, Precision
-from clip2fl_common.gradients import ClassGradient
-from strategy.partitioned import ClientPlan, PartitionedTraining
+from strategy.base import ClientPlan, PartitionedTraining
 from tests.defaults import run_config
 
 NODES = (71, 13)
@@ -77,7 +76,7 @@ def global_model() -> ArrayRecord:
     """Return the arrays of a small model with BatchNorm."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3))
-    return records.model_to_arrays(model)
+    return messages.model_to_arrays(model)
 
 
 def configure(
@@ -112,10 +111,10 @@ def train_reply(
     **metrics: float,
 ) -> Message:
     """Return a good reply to a request; ``_`` in a metric's name stands for ``-``."""
-    config = request.content.config_records[records.CONFIG]
+    config = request.content.config_records[messages.CONFIG]
     values: dict[str, int | float] = {
-        records.PARTITION: cast(int, config[records.PARTITION]),
-        records.NUM_EXAMPLES: examples,
+        messages.PARTITION: cast(int, config[messages.PARTITION]),
+        messages.NUM_EXAMPLES: examples,
         "loss": 1.0,
         "distillation-loss": 0.0,
         "unreadable-images": 0,
@@ -126,14 +125,14 @@ def train_reply(
     values |= {name.replace("_", "-"): value for name, value in metrics.items()}
     content = RecordDict(
         {
-            records.ARRAYS: ArrayRecord(
+            messages.ARRAYS: ArrayRecord(
                 {n: Array(value) for n, value in model.items()}
             ),
-            records.METRICS: MetricRecord(dict(values)),
+            messages.METRICS: MetricRecord(dict(values)),
         }
     )
     if gradients is not None:
-        content[records.GRADIENTS] = records.gradients_to_arrays(gradients, precision)
+        content[messages.GRADIENTS] = messages.gradients_to_arrays(gradients, precision)
     return Message(content, reply_to=request)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient
 
 Problem = tuple[
     torch.Tensor, dict[int, ClassGradient], torch.Tensor, torch.Tensor, torch.Tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.randomness import generator
 from strategy.clip2fl import CLIP2FL
@@ -100,13 +100,13 @@ def test_requests_switch_distillation_on() -> None:
         configure(clip2fl, arrays), configure(creff, arrays), strict=True
     ):
         assert set(request.content) == set(plain.content)
-        assert dict(request.content.config_records[records.CONFIG]) == {
-            **plain.content.config_records[records.CONFIG],
-            records.DISTILLATION_WEIGHT: 0.75,
-            records.DISTILLATION_TEMPERATURE: 2.5,
-            records.TEACHER_FINGERPRINT: "fingerprint-of-the-teacher",
+        assert dict(request.content.config_records[messages.CONFIG]) == {
+            **plain.content.config_records[messages.CONFIG],
+            messages.DISTILLATION_WEIGHT: 0.75,
+            messages.DISTILLATION_TEMPERATURE: 2.5,
+            messages.TEACHER_FINGERPRINT: "fingerprint-of-the-teacher",
         }
-        parsed = records.TrainRequest.parse(request.content)
+        parsed = messages.TrainRequest.parse(request.content)
         assert parsed.distillation_weight == 0.75
         assert parsed.distillation_temperature == 2.5
         assert parsed.teacher_fingerprint == "fingerprint-of-the-teacher"
@@ -181,7 +181,7 @@ def test_without_its_terms_it_is_creff() -> None:
     assert torch.equal(strategy.features, creff.features)
     assert torch.equal(strategy.classifier.weight, creff.classifier.weight)
     request = configure(strategy, global_model())[0]
-    assert records.TrainRequest.parse(request.content).distillation_weight == 0
+    assert messages.TrainRequest.parse(request.content).distillation_weight == 0
 
 
 @pytest.mark.parametrize(

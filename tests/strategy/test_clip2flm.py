@@ -9,11 +9,11 @@ from flwr.app import ArrayRecord
 from torch.nn import functional
 
 from clip2fl_common.config import ConfigError
+from strategy.base import PartitionedTraining
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CLASSIFIER, FEATURES, CReFF
 from strategy.fedavgm import FedAvgM
-from strategy.partitioned import PartitionedTraining
 from tests.defaults import run_config
 from tests.strategy.messages import (
     client_plan,

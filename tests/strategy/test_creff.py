@@ -7,14 +7,14 @@ import pytest
 import torch
 from flwr.app import Message
 
-from clip2fl_common import records
-from clip2fl_common.config import Upload
-from clip2fl_common.gradient_coding import (
+from clip2fl_common import messages
+from clip2fl_common.class_gradients import (
+    ClassGradient,
     LowRankGradient,
     Precision,
     encode_gradients,
 )
-from clip2fl_common.gradients import ClassGradient
+from clip2fl_common.config import Upload
 from clip2fl_common.randomness import generator
 from strategy.creff import CReFF
 from strategy.retraining import retrain_classifier
@@ -94,11 +94,11 @@ def test_requests_carry_the_classifier() -> None:
     strategy = creff()
     for request in configure(strategy, global_model()):
         assert set(request.content) == {
-            records.ARRAYS,
-            records.CLASSIFIER,
-            records.CONFIG,
+            messages.ARRAYS,
+            messages.CLASSIFIER,
+            messages.CONFIG,
         }
-        parsed = records.TrainRequest.parse(request.content)
+        parsed = messages.TrainRequest.parse(request.content)
         assert parsed.classifier is not None
         weight, bias = parsed.classifier
         assert torch.equal(weight, strategy.classifier.weight)
@@ -238,7 +238,7 @@ def test_next_request_carries_the_retrained_classifier() -> None:
     strategy = creff()
     before = strategy.classifier.weight.clone()
     strategy.aggregate_train(1, round_of(strategy, HELD))
-    parsed = records.TrainRequest.parse(
+    parsed = messages.TrainRequest.parse(
         configure(strategy, global_model(), 2)[0].content
     )
     assert parsed.classifier is not None
@@ -291,7 +291,7 @@ def test_bytes_include_classifier_and_gradients() -> None:
     gradients_of_each = [
         wire_bytes(
             array.numpy()
-            for array in reply.content.array_records[records.GRADIENTS].values()
+            for array in reply.content.array_records[messages.GRADIENTS].values()
         )
         for reply in replies
     ]

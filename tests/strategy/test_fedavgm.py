@@ -8,9 +8,9 @@ import pytest
 from flwr.app import ArrayRecord
 
 from clip2fl_common.config import ConfigError
+from strategy.base import PartitionedTraining
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
-from strategy.partitioned import PartitionedTraining
 from tests.strategy.messages import (
     client_plan,
     configure,

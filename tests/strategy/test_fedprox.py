@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip2fl_common import records
+from clip2fl_common import messages
 from strategy.fedavg import FedAvg
 from strategy.fedprox import FedProx
 from tests.strategy.messages import (
@@ -22,11 +22,11 @@ def test_requests_carry_the_proximal_weight() -> None:
     for request, other in zip(requests, plain, strict=True):
         assert request.metadata.dst_node_id == other.metadata.dst_node_id
         assert set(request.content) == set(other.content)
-        assert dict(request.content.config_records[records.CONFIG]) == {
-            **other.content.config_records[records.CONFIG],
-            records.PROXIMAL_MU: 0.25,
+        assert dict(request.content.config_records[messages.CONFIG]) == {
+            **other.content.config_records[messages.CONFIG],
+            messages.PROXIMAL_MU: 0.25,
         }
-        parsed = records.TrainRequest.parse(request.content)
+        parsed = messages.TrainRequest.parse(request.content)
         assert parsed.proximal_mu == 0.25
         assert parsed.distillation_weight == 0
         assert parsed.classifier is None

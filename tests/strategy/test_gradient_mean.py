@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip2fl_common.gradient_coding import (
+from clip2fl_common.class_gradients import (
+    ClassGradient,
     CodedGradient,
     LowRankGradient,
     encode_gradients,
     max_rank,
     row_cosines,
 )
-from clip2fl_common.gradients import ClassGradient
 from strategy.gradient_mean import mean_class_gradients
 
 CLASSES, DIM = 12, 20

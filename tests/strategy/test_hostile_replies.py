@@ -11,10 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip2fl_common import records
+from clip2fl_common import messages
+from strategy.base import PartitionedTraining
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
-from strategy.partitioned import PartitionedTraining
 from tests.defaults import run_config
 from tests.strategy.messages import (
     IMAGES,
@@ -107,10 +107,10 @@ def change_array(draw: Draw, reply: Message) -> None:
 
 def change_metrics(draw: Draw, reply: Message) -> None:
     """Make a metric absurd, missing or unknown."""
-    metrics = reply.content.metric_records.get(records.METRICS)
+    metrics = reply.content.metric_records.get(messages.METRICS)
     if not metrics:
         return
-    name = draw(st.sampled_from([*metrics, records.NUM_EXAMPLES, records.PARTITION]))
+    name = draw(st.sampled_from([*metrics, messages.NUM_EXAMPLES, messages.PARTITION]))
     kind = draw(st.sampled_from(["absurd", "absurd", "missing", "unknown"]))
     if kind == "absurd":
         metrics[name] = draw(ABSURD_NUMBERS)
@@ -122,7 +122,7 @@ def change_metrics(draw: Draw, reply: Message) -> None:
 
 def change_records(draw: Draw, reply: Message) -> None:
     """Take away, add or replace a whole record."""
-    name = draw(st.sampled_from([*reply.content, "more", records.GRADIENTS]))
+    name = draw(st.sampled_from([*reply.content, "more", messages.GRADIENTS]))
     kind = draw(st.sampled_from(["remove", "arrays", "metrics", "config"]))
     if kind == "remove":
         if name in reply.content:
@@ -138,7 +138,7 @@ def change_records(draw: Draw, reply: Message) -> None:
 
 def change_classes(draw: Draw, reply: Message) -> None:
     """Claim other classes or ranks."""
-    gradients = reply.content.array_records.get(records.GRADIENTS)
+    gradients = reply.content.array_records.get(messages.GRADIENTS)
     if gradients:
         name = draw(st.sampled_from(["classes", "ranks"]))
         values = draw(st.lists(st.integers(-2, CLASSES + 2), max_size=CLASSES + 2))
@@ -308,10 +308,10 @@ def test_good_reply_is_used_and_one_far_out_is_not() -> None:
     _, good = replies_of(strategy, arrays)
     strategy.aggregate_train(1, good)
     assert strategy.round.clients == [0, 1, 2]
-    model = good[HOSTILE].content.array_records[records.ARRAYS]
+    model = good[HOSTILE].content.array_records[messages.ARRAYS]
     name = next(iter(model))
     huge = np.full(tuple(model[name].shape), 1e30, np.float32)
     _, replies = replies_of(strategy, arrays)
-    replies[HOSTILE].content.array_records[records.ARRAYS][name] = Array(huge)
+    replies[HOSTILE].content.array_records[messages.ARRAYS][name] = Array(huge)
     strategy.aggregate_train(1, replies)
     assert strategy.round.clients == [0, 2]

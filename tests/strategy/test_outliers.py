@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_app.gradients import class_gradients
-from clip2fl_common.gradients import ClassGradient
-from strategy.aggregation import Arrays
+from clip2fl_common.class_gradients import ClassGradient
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -18,6 +17,7 @@ from strategy.outliers import (
     impossible_gradient,
     reply_size,
 )
+from strategy.robust import Arrays
 
 SENT: Arrays = {"weight": np.full((2, 8), 1.0, np.float32), "running_var": np.ones(4)}
 

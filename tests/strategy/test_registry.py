@@ -10,13 +10,13 @@ import torch
 from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
+from strategy.base import PartitionedTraining, Setting
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
-from strategy.partitioned import PartitionedTraining, Setting
 from tests.defaults import ROOT, run_config
 from tests.federation import federate
 from tests.strategy.messages import client_plan

@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from clip2fl_common.gradient_coding import CodedGradient, LowRankGradient
-from strategy import synthesis
-from strategy.gradient_target import GradientTarget
+from clip2fl_common.class_gradients import ClassGradient, CodedGradient, LowRankGradient
 from strategy.synthesis import (
-    ClassGradient,
     Objective,
     class_chunks,
+    descent,
     gradient_matching_loss,
+    losses,
     mean_class_gradients,
     prototype_contrastive_loss,
     synthesis_gradient,
     synthesize,
 )
+from strategy.synthesis.target import GradientTarget
 from tests import reference
 from tests.strategy import slow_synthesis as slow
 from tests.strategy.slow_synthesis import Problem, random_problem
@@ -155,7 +155,7 @@ def test_derivative_is_the_same_by_rows_and_by_products(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            synthesis,
+            descent,
             "_products_pay",
             lambda *_: cheaper and 0 not in ranks[: len(held)],
         )
@@ -182,7 +182,7 @@ def test_many_classes_in_single_precision() -> None:
     for dtype in (torch.float64, torch.float32):
         like = features.to(dtype)
         target = GradientTarget.stack(gradients, [0, 1], like)
-        assert synthesis._products_pay(per_class, num_classes, dim, target)
+        assert descent._products_pay(per_class, num_classes, dim, target)
         objective = Objective(
             weight.to(dtype), bias.to(dtype), text.to(dtype), 0.001, 0.1
         )
@@ -209,7 +209,7 @@ def test_products_are_chosen_where_they_take_fewer_multiplications() -> None:
             torch.empty(1, rank, dim) if rank else None,
             torch.empty(1, num_classes),
         )
-        chosen = synthesis._products_pay(per_class, num_classes, dim, target)
+        chosen = descent._products_pay(per_class, num_classes, dim, target)
         assert chosen == (rank > 0 and products < rows)
 
 
@@ -324,7 +324,7 @@ def test_memory_does_not_grow_with_the_square(
     """The largest tensor is that of all features, or of a few classes' logits."""
     # Torch's function mode sees one thread only.
     monkeypatch.setattr(
-        synthesis, "map_pieces", lambda function, pieces, _: map(function, pieces)
+        descent, "map_pieces", lambda function, pieces, _: map(function, pieces)
     )
     problem = random_problem(0, num_classes, per_class, 8, set(range(num_classes)))
     features, gradients, weight, bias, text = problem
@@ -333,7 +333,7 @@ def test_memory_does_not_grow_with_the_square(
         synthesize(
             *problem, steps=1, learning_rate=0.1, contrast_weight=0.1, temperature=0.1
         )
-    logits_of_a_chunk = 2 * num_classes * per_class * synthesis.CPU_CHUNK_CLASSES
+    logits_of_a_chunk = 2 * num_classes * per_class * losses.CPU_CHUNK_CLASSES
     assert 0 < used.largest <= max(features.numel(), logits_of_a_chunk)
 
 

@@ -1,0 +1,186 @@
+"""The images of this client: a site's own folder, or a simulated partition."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from client_app.own_site import OwnSite
+from client_app.site_policy import NodeConfig, SiteRefusal, is_real_site, one_line
+from clip2fl_common.config import ConfigError, RunConfig
+from clip2fl_common.data.datasets import (
+    DatasetError,
+    FileSource,
+    ImageDataset,
+    ImageSource,
+    LoadedImages,
+    load_dataset,
+    open_site,
+    partition_indices,
+)
+from clip2fl_common.data.image_cache import file_digests
+from clip2fl_common.teacher import OtherTeacherError, TeacherError
+
+
+class SiteError(RuntimeError):
+    """A site cannot do what it was asked; says so without a name from its disk."""
+
+
+class OtherCodeError(RuntimeError):
+    """The client's code is not the server's; names a folder of this machine."""
+
+
+def training_images(
+    config: RunConfig, site: OwnSite | None, partition: int
+) -> tuple[ImageDataset, LoadedImages]:
+    """Return the site's images, or those of the partition asked for.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    site : OwnSite or None
+        This node, if it has images of its own.
+    partition : int
+        Which partition to train on, where clients are simulated.
+
+    Returns
+    -------
+    ImageDataset
+        The data set.
+    LoadedImages
+        This client's training images.
+
+    Raises
+    ------
+    DatasetError
+        If they are not where, or not what, they should be.
+    """
+    if site is not None:
+        dataset = open_site(config.dataset, site.folder)
+        return dataset, dataset.train.open(np.arange(len(dataset.train.labels)))
+    dataset = load_dataset(config.dataset)
+    parts = partition_indices(
+        config.dataset, config.partition.clients, config.partition.alpha, config.seed
+    )
+    return dataset, dataset.train.open(parts[partition])
+
+
+def gradient_images(
+    config: RunConfig, site: OwnSite | None, dataset: ImageDataset, loaded: LoadedImages
+) -> dict[int, torch.Tensor] | None:
+    """Return which images enter the class gradients, where a site fixes them.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    site : OwnSite or None
+        This node, if it has images of its own.
+    dataset, loaded : ImageDataset and LoadedImages
+        As `training_images` returned them.
+
+    Returns
+    -------
+    dict of int to Tensor of int64, or None
+        See `OwnSite.gradient_images`.
+    """
+    if site is None or not site.policy.fixes_images:
+        return None
+    digests, readable = _digests(dataset.train, loaded)
+    there = list(zip(dataset.train.labels.tolist(), digests, strict=True))
+    return site.gradient_images(
+        config, dataset.class_names, loaded.labels, readable, there
+    )
+
+
+def validation_images(
+    config: RunConfig, site: OwnSite | None
+) -> tuple[ImageDataset, LoadedImages]:
+    """Return the site's images that evaluate, of classes with enough of them.
+
+    Raises
+    ------
+    DatasetError
+        As `training_images`; or where clients are simulated.
+    """
+    if site is None:
+        raise DatasetError(
+            f"this node has no data-path, and dataset.name = {config.dataset.name!r} "
+            "is evaluated at the server",
+            "the node has no data-path in its --node-config",
+        )
+    dataset = open_site(config.dataset, site.folder)
+    source = dataset.test
+    indices = np.arange(len(source.labels))
+    # Nothing can be kept of no images.
+    loaded = source.open(indices) if len(indices) else source.load(indices)
+    least = site.policy.evaluation_samples
+    if least == 1:
+        return dataset, loaded
+    # Copies of one image are one image.
+    different = set(
+        zip(loaded.labels.tolist(), _digests(source, loaded)[1], strict=True)
+    )
+    counts = torch.bincount(
+        torch.tensor([label for label, _ in different], dtype=torch.int64),
+        minlength=len(dataset.class_names),
+    )
+    kept = counts[loaded.labels] >= least
+    if kept.all():
+        return dataset, loaded
+    return dataset, replace(
+        loaded, images=loaded.images[kept], labels=loaded.labels[kept]
+    )
+
+
+def _digests(source: ImageSource, loaded: LoadedImages) -> tuple[list[int], list[int]]:
+    """Return the digests of all files, and of those that could be read, in order."""
+    assert isinstance(source, FileSource)
+    digests = file_digests(source.paths).tolist()
+    left_out = set(loaded.unreadable)
+    readable = [
+        digest
+        for path, digest in zip(source.paths, digests, strict=True)
+        if str(path) not in left_out
+    ]
+    assert len(readable) == len(loaded.labels)
+    return digests, readable
+
+
+@contextlib.contextmanager
+def names_kept_here(node_config: NodeConfig) -> Iterator[None]:
+    """Keep names of a site's folders and files out of the error that is sent.
+
+    Flower sends an exception's text to the server. The whole one is in the node's own
+    log, as the cause. Whether the node is a site is for its own configuration to say:
+    the run's comes from the server.
+    """
+    try:
+        yield
+    except (SiteRefusal, FloatingPointError):
+        raise  # have a text for the server
+    except Exception as error:
+        if not is_real_site(node_config):
+            raise
+        if isinstance(error, DatasetError):
+            raise DatasetError(
+                str(error), one_line(f"{error.summary}; the site's own log says more")
+            ) from error
+        raise SiteError(one_line(_reason(error))) from error
+
+
+def _reason(error: Exception) -> str:
+    # The first three speak of the run, not of the site.
+    if isinstance(error, SiteError | OtherTeacherError | ConfigError):
+        return str(error)
+    if isinstance(error, OtherCodeError):
+        return (
+            "the client code here is not the server's: install the same version on both"
+        )
+    reason = f"it stopped with {type(error).__name__}"
+    if isinstance(error, TeacherError):
+        reason = "its teacher cannot be loaded"
+    return f"{reason}; the site's own log says more"

@@ -1,0 +1,1 @@
+"""Images: data sets by name, folders of images, partitions, and what is drawn."""

@@ -1,0 +1,430 @@
+"""Named data sets: what images there are, and how to get them as tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from clip2fl_common.config import SITES, listed_names
+from clip2fl_common.config import Dataset as DatasetConfig
+from clip2fl_common.data import demo
+from clip2fl_common.data.image_cache import file_digests
+from clip2fl_common.data.image_files import (
+    DatasetError,
+    class_folders,
+    is_folder,
+    labelled_images,
+    site_files,
+)
+from clip2fl_common.data.image_formats import IMAGE_SUFFIXES
+from clip2fl_common.data.image_lists import read_image_list
+from clip2fl_common.data.image_reading import read_image
+from clip2fl_common.data.sources import (
+    ArraySource,
+    FileSource,
+    ImageSource,
+    LabelArray,
+    LoadedImages,
+)
+from clip2fl_common.partition import long_tail_counts, long_tail_partition
+from clip2fl_common.shown import listed, shown
+
+__all__ = [
+    "DatasetError",
+    "FileSource",
+    "ImageDataset",
+    "ImageSource",
+    "LoadedImages",
+    "Normalization",
+    "load_dataset",
+    "open_site",
+    "partition_indices",
+    "read_image",
+]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Channel mean and deviation of images scaled to [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return normalised float images [N, 3, H, W] of uint8 ones."""
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+
+CIFAR10_NORMALIZATION = Normalization(
+    (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+)
+CIFAR100_NORMALIZATION = Normalization(
+    (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+)
+IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set: training and test images and the names of the classes.
+
+    Attributes
+    ----------
+    name : str
+        As in the configuration.
+    class_names : tuple of str
+        C names, as they stand in the teacher's prompt.
+    train, test : ImageSource
+        The two splits.
+    normalization : Normalization
+        Of the student's input.
+    image_size : int
+        Side of the images in pixels.
+    imbalance_factor : float
+        The long tail that is still to be cut from ``train``.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource
+    normalization: Normalization
+    image_size: int
+    imbalance_factor: float = 1.0
+
+
+def load_dataset(config: DatasetConfig) -> ImageDataset:
+    """Open a data set; the last one opened by a process is kept.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+
+    Returns
+    -------
+    ImageDataset
+
+    Raises
+    ------
+    DatasetError
+        Names the folder or file, what was found there and what is expected.
+    """
+    return _load_dataset(config)
+
+
+@lru_cache(maxsize=1)
+def partition_indices(
+    config: DatasetConfig, clients: int, alpha: float, seed: int
+) -> tuple[LabelArray, ...]:
+    """Return each client's indices into the training images.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+    clients : int
+        Number of clients.
+    alpha : float
+        Concentration of the Dirichlet distribution.
+    seed : int
+        Seed of the partition.
+
+    Returns
+    -------
+    tuple of ndarray of int64
+        See `clip2fl_common.partition.long_tail_partition`.
+
+    Raises
+    ------
+    DatasetError, PartitionError
+        If the images are not there, or cannot be divided so.
+    """
+    dataset = load_dataset(config)
+    return tuple(
+        long_tail_partition(
+            dataset.train.labels,
+            len(dataset.class_names),
+            dataset.imbalance_factor,
+            clients,
+            alpha,
+            seed,
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_dataset(config: DatasetConfig) -> ImageDataset:
+    opened = {
+        "demo": _demo,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "imagenet-lt": _imagenet_lt,
+        "image-folder": _image_folder,
+        SITES: _no_images,
+    }[config.name](config)
+    if len(opened.class_names) < 2:
+        raise DatasetError(
+            f"dataset.name = {config.name!r} has {len(opened.class_names)} class "
+            f"({', '.join(opened.class_names)}); classification needs at least two"
+        )
+    return opened
+
+
+def _demo(config: DatasetConfig) -> ImageDataset:
+    # Only what the tail keeps is drawn; a partition then keeps all of it.
+    classes = len(demo.CLASS_NAMES)
+    counts = long_tail_counts(
+        config.demo_train_per_class, classes, config.imbalance_factor
+    )
+
+    def drawn(split: demo.Split, counts: Sequence[int]) -> ArraySource:
+        images, labels = demo.demo_split(split, counts)
+        return ArraySource(_resized(torch.from_numpy(images), config), labels)
+
+    return ImageDataset(
+        "demo",
+        demo.CLASS_NAMES,
+        drawn("train", counts),
+        drawn("test", [config.demo_test_per_class] * classes),
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+    )
+
+
+def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
+    if images.shape[2] == config.image_size:
+        return images
+    from torchvision.transforms.functional import resize
+
+    resized: torch.Tensor = resize(
+        images, [config.image_size, config.image_size], antialias=True
+    )
+    return resized
+
+
+def _cifar(config: DatasetConfig) -> ImageDataset:
+    # Imported where it is used: it takes more than a second, and a ClientApp is a
+    # process for each message.
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind, normalization = {
+        "cifar10": (CIFAR10, CIFAR10_NORMALIZATION),
+        "cifar100": (CIFAR100, CIFAR100_NORMALIZATION),
+    }[config.name]
+    root = Path(config.root).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        # Several clients may start at once; one of them downloads.
+        with FileLock(root / f".{config.name}.lock"):
+            splits = [
+                kind(str(root), train=train, download=True) for train in (True, False)
+            ]
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(
+            f"dataset.name = {config.name!r}: not complete in dataset.root = {root} "
+            f"and cannot be downloaded ({error}); with no network, copy the extracted "
+            f"folder {kind.base_folder} there"
+        ) from error
+    train, test = (
+        ArraySource(
+            _resized(torch.from_numpy(split.data).permute(0, 3, 1, 2), config),
+            np.asarray(split.targets, dtype=np.int64),
+        )
+        for split in splits
+    )
+    names = tuple(name.replace("_", " ") for name in splits[0].classes)
+    return ImageDataset(
+        config.name,
+        names,
+        train,
+        test,
+        normalization,
+        config.image_size,
+        config.imbalance_factor,
+    )
+
+
+def _image_folder(config: DatasetConfig) -> ImageDataset:
+    root = Path(config.root).expanduser()
+    folders = _class_folders(root / "train")
+    names = [name for name, _ in folders]
+    labels = {name: label for label, name in enumerate(names)}
+    test_folders = _class_folders(root / "test")
+    if unknown := [folder.name for name, folder in test_folders if name not in labels]:
+        raise DatasetError(
+            f"{shown(root / 'test')} has folders that {shown(root / 'train')} has not: "
+            f"{listed(unknown, most=20)}; known classes: "
+            f"{', '.join(folder.name for _, folder in folders)}"
+        )
+    train = _folder_source(root / "train", folders, labels, config)
+    test = _folder_source(root / "test", test_folders, labels, config)
+    for label, (_, folder) in enumerate(folders):
+        if not (train.labels == label).any():
+            raise DatasetError(
+                f"class {folder.name!r} would be held by nobody: {shown(folder)} has "
+                f"no image ({', '.join(IMAGE_SUFFIXES)}); add some or remove the folder"
+            )
+    return ImageDataset(
+        "image-folder",
+        tuple(names),
+        train,
+        replace(test, trained_on=train.paths),
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+        config.imbalance_factor,
+    )
+
+
+def _class_folders(folder: Path) -> list[tuple[str, Path]]:
+    if not is_folder(folder):
+        raise DatasetError(
+            f"{shown(folder)} is not a folder; dataset.root must hold "
+            "train/<class>/<image> and test/<class>/<image>"
+        )
+    folders = class_folders(folder)
+    if not folders:
+        raise DatasetError(
+            f"{shown(folder)} has no class folders; it must hold <class>/<image>"
+        )
+    return folders
+
+
+def _folder_source(
+    root: Path,
+    folders: Sequence[tuple[str, Path]],
+    labels: Mapping[str, int],
+    config: DatasetConfig,
+) -> FileSource:
+    files = labelled_images((labels[name], folder) for name, folder in folders)
+    if not files:
+        raise DatasetError(
+            f"{shown(root)} has class folders but no image "
+            f"({', '.join(IMAGE_SUFFIXES)})"
+        )
+    return _file_source(
+        [path for path, _ in files], [label for _, label in files], config
+    )
+
+
+def _file_source(
+    paths: Sequence[Path], labels: Sequence[int], config: DatasetConfig
+) -> FileSource:
+    return FileSource(
+        tuple(paths),
+        np.asarray(labels, dtype=np.int64),
+        config.image_size,
+        config.skip_unreadable,
+    )
+
+
+def _no_images(config: DatasetConfig) -> ImageDataset:
+    """Return what a server knows of the sites' images: classes and size."""
+    none = ArraySource(
+        torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8),
+        np.empty(0, dtype=np.int64),
+    )
+    return _site_dataset(config, none, none)
+
+
+def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
+    """Open a site's own images, divided into training and validation.
+
+    Which of the two an image serves is a fixed function of its file's content: it
+    never changes, whatever else is in the folder, and equal files serve the same at
+    all sites. A greater share only adds to the validation images.
+
+    Parameters
+    ----------
+    config : Dataset
+        The ``dataset`` group of the run configuration.
+    folder : Path
+        Holds ``<class>/<image>``, of any of the run's classes.
+
+    Returns
+    -------
+    ImageDataset
+        With the validation images as ``test``; these may be none.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is not usable (see `site_files`), or nothing is left to train.
+    """
+    files = site_files(folder, listed_names(config.class_names))
+    paths = [path for path, _ in files]
+    labels = np.asarray([label for _, label in files], dtype=np.int64)
+    validates = file_digests(paths) < config.validation_share * 2.0**64
+    if validates.all():
+        raise DatasetError(
+            f"all {len(paths)} images of {shown(folder)} serve validation; add images "
+            f"or lower dataset.validation-share (now {config.validation_share})",
+            "no image is left to train on",
+        )
+    train, validation = (
+        _file_source(
+            [paths[i] for i in np.flatnonzero(chosen)], labels[chosen].tolist(), config
+        )
+        for chosen in (~validates, validates)
+    )
+    return _site_dataset(config, train, validation)
+
+
+def _site_dataset(
+    config: DatasetConfig, train: ImageSource, validation: ImageSource
+) -> ImageDataset:
+    return ImageDataset(
+        SITES,
+        listed_names(config.class_names),
+        train,
+        validation,
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+    )
+
+
+def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
+    root = Path(config.root).expanduser()
+    if not is_folder(root):
+        raise DatasetError(f"dataset.root = {root} is not a folder")
+    train = _listed_source(root, Path(config.train_list).expanduser(), config)
+    test = _listed_source(root, Path(config.test_list).expanduser(), config)
+    classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
+    names = _imagenet_names(classes)
+    present = np.bincount(train.labels, minlength=classes)
+    if missing := np.flatnonzero(present == 0).tolist():
+        raise DatasetError(
+            f"dataset.train-list = {config.train_list} has no image of class "
+            f"{', '.join(map(str, missing[:10]))}, so nobody would hold it"
+        )
+    # The lists are long-tailed already: nothing more is cut from them.
+    return ImageDataset(
+        "imagenet-lt",
+        names,
+        train,
+        test,
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+    )
+
+
+def _imagenet_names(classes: int) -> tuple[str, ...]:
+    """Return the class names that open_clip ships for ImageNet's 1,000 classes."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    if classes > len(IMAGENET_CLASSNAMES):
+        raise DatasetError(
+            f"the lists name {classes} classes, but ImageNet has "
+            f"{len(IMAGENET_CLASSNAMES)}"
+        )
+    return tuple(IMAGENET_CLASSNAMES[:classes])
+
+
+def _listed_source(root: Path, list_file: Path, config: DatasetConfig) -> FileSource:
+    return _file_source(*read_image_list(list_file, root), config)

@@ -1,0 +1,270 @@
+"""Decoded images on disk, memory-mapped: each file is decoded once, not every round.
+
+A client's images may not fit into memory, and in a deployment every message starts a
+new process. Their decoded pixels are kept in the cache folder, as one file for each
+set of images; the operating system holds in memory what is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from filelock import FileLock
+
+from clip2fl_common.data.regular_files import open_regular
+from clip2fl_common.files import (
+    FILE_MODE,
+    FOLDER_MODE,
+    cache_dir,
+    private_folder,
+    replacing,
+)
+
+logger = getLogger(__name__)
+
+# Bytes that are read at a time.
+PIECE = 2**20
+PIXELS = "pixels.bin"
+REFUSED = "refused.json"
+# How files become pixels; raise it when that changes. Another Pillow may decode
+# otherwise, or read what this one refuses.
+DECODER = f"2, Pillow {PIL.__version__}"
+# Digest of a file that cannot be read.
+NO_DIGEST = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An image file that is not decoded.
+
+    Attributes
+    ----------
+    reason : str
+        Why.
+    lasting : bool
+        It stays so while the file stays the same.
+    """
+
+    reason: str
+    lasting: bool
+
+
+DecodedImage: TypeAlias = npt.NDArray[np.uint8] | Refusal
+
+
+class _PassingError(Exception):
+    """A file could not be read now, so nothing of the set is kept."""
+
+
+def decoded_images(
+    paths: Sequence[Path], size: int, decode: Iterator[DecodedImage]
+) -> tuple[torch.Tensor, dict[int, str]] | None:
+    """Return decoded images from the cache; decode them into it the first time.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The image files. Their paths, sizes and times of change are the key.
+    size : int
+        Side of the decoded images in pixels.
+    decode : iterator of ndarray of uint8, shape [3, size, size], or Refusal
+        Decodes the files in their order. Consumed only where the images are not in
+        the cache.
+
+    Returns
+    -------
+    tuple of Tensor of uint8, shape [N, 3, size, size], and dict of int to str
+        Memory-mapped pixels of what was readable, and the positions in ``paths`` of
+        what was not, with the reasons. None where the cache cannot be used; a warning
+        says why.
+    """
+    folder = cache_dir() / "images"
+    try:
+        place = folder / _key(paths, f"{DECODER}, {size}")
+        private_folder(folder)
+        with FileLock(f"{place}.lock", mode=FILE_MODE):
+            stored = _map(place, len(paths), size)
+            if stored is None:
+                _store(place, decode)
+                stored = _map(place, len(paths), size)
+    except _PassingError:
+        return None  # whoever decodes them again says which
+    except OSError as error:
+        logger.warning(
+            "cannot keep decoded images in %s (%s); they are decoded in every round. "
+            "Make room there or set CLIP2FL_CACHE_DIR to another folder.",
+            folder,
+            error,
+        )
+        return None
+    assert stored is not None
+    return stored
+
+
+def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
+    """Return a number for the content of each file, evenly spread over 64 bits.
+
+    They are kept in the cache: each file is read once, as long as its path, size and
+    time of change stay the same.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        N files.
+
+    Returns
+    -------
+    ndarray of uint64, shape [N]
+        The largest number for a file that cannot be read: see `open_regular`.
+    """
+    place = cache_dir() / "digests" / f"{_key(paths, 'digests')}.npy"
+    try:
+        kept: npt.NDArray[np.uint64] = np.load(place)
+        if kept.shape == (len(paths),):
+            return kept
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or damaged
+    passing = False
+    found: list[int] = []
+    for path in paths:
+        try:
+            found.append(_file_digest(path))
+        except OSError as error:
+            found.append(NO_DIGEST)
+            # Readable tomorrow, say; a file that is missing has another key then.
+            passing |= error.errno is not None and path.exists()
+    digests = np.asarray(found, dtype=np.uint64)
+    if passing:
+        return digests
+    try:
+        with replacing(place) as file:
+            np.save(file, digests)
+    except OSError as error:
+        logger.warning(
+            "cannot keep the images' digests in %s (%s); the files are read in every "
+            "round. Make room there or set CLIP2FL_CACHE_DIR to another folder.",
+            place.parent,
+            error,
+        )
+    return digests
+
+
+def identical_files(
+    paths: Sequence[Path], others: Sequence[Path]
+) -> list[tuple[Path, Path]]:
+    """Return the files whose content another list has too, each with its first equal.
+
+    Only files of a size that both lists have are read, and their digests are kept.
+
+    Parameters
+    ----------
+    paths, others : sequence of Path
+        Files.
+
+    Returns
+    -------
+    list of tuple of Path and Path
+        Of ``paths``, in their order, and of ``others``.
+    """
+    by_size: defaultdict[int, list[Path]] = defaultdict(list)
+    for other in others:
+        by_size[_size(other)].append(other)
+    sizes = {path: _size(path) for path in paths}
+    candidates = [path for path in paths if sizes[path] > 0 and sizes[path] in by_size]
+    same_size = {sizes[path] for path in candidates}
+    compared = [other for size in sorted(same_size) for other in by_size[size]]
+    first: dict[int, Path] = {}
+    for other, digest in zip(compared, file_digests(compared).tolist(), strict=True):
+        if digest != NO_DIGEST:
+            first.setdefault(digest, other)
+    digests = file_digests(candidates).tolist()
+    return [
+        (path, first[digest])
+        for path, digest in zip(candidates, digests, strict=True)
+        if digest in first
+    ]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _file_digest(path: Path) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    with open_regular(path) as file:
+        # Of a file that grows meanwhile, no more than was there when it was opened.
+        left = file.size
+        while left > 0 and (piece := file.read(min(PIECE, left))):
+            digest.update(piece)
+            left -= len(piece)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _key(paths: Sequence[Path], purpose: str) -> str:
+    digest = hashlib.blake2b(purpose.encode(), digest_size=16)
+    for path in paths:
+        digest.update(b"\0" + os.fsencode(path))
+        try:
+            facts = path.stat()
+            digest.update(f"\0{facts.st_size}\0{facts.st_mtime_ns}".encode())
+        except OSError:
+            digest.update(b"\0missing")
+    return digest.hexdigest()
+
+
+def _map(
+    place: Path, count: int, size: int
+) -> tuple[torch.Tensor, dict[int, str]] | None:
+    """Return what a folder of the cache holds; None where it is absent or damaged."""
+    try:
+        kept = json.loads((place / REFUSED).read_text("utf-8"))
+        refused = {int(position): str(reason) for position, reason in kept.items()}
+        shape = (count - len(refused), 3, size, size)
+        if shape[0] <= 0:
+            return torch.empty((0, *shape[1:]), dtype=torch.uint8), refused
+        # Copy on write: nobody can change the file through the tensor.
+        pixels = np.memmap(place / PIXELS, dtype=np.uint8, mode="c", shape=shape)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError, AttributeError) as error:
+        logger.warning("decoded images in %s are damaged (%s); again", place, error)
+        return None
+    return torch.from_numpy(pixels), refused
+
+
+def _store(place: Path, decode: Iterator[DecodedImage]) -> None:
+    """Write a folder of the cache under another name, then rename it."""
+    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix="incomplete-"))
+    try:
+        temporary.chmod(FOLDER_MODE)  # mkdtemp takes the umask away
+        refused: dict[int, str] = {}
+        # Written, not mapped: a full disk is then an error and not a signal.
+        with replacing(temporary / PIXELS) as file:
+            for position, decoded in enumerate(decode):
+                if not isinstance(decoded, Refusal):
+                    file.write(np.ascontiguousarray(decoded).tobytes())
+                    continue
+                if not decoded.lasting:
+                    raise _PassingError
+                refused[position] = decoded.reason
+        with replacing(temporary / REFUSED) as file:
+            file.write(json.dumps(refused).encode())
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(temporary, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,304 @@
+"""Image files in class folders: what is there, and what of it is used.
+
+Needs no torch, so that checking a folder costs neither its seconds nor its memory.
+"""
+
+import os
+import stat
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from logging import getLogger
+from pathlib import Path
+
+from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
+from clip2fl_common.data.regular_files import kind_of_file
+from clip2fl_common.shown import listed, shown
+
+logger = getLogger(__name__)
+
+# What operating systems and archive programs leave behind; none of it is an image.
+SYSTEM_NAMES = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "lost+found",
+    "$recycle.bin",
+    "system volume information",
+    "@eadir",
+}
+FOLDER = "a folder"
+# The other half of a file that a Mac wrote to a foreign disk; it has its suffix.
+APPLE_DOUBLE = "._"
+# Invisible characters that Unicode counts as letters, symbols or marks.
+_INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+# Control, format (zero width, direction), surrogate (an undecodable byte), line ends.
+_REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+class DatasetError(ValueError):
+    """The images are not where, or not what, the configuration says.
+
+    Parameters
+    ----------
+    message : str
+        Names folders and files, for those who may see them.
+    summary : str
+        The same without names from the disk, for those who may not.
+    """
+
+    def __init__(self, message: str, summary: str = "the images are not usable"):
+        super().__init__(message)
+        self.summary = summary
+
+
+def class_name(text: str) -> str:
+    """Return a folder's or listed name as it stands in the teacher's prompt.
+
+    Systems write accents in two ways; both become the same name.
+    """
+    return unicodedata.normalize("NFC", text.strip()).replace("_", " ")
+
+
+@dataclass
+class Listing:
+    """What is in a folder, by what becomes of it; each sorted by name.
+
+    Attributes
+    ----------
+    images : list of Path
+        Images by their suffix. A file that cannot be opened, such as a link to
+        nothing, is among them: it is missed, not ignored.
+    folders : list of Path
+        Folders and links to them.
+    not_decoded : list of Path
+        Images of a format that this machine cannot read.
+    special : list of (Path, str)
+        Pipes, devices and sockets, and what each is.
+    other : list of Path
+        Files that are no images by their suffix.
+    system : list of Path
+        Hidden, or left behind by an operating system.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    not_decoded: list[Path] = field(default_factory=list)
+    special: list[tuple[Path, str]] = field(default_factory=list)
+    other: list[Path] = field(default_factory=list)
+    system: list[Path] = field(default_factory=list)
+
+    def add(self, path: Path, kind: str) -> None:
+        """Add an entry; ``kind`` is nothing for a file."""
+        suffix = suffix_of(path.name)
+        is_image = suffix in IMAGE_SUFFIXES and not path.name.startswith(APPLE_DOUBLE)
+        if path.name.lower() in SYSTEM_NAMES or (
+            path.name.startswith(".") and (kind == FOLDER or not is_image)
+        ):
+            self.system.append(path)
+        elif kind == FOLDER:
+            self.folders.append(path)
+        elif kind:
+            self.special.append((path, kind))
+        elif not is_image:
+            self.other.append(path)
+        elif missing_decoder(suffix):
+            self.not_decoded.append(path)
+        else:
+            self.images.append(path)
+
+
+def look_into(folder: Path) -> Listing:
+    """Sort what is in a folder; nothing is opened.
+
+    Raises
+    ------
+    DatasetError
+        If the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: _kind(entry) for entry in entries}
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(folder)} cannot be listed ({error.strerror}); let the user with "
+            f"the id {os.getuid()} read it",
+            "a folder cannot be listed",
+        ) from None
+    listing = Listing()
+    for name in sorted(kinds):
+        listing.add(folder / name, kinds[name])
+    return listing
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return what an entry is, or what its link ends in; nothing for a file."""
+    try:
+        if entry.is_file():
+            return ""
+        return kind_of_file(entry.stat().st_mode)
+    except OSError:
+        return ""  # a link to nothing, say: whoever opens it says so
+
+
+def class_folders(folder: Path) -> list[tuple[str, Path]]:
+    """Return the class folders in a folder and their classes, by the folders' names.
+
+    Returns
+    -------
+    list of tuple of str and Path
+        Class names, each once, and folders.
+
+    Raises
+    ------
+    DatasetError
+        If two folders are the same class, a name has characters that cannot be seen,
+        or the folder cannot be listed.
+    """
+    folders = look_into(folder).folders
+    if faults := list(name_faults(folders)):
+        raise DatasetError(
+            f"{shown(folder)}: {'; '.join(faults)}. Rename or merge the folders",
+            f"{len(faults)} names of class folders are not usable",
+        )
+    return [(class_name(place.name), place) for place in folders]
+
+
+def name_faults(folders: Sequence[Path]) -> Iterator[str]:
+    """Yield what is wrong with the names of class folders, in words."""
+    same: dict[str, list[Path]] = defaultdict(list)
+    for place in folders:
+        same[class_name(place.name)].append(place)
+        if hidden := [c for c in place.name if _cannot_be_seen(c)]:
+            yield (
+                f"the folder '{shown(place.name)}' has a character in its name that "
+                f"cannot be seen or read ({listed(_code(c) for c in hidden)})"
+            )
+    for name, places in same.items():
+        if places[1:]:
+            yield (
+                f"the folders {' and '.join(_distinct(p.name) for p in places)} are "
+                f"the same class '{shown(name)}'"
+            )
+
+
+def _cannot_be_seen(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category in _REFUSED_CATEGORIES or character in _INVISIBLE
+
+
+def _code(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return f"byte 0x{ord(character) - 0xDC00:02x}, no UTF-8"
+    return f"U+{ord(character):04X}"
+
+
+def _distinct(name: str) -> str:
+    """Return a name in quotes, with its accents' spelling where there are two."""
+    composed = unicodedata.normalize("NFC", name)
+    if composed == unicodedata.normalize("NFD", name):
+        return f"'{shown(name)}'"
+    return f"'{shown(name)}' ({'composed' if name == composed else 'split'} accents)"
+
+
+def site_files(folder: Path, known: Sequence[str]) -> list[tuple[Path, int]]:
+    """Return the images ``<class>/<image>`` of a site and their classes.
+
+    Parameters
+    ----------
+    folder : Path
+        The site's own folder; it may hold any of the classes.
+    known : sequence of str
+        The run's classes.
+
+    Returns
+    -------
+    list of tuple of Path and int
+        File and class, ordered by both.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is not there, has no image, or a folder that is no class.
+    """
+    if not is_folder(folder):
+        raise DatasetError(
+            f"data-path = {shown(folder)} is not a folder that this node can see; it "
+            "must hold <class>/<image>",
+            "the data folder is not there",
+        )
+    labels = {name: label for label, name in enumerate(known)}
+    folders = class_folders(folder)
+    if unknown := [place.name for name, place in folders if name not in labels]:
+        raise DatasetError(
+            f"{shown(folder)} has folders that are no class of the run: "
+            f"{listed(unknown, most=20)}; known classes: {', '.join(known)}. Rename or "
+            "move them, or add them to dataset.class-names",
+            f"{len(unknown)} folders are no class of the run",
+        )
+    found = labelled_images((labels[name], place) for name, place in folders)
+    if not found:
+        raise DatasetError(
+            f"{shown(folder)} has no image in a class folder; it must hold "
+            f"<class>/<image> ({', '.join(IMAGE_SUFFIXES)}), with classes from "
+            f"{', '.join(known)}",
+            "the data folder has no image",
+        )
+    return found
+
+
+def labelled_images(folders: Iterable[tuple[int, Path]]) -> list[tuple[Path, int]]:
+    """Return the images of class folders; warn of what a person may miss there.
+
+    Parameters
+    ----------
+    folders : iterable of tuple of int and Path
+        Classes and their folders.
+
+    Returns
+    -------
+    list of tuple of Path and int
+        File and class, ordered by class, then name.
+
+    Raises
+    ------
+    DatasetError
+        If a folder cannot be listed.
+    """
+    found: list[tuple[int, Path]] = []
+    special: list[str] = []
+    not_decoded: list[Path] = []
+    for label, folder in folders:
+        listing = look_into(folder)
+        found += [(label, path) for path in listing.images]
+        special += [f"{path} ({kind})" for path, kind in listing.special]
+        not_decoded += listing.not_decoded
+    if special:
+        logger.warning("ignored, as they are no files: %s", listed(special))
+    if not_decoded:
+        logger.warning(
+            "%d images are ignored, as this machine cannot read their format: %s; %s",
+            len(not_decoded),
+            listed(not_decoded),
+            missing_decoder(suffix_of(not_decoded[0].name)),
+        )
+    return [(path, label) for label, path in sorted(found)]
+
+
+def images_below(folder: Path) -> int:
+    """Count the images in a folder and the folders below it; links are not followed."""
+    return sum(
+        suffix_of(name) in IMAGE_SUFFIXES and not name.startswith(APPLE_DOUBLE)
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a path is a folder that can be seen, or a link to one."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,163 @@
+"""The message contract between server and clients: only this package knows it."""
+
+from clip2fl_common.messages.arrays import (
+    NotFiniteError as NotFiniteError,
+)
+from clip2fl_common.messages.arrays import (
+    ReplyError as ReplyError,
+)
+from clip2fl_common.messages.arrays import (
+    arrays_to_numpy as arrays_to_numpy,
+)
+from clip2fl_common.messages.arrays import (
+    check_values as check_values,
+)
+from clip2fl_common.messages.arrays import (
+    checked as checked,
+)
+from clip2fl_common.messages.arrays import (
+    decode as decode,
+)
+from clip2fl_common.messages.arrays import (
+    gradient_bytes as gradient_bytes,
+)
+from clip2fl_common.messages.arrays import (
+    header as header,
+)
+from clip2fl_common.messages.arrays import (
+    load_arrays as load_arrays,
+)
+from clip2fl_common.messages.arrays import (
+    message_bytes as message_bytes,
+)
+from clip2fl_common.messages.arrays import (
+    model_to_arrays as model_to_arrays,
+)
+from clip2fl_common.messages.arrays import (
+    numpy_to_arrays as numpy_to_arrays,
+)
+from clip2fl_common.messages.arrays import (
+    payload_bytes as payload_bytes,
+)
+from clip2fl_common.messages.arrays import (
+    state_to_arrays as state_to_arrays,
+)
+from clip2fl_common.messages.class_gradients import (
+    GradientFormat as GradientFormat,
+)
+from clip2fl_common.messages.class_gradients import (
+    gradients_from_arrays as gradients_from_arrays,
+)
+from clip2fl_common.messages.class_gradients import (
+    gradients_to_arrays as gradients_to_arrays,
+)
+from clip2fl_common.messages.names import (
+    ARRAYS as ARRAYS,
+)
+from clip2fl_common.messages.names import (
+    AVERAGED_METRICS as AVERAGED_METRICS,
+)
+from clip2fl_common.messages.names import (
+    CLASSES as CLASSES,
+)
+from clip2fl_common.messages.names import (
+    CLASSIFIER as CLASSIFIER,
+)
+from clip2fl_common.messages.names import (
+    CODE_FINGERPRINT as CODE_FINGERPRINT,
+)
+from clip2fl_common.messages.names import (
+    CONFIG as CONFIG,
+)
+from clip2fl_common.messages.names import (
+    DATA_ERROR as DATA_ERROR,
+)
+from clip2fl_common.messages.names import (
+    DISTILLATION_TEMPERATURE as DISTILLATION_TEMPERATURE,
+)
+from clip2fl_common.messages.names import (
+    DISTILLATION_WEIGHT as DISTILLATION_WEIGHT,
+)
+from clip2fl_common.messages.names import (
+    DIVERGED as DIVERGED,
+)
+from clip2fl_common.messages.names import (
+    GRADIENTS as GRADIENTS,
+)
+from clip2fl_common.messages.names import (
+    LARGEST_VALUE as LARGEST_VALUE,
+)
+from clip2fl_common.messages.names import (
+    LONGEST_HEADER as LONGEST_HEADER,
+)
+from clip2fl_common.messages.names import (
+    METRICS as METRICS,
+)
+from clip2fl_common.messages.names import (
+    NUM_EXAMPLES as NUM_EXAMPLES,
+)
+from clip2fl_common.messages.names import (
+    PARTITION as PARTITION,
+)
+from clip2fl_common.messages.names import (
+    PROXIMAL_MU as PROXIMAL_MU,
+)
+from clip2fl_common.messages.names import (
+    RECALL as RECALL,
+)
+from clip2fl_common.messages.names import (
+    RECALL_STEP as RECALL_STEP,
+)
+from clip2fl_common.messages.names import (
+    ROUND as ROUND,
+)
+from clip2fl_common.messages.names import (
+    RUNNING_STATISTICS as RUNNING_STATISTICS,
+)
+from clip2fl_common.messages.names import (
+    SITE as SITE,
+)
+from clip2fl_common.messages.names import (
+    SITE_REFUSES as SITE_REFUSES,
+)
+from clip2fl_common.messages.names import (
+    STREAM as STREAM,
+)
+from clip2fl_common.messages.names import (
+    SUMMED_METRICS as SUMMED_METRICS,
+)
+from clip2fl_common.messages.names import (
+    TEACHER_FINGERPRINT as TEACHER_FINGERPRINT,
+)
+from clip2fl_common.messages.names import (
+    VARIANCE as VARIANCE,
+)
+from clip2fl_common.messages.sites import (
+    recall_reply as recall_reply,
+)
+from clip2fl_common.messages.sites import (
+    recalls_of as recalls_of,
+)
+from clip2fl_common.messages.sites import (
+    simulated_partition as simulated_partition,
+)
+from clip2fl_common.messages.sites import (
+    site_of as site_of,
+)
+from clip2fl_common.messages.sites import (
+    site_reply as site_reply,
+)
+from clip2fl_common.messages.training import (
+    TrainRequest as TrainRequest,
+)
+from clip2fl_common.messages.training import (
+    check_reply as check_reply,
+)
+from clip2fl_common.messages.training import (
+    images_of as images_of,
+)
+from clip2fl_common.messages.training import (
+    partition_of as partition_of,
+)
+from clip2fl_common.shown import LONGEST_TEXT as LONGEST_TEXT
+from clip2fl_common.shown import plain as plain

@@ -1,0 +1,166 @@
+"""Arrays in messages: to and from torch, checked before anything uses them."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import nn
+
+from clip2fl_common.messages.names import GRADIENTS, LARGEST_VALUE, LONGEST_HEADER
+from clip2fl_common.shown import plain
+
+
+class ReplyError(ValueError):
+    """A reply that must not touch the server's state; says why, in one plain line.
+
+    Parameters
+    ----------
+    reason : str
+        May hold what the client sent, whatever that is.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
+
+
+class NotFiniteError(ReplyError):
+    """A reply holds numbers that are not finite or about to be: it has diverged."""
+
+
+def model_to_arrays(model: nn.Module) -> ArrayRecord:
+    """Return the model's floating-point state (BatchNorm buffers included).
+
+    Integer buffers (BatchNorm's batch counter) are left out: averaging has no
+    meaning for them and nothing reads them.
+    """
+    return state_to_arrays(
+        {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if tensor.is_floating_point()
+        }
+    )
+
+
+def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Return tensors by name as Flower's arrays."""
+    return ArrayRecord(
+        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()}
+    )
+
+
+def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
+    """Load what `model_to_arrays` returned into a model of the same architecture."""
+    state = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
+    counters = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not tensor.is_floating_point()
+    }
+    model.load_state_dict(state | counters)
+
+
+def arrays_to_numpy(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
+    """Return the values of arrays that have been checked, by name."""
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def numpy_to_arrays(values: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Return values as Flower's arrays."""
+    return ArrayRecord({name: Array(array) for name, array in values.items()})
+
+
+def checked(
+    name: str, array: Array, shape: tuple[int, ...], dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """Return an array that is finite and has this shape and type."""
+    wanted = np.dtype(dtype)
+    found_shape, found = header(name, array)
+    if found_shape != shape:
+        raise ReplyError(f"array {name} has shape {found_shape}, expected {shape}")
+    if found != wanted:
+        raise ReplyError(f"array {name} has type {found}, expected {wanted}")
+    decoded = decode(name, array)
+    check_values(name, decoded)
+    return decoded
+
+
+def check_values(name: str, values: npt.NDArray[Any]) -> None:
+    """Refuse values that are not finite, or too large to stay so.
+
+    Raises
+    ------
+    NotFiniteError
+        Names the array.
+    """
+    if not np.isfinite(values).all():
+        raise NotFiniteError(f"array {name} has values that are not finite")
+    if values.dtype.kind == "f" and np.abs(values).max(initial=0) > LARGEST_VALUE:
+        raise NotFiniteError(
+            f"array {name} has values up to {float(np.abs(values).max()):.1e}, "
+            f"expected {LARGEST_VALUE:.0e} at most"
+        )
+
+
+def header(name: str, array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type as the array's bytes have them, and numpy will make it.
+
+    Read first, so that no memory is taken for what is not expected anyway.
+    """
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"format version is {version}, expected (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    # A sender may put any bytes here, and numpy answers them with many exceptions.
+    except Exception as error:
+        raise _undecodable(name, error) from None
+    return shape, dtype
+
+
+def decode(name: str, array: Array) -> npt.NDArray[Any]:
+    """Return an array's values; raise ReplyError where numpy cannot read them."""
+    try:
+        values = array.numpy()
+    except Exception as error:
+        raise _undecodable(name, error) from None
+    # Numpy passes over what follows the values, of whatever size.
+    surplus = len(array.data) - values.nbytes
+    if surplus > LONGEST_HEADER:
+        raise ReplyError(f"array {name} has {surplus} bytes besides its values")
+    return values
+
+
+def _undecodable(name: str, error: Exception) -> ReplyError:
+    return ReplyError(f"array {name} cannot be decoded ({error})")
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Return the size of a message's arrays in bytes: what is worth counting."""
+    return sum(map(_record_bytes, content.array_records.values()))
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Return the size of all that a message carries, in bytes; numbers count eight."""
+    values = [
+        *(v for record in content.config_records.values() for v in record.values()),
+        *(v for record in content.metric_records.values() for v in record.values()),
+    ]
+    parts = [p for v in values for p in (v if isinstance(v, list) else [v])]
+    return payload_bytes(content) + sum(
+        len(part) if isinstance(part, str | bytes) else 8 for part in parts
+    )
+
+
+def gradient_bytes(content: RecordDict) -> int:
+    """Return the size of the class gradients among a reply's arrays, in bytes."""
+    return _record_bytes(content.array_records.get(GRADIENTS, ArrayRecord()))
+
+
+def _record_bytes(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())

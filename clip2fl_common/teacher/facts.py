@@ -1,0 +1,101 @@
+"""What is known of a teacher without loading it: kept on disk, tied to its files.
+
+Loading a teacher and hashing its weights takes seconds, and in a deployment every
+message starts a new process that needs no more of it than its fingerprint and
+features that are on disk.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from clip2fl_common.files import cache_dir, replacing
+
+logger = getLogger(__name__)
+
+# Enters the name of the file: raise it when what is kept changes. Format 1 could hold
+# a scale that was computed on a GPU.
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a teacher is known by.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Hash of weights and preprocessing.
+    logit_scale : float
+        Factor of the cosine between image and text.
+    """
+
+    fingerprint: str
+    logit_scale: float
+
+
+def recall_facts(model: str, pretrained: str) -> TeacherFacts | None:
+    """Return what was noted of a teacher whose files are still the same.
+
+    Parameters
+    ----------
+    model, pretrained : str
+        As for `clip2fl_common.teacher.load_teacher`.
+
+    Returns
+    -------
+    TeacherFacts or None
+        None where nothing was noted, or a file has another path, size or time of
+        change since.
+    """
+    try:
+        document = json.loads(_place(model, pretrained).read_text("utf-8"))
+        if document["files"] != [_state(Path(file[0])) for file in document["files"]]:
+            return None
+        return TeacherFacts(**document["facts"])
+    # Absent or damaged: then it is noted again.
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def note_facts(
+    model: str, pretrained: str, files: Sequence[Path], facts: TeacherFacts
+) -> None:
+    """Note a teacher's facts and the state of the files they were taken from."""
+    place = _place(model, pretrained)
+    document = {"files": [_state(path) for path in files], "facts": asdict(facts)}
+    try:
+        with replacing(place) as file:
+            file.write(json.dumps(document).encode())
+    except OSError as error:
+        logger.warning(
+            "cannot note the teacher's fingerprint in %s (%s); the teacher is loaded "
+            "for every message. Make room there or set CLIP2FL_CACHE_DIR.",
+            place.parent,
+            error,
+        )
+
+
+def _place(model: str, pretrained: str) -> Path:
+    """Return the file for a teacher under the installed open_clip.
+
+    Another version of open_clip may build another network from the same weights.
+    """
+    try:
+        library = version("open_clip_torch")
+    except PackageNotFoundError:
+        library = "unknown"
+    key = f"{FORMAT}\0{model}\0{pretrained}\0{library}".encode()
+    name = hashlib.blake2b(key, digest_size=16).hexdigest()
+    return cache_dir() / "teachers" / f"{name}.json"
+
+
+def _state(path: Path) -> list[Any]:
+    facts = path.stat()
+    # A change of content cannot keep the last of these.
+    return [str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]

@@ -1,0 +1,448 @@
+"""The frozen vision-language teacher behind one small interface.
+
+Any open_clip model serves: by name and pretrained tag, from a local folder
+(``local-dir:``), from the Hugging Face hub (``hf-hub:``), or the tiny one that is
+shipped with the program (``demo``). open_clip is imported only when a teacher is
+loaded, since it costs seconds.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model
+from clip2fl_common.teacher.facts import TeacherFacts, note_facts, recall_facts
+from clip2fl_common.teacher.feature_cache import FeatureStore, content_keys, text_keys
+
+LOCAL_PREFIX = "local-dir:"
+HUB_PREFIX = "hf-hub:"
+DEMO = "demo"
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+
+class TeacherError(RuntimeError):
+    """The teacher cannot be had, or is not the one the run expects."""
+
+
+class OtherTeacherError(TeacherError):
+    """Server and client have different teachers; says which, and no path."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded open_clip model and what belongs to it.
+
+    Attributes
+    ----------
+    model : nn.Module
+        open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``.
+    tokenizer : callable
+        Texts to token ids [N, L].
+    preprocess : mapping
+        The model's own preprocessing: size, mean, std, interpolation, resize_mode.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    preprocess: Mapping[str, Any]
+
+    @cached_property
+    def facts(self) -> TeacherFacts:
+        """Fingerprint and scale, computed from the weights.
+
+        Both are computed on the CPU in float32, wherever the model is: the last digit
+        of ``exp`` differs from device to device.
+        """
+        model = cast(Any, self.model)
+        return TeacherFacts(
+            _fingerprint(model, self.preprocess),
+            float(model.logit_scale.detach().cpu().float().exp()),
+        )
+
+
+class Teacher:
+    """A frozen open_clip model, loaded when a feature is not on disk.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the network.
+    name : str
+        How the teacher is called in reports.
+    device : torch.device or str
+        Where it runs.
+    prompt : str
+        Text of a class; ``{class}`` stands for its name.
+    batch_size : int
+        Images in one forward pass.
+    facts : TeacherFacts or None
+        What is known of it; None loads it to find out.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Network],
+        name: str,
+        device: torch.device | str = "cpu",
+        prompt: str = "a photo of a {class}",
+        batch_size: int = 64,
+        facts: TeacherFacts | None = None,
+    ) -> None:
+        self._load = load
+        self._device = torch.device(device)
+        self.name = name
+        self.prompt = prompt
+        self.batch_size = batch_size
+        self._facts = facts or self.network.facts
+        self._store = FeatureStore(self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights and preprocessing."""
+        return self._facts.fingerprint
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the cosine between image and text."""
+        return self._facts.logit_scale
+
+    @cached_property
+    def network(self) -> Network:
+        """The model itself; loaded on first use.
+
+        Raises
+        ------
+        TeacherError
+            If it is not the one whose fingerprint was known.
+        """
+        network = self._load()
+        known = self.__dict__.get("_facts")
+        # The fingerprint alone says which teacher it is. The scale is a result of
+        # floating-point arithmetic, perhaps of another process on another device.
+        if known is not None and network.facts.fingerprint != known.fingerprint:
+            raise TeacherError(
+                f"teacher {self.name} has changed while it was in use: its fingerprint "
+                f"is {network.facts.fingerprint[:12]} and was {known.fingerprint[:12]}"
+            )
+        network.model.eval().requires_grad_(False).to(self._device)
+        return network
+
+    @property
+    def _model(self) -> Any:
+        # open_clip's models are nn.Modules with methods that nn.Module does not know.
+        return self.network.model
+
+    @torch.no_grad()
+    def text_features(self, class_names: Sequence[str]) -> torch.Tensor:
+        """Return the class prototypes.
+
+        Parameters
+        ----------
+        class_names : sequence of str, length C
+            Names as they stand in the prompt.
+
+        Returns
+        -------
+        Tensor of float32, shape [C, d]
+            Unit text features, on the CPU.
+        """
+        texts = [self.prompt.replace("{class}", name) for name in class_names]
+        return self._cached(
+            text_keys(texts), lambda at: self._encode([texts[i] for i in at])
+        )
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
+        chunks = [
+            self._model.encode_text(
+                self.network.tokenizer(texts[start : start + self.batch_size]).to(
+                    self._device
+                )
+            )
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        return functional.normalize(torch.cat(chunks).float(), dim=1).cpu()
+
+    @torch.no_grad()
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the images' features, computed here and now.
+
+        Parameters
+        ----------
+        images : Tensor of uint8, shape [N, 3, H, W]
+            RGB images, not augmented.
+
+        Returns
+        -------
+        Tensor of float32, shape [N, d]
+            Unit features, on the CPU.
+        """
+        chunks = [
+            self._model.encode_image(self.preprocess(chunk.to(self._device)))
+            for chunk in images.split(self.batch_size)
+        ]
+        return functional.normalize(torch.cat(chunks).float(), dim=1).cpu()
+
+    def cached_image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the images' features, from disk as far as they are there.
+
+        Parameters
+        ----------
+        images : Tensor of uint8, shape [N, 3, H, W]
+            RGB images, not augmented.
+
+        Returns
+        -------
+        Tensor of float32, shape [N, d]
+            The same as `image_features`; what was missing is added to the cache.
+        """
+        if not len(images):
+            return torch.empty(0, self.text_features(["anything"]).shape[1])
+        return self._cached(
+            content_keys(images), lambda at: self.image_features(images[at])
+        )
+
+    def _cached(
+        self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return features [N, d] from disk; compute and keep those at other places."""
+        known = self._store.get(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        if missing:
+            computed = compute(missing)
+            self._store.put([keys[i] for i in missing], computed)
+            known |= {keys[i]: v for i, v in zip(missing, computed, strict=True)}
+        return torch.stack([known[key] for key in keys])
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize, crop and normalise a batch as the model's own transform would.
+
+        Parameters
+        ----------
+        images : Tensor of uint8, shape [N, 3, H, W]
+            RGB images.
+
+        Returns
+        -------
+        Tensor of float32, shape [N, 3, size, size]
+        """
+        # Imported where it is used: it takes more than a second.
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as images_functional
+
+        preprocess = self.network.preprocess
+        size = preprocess["size"]
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        mode = InterpolationMode(preprocess["interpolation"])
+        if preprocess["resize_mode"] == "squash":
+            target = [height, width]
+        else:
+            scale = max(height / images.shape[2], width / images.shape[3])
+            target = [
+                max(side, round(length * scale))
+                for side, length in zip((height, width), images.shape[2:], strict=True)
+            ]
+        if list(images.shape[2:]) != target:
+            images = images_functional.resize(images, target, mode, antialias=True)
+        images = images_functional.center_crop(images, [height, width])
+        normalized: torch.Tensor = images_functional.normalize(
+            images.float() / 255,
+            list(preprocess["mean"]),
+            list(preprocess["std"]),
+        )
+        return normalized
+
+
+def load_teacher(
+    model: str,
+    pretrained: str = "",
+    device: torch.device | str = "cpu",
+    *,
+    prompt: str = "a photo of a {class}",
+    batch_size: int = 64,
+) -> Teacher:
+    """Load a frozen teacher.
+
+    Parameters
+    ----------
+    model : str
+        open_clip name, ``local-dir:PATH``, ``hf-hub:NAME`` or ``demo``.
+    pretrained : str
+        open_clip tag of the weights, for a model given by name.
+    device : torch.device or str
+        Where it runs.
+    prompt : str
+        Text of a class; ``{class}`` stands for its name.
+    batch_size : int
+        Images in one forward pass.
+
+    Returns
+    -------
+    Teacher
+
+    Raises
+    ------
+    TeacherError
+        If the name is unknown or the weights cannot be had; says where they were
+        looked for and what the ways out are.
+    """
+    name = f"{model} ({pretrained})" if pretrained else model
+    facts = recall_facts(model, pretrained)
+    teacher = Teacher(
+        lambda: _load_network(model, pretrained),
+        name,
+        device,
+        prompt,
+        batch_size,
+        facts,
+    )
+    if facts is None:
+        files = _files(model, pretrained)
+        if files:
+            note_facts(model, pretrained, files, teacher.network.facts)
+    return teacher
+
+
+def _load_network(model: str, pretrained: str) -> Network:
+    network = Network(
+        *(load_demo_model() if model == DEMO else _load_open_clip(model, pretrained))
+    )
+    if network.preprocess["resize_mode"] not in ("shortest", "squash"):
+        raise TeacherError(
+            f"teacher.model = {model!r} wants resize mode "
+            f"{network.preprocess['resize_mode']!r}; only 'shortest' and 'squash' are "
+            "supported"
+        )
+    return network
+
+
+def _files(model: str, pretrained: str) -> list[Path]:
+    """Return the files that a teacher was loaded from just now.
+
+    None where they cannot be told; then the teacher is loaded each time.
+    """
+    if model == DEMO:
+        return [DATA_PATH]
+    if model.startswith(LOCAL_PREFIX):
+        folder = Path(model.removeprefix(LOCAL_PREFIX)).expanduser()
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    if Path(pretrained).is_file():
+        return [Path(pretrained).resolve()]
+    from open_clip.pretrained import (
+        download_pretrained,
+        download_pretrained_from_hf,
+        get_pretrained_cfg,
+    )
+
+    try:
+        if model.startswith(HUB_PREFIX):
+            name = model.removeprefix(HUB_PREFIX)
+            found = [
+                download_pretrained_from_hf(name),
+                download_pretrained_from_hf(name, filename="open_clip_config.json"),
+            ]
+        else:
+            config = get_pretrained_cfg(model.replace("/", "-"), pretrained)
+            found = [download_pretrained(config)]
+    # As in `_load_open_clip`; here it only means that nothing can be noted.
+    except Exception:
+        return []
+    # The hub's cache links names to contents.
+    files = [Path(path).resolve() for path in found if path]
+    return files if all(path.is_file() for path in files) else []
+
+
+def _load_open_clip(
+    model: str, pretrained: str
+) -> tuple[nn.Module, Tokenizer, Mapping[str, Any]]:
+    import open_clip
+
+    by_name = not model.startswith((LOCAL_PREFIX, HUB_PREFIX))
+    if by_name:
+        _check_name(model, pretrained, open_clip.list_models(), open_clip)
+    elif model.startswith(LOCAL_PREFIX):
+        folder = Path(model.removeprefix(LOCAL_PREFIX)).expanduser()
+        if not (folder / "open_clip_config.json").is_file():
+            raise TeacherError(
+                f"teacher.model = {model!r}: {folder} has no open_clip_config.json; "
+                "give the folder of an open_clip checkpoint (configuration and weights)"
+            )
+        model = f"{LOCAL_PREFIX}{folder}"
+    try:
+        with _root_handlers_kept():
+            network = open_clip.create_model(
+                model, pretrained=pretrained or None, require_pretrained=True
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    # open_clip and the hub client raise anything from OSError to RuntimeError here,
+    # and every one of them means to the user that there are no usable weights.
+    except Exception as error:
+        tag = f" with teacher.pretrained = {pretrained!r}" if pretrained else ""
+        raise TeacherError(
+            f"teacher.model = {model!r}{tag}: no usable weights "
+            f"({type(error).__name__}: {error}). Looked in {_looked_in(model)} and, if "
+            "there is a network, on the hub. Ways out: choose another model "
+            "(teacher.model, teacher.pretrained); copy the checkpoint to this machine "
+            'and set teacher.model="local-dir:/absolute/path"; or use the built-in '
+            'teacher.model="demo"'
+        ) from error
+    return network, tokenizer, dict(network.visual.preprocess_cfg)
+
+
+@contextlib.contextmanager
+def _root_handlers_kept() -> Iterator[None]:
+    """Undo the root handler that open_clip's logging calls install by the way.
+
+    It would print every line of Flower's own logger a second time.
+    """
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+
+
+def _looked_in(model: str) -> str:
+    if model.startswith(LOCAL_PREFIX):
+        return model.removeprefix(LOCAL_PREFIX)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return f"{HF_HUB_CACHE} and {os.path.expanduser('~/.cache/clip')}"
+
+
+def _check_name(
+    model: str, pretrained: str, known: Sequence[str], open_clip: Any
+) -> None:
+    if model not in known and model.replace("/", "-") not in known:
+        close = difflib.get_close_matches(model, known, n=3)
+        raise TeacherError(
+            f"teacher.model = {model!r} is not an open_clip model"
+            + (f"; did you mean {', '.join(close)}?" if close else "")
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise TeacherError(
+            f"teacher.pretrained = {pretrained!r} is not a tag of {model}; choose one "
+            f"of {', '.join(tags) or '(none is published)'}, or give a weight file"
+        )
+
+
+def _fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
+    """Hash weights and preprocessing: the same features if and only if equal."""
+    digest = hashlib.sha256(repr(sorted(preprocess.items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""The delivered model: weights and all that is needed to use them, in one file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import nn
+
+from clip2fl_common.data.datasets import Normalization
+from clip2fl_common.limits import (
+    MAX_CLASSES,
+    MAX_FEATURE_DIM,
+    MAX_IMAGE_SIZE,
+    MAX_NAME_LENGTH,
+    MIN_IMAGE_SIZE,
+)
+from clip2fl_common.models import MODELS, ImageClassifier, build_model
+from clip2fl_common.shown import shown
+from server_app.durable import replaced_whole
+from server_app.foreign_files import ForeignFileError, check, parse_json
+from server_app.tensor_files import Declared, TensorFile
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a delivered model is and how its input is made.
+
+    Attributes
+    ----------
+    architecture : str
+        Name for `build_model`.
+    feature_dim : int
+        Width of the features.
+    class_names : tuple of str
+        Names of the outputs, in their order.
+    image_size : int
+        Side of the input in pixels.
+    normalization : Normalization
+        Of the input.
+    provenance : Mapping
+        Method, data set, teacher, seed and rounds, for the reader.
+    """
+
+    architecture: str
+    feature_dim: int
+    class_names: tuple[str, ...]
+    image_size: int
+    normalization: Normalization
+    provenance: Mapping[str, str | int | float | None]
+
+
+def save_model(
+    path: Path, model: ImageClassifier, classifier: nn.Linear, card: ModelCard
+) -> None:
+    """Write backbone, projection and the given classifier as one safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+        File to write; it appears whole or not at all.
+    model : ImageClassifier
+        Global model; its own classifier is not written.
+    classifier : nn.Linear
+        The classifier that belongs to the delivered model.
+    card : ModelCard
+        Goes into the file's metadata as JSON.
+    """
+    state = dict(model.state_dict())
+    state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
+    save_tensors(path, state, {"card": json.dumps(asdict(card))})
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File to write; one that is there is replaced.
+    tensors : mapping of str to Tensor
+        Its content.
+    metadata : mapping of str to str or None
+        Goes along with it.
+    """
+    with replaced_whole(path) as temporary:
+        # Readable for whom other files are: safetensors leaves it to the owner alone.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata=None if metadata is None else dict(metadata),
+        )
+        temporary.chmod(mode)
+
+
+def _known_architecture(name: str) -> str:
+    if name not in MODELS:
+        raise ValueError(f"{name!r:.60} is none of {', '.join(MODELS)}")
+    return name
+
+
+_Text = Annotated[str, Field(max_length=10 * MAX_NAME_LENGTH)]
+# Wide, but such that no pixel leaves the range of float32.
+_Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
+class _NormalizationFields(BaseModel):
+    """Of the three colours."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    mean: Annotated[list[_Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[_Deviation], Field(min_length=3, max_length=3)]
+
+
+class _CardFields(BaseModel):
+    """What a card in a file must be like.
+
+    Names of classes may come twice: ImageNet has two called "missile".
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    architecture: Annotated[str, AfterValidator(_known_architecture)]
+    feature_dim: Annotated[int, Field(ge=1, le=MAX_FEATURE_DIM)]
+    class_names: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]],
+        Field(min_length=1, max_length=MAX_CLASSES),
+    ]
+    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE, le=MAX_IMAGE_SIZE)]
+    normalization: _NormalizationFields
+    provenance: Annotated[
+        dict[_Text, _Text | int | float | None], Field(max_length=100)
+    ]
+
+
+def _read_card(file: TensorFile) -> ModelCard:
+    where = f"{shown(file.path)}: its card"
+    if "card" not in file.metadata:
+        raise ForeignFileError(f"{where} is missing, so it is no delivered model")
+    fields = parse_json(file.metadata["card"], _CardFields, where)
+    card = check(fields, _CardFields, where)
+    return ModelCard(
+        card.architecture,
+        card.feature_dim,
+        tuple(card.class_names),
+        card.image_size,
+        _normalization(card.normalization),
+        card.provenance,
+    )
+
+
+def _normalization(fields: _NormalizationFields) -> Normalization:
+    (a, b, c), (d, e, f) = fields.mean, fields.std
+    return Normalization((a, b, c), (d, e, f))
+
+
+def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
+    """Load a delivered model, ready to predict.
+
+    The file may come from anywhere. Memory is taken only when its card is sound and
+    its tensors have the types and shapes of the architecture that the card names.
+
+    Parameters
+    ----------
+    path : Path
+        A run's ``model.safetensors``.
+
+    Returns
+    -------
+    ImageClassifier
+        In evaluation mode, on the CPU.
+    ModelCard
+
+    Raises
+    ------
+    ForeignFileError
+        If it is no delivered model; names the file, the field or tensor, and what was
+        found.
+    """
+    try:
+        file = TensorFile.read(path)
+        card = _read_card(file)
+        size = card.architecture, len(card.class_names), card.feature_dim
+        with torch.device("meta"):  # shapes without memory
+            expected = build_model(*size).state_dict()
+        file.require({name: Declared.of(tensor) for name, tensor in expected.items()})
+        state = file.load(expected)
+        for name, tensor in state.items():
+            if name.endswith("running_var") and bool((tensor < 0).any()):
+                raise ForeignFileError(
+                    f"{shown(path)}: the tensor {name} holds negative variances"
+                )
+    except ForeignFileError as error:
+        raise ForeignFileError(
+            f"{error}; give a model.safetensors that a run delivered"
+        ) from None
+    model = build_model(*size)
+    model.load_state_dict(state)
+    return model.eval(), card

@@ -1,0 +1,340 @@
+"""The descent on federated features: the losses' derivative, written out and tuned.
+
+No double back-propagation is needed. Classes do not meet in the objective: each one's
+features, gradient and share of the contrastive loss are its own. So a few classes at a
+time are taken through all descent steps. What they need stays in the processor's
+cache, no array of shape [C, C, d] is formed, and several cores work on different
+classes.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from clip2fl_common.class_gradients import CodedGradient
+from clip2fl_common.parallel import map_pieces
+from strategy.synthesis.losses import (
+    Objective,
+    class_chunks,
+    distance_derivative,
+    log_multiplicity,
+)
+from strategy.synthesis.subspace import SharedRows, Subspace
+from strategy.synthesis.target import GradientTarget
+
+# A multiplication in a factorisation over one in a product, in time: measured.
+FACTORISATION_COST = 3
+
+
+@torch.no_grad()
+def synthesis_gradient(
+    features: torch.Tensor,
+    classes: Sequence[int],
+    target: GradientTarget | None,
+    objective: Objective,
+) -> torch.Tensor:
+    """Return the derivative of the synthesis objective by some classes' features.
+
+    The objective is ``gradient_matching_loss + contrast_weight *
+    prototype_contrastive_loss`` over all C classes. With S the softmax, P = S - onehot,
+    and G the derivative of the matching loss by the synthetic weight gradient
+    ``P^T V / m`` (g by the bias gradient), the features' derivative is ``P G / m +
+    dZ W`` with ``dP = (V G^T + g) / m`` and ``dZ = S * (dP - <S, dP>)``.
+
+    Where the real gradient T is a product of thin factors L R and C is large, G [C, d]
+    is not formed. Its rows are ``x_j (P^T V / m)_j + y_j T_j``, so that norms, products
+    and all of the above follow from ``V V^T`` [m, m], ``V R^T`` and L.
+
+    Parameters
+    ----------
+    features : Tensor, shape [k, m, d]
+        Federated features of k of the C classes.
+    classes : sequence of int
+        Which classes these are.
+    target : GradientTarget or None
+        Their mean class gradients; None leaves the matching term out.
+    objective : Objective
+        Classifier and prototypes.
+
+    Returns
+    -------
+    Tensor, shape [k, m, d]
+    """
+    matrix = objective.rows(matching=target is not None)
+    return _Descent(features, classes, target, objective, matrix).gradient(features)
+
+
+class _Descent:
+    """The derivative for fixed classes and targets: what steps share is made once.
+
+    It is returned in an array that the next one overwrites.
+
+    Tensors are laid out with the C classes first, [C, k, m]: sums over classes then
+    run along memory whatever C is.
+
+    Features, targets and ``matrix``, the objective's rows, may be in coordinates of
+    any orthonormal basis; the matrix then has the first of them, and the others are
+    zero.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        classes: Sequence[int],
+        target: GradientTarget | None,
+        objective: Objective,
+        matrix: torch.Tensor,
+    ) -> None:
+        num_classes = len(objective.weight)
+        per_class, dim = features.shape[1:]
+        self.matrix = matrix
+        # Large arrays cost more to get from the system than to fill.
+        self.logits = features.new_empty(len(matrix), len(classes) * per_class)
+        self.num_classes = num_classes
+        self.own = (
+            torch.tensor(classes, dtype=torch.int64, device=features.device),
+            torch.arange(len(classes), device=features.device),
+        )
+        self.bias = objective.bias[:, None, None]
+        self.target = target
+        if target is not None:
+            self.target_norms = target.row_norms()
+            self.target_bias_norms = torch.linalg.vector_norm(target.bias, dim=-1)
+            self.through_products = _products_pay(per_class, num_classes, dim, target)
+            if not self.through_products:
+                self.target_weight = target.weight
+                self.outer = torch.empty_like(self.target_weight)
+                self.product = torch.empty_like(self.target_weight)
+                self.derivative = torch.empty_like(features)
+        self.contrasts = objective.contrasts
+        if self.contrasts:
+            self.scale = objective.contrast_weight / (num_classes * per_class)
+            self.log_multiplicity = log_multiplicity(
+                classes, num_classes, per_class, features
+            )
+
+    def gradient(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the derivative at features [k, m, d], same shape."""
+        width = self.matrix.shape[1]
+        flat = features.flatten(0, 1)[:, :width]
+        torch.mm(self.matrix, flat.T, out=self.logits)
+        logits = self.logits.unflatten(1, features.shape[:2])
+        derivative = None
+        if self.target is not None:
+            matching = logits[: self.num_classes]
+            derivative = self._matching(features, self.target, matching)
+        if self.contrasts:
+            contrast = logits[-self.num_classes :]
+            share = torch.softmax(contrast + self.log_multiplicity, dim=0)
+            share[self.own] -= 1
+            torch.mul(share, self.scale, out=contrast)
+        through_logits = logits.flatten(1).T
+        if derivative is None:
+            derivative = torch.zeros_like(features)
+        derivative.flatten(0, 1)[:, :width].addmm_(through_logits, self.matrix)
+        return derivative
+
+    def _matching(
+        self, features: torch.Tensor, target: GradientTarget, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ``P G / m`` [k, m, d]; write dZ over the logits [C, k, m]."""
+        per_class = features.shape[1]
+        softmax = torch.softmax(logits + self.bias, dim=0)
+        residual = softmax.clone()
+        residual[self.own] -= 1
+        by_class = residual.transpose(0, 1)
+        bias_gradient = residual.mean(dim=2).T
+        along, towards = distance_derivative(
+            (bias_gradient * target.bias).sum(-1, keepdim=True),
+            torch.linalg.vector_norm(bias_gradient, dim=-1, keepdim=True),
+            self.target_bias_norms[:, None],
+        )
+        outer_bias = (bias_gradient * along).addcmul_(target.bias, towards)
+        outer_bias /= per_class
+        through = self._by_products if self.through_products else self._by_rows
+        derivative, d_residual = through(features, target, by_class, outer_bias)
+        d_residual = d_residual.transpose(0, 1)
+        inner = (softmax * d_residual).sum(dim=0)
+        torch.mul(softmax, d_residual - inner, out=logits)
+        return derivative
+
+    def _by_rows(
+        self,
+        features: torch.Tensor,
+        target: GradientTarget,
+        residual: torch.Tensor,
+        outer_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``P G / m`` [k, m, d] and dP [k, C, m], forming G [k, C, d]."""
+        per_class = features.shape[1]
+        outer = torch.bmm(residual, features, out=self.outer).div_(per_class)
+        along, towards = distance_derivative(
+            torch.mul(outer, self.target_weight, out=self.product).sum(-1),
+            torch.linalg.vector_norm(outer, dim=-1),
+            self.target_norms,
+        )
+        outer *= along.div_(per_class)[..., None]
+        outer.addcmul_(self.target_weight, towards.div_(per_class)[..., None])
+        d_residual = torch.baddbmm(
+            outer_bias[:, :, None], outer, features.transpose(1, 2)
+        )
+        derivative = torch.bmm(residual.transpose(1, 2), outer, out=self.derivative)
+        return derivative, d_residual
+
+    def _by_products(
+        self,
+        features: torch.Tensor,
+        target: GradientTarget,
+        residual: torch.Tensor,
+        outer_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same from inner products, without anything of the shape of G."""
+        per_class = features.shape[1]
+        left, right = target.left, target.right
+        assert right is not None
+        residual = residual.contiguous()
+        among_features = torch.bmm(features, features.transpose(1, 2)).div_(per_class)
+        # Rows of the synthetic and of the real gradient, times every feature.
+        synthetic = torch.bmm(residual, among_features)
+        real = torch.bmm(left, torch.bmm(right, features.transpose(1, 2)))
+        squared_norms = (synthetic * residual).sum(-1).clamp_min_(0) / per_class
+        along, towards = distance_derivative(
+            (real * residual).sum(-1).div_(per_class),
+            squared_norms.sqrt_(),
+            self.target_norms,
+        )
+        along, towards = (
+            factor.div_(per_class)[..., None] for factor in (along, towards)
+        )
+        weighted = (residual * along).transpose(1, 2)
+        mixed = torch.bmm(weighted, residual).div_(per_class)
+        pulled = torch.bmm((residual * towards).transpose(1, 2), left)
+        derivative = torch.bmm(pulled, right)
+        derivative.baddbmm_(mixed, features)
+        d_residual = synthetic.mul_(along).addcmul_(real, towards)
+        d_residual += outer_bias[:, :, None]
+        return derivative, d_residual
+
+
+def _products_pay(
+    per_class: int, num_classes: int, dim: int, target: GradientTarget
+) -> bool:
+    """Whether inner products with factors take fewer multiplications than rows of G.
+
+    On dense targets they would save few, and were measured not to pay at C = 1000.
+    """
+    if target.right is None:
+        return False
+    by_products = 2 * (per_class + target.rank) * (num_classes + dim)
+    return by_products < 3 * num_classes * dim
+
+
+def _subspace_pays(
+    features: torch.Tensor, target: GradientTarget, shared: int, steps: int
+) -> bool:
+    """Whether coordinates in a `Subspace` save more than making them costs.
+
+    In multiplications for one class; those of a factorisation take longer than those
+    of a product.
+    """
+    per_class, dim = features.shape[1:]
+    own = per_class + target.rows.shape[1]
+    reduced = shared + own
+    if features.device.type != "cpu" or reduced >= dim:
+        return False
+    step = 2 * shared * (dim - shared) + 3 * len(target.bias[0]) * (dim - reduced)
+    making = own * (2 * shared * dim + own * (dim - shared))
+    restoring = per_class * 2 * dim * reduced
+    return steps * per_class * step > FACTORISATION_COST * (making + restoring)
+
+
+def _descended(
+    descent: _Descent, features: torch.Tensor, steps: int, learning_rate: float
+) -> torch.Tensor:
+    """Take all steps, in place."""
+    for _ in range(steps):
+        features.sub_(descent.gradient(features), alpha=learning_rate)
+    return features
+
+
+@torch.no_grad()
+def synthesize(
+    features: torch.Tensor,
+    gradients: Mapping[int, CodedGradient],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    text_features: torch.Tensor | None,
+    *,
+    steps: int,
+    learning_rate: float,
+    contrast_weight: float,
+    temperature: float,
+) -> torch.Tensor:
+    """Move the federated features by plain gradient descent.
+
+    On a CPU each of torch's threads treats other classes; the result does not depend
+    on their number.
+
+    Parameters
+    ----------
+    features : Tensor, shape [C, m, d]
+        Federated features of the round before (standard normal at first); not
+        changed.
+    gradients : mapping of int to ClassGradient or LowRankGradient
+        Mean class gradient of every class that a client holds this round.
+    weight : Tensor, shape [C, d]
+        The classifier at which the clients took their gradients.
+    bias : Tensor, shape [C]
+        Its bias.
+    text_features : Tensor or None, shape [C, d]
+        Unit text features of the teacher; None for CReFF.
+    steps : int
+        Number of descent steps.
+    learning_rate : float
+        Step size.
+    contrast_weight : float
+        Weight eta of the prototype contrastive loss.
+    temperature : float
+        tau > 0 of the prototype contrastive loss.
+
+    Returns
+    -------
+    Tensor, shape [C, m, d]
+        The new federated features. A class without a gradient this round is moved
+        by the contrastive term only.
+    """
+    objective = Objective(weight, bias, text_features, contrast_weight, temperature)
+    num_classes, _, dim = features.shape
+    result = features.clone()
+    rows = objective.rows(matching=True)
+    shared = SharedRows.of(rows) if len(rows) < dim else None
+
+    def descend(chunk: Sequence[int]) -> None:
+        current = features[list(chunk)]
+        if chunk[0] not in gradients:
+            matrix = objective.rows(matching=False)
+            descent = _Descent(current, chunk, None, objective, matrix)
+            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+            return
+        target = GradientTarget.stack(gradients, chunk, features)
+        if shared is None or not _subspace_pays(current, target, len(rows), steps):
+            descent = _Descent(current, chunk, target, objective, rows)
+            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+            return
+        spanning = target.rows.shape[1]
+        subspace = Subspace(shared, torch.cat([target.rows, current], dim=1))
+        target = target.with_rows(subspace.coordinates[:, :spanning].contiguous())
+        current = subspace.coordinates[:, spanning:].contiguous()
+        descent = _Descent(current, chunk, target, objective, shared.coordinates)
+        result[list(chunk)] = subspace.out_of(
+            _descended(descent, current, steps, learning_rate)
+        )
+
+    absent = [c for c in range(num_classes) if c not in gradients]
+    chunks = [
+        *class_chunks(sorted(gradients), num_classes, dim, features.device),
+        *class_chunks(absent, num_classes, dim, features.device),
+    ]
+    deque(map_pieces(descend, chunks, features.device), maxlen=0)
+    return result

@@ -1,0 +1,312 @@
+"""The simulation runs an app by itself, tells how it ended and leaves nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clip2fl_cli import simulation as script
+from clip2fl_cli.simulation import (
+    merge_run_config,
+    parse_overrides,
+    shared_gpus,
+    simulate,
+)
+from clip2fl_common.config import ConfigError
+from tests.defaults import ROOT, default_config
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
+
+PYPROJECT = """
+[project]
+name = "toy"
+version = "0.1.0"
+description = "One round trip."
+license = { file = "LICENSE" }
+dependencies = ["flwr[simulation]>=1.41,<1.42"]
+
+[tool.flwr.app]
+publisher = "toy"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+fab-include = ["LICENSE", "toy.py"]
+
+[tool.flwr.app.components]
+serverapp = "toy:server"
+clientapp = "toy:client"
+
+[tool.flwr.app.config]
+mode = "once"
+group.factor = 2.0
+"""
+
+TOY = """
+import os
+import time
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+client = ClientApp()
+
+
+@client.query()
+def reply(message, context):
+    seen = MetricRecord({"cache": len(os.environ["CLIP2FL_CACHE_DIR"])})
+    return Message(RecordDict({"seen": seen}), reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    print("mode:", context.run_config["mode"], flush=True)
+    print("factor:", context.run_config["group.factor"], flush=True)
+    if context.run_config["mode"] == "raise":
+        raise ValueError("the toy broke")
+    while context.run_config["mode"] == "forever":
+        time.sleep(0.1)
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.1)
+    requests = [
+        Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes
+    ]
+    for answer in grid.send_and_receive(requests, timeout=60):
+        print("client saw:", int(answer.content["seen"]["cache"]), flush=True)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Return the directory of a small Flower app."""
+    app = tmp_path / "toy-app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PYPROJECT, "utf-8")
+    (app / "toy.py").write_text(TOY, "utf-8")
+    (app / "LICENSE").write_text("Do as you like.\n", "utf-8")
+    return app
+
+
+@pytest.fixture
+def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Send temporary files to a directory whose name marks what a test started."""
+    # Ray's socket paths leave no room for pytest's long names.
+    path = Path("/tmp") / f"t{os.getpid()}"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr("tempfile.tempdir", str(path))
+    return path
+
+
+def processes_naming(path: Path) -> list[str]:
+    """Return the living processes whose command or environment names a path."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(path) + b"/" in text and int(folder.name) != os.getpid():
+            found.append(text.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def assert_nothing_left(path: Path) -> None:
+    """Check that neither a process nor a file is left, and remove the directory."""
+    assert processes_naming(path) == []
+    path.rmdir()  # refuses when something is in it
+
+
+@pytest.mark.slow
+def test_completed_run(
+    toy: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run gets its configuration and environment, and its log comes back."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", "seven..")
+    config = tmp_path / "conf.toml"
+    config.write_text('mode = "other"\n[group]\nfactor = 3.0\n', "utf-8")
+
+    result = simulate(toy, run_config=config, overrides=['mode="set"'], supernodes=3)
+
+    assert result.status == "finished:completed", result.log
+    assert result.completed
+    assert result.details == ""
+    lines = result.log.splitlines()
+    assert "mode: set" in lines
+    assert "factor: 3.0" in lines
+    assert lines.count("client saw: 7") == 3
+    assert_nothing_left(private_tmp)
+
+
+@pytest.mark.slow
+def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> None:
+    """A ServerApp that raises fails the command, which `flwr run` alone does not."""
+    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", 'mode="raise"']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    assert run.returncode == 1
+    assert "mode: raise" in run.stdout
+    assert "finished:failed" in run.stderr
+    assert "the toy broke" in run.stderr
+    assert_nothing_left(private_tmp)
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_nothing(toy: Path, private_tmp: Path) -> None:
+    """Ctrl-C in mid-run ends the SuperLink, the ServerApp and Ray."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--app",
+        str(toy),
+        "--set",
+        'mode="forever"',
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any(line == "mode: forever\n" for line in run.stdout)
+        end = time.monotonic() + 60
+        while not any("raylet" in process for process in processes_naming(private_tmp)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 128 + signal.SIGINT
+    assert_nothing_left(private_tmp)
+
+
+def test_overrides_win_over_the_file(toy: Path, tmp_path: Path) -> None:
+    """File and pairs are merged key by key, later pairs last."""
+    config = tmp_path / "conf.toml"
+    config.write_text("group.factor = 3.0\n", "utf-8")
+    merged = merge_run_config(
+        toy, config, ['mode="a = b" group.factor=1e-7', "mode='c'"]
+    )
+    assert tomllib.loads(merged) == {"mode": "c", "group": {"factor": 1e-7}}
+
+
+def test_interrupted_run_keeps_its_configuration(toy: Path, tmp_path: Path) -> None:
+    """Its folder is made absolute; other settings are handed on, to be judged there."""
+    config = {"mode": "other", "group.factor": 3.0, "run.resume": "/before"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}), "utf-8")
+    project = toy / "pyproject.toml"
+    project.write_text(project.read_text("utf-8") + 'run.resume = ""\n', "utf-8")
+    relative = Path(os.path.relpath(tmp_path))
+    merged = merge_run_config(toy, None, ["mode='new'"], relative)
+    assert tomllib.loads(merged) == {
+        "mode": "new",
+        "group": {"factor": 3.0},
+        "run": {"resume": str(relative.absolute())},
+    }
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"seed": 7}'])
+def test_folder_without_a_run_is_refused(
+    toy: Path, tmp_path: Path, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"--resume .*config\.json cannot be read"):
+        merge_run_config(toy, None, [], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["seed", "seed 8", "mode=fedavg", "seed=8 oops", "=1"])
+def test_unreadable_pairs_are_refused(text: str) -> None:
+    """What is no pair of key and value is not passed over, as flwr would."""
+    with pytest.raises(ValueError, match="key=value|strings need quotes"):
+        parse_overrides([text])
+
+
+def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
+    """A wrong key is named before anything is started."""
+    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", "group.fctor=1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr
+
+
+WRONG = {
+    'method="fedavgn"': "did you mean 'fedavg'",
+    "seed=-1": "seed = -1, but it must be",
+    "federation.rounds=10000000": "federation.rounds = 10000000, but it must be",
+    'run.name="../../x"': "run.name = '../../x', but it must be",
+    "federation.min-replies=6": "federation.min-replies = 6 is more than",
+    'dataset.name="cifar10"': "dataset.root is empty",
+    "privacy.min-class-samples=40": "class-gradients.samples-per-class = 32",
+    'client.precision="float16"': "client.precision = 'float16', but it must be",
+}
+"""Settings of this program, each with its message."""
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_wrong_configuration_is_refused_before_anything_starts(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(script, "_private_directory")
+    assert script.main(["--set", setting]) == 2
+    error = capsys.readouterr().err
+    assert WRONG[setting] in error
+    assert len(error.splitlines()) == 1
+
+
+def test_wrong_configuration_of_an_interrupted_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(script, "_private_directory")
+    content = {"config": {**default_config(), "client.epochs": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    assert script.main(["--resume", str(tmp_path)]) == 2
+    assert "client.epochs = 0, but it must be" in capsys.readouterr().err
+
+
+def test_checks_need_neither_torch_nor_flower() -> None:
+    """A wrong setting is refused at once, and not after seconds of imports."""
+    code = (
+        "import sys; from clip2fl_cli.simulation import main; "
+        "main(['--set', 'seed=-1']); "
+        "assert not {'torch', 'flwr'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
+    script.refuse_bad_config(toy, merge_run_config(toy, None, ['mode="any thing"']))
+    with pytest.raises(ConfigError, match="method = 'no-such'"):
+        script.refuse_bad_config(ROOT, 'method = "no-such"\n')
+    script.refuse_bad_config(ROOT, 'method = "fedprox"\n')
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--timeout=nan", "--timeout=inf", "--timeout=0", "--gpus-per-client=nan"),
+        *("--gpus-per-client=-1", "--supernodes=1000000000", "--cpus-per-client=0"),
+    ],
+)
+def test_odd_numbers_on_the_command_line_are_wrong_usage(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main([option])
+    assert f"argument {option.partition('=')[0]}: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "cpus_per_client", "share"),
+    [(0, 8, 1, 0.0), (1, 2, 1, 0.5), (1, 16, 1, 0.25), (2, 16, 4, 0.5), (4, 2, 1, 1.0)],
+)
+def test_gpus_are_shared_among_clients(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    cores: int,
+    cpus_per_client: int,
+    share: float,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert shared_gpus(cpus_per_client) == share

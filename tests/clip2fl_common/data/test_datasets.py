@@ -1,0 +1,285 @@
+"""Images come out as they should; what is wrong with a folder is said by name."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from clip2fl_common.config import Dataset, Scalar
+from clip2fl_common.data import image_cache, sources
+from clip2fl_common.data.datasets import (
+    DatasetError,
+    FileSource,
+    ImageSource,
+    LoadedImages,
+    load_dataset,
+    partition_indices,
+    read_image,
+)
+from clip2fl_common.partition import PartitionError
+from tests.defaults import run_config
+
+
+def folder_config(root: Path, **changes: Scalar) -> Dataset:
+    """Return the ``dataset`` group for an image folder."""
+    settings = {"dataset__" + key: value for key, value in changes.items()}
+    return run_config(
+        **{
+            "dataset__name": "image-folder",
+            "dataset__root": str(root),
+            "dataset__image_size": 8,
+            "dataset__imbalance_factor": 1.0,
+            **settings,
+        }
+    ).dataset
+
+
+def write_images(root: Path, counts: dict[str, int]) -> Path:
+    """Write grey PNGs: counts by ``split/class``."""
+    for place, count in counts.items():
+        (root / place).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 10 * i).save(root / place / f"{i}.png")
+    return root
+
+
+TREE = {"train/big_cat": 3, "train/dog": 2, "test/big_cat": 1, "test/dog": 1}
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    dataset = load_dataset(folder_config(write_images(tmp_path, TREE)))
+    assert dataset.class_names == ("big cat", "dog")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1]
+    loaded = dataset.train.load(np.array([4, 1]))
+    assert loaded.images.shape == (2, 3, 8, 8)
+    assert loaded.labels.tolist() == [1, 0]
+    assert loaded.images[1].unique().tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"train": 0}, "train has no class folders"),
+        ({"val/a": 1}, "train is not a folder.*train/<class>/<image>"),
+        ({"train/a": 2, "test/a": 1}, "has 1 class .*at least two"),
+        ({**TREE, "train/eel": 0}, "class 'eel' would be held by nobody"),
+        ({**TREE, "test/eel": 1}, "folders that .* has not: eel; known .*big_cat, dog"),
+    ],
+)
+def test_bad_folders_are_named(
+    tmp_path: Path, tree: dict[str, int], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(folder_config(write_images(tmp_path, tree)))
+
+
+def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
+    write_images(tmp_path, TREE)
+    (tmp_path / "train" / "dog" / "0.png").write_bytes(b"not an image")
+    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"")
+    source = load_dataset(folder_config(tmp_path)).train
+    with pytest.raises(DatasetError, match=r"2 of 5 images.*0\.png.*skip-unreadable"):
+        source.load(np.arange(5))
+
+    source = load_dataset(folder_config(tmp_path, skip_unreadable=True)).train
+    loaded = source.load(np.arange(5))
+    assert loaded.labels.tolist() == [0, 0, 0]
+    assert [Path(name).name for name in loaded.unreadable] == ["0.png", "1.png"]
+    with pytest.raises(DatasetError, match="nothing is left"):
+        source.load(np.array([3, 4]))
+
+
+@pytest.fixture
+def folder_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSource:
+    """Return five images in files; decoded ones go to a cache folder of the test."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    root = write_images(tmp_path / "images", TREE)
+    return load_dataset(folder_config(root, skip_unreadable=True)).train
+
+
+def same(one: LoadedImages, other: LoadedImages) -> bool:
+    """Tell whether two loads brought the same."""
+    return (
+        torch.equal(one.images, other.images)
+        and torch.equal(one.labels, other.labels)
+        and one.unreadable == other.unreadable
+    )
+
+
+def test_opened_images_are_decoded_once(
+    folder_source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indices = np.array([4, 0, 1])
+    expected = folder_source.load(indices)
+    opened = folder_source.open(indices)
+    assert same(opened, expected)
+    monkeypatch.setattr(
+        sources, "read_picture", lambda *_: pytest.fail("decoded again")
+    )
+    opened.images[0] = 0  # reaches neither the file nor the next reader
+    assert same(folder_source.open(indices), expected)
+
+
+def test_changed_file_is_decoded_again(
+    folder_source: ImageSource, tmp_path: Path
+) -> None:
+    folder_source.open(np.arange(5))
+    changed = tmp_path / "images" / "train" / "dog" / "0.png"
+    Image.new("L", (8, 8), 77).save(changed)
+    os.utime(changed, ns=(1, 1))
+    assert folder_source.open(np.arange(5)).images[3].unique().tolist() == [77]
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "refused.json"])
+def test_damaged_decoded_images_are_made_again(
+    folder_source: ImageSource, tmp_path: Path, name: str
+) -> None:
+    expected = folder_source.load(np.arange(5))
+    folder_source.open(np.arange(5))
+    (file,) = (tmp_path / "cache").rglob(name)
+    file.write_bytes(file.read_bytes()[:-3])
+    assert same(folder_source.open(np.arange(5)), expected)
+
+
+def test_full_disk_costs_time_only(
+    folder_source: ImageSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(image_cache, "replacing", full)
+    expected = folder_source.load(np.arange(5))
+    assert same(folder_source.open(np.arange(5)), expected)
+    assert "No space left" in caplog.text and "CLIP2FL_CACHE_DIR" in caplog.text
+    assert not list((tmp_path / "cache" / "images").glob("incomplete-*"))
+
+
+def test_opened_images_leave_unreadable_ones_out(
+    folder_source: ImageSource, tmp_path: Path
+) -> None:
+    (tmp_path / "images" / "train" / "big_cat" / "2.png").write_bytes(b"no image")
+    expected = folder_source.load(np.arange(5))
+    assert len(expected.unreadable) == 1
+    for _ in range(2):
+        assert same(folder_source.open(np.arange(5)), expected)
+    strict = load_dataset(folder_config(tmp_path / "images")).train
+    with pytest.raises(DatasetError, match="1 of 5 images cannot be read"):
+        strict.open(np.arange(5))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (12, 8), (255, 0, 0)).convert(mode).save(file)
+    image = read_image(file, 4)
+    assert image.shape == (3, 4, 4)
+    grey = np.full((3, 4, 4), 76)
+    red = np.stack([np.full((4, 4), value) for value in (255, 0, 0)])
+    np.testing.assert_allclose(image, grey if mode == "L" else red, atol=2)
+
+
+def test_exif_rotation_is_undone(tmp_path: Path) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(picture).save(tmp_path / "x.png", exif=exif)
+    upright = read_image(tmp_path / "x.png", 8)
+    np.testing.assert_array_equal(upright[0], np.rot90(picture[:, :, 0], -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_format_is_undone(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """As Pillow turns the whole image, before it is cut and made smaller."""
+    rows, columns = np.linspace(0, 255, 48)[:, None], np.linspace(255, 0, 80)
+    picture = Image.fromarray(((rows + columns) / 2).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"x.{suffix}"
+    picture.save(file, exif=exif)
+    with Image.open(file) as image:
+        whole = ImageOps.exif_transpose(image).convert("RGB")
+    expected = ImageOps.fit(whole, (16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(
+        read_image(file, 16).transpose(1, 2, 0),
+        np.asarray(expected).astype(float),
+        atol=1,
+    )
+
+
+@pytest.mark.parametrize("style", ["plain", "json lines", "json pairs"])
+def test_public_lists(tmp_path: Path, style: str) -> None:
+    write_images(tmp_path, {"n 1": 2, "n2": 1})
+    entries = [("n 1/0.png", 0), ("n 1/1.png", 0), ("n2/0.png", 1)]
+    lines = [f"{path} {label}" for path, label in entries]
+    text = {
+        "plain": "\n".join(lines) + "\n",
+        "json lines": json.dumps(lines),
+        "json pairs": json.dumps(entries),
+    }[style]
+    (tmp_path / "list.txt").write_text(text)
+    source = load_dataset(list_config(tmp_path)).train
+    assert source.labels.tolist() == [0, 0, 1]
+    assert isinstance(source, FileSource)
+    assert source.paths[2] == tmp_path / "n2" / "0.png"
+
+
+def list_config(root: Path) -> Dataset:
+    """Return the ``dataset`` group of ImageNet-LT's format."""
+    listing = str(root / "list.txt")
+    return folder_config(
+        root, name="imagenet-lt", train_list=listing, test_list=listing
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg 0\nb.jpg\n", r"list\.txt, entry 2: expected 'path label'.*'b\.jpg'"),
+        ("a.jpg cat\n", "entry 1: expected 'path label'"),
+        ("a.jpg 0\nb.jpg 2\n", "no image of class 1, so nobody would hold it"),
+        ("\n", "list .* is empty"),
+    ],
+)
+def test_bad_lists_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(list_config(tmp_path))
+
+
+def test_cifar_that_cannot_be_had_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.download_and_extract_archive", refused
+    )
+    with pytest.raises(DatasetError, match=r"dataset\.root.*cifar-10-batches-py"):
+        load_dataset(folder_config(tmp_path, name="cifar10"))
+
+
+def test_demo_is_long_tailed_and_partitioned_whole() -> None:
+    config = run_config().dataset
+    parts = partition_indices(config, 3, 0.5, 7)
+    labels = load_dataset(config).train.labels
+    # 20 * 0.1 ** (k / 9), cut to whole images.
+    assert np.bincount(labels).tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+
+
+def test_client_without_images_is_refused() -> None:
+    with pytest.raises(PartitionError, match=r"partition\.clients = 500.*78"):
+        partition_indices(run_config().dataset, 500, 0.5, 7)

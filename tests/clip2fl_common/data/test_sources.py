@@ -1,0 +1,203 @@
+"""What a source of image files says, once, and what it keeps."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip2fl_common.config import Dataset
+from clip2fl_common.data import image_cache, sources
+from clip2fl_common.data.datasets import load_dataset
+from clip2fl_common.data.image_cache import identical_files
+from clip2fl_common.data.image_files import DatasetError
+from clip2fl_common.data.image_reading import (
+    Picture,
+    UnreadableImageError,
+    read_picture,
+)
+from clip2fl_common.data.regular_files import BoundedReader, open_regular
+from clip2fl_common.data.sources import FileSource
+from tests.defaults import run_config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(cache))
+    return cache
+
+
+def picture(path: Path, grey: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), grey).save(path)
+    return path
+
+
+def source(folder: Path, skip: bool) -> FileSource:
+    paths = tuple(sorted(folder.iterdir()))
+    return FileSource(paths, np.arange(len(paths)), 8, skip)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a good image, a refused one, and one of a name that cannot be printed."""
+    picture(tmp_path / "images" / "a.png", 9)
+    values = Image.fromarray(np.full((8, 8), 0.5, np.float32))
+    values.save(tmp_path / "images" / "b.tif")
+    (tmp_path / "images" / os.fsdecode(b"c\xe9.png")).write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+def test_error_says_why_and_what_to_do_and_its_summary_names_nothing(
+    folder: Path,
+) -> None:
+    for read in (source(folder, False).load, source(folder, False).open):
+        with pytest.raises(DatasetError) as caught:
+            read(np.arange(3))
+        assert (
+            f"2 of 3 images cannot be read: {folder}/b.tif (it holds floating-point "
+            "numbers; convert it to 8 or 16 bit first), "
+            f"{folder}/c\\xe9.png (no image that is known); repair, convert or remove"
+        ) in str(caught.value)
+        assert caught.value.summary == "2 of 3 images cannot be read"
+
+
+def test_left_out_images_are_counted_and_said_once_with_the_reason(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = source(folder, True)
+    for read in (images.load, images.open, images.open, images.load):
+        loaded = read(np.arange(3))
+        assert loaded.labels.tolist() == [0] and loaded.images.shape == (1, 3, 8, 8)
+        assert loaded.unreadable == (f"{folder}/b.tif", f"{folder}/c\\xe9.png")
+    (message,) = caplog.messages
+    assert "left out 2 of 3 images" in message and "convert it to 8 or 16" in message
+    # Kept with the reasons: another process says the same.
+    caplog.clear()
+    source(folder, True).open(np.arange(3))
+    assert caplog.messages == [message]
+
+
+def test_several_pictures_in_files_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.new("L", (8, 8), grey) for grey in (10, 200)]
+    for n in range(3):
+        frames[0].save(tmp_path / f"{n}.gif", save_all=True, append_images=frames[1:])
+    images = source(tmp_path, False)
+    for _ in range(2):
+        assert images.load(np.arange(3)).images.unique().tolist() == [10]
+    (message,) = caplog.messages
+    assert "0.gif holds several pictures" in message and "first is used" in message
+
+
+def test_file_that_cannot_be_read_today_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    """Rights that are given leave a file's size and date as they are."""
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    images = source(tmp_path, True)
+
+    def refused(path: Path, size: int) -> Picture:
+        if path.name == "b.png":
+            raise UnreadableImageError(path, "Permission denied", lasting=False)
+        return read_picture(path, size)
+
+    def denied(path: Path) -> BoundedReader:
+        if path.name == "b.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_regular(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "read_picture", refused)
+        patched.setattr(image_cache, "open_regular", denied)
+        assert len(images.open(np.arange(2)).labels) == 1
+        before = image_cache.file_digests(images.paths)
+    assert not list((own_cache / "images").glob("*/*"))
+    assert len(images.open(np.arange(2)).labels) == 2
+    after = image_cache.file_digests(images.paths)
+    assert (before == after).tolist() == [True, False]
+
+
+def folder_config(root: Path) -> Dataset:
+    return run_config(
+        dataset__name="image-folder",
+        dataset__root=str(root),
+        dataset__image_size=8,
+        dataset__imbalance_factor=1.0,
+    ).dataset
+
+
+def test_test_images_that_are_trained_on_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(4):
+        picture(tmp_path / "train" / "ab"[n % 2] / f"{n}.png", 10 * n)
+    picture(tmp_path / "test" / "a" / "new.png", 99)
+    picture(tmp_path / "test" / "a" / "same.png", 20)
+    # Also where somebody gave it another class.
+    picture(tmp_path / "test" / "b" / "other class.png", 0)
+    dataset = load_dataset(folder_config(tmp_path))
+    assert not caplog.messages  # a client, who has no use for it, does not look
+    for _ in range(2):
+        assert dataset.test.load(np.arange(3)).images[:, 0, 0, 0].tolist() == [
+            99,
+            20,
+            0,
+        ]
+    (message,) = caplog.messages
+    assert message.startswith("2 of 3 test images are also training images")
+    assert f"{tmp_path}/test/a/same.png = {tmp_path}/train/a/2.png" in message
+
+
+def test_only_files_of_equal_size_are_read_to_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in {
+        "a": b"1",
+        "b": b"22",
+        "c": b"333",
+        "d": b"22",
+        "e": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "f").write_bytes(b"23")
+    (tmp_path / "g").touch()
+    read: list[str] = []
+    digest = image_cache._file_digest
+
+    def watched(path: Path) -> int:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(image_cache, "_file_digest", watched)
+    found = identical_files(
+        [tmp_path / n for n in "abe"], [tmp_path / n for n in "cdfg"]
+    )
+    assert found == [(tmp_path / "b", tmp_path / "d")]
+    assert sorted(read) == ["b", "d", "f"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_folders_of_one_class_are_refused_in_both_splits(
+    tmp_path: Path, split: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for place in ("train/a b", "train/c", "test/a_b", f"{split}/a b", f"{split}/a_b"):
+        picture(tmp_path / place / "x.png")
+    with pytest.raises(DatasetError, match=f"{split}: the folders 'a b' and 'a_b' are"):
+        load_dataset(folder_config(tmp_path))
+
+
+def test_splits_may_spell_a_class_differently(tmp_path: Path) -> None:
+    for place in ("train/a b", "train/c", "test/a_b"):
+        picture(tmp_path / place / "x.png")
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    dataset = load_dataset(folder_config(tmp_path))
+    assert dataset.class_names == ("a b", "c")
+    assert dataset.test.labels.tolist() == [0]

@@ -1,0 +1,183 @@
+"""A run at the server, without Flower."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clip2fl_common.config import Scalar
+from clip2fl_common.data.datasets import load_dataset, partition_indices
+from server_app.run import Session
+from strategy.base import ClientPlan, PartitionedTraining, Setting
+from strategy.registry import method_named
+from strategy.round_record import RoundRecord
+from tests.defaults import run_config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep out of the user's cache."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def session(folder: Path, **changes: Scalar) -> Session:
+    """Return the session of a tiny run."""
+    place: dict[str, Scalar] = {
+        "run__dir": str(folder.parent),
+        "run__name": folder.name,
+    }
+    return Session(run_config(**{**place, **changes}), 1)
+
+
+def strategy(run: Session) -> PartitionedTraining:
+    """Return a strategy that has just closed a round."""
+    made = method_named(run.config.method).build(
+        Setting(
+            ClientPlan((1,), 3, 2, 7, (20, 20, 20)),
+            run.config,
+            run.dataset.class_names,
+            torch.device("cpu"),
+            run.teacher,
+        )
+    )
+    made.round = RoundRecord(
+        clients=[0, 2],
+        dropped=1,
+        shortened_updates=2,
+        shortened_gradients=5,
+        bytes_down=3000,
+        upload_bytes=[400, 600],
+        gradient_bytes=[100, 200],
+        losses={"client": 1.5, "distillation": 0.25},
+        unreadable=4,
+        seconds={"clients": 1.23456789},
+    )
+    return made
+
+
+def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
+    run = session(tmp_path / "run")
+    run.open(strategy(run))
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    config = run_config()
+    dataset = load_dataset(config.dataset)
+    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    labels = dataset.train.labels[np.concatenate(parts)].tolist()
+    assert facts["class_names"] == list(dataset.class_names)
+    assert facts["train_images_per_class"] == [labels.count(c) for c in range(10)]
+    assert facts["train_images_per_client"] == [len(part) for part in parts]
+    assert facts["test_images"] == 30
+    assert facts["shot_groups"]["rule"] == "rank"
+    assert run.teacher is not None
+    assert facts["teacher"]["fingerprint"] == run.teacher.fingerprint
+    features = run.teacher.image_features(dataset.test.load(np.arange(30)).images)
+    texts = run.teacher.text_features(dataset.class_names)
+    hits = (features @ texts.T).argmax(1).numpy() == dataset.test.labels
+    assert facts["teacher"]["zero_shot"]["top1"] == pytest.approx(
+        100 * hits.mean(), abs=1e-4
+    )
+    assert set(facts["versions"]) == {"python", "flwr", "torch", "numpy"}
+
+
+@pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
+def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
+    """So that a teacher which cannot be had does not stop the others."""
+    run = session(tmp_path / "run", method=method, teacher__model="no-such-model")
+    run.open(strategy(run))
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert run.teacher is None
+    assert "teacher" not in facts
+
+
+def test_initial_model_comes_from_the_seed(tmp_path: Path) -> None:
+    """Whatever was drawn before; torch's global generator is left alone."""
+    models = []
+    for name, global_seed, seed in (("a", 1, 7), ("b", 2, 7), ("c", 1, 8)):
+        torch.manual_seed(global_seed)
+        state = torch.random.get_rng_state()
+        run = session(tmp_path / name, method="fedavg", seed=seed)
+        assert torch.equal(state, torch.random.get_rng_state())
+        models.append(run.model.classifier.weight)
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])
+
+
+def test_round_is_written_with_all_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    creff = strategy(run)
+    run.open(creff)
+    capsys.readouterr()
+    run.close_round(1, creff)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
+    line = json.loads(text)
+    assert line.pop("seconds").keys() == {"clients", "evaluation"}
+    accuracy = line.pop("accuracy")
+    assert list(accuracy) == ["retrained", "fedavg"]
+    assert len(accuracy["fedavg"]["per_class"]) == 10
+    assert line == {
+        "round": 1,
+        "clients": [0, 2],
+        "dropped_replies": 1,
+        "kept_model": False,
+        "went_back_to": None,
+        "left_out": [],
+        "shortened": {"updates": 2, "class_gradients": 5},
+        "test_images": 10,
+        "losses": {"client": 1.5, "distillation": 0.25},
+        "privacy": {},
+        "unreadable_images": {"train": 4, "test": 0},
+        "bytes": {
+            "down": 3000,
+            "up": 1000,
+            "per_client": [400, 600],
+            "class_gradients": [100, 200],
+        },
+    }
+    assert '"clients": 1.2346' in text
+    assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "artifacts.safetensors").exists()
+
+    run.close_round(2, creff)
+    last = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
+    assert json.loads(last)["test_images"] == 30
+    run.close(creff)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_artifacts_are_what_a_report_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Confusion agrees with accuracy, clients with the partition; features are few."""
+    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    features = torch.arange(10 * 300 * 2).reshape(10, 300, 2) / 7
+    own = {"features": features, "text_features": torch.ones(10, 2)}
+    creff = strategy(run)
+    monkeypatch.setattr(creff, "artifacts", lambda: own)
+    run.open(creff)
+    run.close_round(2, creff)
+    found = load_file(tmp_path / "run" / "artifacts.safetensors")
+    assert set(found) == {
+        *("features", "text_features", "clients_by_class"),
+        *("confusion.retrained", "confusion.fedavg"),
+    }
+    assert torch.equal(found["features"], features[:, :200].bfloat16())
+    assert torch.equal(found["text_features"], torch.ones(10, 2))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8"))
+    for head in ("retrained", "fedavg"):
+        confusion = found[f"confusion.{head}"]
+        assert confusion.sum(dim=1).tolist() == [3] * 10
+        recall = 100 * confusion.diagonal() / 3
+        assert line["accuracy"][head]["per_class"] == pytest.approx(
+            recall.tolist(), abs=1e-4
+        )
+    config = run_config()
+    labels = load_dataset(config.dataset).train.labels
+    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    for row, part in zip(found["clients_by_class"], parts, strict=True):
+        assert row.tolist() == [(labels[part] == c).sum() for c in range(10)]

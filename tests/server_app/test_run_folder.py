@@ -1,0 +1,236 @@
+"""A run's folder, its progress lines and the table at its end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import platformdirs
+import pytest
+
+from clip2fl_common.config import ConfigError, RunConfig, known_keys
+from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from server_app import run_folder as report
+from server_app.run_folder import (
+    Progress,
+    RunFolder,
+    RunInUseError,
+    accuracy_fields,
+    accuracy_from_fields,
+    final_table,
+)
+from tests.defaults import ROOT, run_config
+
+GOOD = AccuracyReport(
+    top1=200 / 3,
+    balanced=61.25,
+    many=90.0,
+    medium=None,
+    few=33.3333333,
+    per_class=(100.0, None, 100 / 7),
+)
+POOR = AccuracyReport(5.0, 4.96, 0.0, 0.04, 100.0, (0.0, 1.0, 2.0))
+GROUPS = ShotGroups("count", many=(0,), medium=(1,), few=(2,))
+NAMES = ("circle", "square", "star")
+
+
+def folder(parent: Path, name: str = "run") -> RunFolder:
+    """Return a run's folder."""
+    return RunFolder(run_config(run__dir=str(parent), run__name=name), 123)
+
+
+def test_name_says_method_data_seed_and_run(tmp_path: Path) -> None:
+    config = run_config(method="creff", seed=11, run__dir=str(tmp_path / "a" / "b"))
+    path = RunFolder(config, 987).path
+    assert path == tmp_path / "a" / "b" / "creff-demo-seed11-987"
+    assert path.is_dir()
+
+
+def test_without_a_place_it_goes_to_the_users_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        platformdirs, "user_data_dir", lambda name: str(tmp_path / name)
+    )
+    path = RunFolder(run_config(run__name="here"), 1).path
+    assert path == tmp_path / "clip2fl" / "runs" / "here"
+
+
+@pytest.mark.parametrize(
+    "value", ["../x", "..", ".", "/x", "a/b", "a/../../b", "\0", "a\nb", "x", "x" * 200]
+)
+@pytest.mark.parametrize("key", ["run__name", "method"])
+def test_no_configuration_leads_out_of_the_runs_folder(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    """Either the value is refused, or the folder lies directly in run.dir."""
+    try:
+        config = run_config(**{"run__dir": str(tmp_path / "runs"), key: value})
+    except ConfigError:
+        assert value != "x"
+        return
+    path = RunFolder(config, 5).path
+    assert value == "x"
+    assert path.parent == tmp_path / "runs"
+    assert path.name == {"run__name": "x", "method": "x-demo-seed7-5"}[key]
+    assert list(tmp_path.rglob(".lock")) == [path / ".lock"]
+
+
+def test_existing_run_is_refused_and_stays(tmp_path: Path) -> None:
+    first = folder(tmp_path)
+    first.begin_metrics("")
+    first.append_metrics({"round": 1})
+    first.release()
+    with pytest.raises(
+        FileExistsError,
+        match=rf"{re.escape(str(first.path))} already holds a run; go on with it by "
+        r"run\.resume, choose another run\.name or run\.dir, or remove that folder",
+    ):
+        folder(tmp_path)
+    first.append_metrics({"round": 2})
+    lines = (first.path / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert lines == ['{"round": 1}', '{"round": 2}']
+    assert folder(tmp_path, "another").path != first.path
+
+
+def test_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    """Whether it would be a new one or resume the first."""
+    first = folder(tmp_path)
+    first.begin_metrics("")
+    resuming = run_config(run__resume=str(first.path))
+    for second in (resuming, run_config(run__dir=str(tmp_path), run__name="run")):
+        with pytest.raises(
+            RunInUseError, match=rf"another run works in {re.escape(str(first.path))}"
+        ):
+            RunFolder(second, 124)
+    first.release()
+    RunFolder(resuming, 125).release()
+
+
+def test_process_that_is_killed_leaves_no_lock(tmp_path: Path) -> None:
+    """And one that lives holds it: both seen from another process."""
+    program = (
+        "from tests.server_app.test_run_folder import folder; "
+        "from pathlib import Path; "
+        f"run = folder(Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RunInUseError):
+            folder(tmp_path)
+        other.kill()
+    folder(tmp_path).release()
+
+
+def test_resuming_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"resume = '.*nowhere' is no fold"):
+        RunFolder(run_config(run__resume=str(tmp_path / "nowhere")), 1)
+
+
+def test_line_is_on_disk_when_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read through another handle while the run's is open, and synchronised."""
+    run = folder(tmp_path)
+    synchronised = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synchronised.append((run.path / "metrics.jsonl").read_text("utf-8"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run.append_metrics({"round": 1, "loss": 0.5})
+    run.append_metrics({"round": 2, "loss": 0.25})
+    first, second = (
+        '{"round": 1, "loss": 0.5}\n',
+        '{"round": 2, "loss": 0.25}\n',
+    )
+    assert synchronised == [first, first + second]
+
+
+def test_config_is_resolved(tmp_path: Path) -> None:
+    """Every key, as it can be given to another run."""
+    config = run_config(run__dir=str(tmp_path), run__name="run", seed=12)
+    run = RunFolder(config, 1)
+    run.write_config(config, {"class_names": NAMES, "code": "abc"})
+    content = json.loads((run.path / "config.json").read_text("utf-8"))
+    assert content["class_names"] == list(NAMES)
+    assert content["code"] == "abc"
+    assert sorted(content["config"]) == known_keys()
+    assert content["config"]["seed"] == 12
+    assert RunConfig.from_run_config(content["config"]) == config
+    assert {file.name for file in run.path.iterdir()} == {".lock", "config.json"}
+
+
+def test_accuracies_are_rounded_and_holes_kept() -> None:
+    fields = accuracy_fields(GOOD)
+    assert fields == {
+        "top1": 66.6667,
+        "balanced": 61.25,
+        "many": 90.0,
+        "medium": None,
+        "few": 33.3333,
+        "per_class": [100.0, None, 14.2857],
+    }
+    assert json.loads(json.dumps(fields)) == fields
+    again = accuracy_from_fields(json.loads(json.dumps(fields)))
+    assert accuracy_fields(again) == fields
+    assert isinstance(again.per_class, tuple)
+
+
+def test_progress_tells_accuracy_loss_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time left comes from all rounds but the first, which starts the workers."""
+    now = iter([100.0, 140.0, 150.0, 170.0, 185.0])
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    progress = Progress(rounds=300)
+    assert progress.line(1, {"fedavg": POOR}, 2.34567) == (
+        "round 1/300: fedavg balanced 5.0 % (0/0/100); loss 2.346; 40.0 s, "
+        "3:19:20 left"  # 299 times 40 s
+    )
+    assert progress.line(2, {"retrained": GOOD, "fedavg": POOR}, 0.5) == (
+        "round 2/300: retrained balanced 61.2 % (90/-/33); "
+        "fedavg balanced 5.0 % (0/0/100); loss 0.500; 10.0 s, "
+        "0:49:40 left"  # 298 times 10 s
+    )
+    assert progress.line(3, {"fedavg": POOR}, 0.5).endswith(
+        "20.0 s, 1:14:15 left"  # 297 times the mean of 10 s and 20 s
+    )
+    kept = progress.line(300, {"fedavg": POOR}, None)
+    assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
+
+
+def test_final_table() -> None:
+    table = final_table(
+        {"clip2fl, retrained head": GOOD, "teacher": POOR}, GROUPS, NAMES
+    )
+    assert table.splitlines() == [
+        "Accuracy on the test images, %",
+        "                            top-1  balanced      many    medium       few",
+        "clip2fl, retrained head      66.7      61.2      90.0         -      33.3",
+        "teacher                       5.0       5.0       0.0       0.0     100.0",
+        "Groups: more than 100 / 20 to 100 / fewer than 20 training images",
+        "        (many circle; medium square; few star)",
+    ]
+
+
+def test_table_names_the_rule_by_rank_and_shortens_long_groups() -> None:
+    groups = ShotGroups("rank", many=(7,), medium=(5, 6), few=(0, 1, 2, 3, 4, 8, 9))
+    names = [f"c{i}" for i in range(10)]
+    last = final_table({"fedavg": POOR}, groups, names).splitlines()[-2:]
+    assert last == [
+        "Groups: by frequency rank, 30/40/30 % of the classes",
+        "        (many c7; medium c5, c6; few c0, c1, c2, c3, c4 and 2 more)",
+    ]
