@@ -21,6 +21,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import open_site
 from clip2fl_common.data.demo import CLASS_NAMES
+from clip2fl_common.messages import TEACHER_FINGERPRINT
 from clip2fl_common.models import build_model
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
@@ -411,9 +412,9 @@ def test_site_with_another_teacher_is_left_out_by_name(
                 settings = request.content.config_records.get("config", {})
                 if (
                     request.metadata.dst_node_id == self._ids[1]
-                    and messages.TEACHER_FINGERPRINT in settings
+                    and TEACHER_FINGERPRINT in settings
                 ):
-                    settings[messages.TEACHER_FINGERPRINT] = "f00ba5" * 10
+                    settings[TEACHER_FINGERPRINT] = "f00ba5" * 10
             return super().send_and_receive(requests, timeout=timeout)
 
     grid = federate(
