@@ -23,7 +23,7 @@ from torch import nn
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, Precision
 from clip2fl_common.config import Scalar
-from strategy.base import ClientPlan, PartitionedTraining
+from strategy.base import SimulatedClients, Method
 from tests.defaults import run_config
 
 NODES = (71, 13)
@@ -47,9 +47,9 @@ def client_plan(
     per_round: int = 3,
     seed: int = 7,
     nodes: tuple[int, ...] = NODES,
-) -> ClientPlan:
+) -> SimulatedClients:
     """Return a small plan."""
-    return ClientPlan(nodes, clients, per_round, seed, (IMAGES,) * clients)
+    return SimulatedClients(nodes, clients, per_round, seed, (IMAGES,) * clients)
 
 
 def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def global_model() -> ArrayRecord:
 
 
 def configure(
-    strategy: PartitionedTraining, arrays: ArrayRecord, server_round: int = 1
+    strategy: Method, arrays: ArrayRecord, server_round: int = 1
 ) -> list[Message]:
     """Return a round's requests, as they arrive: without shared state."""
-    assert isinstance(strategy.plan, ClientPlan)
+    assert isinstance(strategy.plan, SimulatedClients)
     grid = cast(Grid, FakeGrid(strategy.plan.nodes))
     requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     return [copy.deepcopy(request) for request in requests]

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from torch.nn import functional
 
 from clip2fl_common.config import ConfigError
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CLASSIFIER, FEATURES, CReFF
@@ -56,7 +56,7 @@ def strategy(
 
 
 def one_round(
-    method: PartitionedTraining, arrays: ArrayRecord, server_round: int
+    method: Method, arrays: ArrayRecord, server_round: int
 ) -> ArrayRecord:
     """Return the next global model; clients answer with what depends on the round."""
     replies = [

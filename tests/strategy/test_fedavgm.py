@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ArrayRecord
 
 from clip2fl_common.config import ConfigError
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from tests.strategy.messages import (
@@ -23,7 +23,7 @@ from tests.strategy.messages import (
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def rounds_of(strategy: PartitionedTraining, numbers: Sequence[int]) -> list[Arrays]:
+def rounds_of(strategy: Method, numbers: Sequence[int]) -> list[Arrays]:
     """Return the global model after each round; clients answer with random models."""
     arrays = global_model()
     results = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip2fl_common import messages
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from tests.defaults import run_config
@@ -156,7 +156,7 @@ def aggregations(draw: Draw) -> dict[str, Any]:
     return {"rule": rule, "trim": 0.34, "max_update_norm": bound}
 
 
-def make(method: str, aggregation: dict[str, Any]) -> PartitionedTraining:
+def make(method: str, aggregation: dict[str, Any]) -> Method:
     """Return a small strategy."""
     plan = client_plan(clients=3, per_round=3, nodes=NODES)
     common = safeguards(**aggregation)
@@ -183,7 +183,7 @@ def make(method: str, aggregation: dict[str, Any]) -> PartitionedTraining:
 
 
 def replies_of(
-    strategy: PartitionedTraining, arrays: ArrayRecord
+    strategy: Method, arrays: ArrayRecord
 ) -> tuple[list[Message], list[Message]]:
     """Return the requests and good replies of a round."""
     requests = configure(strategy, arrays)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from benchmarks.privacy import NOISE, RELEASES
 from clip2fl_common import messages
 from clip2fl_common.config import ConfigError
-from strategy.base import ClientPlan
-from strategy.clients import SitePlan
+from strategy.base import SimulatedClients
+from strategy.clients import SiteClients
 from strategy.fedavg import FedAvg
 from strategy.privacy_ledger import PrivacyLedger, epsilon
 from tests.defaults import ROOT, run_config
@@ -152,11 +152,11 @@ def test_noise_on_the_mean_update() -> None:
 
 
 def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
-    def drawn(plan: ClientPlan | SitePlan) -> list[float]:
+    def drawn(plan: SimulatedClients | SiteClients) -> list[float]:
         numbers: list[float] = torch.randn(3, generator=plan.noise_source(3)).tolist()
         return numbers
 
-    simulated, sites = client_plan(), SitePlan(3, 2, 7, 100)
+    simulated, sites = client_plan(), SiteClients(3, 2, 7, 100)
     assert drawn(simulated) == drawn(simulated)
     assert drawn(sites) != drawn(sites)
 

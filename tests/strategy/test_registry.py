@@ -10,7 +10,7 @@ import torch
 from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
-from strategy.base import PartitionedTraining, Setting
+from strategy.base import Method, Setting
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
@@ -51,7 +51,7 @@ def setting(method: str) -> Setting:
     ],
 )
 def test_method_takes_its_settings_from_the_configuration(
-    name: str, expected: type[PartitionedTraining]
+    name: str, expected: type[Method]
 ) -> None:
     chosen = setting(name)
     method = registry.method_named(name)
