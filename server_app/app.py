@@ -1,7 +1,6 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
 from pathlib import Path
-from typing import cast
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -10,7 +9,8 @@ from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from server_app.run import Session
 from strategy.base import ClientPlan, PartitionedTraining, Setting
-from strategy.clients import AttentiveGrid, SitePlan
+from strategy.clients import SitePlan
+from strategy.grid import AttentiveGrid
 from strategy.registry import method_named
 from strategy.resumed import Continuation
 
@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
     if config.dataset.name == SITES:
-        grid = cast(Grid, AttentiveGrid(grid))
+        grid = AttentiveGrid(grid)
     with Session(config, context.run_id) as session:
         strategy = build_strategy(session, _plan(session, grid))
         done = session.open(strategy)

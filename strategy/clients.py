@@ -2,11 +2,10 @@
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import cast
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
@@ -17,85 +16,16 @@ from clip2fl_common import messages
 from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.site_names import clashing
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
+from strategy.grid import KnownNodesGrid
 
 # Seconds within which nodes must say which site they are.
 QUERY_TIMEOUT_S = 120.0
-# Seconds between two looks for replies.
-POLL_S = 1.0
 # Seconds between two looks at who is connected while too few sites are.
 WAIT_S = 3.0
 # Seconds after which a node that refused to take part is asked again.
 ASK_AGAIN_S = 30.0
 # Bits of a site's number below those that number its random streams.
 _MORE_BITS = 31
-
-
-@dataclass(frozen=True)
-class _Connected:
-    """What Flower's strategies ask of a grid, answered once for a whole round.
-
-    They ask twice and wait for a node that left in between.
-    """
-
-    nodes: list[int]
-
-    def get_node_ids(self) -> list[int]:
-        """Return the nodes' ids."""
-        return self.nodes
-
-
-class AttentiveGrid:
-    """Flower's grid for sites: it looks often, and says which node is lost.
-
-    A node that was killed may be back seconds after it counted as offline; its message
-    is lost then, and only who looks in between learns of it. Flower looks every three
-    seconds, and signs the errors of lost nodes with the SuperLink's id.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's.
-    """
-
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-
-    def get_node_ids(self) -> list[int]:
-        """Return the ids of the connected nodes."""
-        return list(self._grid.get_node_ids())
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send requests and return the replies that arrive in time.
-
-        Parameters
-        ----------
-        messages : iterable of Message
-            One or more for each node.
-        timeout : float or None
-            Seconds to wait; None waits for all.
-
-        Returns
-        -------
-        list of Message
-            Replies and errors, each from the node that was asked.
-        """
-        requests = list(messages)
-        identifiers = list(self._grid.push_messages(requests))
-        waiting = dict(zip(identifiers, requests, strict=True))
-        end = None if timeout is None else time.monotonic() + timeout
-        replies = []
-        while waiting:
-            for reply in self._grid.pull_messages(list(waiting)):
-                request = waiting.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    reply = Message(reply.error, reply_to=request)
-                replies.append(reply)
-            if not waiting or (end is not None and time.monotonic() > end):
-                break
-            time.sleep(POLL_S)
-        return replies
 
 
 @dataclass
@@ -181,7 +111,7 @@ class SitePlan:
             )
             time.sleep(WAIT_S)
         self._started = True
-        return cast(Grid, _Connected(sorted(self._names)))
+        return KnownNodesGrid(grid, sorted(self._names))
 
     def available(self) -> list[int]:
         """Return the numbers of the sites that are connected."""
