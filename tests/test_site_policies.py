@@ -8,7 +8,7 @@ from flwr.app import Context, RecordDict
 
 from server_app.app import main
 from tests.conftest import be_flower
-from tests.in_process_grid import InProcessGrid, as_grid
+from tests.in_process_grid import InProcessGrid
 from tests.site_folders import write_site
 from tests.site_node import site_run
 from tests.test_sites import metrics
@@ -40,7 +40,7 @@ def run_with(tmp_path: Path, rules: dict[str, Any], name: str) -> set[str]:
         run__dir=str(tmp_path), run__name=name, federation__clients_per_round=2
     )
     grid = InProcessGrid(config, len(nodes), node_configs=nodes)
-    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+    main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
     lines = metrics(tmp_path / name)
     assert len(lines) == 2
     return {client for line in lines for client in line["clients"]}

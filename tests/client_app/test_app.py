@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from client_app.app import _teacher, app
@@ -24,6 +23,7 @@ from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
+from tests.conftest import be_flower
 from tests.defaults import ROOT, run_config
 
 # One un-augmented draw of all images, so that class gradients can be computed slowly;
@@ -42,9 +42,7 @@ FORMAT = messages.GradientFormat(CLASSES, DIM, CONFIG.upload)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache; be what Flower takes for one of its processes."""
-    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    be_flower(tmp_path / "cache", monkeypatch)
 
 
 def student() -> ImageClassifier:
@@ -354,8 +352,8 @@ def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
     program = (
         "import pickle, sys; from pathlib import Path\n"
         "from flwr.app import Context, RecordDict\n"
-        "from flwr.supercore.task_identity import TaskIdentity\n"
-        "TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = 1\n"
+        "from tests.flower_private import act_as_flower_process\n"
+        "act_as_flower_process()\n"
         "from client_app.app import app\n"
         "message, config = (pickle.loads(Path(p).read_bytes()) for p in sys.argv[1:])\n"
         "context = Context(1, 1, {'partition-id': 0}, RecordDict(), config)\n"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from server_app.run import Session
-from strategy.base import SimulatedClients, Method, Setting
+from strategy.base import Method, Setting, SimulatedClients
 from strategy.registry import method_named
 from strategy.round_record import RoundRecord
 from tests.defaults import run_config

@@ -23,7 +23,7 @@ from torch import nn
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, Precision
 from clip2fl_common.config import Scalar
-from strategy.base import SimulatedClients, Method
+from strategy.base import Method, SimulatedClients
 from tests.defaults import run_config
 
 NODES = (71, 13)

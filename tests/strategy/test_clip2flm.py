@@ -55,9 +55,7 @@ def strategy(
     )
 
 
-def one_round(
-    method: Method, arrays: ArrayRecord, server_round: int
-) -> ArrayRecord:
+def one_round(method: Method, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
     """Return the next global model; clients answer with what depends on the round."""
     replies = [
         train_reply(
