@@ -204,7 +204,8 @@ class Method(Strategy):
         self.clients.refresh(grid)
         self._sent = messages.arrays_to_numpy(arrays)
         self._sent_at = time.perf_counter()
-        config[messages.FIELDS] = list(self.reply_fields)
+        if self.reply_fields:
+            config[messages.FIELDS] = list(self.reply_fields)
         numbers = self.safeguards.sample(server_round)
         content = self._content(server_round, arrays, config, training=True)
         self.round = RoundRecord(
@@ -434,6 +435,7 @@ class Method(Strategy):
             weights,
             mean=set(messages.AVERAGED_METRICS),
         )
+        metrics[messages.NUM_EXAMPLES] = sum(reply.images for reply in replies)
         return self.step(self._sent, mean), metrics
 
     def _record(self, metrics: Mapping[str, float]) -> None:

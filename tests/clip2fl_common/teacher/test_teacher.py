@@ -14,7 +14,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from client_app.app import _check_code, _check_teacher
+from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
 from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
