@@ -94,7 +94,12 @@ def setting(
     **changes: Scalar,
 ) -> Setting:
     """Return a setting of small classifiers: C and d, prototypes [C, d]."""
-    changed: dict[str, Scalar] = {"model__feature_dim": shape[1], **changes}
+    changed: dict[str, Scalar] = {
+        "model__feature_dim": shape[1],
+        "partition__clients": max(2, clients.clients_per_round),
+        "federation__clients_per_round": clients.clients_per_round,
+        **changes,
+    }
     config = run_config(**changed)
     names = tuple(f"class-{c}" for c in range(shape[0]))
     teacher = None if prototypes is None else cast(Teacher, FakeTeacher(prototypes))
