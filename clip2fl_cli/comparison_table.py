@@ -184,7 +184,17 @@ def read_compared(table: Path) -> Compared:
 
 
 class _Lines:
-    """The table's rows, one after the other."""
+    """The table's rows, one after the other.
+
+    Attributes
+    ----------
+    where : str
+        Names the file in errors.
+    header : list of str
+        Names of the columns.
+    classes : dict of str to int
+        How many per-class columns each classifier has.
+    """
 
     def __init__(self, table: Path) -> None:
         self.where = shown(table)
@@ -201,18 +211,7 @@ class _Lines:
         if len(set(self.header)) < len(self.header):
             raise ForeignFileError(f"{self.where}: a column comes twice")
         self._paths = [_path(column) for column in self.header]
-        # Number of classes of each classifier.
-        self.classes: dict[str, int] = {}
-        for path, column in zip(self._paths, self.header, strict=True):
-            if path[:1] == ("accuracy",):
-                number = self.classes.setdefault(path[1], 0)
-                if path[2] == "per_class":
-                    if not column.endswith(f".{number}"):
-                        raise ForeignFileError(
-                            f"{self.where}: the columns of accuracy."
-                            f"{path[1][:200]}.per_class must be numbered from 0"
-                        )
-                    self.classes[path[1]] += 1
+        self.classes = _class_columns(self.header, self._paths, self.where)
 
     def line(self, key: Sequence[str], heads: Mapping[str, str]) -> dict[str, Any]:
         """Return the next row as a line of ``metrics.jsonl``.
@@ -372,6 +371,23 @@ def _path(column: str) -> _Path:
     if group in ("losses", "seconds", "bytes"):
         return group, rest
     return ()
+
+
+def _class_columns(
+    header: Sequence[str], paths: Sequence[_Path], where: str
+) -> dict[str, int]:
+    """Return how many per-class columns each classifier has; they must be in order."""
+    found: dict[str, int] = {}
+    for column, path in zip(header, paths, strict=True):
+        if path[:1] == ("accuracy",) and path[2] == "per_class":
+            number = found.get(path[1], 0)
+            if not column.endswith(f".{number}"):
+                raise ForeignFileError(
+                    f"{where}: columns of accuracy.{shown(path[1])[:200]}.per_class "
+                    "must be numbered from 0"
+                )
+            found[path[1]] = number + 1
+    return found
 
 
 def _value(cell: str, column: str, where: str) -> float | None:
