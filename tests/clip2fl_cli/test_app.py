@@ -189,6 +189,8 @@ def test_comparison_leaves_table_summary_and_reports(
     assert "| plain | fedavg | 1, 2 | 55.0 ± 0.0 |" in captured.out
     folder = runs / "x"
     assert captured.out.strip() == (folder / "comparison.md").read_text().strip()
+    assert run(monkeypatch, "report", folder / "comparison.csv") == 0
+    assert capsys.readouterr().out == captured.out
     assert (folder / "report.html").is_file()
     assert (folder / "plain-seed1" / "report.html").is_file()
 
