@@ -1,5 +1,6 @@
 """The documentation site builds strictly, and its pages load nothing from elsewhere."""
 
+import doctest
 import os
 import re
 import subprocess
@@ -101,3 +102,14 @@ def test_api_pages_have_signatures_and_docstrings(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", page)
     assert "imbalance_factor: float" in text
     assert "Per client, the indices into labels of its samples" in text
+
+
+@pytest.mark.parametrize("name", ["data", "models", "client", "server"])
+def test_examples_print_what_the_page_shows(name: str) -> None:
+    page = ROOT / "docs" / "api" / f"{name}.md"
+    text = re.sub(r"^```.*$", "", page.read_text("utf-8"), flags=re.M)
+    examples = doctest.DocTestParser().get_doctest(text, {}, name, str(page), 0)
+    assert examples.examples
+    outputs: list[str] = []
+    results = doctest.DocTestRunner().run(examples, out=outputs.append)
+    assert results.failed == 0, "".join(outputs)
