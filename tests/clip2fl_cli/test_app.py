@@ -322,7 +322,7 @@ def test_installed_command_and_module_are_the_same() -> None:
 
 def documented() -> list[str]:
     """Return the commands in the README and in docs/, each on one line."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text("utf-8") for page in pages).replace("\\\n", " ")
     return sorted(set(re.findall(r"\.venv/bin/clip2fl ([^`\n]+)", text)))
 
