@@ -33,7 +33,7 @@ from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
 from server_app.app import main as server_main
-from server_app.checkpoints import rounds_with_checkpoint
+from server_app.run_folder import rounds_with_checkpoint
 from strategy.base import NoRepliesError
 from strategy.robust import gradient_norm
 from tests.in_process_grid import InProcessGrid, as_grid

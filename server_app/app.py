@@ -1,4 +1,4 @@
-"""Flower ServerApp: wires nodes, strategy and session together."""
+"""Flower ServerApp: wires nodes, strategy and run together."""
 
 from pathlib import Path
 from typing import cast
@@ -7,8 +7,8 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import messages
-from clip2fl_common.config import SITES, RunConfig
-from server_app.run import Session
+from clip2fl_common.config import RunConfig
+from server_app.run import Run
 from strategy.base import ClientPlan, PartitionedTraining, Setting
 from strategy.clients import AttentiveGrid, SitePlan
 from strategy.registry import method_named
@@ -24,27 +24,26 @@ QUERY_TIMEOUT_S = 120.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
-    if config.dataset.name == SITES:
-        grid = cast(Grid, AttentiveGrid(grid))
-    with Session(config, context.run_id) as session:
-        strategy = build_strategy(session, _plan(session, grid))
-        done = session.open(strategy)
+    with Run(config, context.run_id) as run:
+        grid, plan = _participants(run, grid)
+        strategy = build_strategy(run, plan)
+        done = run.open(strategy)
 
         def close_round(server_round: int, arrays: ArrayRecord) -> None:
             if server_round > 0:
-                messages.load_arrays(session.model, arrays)
-                session.close_round(server_round, strategy)
+                messages.load_arrays(run.model, arrays)
+                run.close_round(server_round, strategy)
 
         if done < config.federation.rounds:
             rounds = Continuation(strategy, done) if done else strategy
             rounds.start(
                 grid,
-                messages.model_to_arrays(session.model),
+                messages.model_to_arrays(run.model),
                 num_rounds=config.federation.rounds - done,
                 timeout=config.federation.round_timeout,
                 evaluate_fn=close_round,
             )
-        session.close(strategy)
+        run.close(strategy)
 
 
 def find_nodes(grid: Grid) -> tuple[int, ...]:
@@ -78,36 +77,35 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     return tuple(places[partition] for partition in sorted(places))
 
 
-def _plan(session: Session, grid: Grid) -> ClientPlan | SitePlan:
-    config = session.config
-    if config.dataset.name == SITES:
-        registry = config.federation.site_registry
-        return SitePlan(
-            len(session.dataset.class_names),
+def _participants(run: Run, grid: Grid) -> tuple[Grid, ClientPlan | SitePlan]:
+    """Return who takes part, and the grid that reaches them."""
+    config = run.config
+    if config.simulated:
+        return grid, ClientPlan(
+            find_nodes(grid),
+            config.partition.clients,
             config.federation.clients_per_round,
             config.seed,
-            config.aggregation.max_site_images,
-            Path(registry).expanduser() if registry else None,
+            run.data.images_per_client,
         )
-    return ClientPlan(
-        find_nodes(grid),
-        config.partition.clients,
+    registry = config.federation.site_registry
+    return cast(Grid, AttentiveGrid(grid)), SitePlan(
+        len(run.data.class_names),
         config.federation.clients_per_round,
         config.seed,
-        session.images_per_client,
+        config.aggregation.max_site_images,
+        Path(registry).expanduser() if registry else None,
     )
 
 
-def build_strategy(
-    session: Session, plan: ClientPlan | SitePlan
-) -> PartitionedTraining:
+def build_strategy(run: Run, plan: ClientPlan | SitePlan) -> PartitionedTraining:
     """Return the strategy of the configuration's method."""
-    return method_named(session.config.method).build(
+    return method_named(run.config.method).build(
         Setting(
             plan,
-            session.config,
-            session.dataset.class_names,
-            session.device,
-            session.teacher,
+            run.config,
+            run.data.class_names,
+            run.device,
+            run.teacher,
         )
     )

@@ -18,14 +18,13 @@ from server_app.checkpoints import (
     Checkpoint,
     DamagedCheckpointError,
     ResumeError,
-    checkpoint_path,
     load_checkpoint,
     load_newest,
     prune,
     refuse_differences,
-    rounds_with_checkpoint,
     save_checkpoint,
 )
+from server_app.run_folder import checkpoint_path, rounds_with_checkpoint
 from tests.defaults import default_config
 
 FILES = ("tensors.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS")
