@@ -39,7 +39,7 @@ class TeacherFacts:
     logit_scale: float
 
 
-def recall_facts(model: str, pretrained: str) -> TeacherFacts | None:
+def known_facts(model: str, pretrained: str) -> TeacherFacts | None:
     """Return what was noted of a teacher whose files are still the same.
 
     Parameters

@@ -20,7 +20,7 @@ from clip2fl_common.files import (
     replacing_private,
 )
 from clip2fl_common.teacher.facts import TeacherFacts, note_facts
-from clip2fl_common.teacher.feature_cache import FeatureStore
+from clip2fl_common.teacher.feature_cache import FeatureCache
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o377], ids=oct)
@@ -42,7 +42,7 @@ def fill(folder: Path) -> None:
     assert stored is not None and stored[0].shape == (1, 3, 4, 4)
     file_digests([folder / "x.png"])
     note_facts("model", "tag", [folder / "x.png"], TeacherFacts("f", 1.0))
-    store = FeatureStore("fingerprint")
+    store = FeatureCache("fingerprint")
     store.put([bytes(16)], torch.ones(1, 8))
     assert list(store.get([bytes(16)])) == [bytes(16)]
     # Files of a lock are made when the database was damaged.
@@ -83,7 +83,7 @@ def test_what_others_could_read_is_closed_to_them(cache: Path) -> None:
 def test_journal_of_features_is_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        store = FeatureStore("fingerprint", tmp_path)
+        store = FeatureCache("fingerprint", tmp_path)
         with store._open() as connection:
             connection.execute("INSERT INTO checked_feature VALUES (x'', x'', x'')")
             (journal,) = tmp_path.glob("*-journal")
