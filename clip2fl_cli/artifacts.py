@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from clip2fl_cli.run_schema import MAX_COUNT
-from clip2fl_common.shown import shown
-from server_app.foreign_files import ForeignFileError, short
+from clip2fl_common.shown import short, shown
+from server_app.foreign_files import ForeignFileError
 from server_app.run_folder import CLIENTS, CONFUSION, FEATURES
 from server_app.tensor_files import Declared, TensorFile
 

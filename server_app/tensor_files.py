@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from clip2fl_common.files import replacing
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     opened,
     parse_json,
-    short,
 )
 
 # A model of 32,768 classes with long names has ten megabytes.
