@@ -106,7 +106,7 @@ class Teacher:
         self.prompt = prompt
         self.batch_size = batch_size
         self._facts = facts or self.network.facts
-        self._cache = FeatureCache(self.fingerprint)
+        self._feature_cache = FeatureCache(self.fingerprint)
 
     @property
     def fingerprint(self) -> str:
@@ -217,11 +217,11 @@ class Teacher:
         self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
     ) -> torch.Tensor:
         """Return features [N, d] from disk; compute and keep those at other places."""
-        known = self._cache.get(keys)
+        known = self._feature_cache.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             computed = compute(missing)
-            self._cache.put([keys[i] for i in missing], computed)
+            self._feature_cache.put([keys[i] for i in missing], computed)
             known |= {keys[i]: v for i, v in zip(missing, computed, strict=True)}
         return torch.stack([known[key] for key in keys])
 
