@@ -29,7 +29,6 @@ CLASSES = (
 def prepare(folder: Path, images: int, teacher: str) -> None:
     """Write a site's folder, the run configuration and a train message."""
     from flwr.app import ConfigRecord, Message, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
     from PIL import Image
     from torch import nn
 
@@ -40,6 +39,7 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
     from clip2fl_common.models import build_model
     from clip2fl_common.provenance import code_fingerprint
     from clip2fl_common.teacher import load_teacher
+    from tests.flower_private import act_as_flower_process
 
     for label, name in enumerate(demo.CLASS_NAMES):
         (folder / "site" / name).mkdir(parents=True)
@@ -55,8 +55,7 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
         "client.epochs": 1,
     }
     config = RunConfig.from_run_config(flat)  # type: ignore[arg-type]
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+    act_as_flower_process()
     content = RecordDict(
         {
             messages.ARRAYS: messages.model_to_arrays(
@@ -83,14 +82,14 @@ def answer(folder: Path) -> None:
     """Answer the message in this process; print the seconds of each phase."""
     started = time.perf_counter()
     from flwr.app import Context, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
+
+    from tests.flower_private import act_as_flower_process
 
     flower = time.perf_counter()
     from client_app.app import app
 
     imported = time.perf_counter()
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+    act_as_flower_process()
     message, config = pickle.loads((folder / "message").read_bytes())
     node: dict[str, bool | float | int | str] = {"data-path": str(folder / "site")}
     reply = app(message, Context(1, 1, node, RecordDict(), config))

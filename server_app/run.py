@@ -34,7 +34,7 @@ from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
 from server_app.tracking import open_trackers, scalars
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.registry import method_named
 
 TEACHER_ROW = "teacher zero-shot"
@@ -101,12 +101,12 @@ class Run:
             batch_size=teacher.batch_size,
         )
 
-    def open(self, strategy: PartitionedTraining) -> int:
+    def open(self, strategy: Method) -> int:
         """Begin the run or take it up again; say where it goes.
 
         Parameters
         ----------
-        strategy : PartitionedTraining
+        strategy : Method
             Gets the state of the last round, where there was one, and the way back to
             earlier ones.
 
@@ -157,7 +157,7 @@ class Run:
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
         return facts
 
-    def _resume(self, strategy: PartitionedTraining) -> int:
+    def _resume(self, strategy: Method) -> int:
         """Take up the state of the newest whole checkpoint; return its round."""
         newest = self.state.find()
         if best := self.state.find_best():
@@ -168,14 +168,14 @@ class Run:
         self.folder.begin_metrics(newest.metrics)
         return newest.round
 
-    def close_round(self, server_round: int, strategy: PartitionedTraining) -> None:
+    def close_round(self, server_round: int, strategy: Method) -> None:
         """Evaluate the global model, keep the round's results, print its line.
 
         Parameters
         ----------
         server_round : int
             Round, from 1; the last one is evaluated on all test images.
-        strategy : PartitionedTraining
+        strategy : Method
             With the round's record.
 
         Raises
@@ -235,7 +235,7 @@ class Run:
             self._teacher_row = {TEACHER_ROW: reports.pop(TEACHER_HEAD)}
         return reports
 
-    def close(self, strategy: PartitionedTraining) -> None:
+    def close(self, strategy: Method) -> None:
         """Write the final model and print the table, after all that Flower prints."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
@@ -266,7 +266,7 @@ class Run:
             ) from error
 
     def _delivered(
-        self, strategy: PartitionedTraining
+        self, strategy: Method
     ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
         """Return the delivered model and its classifiers by name, its own last."""
         model = strategy.delivered_model(self.model)
@@ -284,9 +284,7 @@ class Run:
             made_with["teacher"] = self.teacher.fingerprint
         return made_with
 
-    def _save_model(
-        self, name: str, server_round: int, strategy: PartitionedTraining
-    ) -> None:
+    def _save_model(self, name: str, server_round: int, strategy: Method) -> None:
         config = self.config
         model, heads = self._delivered(strategy)
         save_model(

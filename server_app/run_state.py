@@ -18,7 +18,7 @@ from server_app.checkpoints import (
     save_checkpoint,
 )
 from server_app.run_folder import BEST_MODEL, RunFolder, rounds_with_checkpoint
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.recovery import Earlier
 
 logger = getLogger(__name__)
@@ -64,7 +64,7 @@ class RunState:
         self.best: BestRound | None = None
         self.resumed_after: tuple[int, ...] = ()
 
-    def write(self, server_round: int, strategy: PartitionedTraining) -> None:
+    def write(self, server_round: int, strategy: Method) -> None:
         """Write the checkpoint of a round; 0: before the first."""
         save_checkpoint(
             self._folder.path,
@@ -84,7 +84,7 @@ class RunState:
     def keep(
         self,
         server_round: int,
-        strategy: PartitionedTraining,
+        strategy: Method,
         report: AccuracyReport | None,
     ) -> bool:
         """Write a round's checkpoint; tell whether the round is the best so far.
@@ -93,7 +93,7 @@ class RunState:
         ----------
         server_round : int
             The round.
-        strategy : PartitionedTraining
+        strategy : Method
             With its state after the round.
         report : AccuracyReport or None
             Accuracy of the delivered classifier, if it was evaluated.
@@ -155,7 +155,7 @@ class RunState:
             )
             return None
 
-    def take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:
+    def take(self, checkpoint: Checkpoint, strategy: Method) -> None:
         """Give model and strategy the state of a checkpoint."""
         self._model.load_state_dict(checkpoint.model)
         strategy.load_state(checkpoint.strategy)

@@ -85,7 +85,7 @@ def started(
 ) -> Iterator[subprocess.Popen[str]]:
     """Start clip2fl_cli/simulation.py; at the end nothing of it is left."""
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), *arguments]
+    command = [sys.executable, str(ROOT / "clip2fl_cli" / "simulation.py"), *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:

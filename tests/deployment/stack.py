@@ -225,7 +225,7 @@ class Stack:
         """Start the SuperLink on its own loopback, and wait until it answers."""
         superlink = self.keys / "superlink"
         self.server.start(
-            *("superlink", sys.executable, ROOT / "scripts" / "superlink.py"),
+            *("superlink", sys.executable, ROOT / "deploy" / "superlink.py"),
             *("--ssl-ca-certfile", self.ca),
             *("--ssl-certfile", superlink / "server.crt"),
             *("--ssl-keyfile", superlink / "server.key"),
@@ -300,7 +300,7 @@ class Stack:
     def start_run(self, settings: str) -> None:
         """Start a run at the server; it is followed to its end."""
         self.server.start(
-            *("run", sys.executable, ROOT / "scripts" / "federate.py"),
+            *("run", sys.executable, ROOT / "clip2fl_cli" / "federation.py"),
             *("--root-certificates", self.ca),
             *("--run-config", ROOT / "conf" / "sites.toml", "--set", settings),
             *("--set", f'run.dir="{self.results.parent}" run.name="run"'),

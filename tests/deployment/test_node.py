@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.common.config import parse_config_args
 
 from deploy.node_config import node_config
 from tests.defaults import ROOT
+from tests.flower_private import parse_node_config
 
 # Notes what it was called with; python runs all but the doctor.
 STAND_IN = """#!{python}
@@ -79,7 +79,7 @@ def test_node_without_a_runs_file_checks_its_connection_only(
     assert after("--superlink", node) == "proxy:9092"
     assert after("--root-certificates", node) == ca
     assert after("--auth-supernode-private-key", node) == key
-    assert parse_config_args([after("--node-config", node)]) == {
+    assert parse_node_config(after("--node-config", node)) == {
         "data-path": "/data",
         "site": "site-a",
     }
@@ -107,10 +107,10 @@ def test_policy_beside_the_key_is_passed_to_doctor_and_node(
     (check, node), _ = start(tmp_path, RUN_CONFIG="conf/mine.toml")
     policy = str(keys / "policy.toml")
     assert after("--policy", check) == policy
-    assert parse_config_args([after("--node-config", node)])["policy"] == policy
+    assert parse_node_config(after("--node-config", node))["policy"] == policy
     (tmp_path / "other.toml").write_text("")
     (_, node), _ = start(tmp_path, POLICY=str(tmp_path / "other.toml"))
-    config = parse_config_args([after("--node-config", node)])
+    config = parse_node_config(after("--node-config", node))
     assert config["policy"] == str(tmp_path / "other.toml")
 
 
@@ -158,9 +158,9 @@ def test_only_trusted_code_runs_where_somebody_is_trusted(
 def test_every_path_arrives_as_it_is(tmp_path: Path, keys: Path, path: str) -> None:
     expected: dict[str, Any] = {"data-path": path, "site": "site-a"}
     text = node_config({"DATA_PATH": path, "SITE": "site-a"})
-    assert parse_config_args([text]) == expected
+    assert parse_node_config(text) == expected
     (_, node), _ = start(tmp_path, DATA_PATH=path)
-    assert parse_config_args([after("--node-config", node)]) == expected
+    assert parse_node_config(after("--node-config", node)) == expected
 
 
 @pytest.mark.parametrize(
