@@ -180,9 +180,7 @@ def moments(folder: Path, begin: Callable[[], None]) -> list[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", before(os.fsync))
         patch.setattr(os, "replace", before(os.replace))
-        remove = before(files.remove)
-        for module in ("clip2fl_common.files", "server_app.checkpoints"):
-            patch.setattr(f"{module}.remove", remove)
+        patch.setattr("server_app.checkpoints.remove", before(files.remove))
         begin()
     return copies
 
