@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
-from server_app.run import Run
+from server_app.run import ServerRun
 from strategy.clients import Clients, SimulatedClients
 from strategy.grid import AttentiveGrid
 from strategy.registry import method_named
@@ -22,7 +22,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
-    with Run(config, context.run_id) as run:
+    with ServerRun(config, context.run_id) as run:
         clients, grid = _clients(run, grid)
         setting = Setting(
             clients, config, run.data.class_names, run.device, run.teacher
@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         run.close(strategy)
 
 
-def _clients(run: Run, grid: Grid) -> tuple[Clients, Grid]:
+def _clients(run: ServerRun, grid: Grid) -> tuple[Clients, Grid]:
     """Return the clients of a run, and the grid that reaches them."""
     config = run.config
     drawn = config.federation.clients_per_round

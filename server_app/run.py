@@ -44,7 +44,7 @@ class StorageError(OSError):
     """A round's results could not be written; says what is safe and what to do."""
 
 
-class Run:
+class ServerRun:
     """One run: data, initial model, teacher and folder; opened, its rounds closed.
 
     Parameters

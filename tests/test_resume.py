@@ -346,9 +346,9 @@ def test_other_surroundings_are_refused(
 ) -> None:
     with pytest.raises(Stop):
         run(tmp_path / "run", stop_in(2))
-    own = run_module.Run._made_with
+    own = run_module.ServerRun._made_with
     monkeypatch.setattr(
-        run_module.Run, "_made_with", lambda self: {**own(self), name: "another"}
+        run_module.ServerRun, "_made_with", lambda self: {**own(self), name: "another"}
     )
     with pytest.raises(ResumeError, match=f"the {name} is not the run's"):
         go_on(tmp_path / "run")
@@ -385,7 +385,7 @@ def test_data_are_told_by_classes_labels_and_partition(tmp_path: Path) -> None:
             "run__dir": str(tmp_path),
             "run__name": str(number),
         }
-        with run_module.Run(run_config(**place, **change), 1) as opened:
+        with run_module.ServerRun(run_config(**place, **change), 1) as opened:
             made.append(opened.data.fingerprint())
     assert made[0] == made[1]
     assert len(set(made)) == 4

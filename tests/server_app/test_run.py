@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
-from server_app.run import Run
+from server_app.run import ServerRun
 from strategy.base import Method
 from strategy.clients import SimulatedClients
 from strategy.registry import method_named
@@ -25,16 +25,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def tiny_run(folder: Path, **changes: Scalar) -> Run:
+def tiny_run(folder: Path, **changes: Scalar) -> ServerRun:
     """Return a tiny run."""
     place: dict[str, Scalar] = {
         "run__dir": str(folder.parent),
         "run__name": folder.name,
     }
-    return Run(run_config(**{**place, **changes}), 1)
+    return ServerRun(run_config(**{**place, **changes}), 1)
 
 
-def strategy(run: Run) -> Method:
+def strategy(run: ServerRun) -> Method:
     """Return a strategy that has just closed a round."""
     made = method_named(run.config.method)(
         Setting(
