@@ -32,7 +32,7 @@ from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
 from server_app.app import main as server_main
-from server_app.checkpoints import rounds_with_checkpoint
+from server_app.run_folder import rounds_with_checkpoint
 from strategy.robust import gradient_norm
 from strategy.safeguards import NoRepliesError
 from tests.flower_private import act_as_flower_process

@@ -22,9 +22,9 @@ from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 from server_app.checkpoints import load_newest
-from server_app.foreign_files import ForeignFileError, check, short
+from server_app.foreign_files import ForeignFileError, check
 
 # Where a run goes and what watches it do not change its outcome.
 WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers", "run.resume")

@@ -23,14 +23,13 @@ from clip2fl_cli.run_schema import Facts, Recorded, Round
 from clip2fl_cli.runs import COLUMNS, FinishedRun
 from clip2fl_cli.summary import Failure, Origin
 from clip2fl_cli.tables import gradient_bytes
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     check,
     read_json,
     read_text,
-    short,
 )
 
 # A comparison of 12 runs, 1,000 classes and 200 rounds has 30 megabytes.

@@ -400,6 +400,11 @@ class RunConfig:
             raise ConfigError(listed(problems))
         return config
 
+    @property
+    def simulated(self) -> bool:
+        """Whether nodes simulate the clients; else they are sites with own images."""
+        return self.dataset.name != SITES
+
     def to_flat(self) -> dict[str, Scalar]:
         """Return the configuration as dotted kebab-case keys, sorted."""
         flat: dict[str, Scalar] = {}
@@ -435,8 +440,7 @@ def _contradictions(config: RunConfig) -> list[str]:
     """Return what is wrong between keys that are each in range."""
     problems = []
     sampled, clients = config.federation.clients_per_round, config.partition.clients
-    sites = config.dataset.name == SITES
-    if sampled > clients and not sites:
+    if sampled > clients and config.simulated:
         problems.append(
             f"federation.clients-per-round = {sampled} is more than partition.clients "
             f"= {clients}; lower the first or raise the second"

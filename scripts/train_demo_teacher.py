@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from clip2fl_common.data.demo import (
     demo_split,
     sample_scenes,
 )
+from clip2fl_common.files import replacing
 from clip2fl_common.teacher.demo import (
     DATA_FORMAT,
     DATA_PATH,
@@ -340,17 +340,6 @@ def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], str]:
     return token_ids, base64.b64encode(safetensors.torch.save(state)).decode()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-    ) as file:
-        file.write(text)
-    # A temporary file is private; this one is to be read by everyone.
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def main() -> None:
     """Train, pack, measure what was packed, and write the data file."""
     parser = argparse.ArgumentParser(
@@ -403,7 +392,8 @@ def main() -> None:
         },
         "zero_shot": accuracy,
     }
-    write_atomically(arguments.output, json.dumps(document, indent=1) + "\n")
+    with replacing(arguments.output, 0o644) as file:
+        file.write((json.dumps(document, indent=1) + "\n").encode())
     print(json.dumps(accuracy, indent=1))
     size = arguments.output.stat().st_size
     print(f"{arguments.output}: {size} bytes")

@@ -24,16 +24,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip2fl_common.config import Scalar
-from server_app.durable import remove, replaced_whole
+from clip2fl_common.files import remove, replacing_folder
+from server_app.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    checkpoint_path,
+    rounds_with_checkpoint,
+)
 
 logger = getLogger(__name__)
 
 FORMAT = 1
 
-FOLDER = "checkpoints"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-METRICS = "metrics.jsonl"
 SUMS = "SHA256SUMS"
 
 MODEL_PREFIX = "model."
@@ -114,17 +118,6 @@ class Checkpoint:
     strategy: Mapping[str, torch.Tensor]
 
 
-def checkpoint_path(run_folder: Path, server_round: int) -> Path:
-    """Return where the checkpoint of a round lies."""
-    return run_folder / FOLDER / f"round-{server_round:06d}"
-
-
-def rounds_with_checkpoint(run_folder: Path) -> list[int]:
-    """Return the rounds that have a checkpoint, whole or damaged, ascending."""
-    names = [path.name for path in (run_folder / FOLDER).glob("round-??????")]
-    return sorted(int(name.removeprefix("round-")) for name in names)
-
-
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into a run's folder; on disk when this returns.
 
@@ -153,8 +146,7 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
     named |= {f"{STRATEGY_PREFIX}{n}": t for n, t in checkpoint.strategy.items()}
     place = checkpoint_path(run_folder, checkpoint.round)
     place.parent.mkdir(exist_ok=True)
-    with replaced_whole(place) as folder:
-        folder.mkdir()
+    with replacing_folder(place) as folder:
         save_file(
             {
                 name: tensor.detach().cpu().contiguous()
@@ -256,13 +248,13 @@ def load_newest(run_folder: Path) -> Checkpoint:
         return checkpoint
     if damaged:
         raise ResumeError(
-            f"every checkpoint in {run_folder / FOLDER} is damaged ("
+            f"every checkpoint in {run_folder / CHECKPOINTS} is damaged ("
             + "; ".join(f"round {r}: {reason}" for r, reason in damaged.items())
             + "): restore one from a backup, or start the run anew in another folder"
         )
     raise ResumeError(
-        f"{run_folder / FOLDER} holds no checkpoint, so there is nothing to resume: "
-        "start the run without run.resume"
+        f"{run_folder / CHECKPOINTS} holds no checkpoint, so there is nothing to "
+        "resume: start the run without run.resume"
     )
 
 

@@ -17,14 +17,13 @@ from server_app.checkpoints import (
     Checkpoint,
     DamagedCheckpointError,
     ResumeError,
-    checkpoint_path,
     load_checkpoint,
     load_newest,
     prune,
     refuse_differences,
-    rounds_with_checkpoint,
     save_checkpoint,
 )
+from server_app.run_folder import checkpoint_path, rounds_with_checkpoint
 from tests.defaults import default_config
 from tests.tools import needed_tool
 
