@@ -1,5 +1,6 @@
 """Flower ServerApp: wires nodes, strategy and session together."""
 
+from logging import getLogger
 from pathlib import Path
 from typing import cast
 
@@ -8,11 +9,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
+from clip2fl_common.config.unread import unread_warning
 from server_app.run import Session
 from strategy.base import ClientPlan, PartitionedTraining, Setting
 from strategy.clients import AttentiveGrid, SitePlan
 from strategy.registry import method_named
 from strategy.resumed import Continuation
+
+logger = getLogger(__name__)
 
 app = ServerApp()
 
@@ -24,6 +28,8 @@ QUERY_TIMEOUT_S = 120.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
+    if warning := unread_warning(config):
+        logger.warning(warning)
     if config.dataset.name == SITES:
         grid = cast(Grid, AttentiveGrid(grid))
     with Session(config, context.run_id) as session:
