@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip2fl_cli.comparison import WITHOUT_INFLUENCE
 from clip2fl_cli.run_schema import Facts, Recorded, Round
 from clip2fl_cli.runs import COLUMNS, FinishedRun
 from clip2fl_cli.summary import Failure, Origin
@@ -124,7 +123,7 @@ def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     """
     every = [run for group in runs.values() for run in group]
     configs = [
-        {key: v for key, v in run.config.items() if key not in WITHOUT_INFLUENCE}
+        {key: v for key, v in run.config.items() if not key.startswith("run.")}
         for run in every
     ]
     others = [

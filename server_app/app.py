@@ -1,5 +1,6 @@
 """Flower ServerApp: wires clients, method and run together."""
 
+from logging import getLogger
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -7,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
+from clip2fl_common.config.unread import unread_warning
 from server_app.run import ServerRun
 from strategy.clients import Clients, SimulatedClients
 from strategy.grid import AttentiveGrid
@@ -15,6 +17,8 @@ from strategy.resumed import Continuation
 from strategy.setting import Setting
 from strategy.site_clients import SiteClients
 
+logger = getLogger(__name__)
+
 app = ServerApp()
 
 
@@ -22,6 +26,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation from the run configuration to the delivered model."""
     config = RunConfig.from_run_config(context.run_config)
+    if warning := unread_warning(config):
+        logger.warning(warning)
     with ServerRun(config, context.run_id) as run:
         clients, grid = _clients(run, grid)
         setting = Setting(

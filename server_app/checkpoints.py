@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip2fl_common.config import Scalar
+from clip2fl_common.config.same_run import NOTHING, differences
 from clip2fl_common.files import remove, replacing_folder
 from server_app.run_folder import (
     CHECKPOINTS,
@@ -42,18 +43,6 @@ SUMS = "SHA256SUMS"
 
 MODEL_PREFIX = "model."
 STRATEGY_PREFIX = "strategy."
-
-# Keys that decide where results and the site registry lie, how long is waited and what
-# is kept, but not what comes out: they may differ when a run goes on.
-FREE_KEYS = (
-    "run.dir",
-    "run.name",
-    "run.resume",
-    "federation.round-timeout",
-    "federation.site-registry",
-    "checkpoint.every",
-    "checkpoint.keep",
-)
 
 
 class ResumeError(ValueError):
@@ -294,7 +283,7 @@ def refuse_differences(
     checkpoint : Checkpoint
         Where the run is to go on.
     config : Mapping
-        The configuration it is to go on with; `FREE_KEYS` may differ.
+        The configuration it is to go on with.
     made_with : Mapping
         Fingerprints of the code, data and teacher at hand.
 
@@ -303,19 +292,14 @@ def refuse_differences(
     ResumeError
         Names every difference, with both values.
     """
-    nothing = "nothing"
-    keys = sorted(checkpoint.config.keys() | config.keys())
-    differences = [
-        f"{key}: the run has {checkpoint.config.get(key, nothing)!r}, now it is "
-        f"{config.get(key, nothing)!r}"
-        for key in keys
-        if key not in FREE_KEYS and checkpoint.config.get(key) != config.get(key)
-    ]
-    if differences:
+    if found := differences(checkpoint.config, config):
         raise ResumeError(
             "the configuration is not the run's, so that it cannot go on from round "
             f"{checkpoint.round}:\n"
-            + "\n".join(f"  - {line}" for line in differences)
+            + "\n".join(
+                f"  - {key}: the run has {then!r}, now it is {now!r}"
+                for key, then, now in found
+            )
             + "\nTake the run's own values, or start another run."
         )
     remedies = {
@@ -325,7 +309,7 @@ def refuse_differences(
     }
     for name, remedy in remedies.items():
         then, now = (
-            found.get(name, nothing) for found in (checkpoint.made_with, made_with)
+            made.get(name, NOTHING) for made in (checkpoint.made_with, made_with)
         )
         if then != now:
             raise ResumeError(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip2fl_common import config_types
 from clip2fl_common.config import ConfigError
+from clip2fl_common.config import types as config_types
 from server_app.tracking import TRACKERS, open_trackers, scalars
 from tests.defaults import run_config
 from tests.server_app import test_run
