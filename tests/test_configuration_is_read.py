@@ -155,7 +155,7 @@ def test_other_values_do_change_what_comes_out(tmp_path: Path, key: str) -> None
 def test_keys_of_sites_and_lists_are_read_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strategy.clients.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
     folders = [
         write_site(tmp_path / f"private-{n}", {"circle": 4, "square": 4}, first=10 * n)
         for n in range(2)
