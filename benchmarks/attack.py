@@ -33,10 +33,10 @@ from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.dotted_keys import flatten
 from server_app.app import main as server_main
 from server_app.checkpoints import rounds_with_checkpoint
-from strategy.base import NoRepliesError
 from strategy.robust import gradient_norm
+from strategy.safeguards import NoRepliesError
 from tests.flower_private import act_as_flower_process
-from tests.in_process_grid import InProcessGrid
+from tests.in_process_grid import InProcessGrid, client_of
 
 CLIENTS = 8
 ATTACKER = 0
@@ -73,7 +73,7 @@ class Observer:
         """Return the reply that arrives."""
         if reply.has_error():
             return reply
-        attacks = self.attacks and messages.partition_of(reply) == ATTACKER
+        attacks = self.attacks and client_of(reply) == ATTACKER
         content = reply.content.array_records
         sent = messages.arrays_to_numpy(request.content.array_records[messages.ARRAYS])
         local = messages.arrays_to_numpy(content[messages.ARRAYS])

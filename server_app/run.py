@@ -58,7 +58,7 @@ from server_app.run_folder import (
     final_table,
 )
 from server_app.tracking import open_trackers, scalars
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.recovery import Earlier
 from strategy.registry import method_named
 from strategy.round_record import RoundRecord
@@ -137,12 +137,12 @@ class Session:
             batch_size=teacher.batch_size,
         )
 
-    def open(self, strategy: PartitionedTraining) -> int:
+    def open(self, strategy: Method) -> int:
         """Begin the run or take it up again; say where it goes.
 
         Parameters
         ----------
-        strategy : PartitionedTraining
+        strategy : Method
             Gets the state of the last round, where there was one, and the way back to
             earlier ones.
 
@@ -195,7 +195,7 @@ class Session:
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
         return facts
 
-    def _resume(self, strategy: PartitionedTraining) -> int:
+    def _resume(self, strategy: Method) -> int:
         """Take up the state of the newest whole checkpoint; return its round."""
         folder = self.folder.path
         newest = load_newest(folder)
@@ -238,11 +238,11 @@ class Session:
             return Earlier(model_to_arrays(self.model), found.strategy)
         return None
 
-    def _take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:
+    def _take(self, checkpoint: Checkpoint, strategy: Method) -> None:
         self.model.load_state_dict(checkpoint.model)
         strategy.load_state(checkpoint.strategy)
 
-    def _restore_best(self, best: BestRound, strategy: PartitionedTraining) -> None:
+    def _restore_best(self, best: BestRound, strategy: Method) -> None:
         """Write the best model again, in case a later round's replaced it."""
         try:
             checkpoint = load_checkpoint(self.folder.path, best.round)
@@ -258,14 +258,14 @@ class Session:
         self._take(checkpoint, strategy)
         self._save_model(BEST_MODEL, best.round, strategy)
 
-    def close_round(self, server_round: int, strategy: PartitionedTraining) -> None:
+    def close_round(self, server_round: int, strategy: Method) -> None:
         """Evaluate the global model, keep the round's results, print its line.
 
         Parameters
         ----------
         server_round : int
             Round, from 1; the last one is evaluated on all test images.
-        strategy : PartitionedTraining
+        strategy : Method
             With the round's record.
 
         Raises
@@ -334,7 +334,7 @@ class Session:
             self._teacher_row = {TEACHER_ROW: reports.pop(TEACHER_HEAD)}
         return reports
 
-    def close(self, strategy: PartitionedTraining) -> None:
+    def close(self, strategy: Method) -> None:
         """Write the final model and print the table, after all that Flower prints."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
@@ -365,7 +365,7 @@ class Session:
             ) from error
 
     def _delivered(
-        self, strategy: PartitionedTraining
+        self, strategy: Method
     ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
         """Return the delivered model and its classifiers by name, its own last."""
         model = strategy.delivered_model(self.model)
@@ -412,7 +412,7 @@ class Session:
     def _keep_round(
         self,
         server_round: int,
-        strategy: PartitionedTraining,
+        strategy: Method,
         report: AccuracyReport | None,
     ) -> None:
         """Write a round's checkpoint, and its model if it is the best so far."""
@@ -425,9 +425,7 @@ class Session:
             self._save_model(BEST_MODEL, server_round, strategy)
         prune(self.folder.path, self.config.checkpoint.keep)
 
-    def _write_checkpoint(
-        self, server_round: int, strategy: PartitionedTraining
-    ) -> None:
+    def _write_checkpoint(self, server_round: int, strategy: Method) -> None:
         save_checkpoint(
             self.folder.path,
             Checkpoint(
@@ -465,9 +463,7 @@ class Session:
     def _environment(self) -> dict[str, str]:
         return {"device": self.device.type, **_versions()}
 
-    def _save_model(
-        self, name: str, server_round: int, strategy: PartitionedTraining
-    ) -> None:
+    def _save_model(self, name: str, server_round: int, strategy: Method) -> None:
         config = self.config
         model, heads = self._delivered(strategy)
         save_model(

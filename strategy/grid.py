@@ -65,29 +65,6 @@ class DelegatingGrid(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
-class KnownNodesGrid(DelegatingGrid):
-    """A grid on which the connected nodes stay the same for a whole round.
-
-    Flower's strategies ask twice which nodes are connected. They would wait for a node
-    that left in between.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's.
-    nodes : iterable of int
-        Ids of the nodes that count as connected.
-    """
-
-    def __init__(self, grid: Grid, nodes: Iterable[int]) -> None:
-        super().__init__(grid)
-        self._nodes = list(nodes)
-
-    def get_node_ids(self) -> list[int]:
-        """Return the ids that were given."""
-        return list(self._nodes)
-
-
 class AttentiveGrid(DelegatingGrid):
     """Looks for replies often, and says which node is lost.
 

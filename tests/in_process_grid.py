@@ -10,6 +10,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.app import app
 from clip2fl_common.config import RunConfig
+from clip2fl_common.messages import METRICS, PARTITION
 from tests.flower_private import give_id
 from tests.stand_in_grid import StandInGrid
 
@@ -108,3 +109,8 @@ class InProcessGrid(StandInGrid):
         """Return the replies to messages, as far as there are any."""
         found = [self._waiting.pop(n, None) for n in message_ids]
         return [reply for reply in found if reply is not None]
+
+
+def client_of(reply: Message) -> int:
+    """Return the client that a reply speaks of, unchecked."""
+    return cast(int, reply.content.metric_records[METRICS][PARTITION])

@@ -20,7 +20,7 @@ NAMES = ("north", "east", "west")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache, and do not wait."""
     be_flower(tmp_path / "cache", monkeypatch)
-    for name in ("grid.POLL_S", "clients.WAIT_S", "clients.ASK_AGAIN_S"):
+    for name in ("grid.POLL_S", "site_clients.WAIT_S", "site_clients.ASK_AGAIN_S"):
         monkeypatch.setattr(f"strategy.{name}", 0.0)
 
 

@@ -23,7 +23,7 @@ from clip2fl_common.models import build_model
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.delivery import load_model
-from strategy.clients import client_number
+from strategy.site_clients import client_number
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import lost_node_error, wire_bytes
@@ -48,8 +48,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
-    monkeypatch.setattr("strategy.clients.WAIT_S", 0.0)
-    monkeypatch.setattr("strategy.clients.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 0.0)
 
 
 @pytest.fixture

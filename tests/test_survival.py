@@ -21,7 +21,8 @@ from flwr.app import (
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from server_app import checkpoints as resume
-from server_app.app import find_nodes, main
+from server_app.app import main
+from strategy.clients import find_nodes
 from tests.defaults import run_config
 from tests.federation import metrics
 from tests.in_process_grid import InProcessGrid, Tamper

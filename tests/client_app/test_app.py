@@ -13,9 +13,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
-from client_app.app import _teacher, app
+from client_app.app import app
 from client_app.gradients import class_gradients
 from client_app.images import training_images
+from client_app.round import _teacher
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import LowRankGradient, row_cosines
 from clip2fl_common.config import RunConfig
@@ -25,6 +26,7 @@ from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
 from tests.conftest import be_flower
 from tests.defaults import ROOT, run_config
+from tests.in_process_grid import client_of
 
 # One un-augmented draw of all images, so that class gradients can be computed slowly;
 # and several steps an epoch, since the first has no proximal gradient.
@@ -118,7 +120,7 @@ def array_bytes(reply: Message) -> dict[str, dict[str, bytes]]:
 def test_query_says_which_partition_the_node_simulates() -> None:
     reply = answer(Message(RecordDict(), 42, "query"), place=2)
     assert set(reply.content) == {messages.METRICS}
-    assert messages.partition_of(reply) == 2
+    assert client_of(reply) == 2
 
 
 @pytest.mark.parametrize("partition", [0, 1, 2])
@@ -128,9 +130,14 @@ def test_reply_keeps_the_contract(partition: int) -> None:
     reply = answer(message, place=0)
     sent = message.content.array_records[messages.ARRAYS]
     images, labels = images_of(partition)
-    messages.check_reply(reply, sent, FORMAT, {partition: len(labels)})
+    messages.TrainReply.parse(
+        reply,
+        messages.arrays_to_numpy(sent),
+        [FORMAT],
+        {partition: len(labels)},
+    )
     values = reply.content.metric_records[messages.METRICS]
-    assert messages.partition_of(reply) == partition
+    assert client_of(reply) == partition
     assert values[messages.NUM_EXAMPLES] == len(images)
     assert values["unreadable-images"] == 0
     assert values["distillation-loss"] == 0

@@ -25,8 +25,8 @@ from typing import Any, TypeVar, cast
 import torch
 from flwr.app import Context, Message, RecordDict
 
-import strategy.clients
 import strategy.grid
+import strategy.site_clients
 from client_app.app import app
 from clip2fl_common.config import RunConfig
 from server_app.app import main as server_main
@@ -323,7 +323,7 @@ def main() -> int:
     act_as_flower_process()
     strategy.grid.POLL_S = 0.0
     for name in ("WAIT_S", "ASK_AGAIN_S"):
-        setattr(strategy.clients, name, 0.0)
+        setattr(strategy.site_clients, name, 0.0)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     folder = own_temporary_folder()

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from server_app.run import Session
-from strategy.base import ClientPlan, PartitionedTraining, Setting
+from strategy.base import Method
+from strategy.clients import SimulatedClients
 from strategy.registry import method_named
 from strategy.round_record import RoundRecord
+from strategy.setting import Setting
 from tests.defaults import run_config
 
 
@@ -32,11 +34,11 @@ def session(folder: Path, **changes: Scalar) -> Session:
     return Session(run_config(**{**place, **changes}), 1)
 
 
-def strategy(run: Session) -> PartitionedTraining:
+def strategy(run: Session) -> Method:
     """Return a strategy that has just closed a round."""
-    made = method_named(run.config.method).build(
+    made = method_named(run.config.method)(
         Setting(
-            ClientPlan((1,), 3, 2, 7, (20, 20, 20)),
+            SimulatedClients((1,), 3, 2, 7, (20, 20, 20)),
             run.config,
             run.dataset.class_names,
             torch.device("cpu"),

@@ -10,13 +10,14 @@ import torch
 from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
-from strategy.base import PartitionedTraining, Setting
+from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
+from strategy.setting import Setting
 from tests.defaults import ROOT, run_config
 from tests.federation import federate
 from tests.strategy.messages import client_plan
@@ -51,20 +52,20 @@ def setting(method: str) -> Setting:
     ],
 )
 def test_method_takes_its_settings_from_the_configuration(
-    name: str, expected: type[PartitionedTraining]
+    name: str, expected: type[Method]
 ) -> None:
     chosen = setting(name)
     method = registry.method_named(name)
     assert method is expected
     assert method.needs_teacher == (name in TEACHER_METHODS)
-    strategy = method.build(chosen)
-    assert strategy.plan is chosen.plan
+    strategy = method(chosen)
+    assert strategy.clients is chosen.clients
     assert strategy.average.decay == 0.6
     if isinstance(strategy, FedProx):
         assert strategy.proximal_mu == 0.3
     if isinstance(strategy, FedAvgM):
-        assert strategy.server_momentum == 0.8
-        assert strategy.server_learning_rate == 0.7
+        assert strategy.momentum == 0.8
+        assert strategy.learning_rate == 0.7
     if isinstance(strategy, CReFF):
         assert strategy.shape == (3, 4, 512)
         assert strategy.synthesis is chosen.config.synthesis
@@ -76,7 +77,7 @@ def test_method_takes_its_settings_from_the_configuration(
         assert strategy.text_features is not None
         assert torch.equal(strategy.text_features, prototypes)
     # What a report shows of it; only methods with features of their own have some.
-    wanted = {
+    wanted: dict[type[Method], set[str]] = {
         CLIP2FL: {"features", "text_features"},
         CLIP2FLM: {"features", "text_features"},
         CReFF: {"features"},

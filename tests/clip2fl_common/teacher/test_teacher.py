@@ -14,12 +14,12 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from client_app.app import _check_code, _check_teacher
-from clip2fl_common import teacher as teachers
+from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
 from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher import teacher as teachers
 from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
 from clip2fl_common.teacher.facts import note_facts, recall_facts
 from clip2fl_common.teacher.feature_cache import TABLE, FeatureStore, content_keys

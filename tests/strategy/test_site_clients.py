@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from clip2fl_common import messages
 from clip2fl_common.messages import training
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
-from strategy.clients import SitePlan, client_number
+from strategy.site_clients import SiteClients, client_number
 
 # Found by trying s1, s2, ...
 SAME_32_BITS = ("s65257", "s96800")
@@ -48,15 +48,15 @@ class Nodes:
 
 @pytest.fixture(autouse=True)
 def ask_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategy.clients.ASK_AGAIN_S", 0.0)
-    monkeypatch.setattr("strategy.clients.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.WAIT_S", 0.0)
 
 
 def meet(
     names: Mapping[int, Any], registry: Path | None = None, nodes: Nodes | None = None
-) -> SitePlan:
+) -> SiteClients:
     """Return a plan that has met these nodes."""
-    plan = SitePlan(10, 1, 7, 1000, registry)
+    plan = SiteClients(1, 7, 1000, registry)
     plan.refresh(cast(Grid, nodes or Nodes(names)))
     return plan
 
@@ -69,7 +69,7 @@ def registry_file(path: Path, nodes: Mapping[str, int]) -> Path:
     return path
 
 
-def labels(plan: SitePlan) -> dict[int, str]:
+def labels(plan: SiteClients) -> dict[int, str]:
     """Return each node that takes part, and what it is called."""
     return {plan.node_of(c): plan.label(c) for c in plan.connected()}
 
@@ -198,4 +198,4 @@ def test_registry_is_read_again_in_a_run(
 
 def test_run_does_not_start_with_an_unusable_registry(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="cannot be read"):
-        SitePlan(10, 1, 7, 1000, tmp_path / "missing")
+        SiteClients(1, 7, 1000, tmp_path / "missing")
