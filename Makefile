@@ -53,8 +53,9 @@ check: install ## Lint, check format, types, imports and configuration keys
 	$(BIN)/python -m scripts.check_config_keys
 	$(BIN)/python -m scripts.configuration_page --check
 
-docs: install ## Write docs/configuration.md from the code
+docs: install ## Write docs/configuration.md from the code and build the site: build/site
 	$(BIN)/python -m scripts.configuration_page
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install ## Time every stage against the published loops; half an hour
 	$(BIN)/python -m benchmarks.stages

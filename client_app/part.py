@@ -1,5 +1,6 @@
 """What a client computes for a method besides training: one class for each field."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from client_app.own_site import OwnSite
 from client_app.training import PixelImages
 from clip2fl_common.config import RunConfig
 from clip2fl_common.data.datasets import ImageDataset, LoadedImages
-from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages import TrainRequest, array_fields
 from clip2fl_common.models import ImageClassifier
 from clip2fl_common.randomness import generator, secret_generator
 
@@ -80,6 +81,18 @@ class ClientRound:
             Class to places among the N images; None where the run's seed chooses.
         """
         return gradient_images(self.config, self.site, self.dataset, self.loaded)
+
+    def encode(self, field: str, tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
+        """Return a declared field's arrays.
+
+        Parameters
+        ----------
+        field : str
+            Name of a field of fixed shapes (`ArrayFields`).
+        tensors : mapping of str to Tensor
+            Of the declared shapes.
+        """
+        return array_fields(field, self.config, self.num_classes).encode(tensors)
 
 
 class ClientPart:

@@ -4,7 +4,9 @@ from client_app.class_gradients import ClassGradients
 from client_app.part import ClientPart
 from clip2fl_common.messages import ReplyError
 
-PARTS: dict[str, type[ClientPart]] = {part.field: part for part in (ClassGradients,)}
+PARTS: dict[str, type[ClientPart]] = {
+    ClassGradients.field: ClassGradients,
+}
 
 
 def part_for(field: str) -> ClientPart:

@@ -92,9 +92,8 @@ def compare(
         command = shlex.join(["clip2fl", *sys.argv[1:]])
         _tell("Drawing the reports of all runs")
         written = write_results(compared, finished, command, failed)
-        answer = written.json if as_json else written.markdown
-        out.print(answer, soft_wrap=True)
-        _tell(f"Report: {written.page}")
+        out.print(written.results.answer(as_json), soft_wrap=True)
+        _tell(f"Report: {written.report}")
     else:
         _tell("no run has completed, so there is nothing to report")
     for run in failed:
@@ -148,7 +147,11 @@ def partition(
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="A complete run's folder, or a comparison's.")
+        Path,
+        typer.Argument(
+            help="A complete run's folder, or a comparison's; or the .csv table that a "
+            "comparison has left."
+        ),
     ],
     against: Annotated[
         Path | None,
@@ -156,11 +159,17 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html, with its pictures also as PNG and SVG, into the folder."""
+    """Write report.html, with its pictures also as PNG and SVG, into the folder.
+
+    Of a comparison's table, print the page that the comparison has left.
+    """
     from clip2fl_cli.report import write_run_report
-    from clip2fl_cli.results import SUMMARY_FILE, rewrite_report
+    from clip2fl_cli.results import SUMMARY_FILE, redraw, rewrite_report
     from clip2fl_cli.runs import FinishedRun
 
+    if folder.suffix == ".csv" and not folder.is_dir():
+        out.print(redraw(folder).answer(as_json), soft_wrap=True)
+        return
     if os.path.lexists(folder / SUMMARY_FILE):
         page = rewrite_report(folder)
     else:

@@ -152,13 +152,13 @@ class Comparison:
         folder = runs.resolve() / file.stem
         where = shown(file)
         # Checked first: what is wrong there is no variant's fault.
-        flat_settings(content.settings, f"{where}: settings")
+        general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
             named = f"{where}: variants.{shown(variant)}"
-            # A variant's group of keys, such as client, takes the place of the general.
-            tables = {**content.settings, **_without(table, "seeds")}
-            own = flat_settings(tables, named)
+            # Key by key: client.epochs for all stays where a variant sets another key
+            # of client.
+            own = {**general, **flat_settings(_without(table, "seeds"), named)}
             try:
                 config = resolve(file.parent / content.experiment, overrides, own)
             except ConfigError as error:

@@ -59,6 +59,8 @@ class Method(Strategy):
         `clip2fl_common.messages.REPLY_FIELDS`.
     clients : Clients
         Who trains when, and which node to ask.
+    sent : mapping of str to ndarray
+        The global model that the round's clients began with.
     classifier : torch.nn.Linear or None
         Classifier that is delivered instead of the global model's own, if any.
     average : ModelAverage
@@ -97,8 +99,8 @@ class Method(Strategy):
         )
         self._num_classes = setting.num_classes
         self._requests = Requests(setting.clients)
-        self._sent: Arrays = {}
-        self._sent_at = 0.0
+        self.sent: Arrays = {}
+        self._asked_at = 0.0
         self._heads: list[str] = []
 
     # Hooks: what a method may change.
@@ -109,9 +111,14 @@ class Method(Strategy):
         Parameters
         ----------
         training : bool
-            Whether clients are to train, or to evaluate.
+            Whether clients are to train, or to evaluate. Those that evaluate get the
+            classifier that is delivered.
         """
-        return RecordDict()
+        content = RecordDict()
+        classifier = None if training else self.delivered_classifier
+        if classifier is not None:
+            content[messages.CLASSIFIER] = messages.model_to_arrays(classifier)
+        return content
 
     def combine(self, replies: Sequence[TrainReply], weights: Sequence[float]) -> Model:
         """Return one model made of the clients' models, by ``aggregation.rule``.
@@ -202,8 +209,8 @@ class Method(Strategy):
     ) -> Iterable[Message]:
         """Return the requests of a round, one for each client that trains."""
         self.clients.refresh(grid)
-        self._sent = messages.arrays_to_numpy(arrays)
-        self._sent_at = time.perf_counter()
+        self.sent = messages.arrays_to_numpy(arrays)
+        self._asked_at = time.perf_counter()
         if self.reply_fields:
             config[messages.FIELDS] = list(self.reply_fields)
         numbers = self.safeguards.sample(server_round)
@@ -228,11 +235,11 @@ class Method(Strategy):
             If no reply is usable, and there is nothing to go back to or on with.
         """
         replies = list(replies)
-        self.book("clients", self._sent_at)
+        self.book("clients", self._asked_at)
         self._name_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
         started = time.perf_counter()
-        check = ReplyCheck(self._sent, self._requests.asked, self.fields)
+        check = ReplyCheck(self.sent, self._requests.asked, self.fields)
         verdicts = self.safeguards.judge(
             server_round, check, replies, self._requests.name
         )
@@ -403,7 +410,7 @@ class Method(Strategy):
         limit = self.aggregation.max_update_norm
         if limit == 0:
             return reply
-        shorter = shorten_update(reply.model, self._sent, limit)
+        shorter = shorten_update(reply.model, self.sent, limit)
         if shorter is None:
             return reply
         self.round.shortened_updates += 1
@@ -436,7 +443,7 @@ class Method(Strategy):
             mean=set(messages.AVERAGED_METRICS),
         )
         metrics[messages.NUM_EXAMPLES] = sum(reply.images for reply in replies)
-        return self.step(self._sent, mean), metrics
+        return self.step(self.sent, mean), metrics
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         """Take the clients' metrics into the round's record."""

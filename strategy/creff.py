@@ -142,11 +142,10 @@ class CReFF(FedAvg):
         return classes, per_class, dim
 
     def content(self, training: bool) -> RecordDict:
-        """Send the re-trained classifier along."""
-        classifier = self.classifier if training else self.delivered_classifier
-        assert classifier is not None
+        """Send the re-trained classifier along, whose gradients are wanted."""
         content = super().content(training)
-        content[messages.CLASSIFIER] = messages.model_to_arrays(classifier)
+        if training:
+            content[messages.CLASSIFIER] = messages.model_to_arrays(self.classifier)
         return content
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:

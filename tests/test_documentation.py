@@ -14,7 +14,7 @@ from clip2fl_cli import federation as federate
 from clip2fl_cli import simulation as simulate
 from tests.defaults import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(python|flwr|flower-supernode|make|deploy/[\w.-]+|clip2fl|ray|"
     r"tensorboard|docker|cp|chown|systemctl)\b"

@@ -31,6 +31,7 @@ from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.federation import federate, metrics
 from tests.in_process_grid import Tamper
+from tests.tools import cannot_run, need_root
 
 pytestmark = pytest.mark.usefixtures("federation_process")
 
@@ -275,8 +276,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if os.name != "posix" or os.geteuid() or subprocess.call(mount):
-        pytest.skip("may not mount a file system")
+    need_root("mount a file system")
+    if subprocess.call(mount):
+        cannot_run("no file system can be mounted")
     yield place
     subprocess.check_call(["umount", str(place)])
 

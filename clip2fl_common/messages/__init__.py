@@ -52,6 +52,9 @@ from clip2fl_common.messages.fields import (
     ReplyField as ReplyField,
 )
 from clip2fl_common.messages.fields import (
+    array_fields as array_fields,
+)
+from clip2fl_common.messages.fields import (
     reply_field as reply_field,
 )
 from clip2fl_common.messages.names import (

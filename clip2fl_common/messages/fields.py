@@ -95,7 +95,16 @@ class ArrayFields:
 Declaration = Callable[[RunConfig, int], ReplyField[object]]
 
 # By name: what configuration and number of classes make of it.
-REPLY_FIELDS: dict[str, Declaration] = {GRADIENTS: GradientFormat.of}
+REPLY_FIELDS: dict[str, Declaration] = {
+    GRADIENTS: GradientFormat.of,
+}
+
+
+def array_fields(name: str, config: RunConfig, num_classes: int) -> ArrayFields:
+    """Return the declaration of a field of fixed shapes; see `reply_field`."""
+    declared = reply_field(name, config, num_classes)
+    assert isinstance(declared, ArrayFields), f"{name} has no fixed shapes"
+    return declared
 
 
 def reply_field(name: str, config: RunConfig, num_classes: int) -> ReplyField[object]:

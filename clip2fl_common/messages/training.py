@@ -33,6 +33,7 @@ from clip2fl_common.messages.names import (
     DISTILLATION_TEMPERATURE,
     DISTILLATION_WEIGHT,
     FIELDS,
+    GRADIENTS,
     LARGEST_VALUE,
     METRICS,
     NUM_EXAMPLES,
@@ -91,6 +92,8 @@ class TrainRequest:
         """Read the content of a train message."""
         config = content.config_records[CONFIG]
         classifier = content.array_records.get(CLASSIFIER)
+        # A classifier asks for its gradients, where nothing else is said.
+        implied = [] if classifier is None else [GRADIENTS]
         return cls(
             server_round=cast(int, config[ROUND]),
             partition=cast(int, config[PARTITION]),
@@ -101,7 +104,7 @@ class TrainRequest:
             classifier=None if classifier is None else _linear(classifier),
             code_fingerprint=cast(str, config[CODE_FINGERPRINT]),
             teacher_fingerprint=cast(str, config.get(TEACHER_FINGERPRINT, "")),
-            fields=tuple(cast(list[str], config.get(FIELDS, []))),
+            fields=tuple(cast(list[str], config.get(FIELDS, implied))),
             distillation_weight=cast(float, config.get(DISTILLATION_WEIGHT, 0.0)),
             distillation_temperature=cast(
                 float, config.get(DISTILLATION_TEMPERATURE, 1.0)

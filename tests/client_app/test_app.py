@@ -242,7 +242,7 @@ def test_two_clients_draw_their_own_batches_and_augmentation(
     def same_images(config: RunConfig, site: None, partition: int) -> Any:
         return training_images(config, site, 0)
 
-    monkeypatch.setattr("client_app.app.training_images", same_images)
+    monkeypatch.setattr("client_app.round.training_images", same_images)
     augmented = run_config(upload__precision="full")
     first, again, other = (
         answer(request(partition=partition, with_classifier=True), config=augmented)

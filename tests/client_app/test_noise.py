@@ -1,6 +1,7 @@
 """What one image can change in a class gradient, and the noise that hides it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

@@ -18,7 +18,6 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid
 from torch import nn
 
 from clip2fl_common import messages
@@ -29,6 +28,7 @@ from strategy.base import Method
 from strategy.clients import Clients, SimulatedClients
 from strategy.setting import Setting
 from tests.defaults import run_config
+from tests.stand_in_grid import StandInGrid
 
 M = TypeVar("M", bound=Method)
 
@@ -37,7 +37,7 @@ NODES = (71, 13)
 IMAGES = 1000
 
 
-class FakeGrid:
+class FakeGrid(StandInGrid):
     """Nodes that exist; messages are handed to and fro by the tests."""
 
     def __init__(self, nodes: Sequence[int] = NODES) -> None:
@@ -46,6 +46,12 @@ class FakeGrid:
     def get_node_ids(self) -> list[int]:
         """Return the nodes' ids."""
         return self._nodes
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Return no reply."""
+        return []
 
 
 def client_plan(
@@ -94,7 +100,12 @@ def setting(
     **changes: Scalar,
 ) -> Setting:
     """Return a setting of small classifiers: C and d, prototypes [C, d]."""
-    changed: dict[str, Scalar] = {"model__feature_dim": shape[1], **changes}
+    changed: dict[str, Scalar] = {
+        "model__feature_dim": shape[1],
+        "partition__clients": max(2, clients.clients_per_round),
+        "federation__clients_per_round": clients.clients_per_round,
+        **changes,
+    }
     config = run_config(**changed)
     names = tuple(f"class-{c}" for c in range(shape[0]))
     teacher = None if prototypes is None else cast(Teacher, FakeTeacher(prototypes))
@@ -125,7 +136,7 @@ def configure(
 ) -> list[Message]:
     """Return a round's requests, as they arrive: without shared state."""
     assert isinstance(strategy.clients, SimulatedClients)
-    grid = cast(Grid, FakeGrid(strategy.clients.nodes))
+    grid = FakeGrid(strategy.clients.nodes)
     requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     return [copy.deepcopy(request) for request in requests]
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-import pytest
 import torch
 from flwr.app import ArrayRecord
 from torch.nn import functional
 
-from clip2fl_common.config import ConfigError, Scalar
+from clip2fl_common.config import Scalar
 from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
@@ -99,8 +98,3 @@ def test_state_holds_momentum_features_and_classifier() -> None:
     assert first.state().keys() == second.state().keys()
     for name, tensor in first.state().items():
         assert torch.equal(tensor, second.state()[name])
-
-
-def test_other_rules_than_the_mean_are_refused() -> None:
-    with pytest.raises(ConfigError, match="aggregation.rule = 'median'.*'mean'"):
-        strategy(CLIP2FLM, MOMENTUM, rule="median")

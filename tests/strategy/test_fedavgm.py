@@ -97,5 +97,4 @@ def test_summary_names_the_settings(flower_log: pytest.LogCaptureFixture) -> Non
             **safeguards(),
         ).summary()
     assert "Momentum 0.9, learning rate 0.5" in flower_log.text
-    assert "Server learning rate: 0.5" in flower_log.text
     assert "Drawn each round: 3 of 4" in flower_log.text

@@ -1,9 +1,5 @@
 """Methods by name, and the how-to that adds one."""
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,8 +14,7 @@ from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
 from strategy.setting import Setting
-from tests.defaults import ROOT, run_config
-from tests.federation import federate
+from tests.defaults import run_config
 from tests.strategy.messages import client_plan
 
 pytestmark = pytest.mark.usefixtures("federation_process")
@@ -92,33 +87,3 @@ def test_unknown_method_is_named_with_those_there_are() -> None:
         r"fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")
-
-
-def test_example_of_the_how_to_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The page's code, added to the registry as the page says, trains to its end."""
-    page = (ROOT / "docs" / "new-method.md").read_text("utf-8")
-    file, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
-    (name, class_name) = re.findall(r'"(\w+)": (\w+),', line)[0]
-    (tmp_path / "example_method.py").write_text(file)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = __import__("example_method")
-    monkeypatch.setitem(registry.METHODS, name, getattr(module, class_name))
-
-    for method in (name, "fedavg"):
-        federate(tmp_path / method, method, federation__rounds=3)
-    rounds = {
-        method: [
-            json.loads(line)
-            for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()
-        ]
-        for method in (name, "fedavg")
-    }
-    assert [line["round"] for line in rounds[name]] == [1, 2, 3]
-    # Only from the second round on does it differ from FedAvg.
-    for n, same in ((0, True), (1, False), (2, False)):
-        losses = [run[n]["losses"]["client"] for run in rounds.values()]
-        assert (losses[0] == losses[1]) == (same or n == 1)
-        accuracies = [run[n]["accuracy"] for run in rounds.values()]
-        assert accuracies[0] == accuracies[1] or not same
