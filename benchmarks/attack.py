@@ -25,14 +25,13 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from benchmarks.measure import RESULTS, write_results
-from clip2fl_cli.configuration import defaults
 from clip2fl_cli.simulation import ROOT, parse_overrides
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient
-from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config import RunConfig, Scalar, defaults
+from clip2fl_common.config.dotted_keys import flatten
 from server_app.app import main as server_main
-from server_app.checkpoints import rounds_with_checkpoint
+from server_app.run_folder import rounds_with_checkpoint
 from strategy.robust import gradient_norm
 from strategy.safeguards import NoRepliesError
 from tests.flower_private import act_as_flower_process

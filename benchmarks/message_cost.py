@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,9 +32,8 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
     from torch import nn
 
     from clip2fl_common import messages
-    from clip2fl_common.config import RunConfig
+    from clip2fl_common.config import RunConfig, Scalar, defaults
     from clip2fl_common.data import demo
-    from clip2fl_common.dotted_keys import flatten
     from clip2fl_common.models import build_model
     from clip2fl_common.provenance import code_fingerprint
     from clip2fl_common.teacher import load_teacher
@@ -46,15 +44,14 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
         for i, image in enumerate(demo.draw_images("train", label, images // 10)):
             picture = Image.fromarray(image.transpose(1, 2, 0)).resize((640, 480))
             picture.save(folder / "site" / name / f"{i}.jpg")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    flat = flatten(project["tool"]["flwr"]["app"]["config"])
-    flat |= {
+    flat: dict[str, Scalar] = {
+        **defaults(),
         "dataset.name": "sites",
         "dataset.class-names": CLASSES,
         "teacher.model": teacher,
         "client.epochs": 1,
     }
-    config = RunConfig.from_run_config(flat)  # type: ignore[arg-type]
+    config = RunConfig.from_run_config(flat)
     act_as_flower_process()
     content = RecordDict(
         {

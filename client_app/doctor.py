@@ -9,7 +9,6 @@ Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
 import argparse
 import io
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -23,11 +22,12 @@ from clip2fl_common.config import (
     TEACHER_METHODS,
     RunConfig,
     Scalar,
+    defaults,
     listed_names,
 )
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import read_toml
 from clip2fl_common.files import cache_dir
-from clip2fl_common.provenance import PACKAGE_ROOT
 
 
 def findings(
@@ -69,10 +69,8 @@ def findings(
 
 
 def _run_config(path: Path) -> RunConfig:
-    """Return the defaults of pyproject.toml, overridden by a file."""
-    defaults = tomllib.loads((PACKAGE_ROOT / "pyproject.toml").read_text("utf-8"))
-    flat = flatten(defaults["tool"]["flwr"]["app"]["config"])
-    flat |= flatten(tomllib.loads(path.read_text("utf-8")))
+    """Return the defaults, overridden by a file."""
+    flat = {**defaults(), **flatten(read_toml(path))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 
@@ -136,7 +134,7 @@ def main(
     if options.run_config:
         try:
             config = _run_config(options.run_config)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
             return 2
         if config.dataset.name != SITES:

@@ -227,7 +227,7 @@ def export(
     """Write a delivered model as safetensors and ONNX, and say what it costs."""
     from clip2fl_cli import exporting
     from clip2fl_cli.prediction import model_file
-    from server_app.foreign_files import short
+    from clip2fl_common.shown import short
 
     file = model_file(model)
     # What is wrong is found before anything is written.

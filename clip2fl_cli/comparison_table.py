@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip2fl_cli.comparison import WITHOUT_INFLUENCE
 from clip2fl_cli.run_schema import Facts, Recorded, Round
 from clip2fl_cli.runs import COLUMNS, FinishedRun
 from clip2fl_cli.summary import Failure, Origin
 from clip2fl_cli.tables import gradient_bytes
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     check,
     read_json,
     read_text,
-    short,
 )
 
 # A comparison of 12 runs, 1,000 classes and 200 rounds has 30 megabytes.
@@ -125,7 +123,7 @@ def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     """
     every = [run for group in runs.values() for run in group]
     configs = [
-        {key: v for key, v in run.config.items() if key not in WITHOUT_INFLUENCE}
+        {key: v for key, v in run.config.items() if not key.startswith("run.")}
         for run in every
     ]
     others = [

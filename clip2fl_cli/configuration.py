@@ -2,13 +2,12 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from clip2fl_cli.simulation import ROOT, parse_overrides
-from clip2fl_common.config import ConfigError, RunConfig, Scalar
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_cli.simulation import parse_overrides
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, defaults
+from clip2fl_common.config.dotted_keys import flatten
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -20,13 +19,6 @@ from strategy.registry import method_named
 MAX_TOML_BYTES = MEGABYTE
 # Tables in tables; the parser takes time that grows with the square of a key's depth.
 MAX_DOTS = 1000
-
-
-@cache
-def defaults() -> Mapping[str, Scalar]:
-    """Return every dotted key with its default in pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    return cast(dict[str, Scalar], flatten(project["tool"]["flwr"]["app"]["config"]))
 
 
 def read_toml(file: Path) -> dict[str, Any]:

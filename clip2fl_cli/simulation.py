@@ -42,9 +42,9 @@ from typing import TextIO
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clip2fl_common.config_files import complete_config
-from clip2fl_common.config_files import merge_run_config as merge_run_config
-from clip2fl_common.config_files import parse_overrides as parse_overrides
+from clip2fl_common.config.files import complete_config
+from clip2fl_common.config.files import merge_run_config as merge_run_config
+from clip2fl_common.config.files import parse_overrides as parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,7 +172,7 @@ def refuse_bad_config(app: Path, merged: str) -> None:
         Names each offending key, what was found and what is allowed.
     """
     if app.resolve() == ROOT:
-        config = complete_config(app, merged)
+        config = complete_config(merged)
         # torch and flwr take two seconds, for which a wrong key need not wait.
         from strategy.registry import method_named
 

@@ -31,8 +31,8 @@ from cryptography.hazmat.primitives.serialization import (
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clip2fl_common.files import replacing
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
-from server_app.durable import replaced_whole
 
 PROFILE = "server"
 # A public key has a few hundred bytes.
@@ -192,9 +192,8 @@ def opened(path: Path) -> Iterator[SiteRegistry]:
 
 def write(registry: SiteRegistry, path: Path) -> None:
     """Write a registry, whole or not at all; the ServerApp may be another user."""
-    with replaced_whole(path) as temporary:
-        temporary.write_text(registry.text(), "utf-8")
-        temporary.chmod(0o644)
+    with replacing(path, 0o644, only_writer=True) as file:
+        file.write(registry.text().encode())
 
 
 def register(

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from clip2fl_common.data.demo import (
     demo_split,
     sample_scenes,
 )
+from clip2fl_common.files import replacing
 from clip2fl_common.teacher.demo import (
     DATA_FORMAT,
     DATA_PATH,
@@ -358,20 +358,11 @@ def write_model(path: Path, document: dict[str, Any], tensors: bytes) -> None:
     length = math.ceil(len(text) / len(paths))
     for number, part in enumerate(paths):
         piece = text[number * length : (number + 1) * length]
-        write_atomically(part, json.dumps(piece) + "\n")
+        with replacing(part, 0o644) as file:
+            file.write(f"{json.dumps(piece)}\n".encode())
     described = document | {"sha256": hashlib.sha256(tensors).hexdigest()}
-    write_atomically(path, json.dumps(described, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-    ) as file:
-        file.write(text)
-    # A temporary file is private; this one is to be read by everyone.
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replacing(path, 0o644) as file:
+        file.write(f"{json.dumps(described, indent=1)}\n".encode())
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from clip2fl_common.config import RunConfig
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.dotted_keys import flatten
 from deploy.register import fingerprint, public_key
 from scripts.draw_sites import draw_sites
 from tests.defaults import ROOT, default_config

@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.config_messages import (
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.messages import (
     SCALAR,
     nearest,
     scalar_problem,
     shown,
     shown_key,
 )
-from clip2fl_common.config_types import ConfigError
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.schema import RunConfig, defaults
+from clip2fl_common.config.types import ConfigError, Scalar
 
 FILE_BYTES = 4 * 2**20
 """Twice what 10,000 long class names take."""
@@ -224,13 +224,11 @@ def merge_run_config(
     )
 
 
-def complete_config(app: Path, merged: str) -> RunConfig:
+def complete_config(merged: str) -> RunConfig:
     """Return the configuration that a run of this program would get, checked.
 
     Parameters
     ----------
-    app : Path
-        Directory of this program, whose ``pyproject.toml`` has the defaults.
     merged : str
         What `merge_run_config` returned.
 
@@ -243,7 +241,7 @@ def complete_config(app: Path, merged: str) -> RunConfig:
     ConfigError
         Names each offending key, what was found and what is allowed.
     """
-    flat = {**default_settings(app), **flatten(tomllib.loads(merged))}
+    flat = {**defaults(), **flatten(tomllib.loads(merged))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from clip2fl_common import config_files
 from clip2fl_common.config import ConfigError
-from clip2fl_common.config_files import (
+from clip2fl_common.config import files as config_files
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import (
     complete_config,
     merge_run_config,
     parse_overrides,
 )
-from clip2fl_common.dotted_keys import flatten
 from tests.defaults import ROOT, default_config
 
 
@@ -199,15 +199,15 @@ def test_longest_class_names_fit_into_a_file(tmp_path: Path) -> None:
     file.write_text(
         f'dataset.name = "sites"\ndataset.class-names = "{names}"\n', "utf-8"
     )
-    config = complete_config(ROOT, merge_run_config(ROOT, file, []))
+    config = complete_config(merge_run_config(ROOT, file, []))
     assert config.dataset.class_names == names
 
 
 def test_complete_configuration_is_defaults_and_changes() -> None:
-    config = complete_config(ROOT, merge_run_config(ROOT, None, ["seed=8"]))
+    config = complete_config(merge_run_config(ROOT, None, ["seed=8"]))
     assert config.to_flat() == {**default_config(), "seed": 8}
     with pytest.raises(ConfigError, match=r"client\.epochs = 0, but it must be"):
-        complete_config(ROOT, "client.epochs = 0\n")
+        complete_config("client.epochs = 0\n")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip2fl_common.config_messages import shown
-from clip2fl_common.config_types import listed_names, path_fits
+from clip2fl_common.config.messages import shown
+from clip2fl_common.config.types import MOMENTUM_METHODS, listed_names, path_fits
 from clip2fl_common.partition import long_tail_counts
 
-if TYPE_CHECKING:  # config.py calls these checks
-    from clip2fl_common.config import Dataset, RunConfig
+if TYPE_CHECKING:  # the schema calls these checks
+    from clip2fl_common.config.schema import Dataset, RunConfig
 
 # dataset.name of a federation whose nodes have images of their own.
 SITES = "sites"
@@ -49,13 +49,17 @@ def contradictions(config: "RunConfig") -> list[str]:
     list of str
         One line a problem: keys, values and what to do.
     """
-    problems = [*_privacy_problems(config)]
+    problems = [
+        *_federation_problems(config),
+        *_method_problems(config),
+        *_privacy_problems(config),
+    ]
     if "{class}" not in config.teacher.prompt:
         problems.append(
             f"teacher.prompt = {shown(config.teacher.prompt)} has no {{class}} where "
             "the class name goes, so every class would get the same text"
         )
-    if config.dataset.name == SITES:
+    if not config.simulated:
         problems += _site_problems(config.dataset)
     else:
         problems += _partition_problems(config)
@@ -66,6 +70,31 @@ def contradictions(config: "RunConfig") -> list[str]:
             "nothing of the image; lower the first"
         )
     return [*problems, *_memory_problems(config), *_path_problems(config)]
+
+
+def _federation_problems(config: "RunConfig") -> Iterator[str]:
+    sampled, clients = config.federation.clients_per_round, config.partition.clients
+    if sampled > clients and config.simulated:
+        yield (
+            f"federation.clients-per-round = {sampled} is more than partition.clients "
+            f"= {clients}; lower the first or raise the second"
+        )
+    if config.federation.min_replies > sampled:
+        yield (
+            f"federation.min-replies = {config.federation.min_replies} is more than "
+            f"federation.clients-per-round = {sampled}: no round could succeed; lower "
+            "the first or raise the second"
+        )
+
+
+def _method_problems(config: "RunConfig") -> Iterator[str]:
+    rule = config.aggregation.rule
+    if config.method in MOMENTUM_METHODS and rule != "mean":
+        yield (
+            f"aggregation.rule = {rule!r}, but with method = {config.method!r} the "
+            "server's momentum steps from the clients' mean; set aggregation.rule = "
+            "'mean' or choose another method"
+        )
 
 
 def _path_problems(config: "RunConfig") -> Iterator[str]:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from clip2fl_common.config_messages import scalar_problem, shown, shown_key
-from clip2fl_common.config_types import ConfigError
+from clip2fl_common.config.messages import scalar_problem, shown, shown_key
+from clip2fl_common.config.types import ConfigError
 
 # What TOML allows without quotes. With quotes a key may hold dots, and would then
 # stand for another key than the one that is written.

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
-from clip2fl_common.config_checks import LARGEST_ARRAY_BYTES
-from clip2fl_common.config_messages import shown_key
+from clip2fl_common.config.checks import LARGEST_ARRAY_BYTES
+from clip2fl_common.config.messages import shown_key
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
 from tests.defaults import default_config
 

@@ -13,11 +13,11 @@ would otherwise fail late, without memory, or with numbers that are not finite:
 
 import re
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from clip2fl_common.data.image_files import class_name
@@ -32,6 +32,17 @@ NAMES_CHARACTERS = 500_000
 """A list of 10,000 class names (iNaturalist's) has about 200,000."""
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 """Names of the trackers in server_app/tracking.py."""
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+"""What JSON Schema can say of `one_line`."""
+
+TEACHER_METHODS = ("clip2fl", "clip2flm")
+"""Their clients need the teacher; nodes do not know the strategies themselves."""
+GRADIENT_METHODS = ("clip2fl", "clip2flm", "creff")
+"""Their clients send class gradients; the server re-trains the classifier."""
+MOMENTUM_METHODS = ("clip2flm", "fedavgm")
+"""Their server goes on in the direction of earlier rounds."""
+METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
+"""Methods that the schema knows; strategy/registry.py may have further ones."""
 
 
 class ConfigError(ValueError):
@@ -48,10 +59,13 @@ class Rule:
         What the value must be.
     holds : callable
         Tells whether a value is so.
+    json : mapping
+        As much of it as JSON Schema can say, for editors.
     """
 
     words: str
     holds: Callable[[Any], bool]
+    json: Mapping[str, Any] = field(compare=False)
 
     def __get_pydantic_core_schema__(
         self, source: type, handler: GetCoreSchemaHandler
@@ -60,6 +74,12 @@ class Rule:
         return core_schema.no_info_after_validator_function(
             self._checked, handler(source)
         )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Add the condition to what JSON Schema says of the type."""
+        return {**handler(schema), **self.json}
 
     def _checked(self, value: Any) -> Any:
         if not self.holds(value):
@@ -88,13 +108,31 @@ def listed_names(text: str) -> tuple[str, ...]:
     return tuple(class_name(part) for part in text.split(","))
 
 
-def _matches(pattern: str) -> Callable[[str], bool]:
+def zero_or_at_least(least: str) -> Rule:
+    """Return the rule of a number that is zero, which switches it off, or not tiny."""
+    number = float(least)
+    return Rule(
+        f"0 or ≥ {least}",
+        lambda value: value == 0 or value >= number,
+        {"anyOf": [{"const": 0}, {"minimum": number}]},
+    )
+
+
+def _one_line_of(characters: int) -> Rule:
+    return Rule(
+        f"one line of at most {characters:,} characters, none a control character",
+        lambda text: len(text) <= characters and one_line(text),
+        {"maxLength": characters, "pattern": ONE_LINE},
+    )
+
+
+def _matching(words: str, pattern: str, /, **json: Any) -> Rule:
     compiled = re.compile(pattern)
-    return lambda text: compiled.fullmatch(text) is not None
-
-
-def _zero_or_more_than_tiny(value: float) -> bool:
-    return value == 0 or value >= TINY
+    return Rule(
+        words,
+        lambda text: compiled.fullmatch(text) is not None,
+        json or {"pattern": f"^(?:{pattern})$"},
+    )
 
 
 def _known_trackers(text: str) -> bool:
@@ -129,76 +167,51 @@ Ratio = Annotated[float, Field(ge=1, le=1e6)]
 # Smaller ones are no bound that anybody could account for.
 Delta = Annotated[float, Field(ge=1e-15, lt=1)]
 Cosine = Annotated[float, Field(ge=0.01, le=1)]
-Share = Annotated[
-    float,
-    Field(lt=1),
-    Rule("0 or ≥ 0.001", lambda value: value == 0 or value >= 1e-3),
-]
-Weight = Annotated[
-    float,
-    Field(le=1e6),
-    Rule("0 or ≥ 1e-9", _zero_or_more_than_tiny),
-]
+Share = Annotated[float, Field(lt=1), zero_or_at_least("0.001")]
+Weight = Annotated[float, Field(le=1e6), zero_or_at_least("1e-9")]
 # A smaller one would drop the median update itself, or about half of the others.
-LengthRatio = Annotated[
-    float,
-    Field(le=1e6),
-    Rule("0 or ≥ 2", lambda value: value == 0 or value >= 2),
-]
-FinalStepSize = Annotated[
-    float,
-    Field(le=1e4),
-    Rule("0 or ≥ 1e-9", _zero_or_more_than_tiny),
-]
+LengthRatio = Annotated[float, Field(le=1e6), zero_or_at_least("2")]
+FinalStepSize = Annotated[float, Field(le=1e4), zero_or_at_least("1e-9")]
 
-Text = Annotated[
-    str,
-    Rule(
-        f"one line of at most {TEXT_CHARACTERS:,} characters, none a control character",
-        lambda text: len(text) <= TEXT_CHARACTERS and one_line(text),
-    ),
-]
-NameList = Annotated[
-    str,
-    Rule(
-        f"one line of at most {NAMES_CHARACTERS:,} characters, none a control "
-        "character",
-        lambda text: len(text) <= NAMES_CHARACTERS and one_line(text),
-    ),
-]
+Text = Annotated[str, _one_line_of(TEXT_CHARACTERS)]
+NameList = Annotated[str, _one_line_of(NAMES_CHARACTERS)]
 PathText = Annotated[
     str,
     Rule(
         f"a path of at most {PATH_BYTES:,} bytes, each part at most {PATH_PART_BYTES}, "
         "without control characters",
         path_fits,
+        {"maxLength": PATH_BYTES, "pattern": ONE_LINE},
     ),
 ]
 # One part of a path on every system, which no shell takes for an option either.
 FolderName = Annotated[
     str,
-    Rule(
+    _matching(
         "empty, or 1 to 128 of the characters A-Z a-z 0-9 . _ -, the first no dot or "
         "hyphen, the last no dot, and no device of Windows (CON, NUL, COM1 and so on)",
-        _matches(
-            r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$))"
-            r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?<!\.))?"
-        ),
+        r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$))"
+        r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?<!\.))?",
+        # Regular expressions of JSON Schema have no flag for a part.
+        pattern=r"^(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$",
     ),
 ]
+METHOD_NAME = r"[A-Za-z][A-Za-z0-9_-]{0,63}"
 MethodName = Annotated[
     str,
-    Rule(
+    _matching(
         "a name of 1 to 64 of the characters A-Z a-z 0-9 _ -, the first a letter",
-        _matches(r"[A-Za-z][A-Za-z0-9_-]{0,63}"),
+        METHOD_NAME,
+        # Editors offer the methods that there are and take those that may be added.
+        anyOf=[{"enum": sorted(METHODS)}, {"pattern": f"^{METHOD_NAME}$"}],
     ),
 ]
 # Torch keeps a device's number in 8 bits: it takes cuda:256 for cuda:0.
 Device = Annotated[
     str,
-    Rule(
+    _matching(
         "auto, cpu, cuda, or cuda:N with N from 0 to 127",
-        _matches(r"auto|cpu|cuda(?::(?:[0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?"),
+        r"auto|cpu|cuda(?::(?:[0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?",
     ),
 ]
 TrackerNames = Annotated[
@@ -206,5 +219,6 @@ TrackerNames = Annotated[
     Rule(
         f"some of {', '.join(TRACKERS)}, each once, separated by spaces",
         _known_trackers,
+        {"pattern": rf"^(?:\s*\b(?:{'|'.join(TRACKERS)})\b)*\s*$"},
     ),
 ]
