@@ -38,6 +38,8 @@ PROFILE = "server"
 # A public key has a few hundred bytes.
 LARGEST_KEY = 16 * 1024
 REMOVED = "unregistered"
+# Flower's code of the error "Public key already in use".
+KEY_IN_USE = "[code: 23]"
 
 
 class RegistrationError(ValueError):
@@ -74,7 +76,7 @@ class Flower:
         answer = self._ask("register", str(half), PROFILE, "--name", name)
         if answer.get("success"):
             return int(answer["node-id"])
-        if "already" in _reason(answer).lower():
+        if KEY_IN_USE in _reason(answer):
             return None
         raise RegistrationError(f"{name} is not registered: {_reason(answer)}")
 

@@ -71,6 +71,35 @@ def parse_node_config(text: str) -> dict[str, Any]:
     return dict(parse_config_args([text]))
 
 
+def code_of_a_key_in_use() -> int:
+    """Return the code with which Flower refuses a node's key that it knows."""
+    from flwr.supercore.error import ApiErrorCode
+
+    return int(ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE)
+
+
+def database_wait_ms(database: Path) -> int:
+    """Return how long a connection of the SuperLink waits for a locked database.
+
+    Parameters
+    ----------
+    database : Path
+        SQLite file, which is made.
+
+    Returns
+    -------
+    int
+        Milliseconds.
+    """
+    from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+    from sqlalchemy import text
+
+    store = SqlObjectStore(str(database))
+    store.initialize()
+    with store.session() as session:
+        return int(session.execute(text("PRAGMA busy_timeout")).scalar_one())
+
+
 def publishable_files(app: Path) -> list[Path]:
     """Return the files that ``flwr app publish`` would upload, after its own checks.
 

@@ -20,8 +20,8 @@ NAMES = ("north", "east", "west")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache, and do not wait."""
     be_flower(tmp_path / "cache", monkeypatch)
-    for name in ("POLL_S", "WAIT_S", "ASK_AGAIN_S"):
-        monkeypatch.setattr(f"strategy.site_clients.{name}", 0.0)
+    for name in ("grid.POLL_S", "site_clients.WAIT_S", "site_clients.ASK_AGAIN_S"):
+        monkeypatch.setattr(f"strategy.{name}", 0.0)
 
 
 def run_with(tmp_path: Path, rules: dict[str, Any], name: str) -> set[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model
+from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model, weight_paths
 from clip2fl_common.teacher.facts import TeacherFacts, known_facts, note_facts
 from clip2fl_common.teacher.feature_cache import FeatureCache, content_keys, text_keys
 
@@ -333,7 +333,7 @@ def _files(model: str, pretrained: str) -> list[Path]:
     None where they cannot be told; then the teacher is loaded each time.
     """
     if model == DEMO:
-        return [DATA_PATH]
+        return [DATA_PATH, *weight_paths()]
     if model.startswith(LOCAL_PREFIX):
         folder = Path(model.removeprefix(LOCAL_PREFIX)).expanduser()
         return sorted(path for path in folder.iterdir() if path.is_file())

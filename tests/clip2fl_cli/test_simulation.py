@@ -29,12 +29,12 @@ name = "toy"
 version = "0.1.0"
 description = "One round trip."
 license = { file = "LICENSE" }
-dependencies = ["flwr[simulation]>=1.41,<1.42"]
+dependencies = ["flwr[simulation]>=1.42,<1.43"]
 
 [tool.flwr.app]
 publisher = "toy"
 fab-format-version = 1
-flwr-version-target = "1.41.0"
+flwr-version-target = "1.42.0"
 fab-include = ["LICENSE", "toy.py"]
 
 [tool.flwr.app.components]

@@ -17,8 +17,7 @@ from tests.flower_private import parse_node_config
 STAND_IN = """#!{python}
 import json, os, sys
 name = os.path.basename(sys.argv[0])
-script = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else ""
-checks = sys.argv[1:3] == ["-m", "client_app.doctor"] or script == "check_connection.py"
+checks = sys.argv[1:3] == ["-m", "client_app.doctor"]
 if name == "python" and not checks:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with open({log!r}, "a") as file:
@@ -70,12 +69,17 @@ def after(option: str, command: list[str]) -> str:
     return command[command.index(option) + 1]
 
 
-def test_node_without_a_runs_file_checks_its_connection_only(
+def test_node_without_a_runs_file_is_checked_without_a_run(
     tmp_path: Path, keys: Path
 ) -> None:
     (check, node), _ = start(tmp_path)
     key, ca = str(keys / "site-a"), str(keys / "ca.crt")
-    assert check == ["python", "deploy/check_connection.py", "proxy:9092", ca, key]
+    assert check[:3] == ["python", "-m", "client_app.doctor"]
+    assert after("--data-path", check) == "/data"
+    assert after("--superlink", check) == "proxy:9092"
+    assert after("--root-certificates", check) == ca
+    assert after("--private-key", check) == key
+    assert "--run-config" not in check and "--policy" not in check
     assert after("--superlink", node) == "proxy:9092"
     assert after("--root-certificates", node) == ca
     assert after("--auth-supernode-private-key", node) == key
@@ -173,13 +177,17 @@ def test_paths_that_flower_cannot_use_are_refused(
     assert not called and said.startswith("node.sh: DATA_PATH = ") and reason in said
 
 
-def test_connection_alone_is_checked(tmp_path: Path, keys: Path) -> None:
-    """The real check, of what is not there."""
+def test_real_check_without_a_runs_file_finds_what_is_not_there(
+    tmp_path: Path, keys: Path
+) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "deploy" / "check_connection.py"),
-            *("127.0.0.1:9", keys / "ca.crt", keys / "site-a"),
+            *(sys.executable, "-m", "client_app.doctor", "--data-path", tmp_path),
+            *("--superlink", "127.0.0.1:9", "--root-certificates", keys / "ca.crt"),
+            *("--private-key", keys / "site-a"),
         ],
+        cwd=ROOT,
+        env={**os.environ, "CLIP2FL_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )

@@ -15,7 +15,7 @@ from tests.tools import needed_tool
 
 
 class FakeSuperLink(register.Flower):
-    """Stands for `flwr supernode`, as version 1.41 answers."""
+    """Stands for `flwr supernode`, as version 1.42 answers."""
 
     def __init__(self, first: int = 2**63) -> None:
         self.first = first

@@ -3,16 +3,16 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 
 from clip2fl_common import messages
 from clip2fl_common.messages import training
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 from strategy.site_clients import SiteClients, client_number
+from tests.stand_in_grid import StandInGrid
 
 # Found by trying s1, s2, ...
 SAME_32_BITS = ("s65257", "s96800")
@@ -24,7 +24,7 @@ def number_32(name: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-class Nodes:
+class Nodes(StandInGrid):
     """A grid of nodes that answer queries with these names."""
 
     def __init__(self, names: Mapping[int, Any]) -> None:
@@ -35,7 +35,7 @@ class Nodes:
         return list(self.names)
 
     def send_and_receive(
-        self, messages: Iterable[Message], timeout: float | None = None
+        self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         replies = []
         for message in messages:
@@ -57,7 +57,7 @@ def meet(
 ) -> SiteClients:
     """Return a plan that has met these nodes."""
     plan = SiteClients(1, 7, 1000, registry)
-    plan.refresh(cast(Grid, nodes or Nodes(names)))
+    plan.refresh(nodes or Nodes(names))
     return plan
 
 
@@ -171,7 +171,7 @@ def test_only_the_registered_node_has_the_name(
     assert not any("names of sites are free" in m for m in flower_log.messages)
     # Asked again, as other nodes that were refused.
     nodes.names[4] = "east"
-    plan.refresh(cast(Grid, nodes))
+    plan.refresh(nodes)
     assert labels(plan) == {2**64 - 1: "north", 4: "east"}
     assert nodes.asked.count(1) == 2
 
@@ -184,14 +184,14 @@ def test_registry_is_read_again_in_a_run(
     plan = meet({}, path, nodes)
     assert labels(plan) == {3: "north"}
     registry_file(path, {"east": 4})
-    plan.refresh(cast(Grid, nodes))
+    plan.refresh(nodes)
     assert labels(plan) == {4: "east"}
     assert any(
         "site north (node 3) is no longer in the site registry" in m
         for m in flower_log.messages
     )
     path.write_text("{")
-    plan.refresh(cast(Grid, nodes))
+    plan.refresh(nodes)
     assert labels(plan) == {4: "east"}
     assert any("is damaged" in m for m in flower_log.messages)
 

@@ -20,7 +20,7 @@ from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
 from clip2fl_common.teacher import teacher as teachers
-from clip2fl_common.teacher.demo import DATA_PATH
+from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
 from clip2fl_common.teacher.facts import known_facts, note_facts
 from clip2fl_common.teacher.feature_cache import TABLE, FeatureCache, content_keys
 
@@ -44,7 +44,7 @@ def test_teacher_is_known_by_its_fingerprint_alone(
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
     facts = load_teacher("demo").network.facts
     other = replace(facts, logit_scale=_next(facts.logit_scale))
-    note_facts("demo", "", [DATA_PATH], other)
+    note_facts("demo", "", [DATA_PATH, *weight_paths()], other)
     teacher = load_teacher("demo")
     assert teacher.logit_scale == other.logit_scale != facts.logit_scale
     # Loads the network, which computes the facts again, here.
