@@ -339,7 +339,7 @@ class Method(Strategy):
         if rule.rule == "trimmed-mean" and int(rule.trim * drawn) == 0:
             log(
                 WARNING,
-                "aggregation.trim = %g of %d clients a round cuts nobody off: this is "
+                "aggregation.trim = %g of %d clients a round drops no client: this is "
                 "the unweighted mean; raise it to %g at least",
                 rule.trim,
                 drawn,
@@ -354,7 +354,7 @@ class Method(Strategy):
         """Record the seconds since ``started`` under a phase's name."""
         self.round.seconds[phase] = time.perf_counter() - started
 
-    # Steps of the hooks above.
+    # Parts of the hooks above.
 
     def _content(
         self,
@@ -431,7 +431,7 @@ class Method(Strategy):
     ) -> tuple[Model, dict[str, float]]:
         """Return the next global model, and the clients' metrics combined."""
         multiplier = self.privacy.update_noise_multiplier
-        # With noise all clients have weight 1: none may change the mean more than others.
+        # With noise all weights are 1: no client may change the mean more than others.
         weights = [1.0 if multiplier > 0 else reply.images for reply in replies]
         mean = self.combine(replies, weights)
         if multiplier > 0:

@@ -137,7 +137,7 @@ class CReFF(FedAvg):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return the shape of the federated features: classes C, m per class, width d."""
+        """Return the features' shape: classes C, features per class m, width d."""
         classes, per_class, dim = self.features.shape
         return classes, per_class, dim
 

@@ -201,7 +201,7 @@ class LengthRule:
                     size.statistics,
                     STATISTICS_FACTOR * statistics,
                 ),
-                "class gradients are of features with": (size.features, features),
+                "class gradients imply features with": (size.features, features),
             }
             for what, (found, usual) in bounds.items():
                 if found is not None and usual > 0 and found > self.ratio * usual:

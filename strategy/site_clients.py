@@ -238,7 +238,7 @@ class SiteClients:
         try:
             self._bound = SiteRegistry.read(self.registry)
         except RegistryError as error:
-            log(WARNING, "%s. What it said before goes on to hold", error)
+            log(WARNING, "%s. The entries read before stay valid", error)
         assert self._bound is not None
         for node, name in list(self._names.items()):
             if self._bound.name_of(node) != name:
@@ -281,8 +281,8 @@ class SiteClients:
             name = f"{name}-{node}"
         if clashing(name) in taken or client_number(name) in self.connected():
             raise messages.ReplyError(
-                f"it would be called {name}, which stands for another site; give each "
-                "site a name of its own: --node-config 'site=\"...\"'"
+                f"the name {name} is already used by another site; give each site a "
+                "name of its own: --node-config 'site=\"...\"'"
             )
         self._names[node] = name
         self._seen[client_number(name)] = name

@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Rows that all classes share, and an orthonormal basis that starts with their span.
+    """Rows that all classes share, and an orthonormal basis that extends them.
 
     Attributes
     ----------

@@ -134,7 +134,7 @@ def test_leftovers_of_operating_systems_are_no_fault(tmp_path: Path) -> None:
     findings = found(tmp_path)
     assert {f.level for f in findings} == {"ok"}
     assert one(findings, "1 images in").check == "data"
-    assert "8 hidden entries or such of an operating system" in findings[-1].text
+    assert "8 hidden entries or entries of an operating system" in findings[-1].text
 
 
 def test_class_folders_that_are_confused_are_problems(tmp_path: Path) -> None:

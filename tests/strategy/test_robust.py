@@ -227,7 +227,7 @@ def test_trimmed_mean_that_trims_nobody_warns(
 ) -> None:
     settings = safeguards(rule="trimmed-mean", trim=0.2)
     made(FedAvg, client_plan(clients, clients), **settings).summary()
-    said = "aggregation.trim = 0.2 of 4 clients a round cuts nobody off"
+    said = "aggregation.trim = 0.2 of 4 clients a round drops no client"
     assert (said in flower_log.text) == warns
 
 
