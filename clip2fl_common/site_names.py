@@ -1,4 +1,4 @@
-"""What a site may be called: the same rule at the node, at the server and in keys."""
+"""The rule for sites' names, the same at the node, the server and the registry."""
 
 import re
 from typing import TypeGuard
@@ -9,22 +9,22 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE = (
     "1 to 64 ASCII letters, digits, '.', '_' or '-', the first a letter or digit"
 )
-# Characters of a refused name that a message shows.
+# Most characters of a refused name that a message shows.
 _SHOWN = 80
 
 
 def is_site_name(value: object) -> TypeGuard[str]:
-    """Return whether a value is a name that a site may have."""
+    """Return whether a value is a valid name of a site."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def shown(value: object) -> str:
-    r"""Return a refused value as a message may show it.
+    r"""Return a refused value in a form that is safe to show in a message.
 
     Parameters
     ----------
     value : object
-        Anything that a stranger may have sent.
+        Any value; a stranger may have sent it.
 
     Returns
     -------
@@ -36,14 +36,14 @@ def shown(value: object) -> str:
     >>> shown("s\u0456te-a")
     "'s\\u0456te-a'"
     """
-    # A long text is cut first: writing out all of it takes memory, too.
+    # Cut a long text first: escaping all of it takes memory too.
     text = ascii(value[:_SHOWN] if isinstance(value, str) else value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def clashing(name: str) -> str:
-    """Return what two names have in common that must not stand for two sites.
+    """Return a name's key; two sites must not have names with the same key.
 
-    Names that differ only in case clash: people and file systems mix them up.
+    Names that differ only in case clash: people and file systems confuse them.
     """
     return name.casefold()
