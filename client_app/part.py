@@ -39,7 +39,6 @@ class ClientRound:
         Their classes, on the device.
     model : ImageClassifier
         The global model before local training, the local model after it.
-        The global model before local training, the local one after it.
     """
 
     config: RunConfig

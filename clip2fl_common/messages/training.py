@@ -69,7 +69,6 @@ class TrainRequest:
         Fingerprint of the server's code (see `clip2fl_common.provenance`).
     teacher_fingerprint : str
         Fingerprint of the teacher to distil from; empty without distillation.
-        Of the teacher to distil from; empty without distillation.
     fields : tuple of str
         Declared fields that the reply must hold (`REPLY_FIELDS`).
     distillation_weight, distillation_temperature, proximal_mu : float

@@ -56,7 +56,6 @@ def synthesis_gradient(
         Their mean class gradients; None leaves the matching term out.
     objective : Objective
         Classifier and prototypes.
-        Classifier and prototypes.
 
     Returns
     -------
