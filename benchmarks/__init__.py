@@ -2,6 +2,7 @@
 
 import os
 
-# Spinning OpenMP threads wait for each other on shared cores, which slows the published
-# loops far more than our code: ratios would flatter us. Read when torch is loaded.
+# Spinning OpenMP threads wait for each other on shared cores. This slows the published
+# loops far more than our code, and would make our speed-ups too large. Torch reads the
+# variable when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,14 +1,14 @@
-"""One of eight clients attacks: final accuracy by rule of aggregation.
+"""Final accuracy of each aggregation rule when one of eight clients attacks.
 
     python -m benchmarks.attack conf/demo.toml --seed 7
 
-The attacker trains as the others do, but sends its update and its class gradients with
-the sign flipped and ten times as large (variances are kept from falling below zero,
-which the server would notice). Every rule runs with and without it. The norms allowed
-by the bound are the medians of those in the run with the mean and without an attacker.
+The attacker trains like the others, but sends its update and its class gradients with
+flipped sign and ten times as large. (It keeps variances from falling below zero, which
+the server would notice.) Every rule runs with and without the attacker. The norm bounds
+are the median norms in the run with the mean rule and without an attacker.
 
-All clients train in this process, without Flower's. Runs that are complete are not
-repeated, interrupted ones go on.
+All clients train in this process, without Flower's processes. Complete runs are not
+repeated; interrupted runs continue.
 """
 
 import argparse
@@ -41,26 +41,26 @@ CLIENTS = 8
 ATTACKER = 0
 FACTOR = -10.0
 LENGTH_RATIO = 10.0
-# In the folder of a run that could not be completed: why.
+# File in the folder of a run that broke down; holds the reason.
 BROKEN = "broken.txt"
 COLUMNS = ("balanced", "many", "medium", "few")
 
 
 @dataclass
 class Observer:
-    """Sees all train replies on their way to the server, and may change one client's.
+    """Read all train replies before the server does; one client's may be changed.
 
     Parameters
     ----------
     config : RunConfig
         The run's configuration.
     attacks : bool
-        Whether `ATTACKER` sends what it should not.
+        Whether the client `ATTACKER` attacks.
 
     Attributes
     ----------
     update_norms, gradient_norms : list of float
-        Of all honest replies.
+        Norms in all honest replies.
     """
 
     config: RunConfig
@@ -69,7 +69,7 @@ class Observer:
     gradient_norms: list[float] = field(default_factory=list)
 
     def __call__(self, request: Message, reply: Message) -> Message:
-        """Return the reply that arrives."""
+        """Return the reply that reaches the server."""
         if reply.has_error():
             return reply
         attacks = self.attacks and client_of(reply) == ATTACKER
@@ -105,7 +105,7 @@ class Observer:
 
 
 def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer:
-    """Run a federation into a folder, or what is left of it.
+    """Run a federation into a folder, or the rest of an interrupted run.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
     Returns
     -------
     Observer
-        With the norms of the honest replies of the rounds that were run now.
+        With the norms of the honest replies in the rounds of this call.
     """
     place: dict[str, Scalar] = {
         "run.dir": str(folder.parent),
@@ -135,7 +135,7 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
         try:
             server_main(grid, context)
         except NoRepliesError as error:
-            # With such a model no client's loss is a number any more.
+            # Every client's loss is NaN with such a model.
             (folder / BROKEN).write_text(str(error), "utf-8")
     norms = folder / "norms.json"
     if observer.update_norms:
@@ -149,7 +149,7 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
 
 
 def rules(calm: Observer) -> dict[str, dict[str, Scalar]]:
-    """Return the settings of each rule, with bounds from a run without attacker."""
+    """Return the settings of each rule, with bounds from a run without an attacker."""
     bounds: dict[str, Scalar] = {
         "aggregation.max-update-norm": statistics.median(calm.update_norms)
     }
@@ -166,7 +166,7 @@ def rules(calm: Observer) -> dict[str, dict[str, Scalar]]:
 
 
 def last_accuracy(folder: Path) -> dict[str, Any]:
-    """Return the last round's accuracy of the delivered classifier, and the round."""
+    """Return the delivered classifier's accuracy in the last round, and the round."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     last = json.loads(lines[-1])
     accuracy: dict[str, Any] = next(iter(last["accuracy"].values()))
@@ -193,7 +193,7 @@ def table(results: Mapping[tuple[str, bool], Mapping[str, Any]]) -> str:
 def compare(
     runs: Path, settings: Mapping[str, Scalar]
 ) -> tuple[dict[tuple[str, bool], dict[str, Any]], dict[str, dict[str, Scalar]]]:
-    """Run every rule with and without an attacker.
+    """Run every rule with and without an attacker; return accuracies and settings.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def compare(
     }
     base = {**settings, **everybody}
     calm = run(runs / "length-ratio-calm", base, attacks=False)
-    # Each rule by itself: what is far too long is dropped by the first one only.
+    # Each rule runs alone: only the first one drops replies by their length.
     alone: dict[str, Scalar] = {"aggregation.max-length-ratio": 0.0}
     chosen: dict[str, dict[str, Scalar]] = {
         "length ratio": {"aggregation.max-length-ratio": LENGTH_RATIO},
@@ -231,7 +231,7 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark that the command line asks for."""
+    """Run the benchmark with the settings of the command line."""
     parser = argparse.ArgumentParser(description="Attack the federation.")
     parser.add_argument("run_config", type=Path, help="TOML file of the experiment")
     parser.add_argument("--seed", type=int, default=7)
@@ -253,9 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"One of {CLIENTS} clients attacks: {stem}",
         f"The attacker sends its update and class gradients times {FACTOR:g}. Accuracy "
         "in percent of the delivered classifier after the last round; a run breaks "
-        "down when every client's loss has become infinite. "
+        "down when every client's loss is infinite. "
         f"Length ratio: `aggregation.max-length-ratio` = {LENGTH_RATIO:g}, the "
-        f"default, which the other rules are without. Norm bound: {bounds}; trimmed "
+        f"default; the other rules run without it. Norm bound: {bounds}; trimmed "
         f"mean: `aggregation.trim` = {1 / CLIENTS:g}.\n\n"
         f"{table(results)}",
         torch.device("cpu"),

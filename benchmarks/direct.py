@@ -1,4 +1,4 @@
-"""The application without Flower's processes: clients are called in a process pool."""
+"""Run the application without Flower's processes: a process pool calls the clients."""
 
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -33,14 +33,14 @@ def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
 
 
 class DirectGrid(StandInGrid):
-    """Answers messages by calling the ClientApp in worker processes that stay.
+    """Answer messages by calling the ClientApp in long-lived worker processes.
 
     Parameters
     ----------
     config : RunConfig
         The run configuration that clients see.
     workers : int
-        Processes, each with one thread.
+        Number of processes, each with one thread.
     """
 
     def __init__(self, config: RunConfig, workers: int) -> None:
@@ -51,7 +51,7 @@ class DirectGrid(StandInGrid):
         )
 
     def __enter__(self) -> "DirectGrid":
-        """Return itself."""
+        """Return the grid itself."""
         return self
 
     def __exit__(
@@ -84,7 +84,7 @@ class DirectGrid(StandInGrid):
 
 
 def run_directly(config: RunConfig, workers: int) -> None:
-    """Run a federation with the real ServerApp and ClientApp, and nothing between.
+    """Run a federation with the real ServerApp and ClientApp, without Flower between.
 
     Parameters
     ----------

@@ -1,10 +1,11 @@
-"""What Flower's simulation adds to a round: the same work, called directly.
+"""Measure what Flower's simulation adds to a round, against direct calls.
 
     python -m benchmarks.flower conf/demo.toml
 
-Both run the real ServerApp and ClientApp with as many clients at a time, one thread
-each, in processes that stay; the simulation adds SuperLink, Ray and their messages.
-Runs alternate. First rounds are reported apart: they start processes and fill caches.
+Both ways run the real ServerApp and ClientApp with the same number of clients at a
+time, one thread each, in long-lived processes. The simulation adds SuperLink, Ray and
+their messages. Runs alternate. First rounds are reported separately, since they start
+processes and fill caches.
 """
 
 import argparse
@@ -27,19 +28,19 @@ ROUND_LINE = re.compile(r"^round \d+/\d+: .*; ([\d.]+) s, ", re.MULTILINE)
 
 
 def round_seconds(log: str) -> list[float]:
-    """Return the seconds that a run's progress lines give, round by round."""
+    """Return the seconds of each round, from a run's progress lines."""
     return [float(seconds) for seconds in ROUND_LINE.findall(log)]
 
 
 def one_pair(
     run_config: Path, settings: list[str], folder: Path, workers: int
 ) -> tuple[list[float], list[float]]:
-    """Return seconds by round, through the simulation and directly.
+    """Return the seconds by round, for the simulation and for direct calls.
 
     Raises
     ------
     RuntimeError
-        If the simulated run did not complete.
+        If the simulated run failed.
     """
     places = [f'run.dir="{folder}" run.name="{name}"' for name in ("flower", "direct")]
     result = simulate(
@@ -55,7 +56,7 @@ def one_pair(
 
 
 def main() -> None:
-    """Run pairs and write the results."""
+    """Run the pairs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_config", type=Path)
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")

@@ -1,7 +1,7 @@
-"""Timing that can be trusted on shared machines, and dated results.
+"""Reliable timing on shared machines, and dated results.
 
-Contenders run in turn in one process, so that what disturbs one disturbs the other; the
-ratio is taken pair by pair. Absolute times are this machine's at this moment.
+Contenders run in turn in one process, so that a disturbance affects both. The ratio is
+computed pair by pair. Absolute times hold only for this machine at this moment.
 """
 
 import os
@@ -25,15 +25,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of two contenders, run in turn.
+    """Times of two contenders that ran in turn.
 
     Attributes
     ----------
     stage, size : str
-        What was done, and how much of it.
+        The stage that was timed, and its size.
     slow, fast : tuple of float
-        Seconds a run; the k-th entries belong together. ``slow`` is empty where only
-        the fast one can do it.
+        Seconds of each run; the k-th entries form a pair. ``slow`` is empty if only
+        the fast contender can do the stage.
     difference : float or None
         Largest absolute difference between the two results.
     """
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as long the slow one took, pair by pair."""
+        """Return slow over fast time, pair by pair."""
         return [a / b for a, b in zip(self.slow, self.fast, strict=True)]
 
 
@@ -57,18 +57,18 @@ def interleaved(
     device: torch.device,
     warm_up: bool = True,
 ) -> dict[str, tuple[float, ...]]:
-    """Run contenders in turn.
+    """Run contenders in turn and return their times.
 
     Parameters
     ----------
     contenders : mapping of str to callable
-        What to time, by name.
+        Functions to time, by name.
     repeats : int
-        Timed runs of each.
+        Number of timed runs of each.
     device : torch.device
-        Where they compute; a GPU is timed by its own events.
+        Device on which they compute; a GPU is timed by its own events.
     warm_up : bool
-        Run each once before, untimed.
+        Whether to run each once before, untimed.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def interleaved(
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes, on a GPU by device events."""
+    """Return the seconds that a call takes; on a GPU measured by device events."""
     if device.type != "cuda":
         started = time.perf_counter()
         run()
@@ -111,22 +111,22 @@ def compare(
     difference: float | None = None,
     units: tuple[int, int] = (1, 1),
 ) -> Comparison:
-    """Time a fast way against a slow one.
+    """Return the times of a fast implementation against a slow one.
 
     Parameters
     ----------
     stage, size : str
-        For the table.
+        Labels in the table.
     slow, fast : callable or None
-        The contenders; None where the slow one cannot do it.
+        The contenders; None if the slow one cannot do the stage.
     repeats : int
-        Timed runs of each.
+        Number of timed runs of each.
     device : torch.device
-        Where they compute.
+        Device on which they compute.
     difference : float or None
-        Largest difference of their results, where it was found out.
+        Largest difference of their results, if known.
     units : tuple of int
-        How many units of work one call of each does; seconds are given per unit.
+        Units of work in one call of each contender; times are per unit.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def compare(
 
 
 def median_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return "median (least-most)" to some significant digits."""
+    """Return "median (least-most)" with a number of significant digits."""
     if not values:
         return "-"
     shown = [
@@ -155,7 +155,7 @@ def median_and_spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return the Markdown table of comparisons."""
+    """Return a Markdown table of the comparisons."""
     header = ["stage", "size", "published loops, s", "ours, s", "ratio", "difference"]
     return markdown(header, [_cells(c) for c in comparisons])
 
@@ -181,19 +181,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def in_fresh_process(
     function: Callable[..., Any], *arguments: Any
 ) -> tuple[Any, float]:
-    """Call a function in a process of its own.
+    """Call a function in a new process.
 
     Parameters
     ----------
     function : callable
-        At a module's top level.
+        A function at a module's top level.
     *arguments : Any
-        What it is called with.
+        Arguments of the function.
 
     Returns
     -------
     tuple
-        What it returns, and the process's peak memory in GiB.
+        The function's result, and the process's peak memory in GiB.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -219,8 +219,8 @@ def _call(sender: Any, function: Callable[..., Any], arguments: Any) -> None:
 def peak_memory() -> float:
     """Return this process's peak memory in GiB.
 
-    Linux's own figure of this process's memory, since the usual resource usage
-    counts the parent's too.
+    Reads Linux's figure for this process alone, since the usual resource usage
+    includes the parent's.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -231,7 +231,7 @@ def peak_memory() -> float:
 
 
 def environment(device: torch.device) -> str:
-    """Return a line about hardware and versions."""
+    """Return a line with hardware and versions."""
     names = ("torch", "torchvision", "flwr", "ray", "numpy")
     versions = [f"python {platform.python_version()}"]
     for name in names:
@@ -259,25 +259,25 @@ def _processor() -> str:
 def write_results(
     name: str, title: str, text: str, device: torch.device, folder: Path = RESULTS
 ) -> Path:
-    """Write a dated page of results.
+    """Write a dated page of results and return its path.
 
     Parameters
     ----------
     name : str
-        Name of the file, without date and suffix.
+        Name of the file without date and suffix.
     title : str
-        Its first line.
+        First line of the page.
     text : str
-        Tables and what there is to say about them.
+        Tables and comments.
     device : torch.device
-        Where it was measured.
+        Device on which it was measured.
     folder : Path
-        Where the page goes; made if it is missing.
+        Folder of the page; created if it is missing.
 
     Returns
     -------
     Path
-        The file, which replaces one of the same day.
+        The page; it replaces a page of the same day.
     """
     module = Path(sys.argv[0]).stem
     command = " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])

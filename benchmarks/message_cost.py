@@ -1,12 +1,12 @@
-"""Measure what a message costs a node besides training: imports, data, teacher.
+"""Measure a message's cost at a node besides training: imports, data, teacher.
 
-In a deployment every message is a process of its own. This starts one for each of
-some train messages, as a node would, on a folder of drawn images::
+In a deployment every message starts a new process. This benchmark starts one process
+for each of several train messages, as a node does, on a folder of drawn images::
 
     python -m benchmarks.message_cost --images 300 --messages 3
 
-The first message fills the caches. Flower's own share (polling, transfer, start of the
-process) is not in it; `tests/deployment` has whole rounds.
+The first message fills the caches. The times do not include Flower's own share
+(polling, transfer, start of the process); `tests/deployment` runs whole rounds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CLASSES = (
 
 
 def prepare(folder: Path, images: int, teacher: str) -> None:
-    """Write a site's folder, the run configuration and a train message."""
+    """Write a site's folder, a run configuration and a train message."""
     from flwr.app import ConfigRecord, Message, RecordDict
     from PIL import Image
     from torch import nn
@@ -76,7 +76,7 @@ def prepare(folder: Path, images: int, teacher: str) -> None:
 
 
 def answer(folder: Path) -> None:
-    """Answer the message in this process; print the seconds of each phase."""
+    """Answer the message in this process and print the seconds of each phase."""
     started = time.perf_counter()
     from flwr.app import Context, RecordDict
 
@@ -102,13 +102,13 @@ def answer(folder: Path) -> None:
 
 
 def _children_cpu() -> float:
-    """Return the seconds of CPU of this program's ended children."""
+    """Return the CPU seconds of this program's finished child processes."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def main() -> None:
-    """Print a table with one line a message."""
+    """Print a table with one line per message."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=300, metavar="N")
     parser.add_argument("--messages", type=int, default=3, metavar="N")

@@ -1,11 +1,11 @@
-"""What a message costs nodes that share a machine: a real federation over TLS.
+"""Measure the cost of messages at nodes that share a machine, in a TLS federation.
 
     python -m benchmarks.node_messages
 
-Needs root, nginx and what `tests/deployment` needs. A server and nodes, each in a
-network namespace of its own, train for some rounds. Every message is a ClientApp
-process; how long each lives, and its CPU time, is taken by a wrapper around Flower's
-command. `benchmarks.message_cost` says where the time of a single one goes.
+Needs root, nginx and the requirements of `tests/deployment`. A server and nodes, each
+in its own network namespace, train for several rounds. Every message is a ClientApp
+process. A wrapper around Flower's command records how long each process lives and its
+CPU time. `benchmarks.message_cost` splits the time of a single process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.deployment.conftest import COUNTS, TINY
 from tests.deployment.stack import BIN, Machine, Stack, missing, stack
 from tests.site_folders import write_site
 
-# `times` prints the shell's own time and, in the second line, that of its children.
+# `times` prints the shell's own time, and its children's time on the second line.
 WRAPPER = """#!/bin/sh
 started=$(date +%s.%N)
 '{command}' "$@"
@@ -39,14 +39,14 @@ RECORD = re.compile(r"^([\d.]+) ([\d.]+) (\d+)m([\d.]+)s (\d+)m([\d.]+)s$")
 
 @dataclass(frozen=True)
 class Life:
-    """That of one ClientApp process.
+    """Start, wall-clock time and CPU time of one ClientApp process.
 
     Attributes
     ----------
     started : float
         Seconds since the epoch.
     wall, cpu : float
-        Seconds from start to end; of CPU, user and system.
+        Seconds from start to end, and seconds of CPU (user and system).
     """
 
     started: float
@@ -55,7 +55,7 @@ class Life:
 
     @classmethod
     def parse(cls, line: str) -> "Life":
-        """Read a line that the wrapper wrote."""
+        """Return the times in a line of the wrapper."""
         found = RECORD.match(line)
         assert found, line
         started, ended, *parts = map(float, found.groups())
@@ -64,7 +64,7 @@ class Life:
 
 
 def wrap_client_app(node: Machine) -> Path:
-    """Have a node's ClientApps recorded; return the file with a line for each."""
+    """Record a node's ClientApps; return the file with one line per process."""
     folder, record = node.folder / "wrapped", node.folder / "messages"
     folder.mkdir()
     wrapper = folder / "flwr-clientapp"
@@ -76,12 +76,12 @@ def wrap_client_app(node: Machine) -> Path:
 
 
 def run(made: Stack, nodes: Mapping[str, dict[str, int]], rounds: int) -> list[Path]:
-    """Run a federation to its end and return the records of its nodes.
+    """Run a federation to its end; return the records of its nodes.
 
     Raises
     ------
     RuntimeError
-        If the run did not complete.
+        If the run failed.
     """
     made.start_server()
     records = []
@@ -99,7 +99,7 @@ def run(made: Stack, nodes: Mapping[str, dict[str, int]], rounds: int) -> list[P
 
 
 def result_table(made: Stack, records: list[Path]) -> str:
-    """Return the Markdown table of all rounds but the first, which fills caches."""
+    """Return a Markdown table of all rounds but the first, which fills the caches."""
     lines = made.rounds()[1:]
     lives = [
         # In each round a node trains, then evaluates.
@@ -126,9 +126,9 @@ def result_table(made: Stack, records: list[Path]) -> str:
         [
             ["a train message's process, wall", _spread(life.wall for life in trained)],
             ["the same, CPU", _spread(life.cpu for life in trained)],
-            ["of it class gradients and training, mean", f"{work:.2f}"],
+            ["of which class gradients and training, mean", f"{work:.2f}"],
             [
-                "overhead: all but those, wall",
+                "overhead: the rest, wall",
                 _spread(life.wall - work for life in trained),
             ],
             [
@@ -146,7 +146,7 @@ def _spread(values: Iterable[float]) -> str:
 
 
 def main() -> None:
-    """Run a federation, print and write the table."""
+    """Run a federation, and print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
@@ -157,7 +157,7 @@ def main() -> None:
         table = result_table(made, records)
     write_results(
         "node-messages",
-        "What a message costs nodes that share a machine",
+        "Cost of a message at nodes that share a machine",
         f"{len(COUNTS)} nodes, a server, its proxy and SuperExec on "
         f"{os.cpu_count()} cores, TLS, node authentication; resnet8-slim, one epoch, "
         f"{arguments.rounds} rounds of which the first is left out.\n\n{table}",

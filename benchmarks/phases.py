@@ -1,10 +1,10 @@
-"""Where the time of a round goes, from the metrics of finished runs.
+"""Show how a round's time splits into phases, from the metrics of finished runs.
 
     python -m benchmarks.phases before=runs/old after=runs/new
 
-Each run is a folder with ``metrics.jsonl``. First rounds are left out: they start
-processes and fill caches. Seconds of the clients are sums over a round's clients, which
-train at the same time; all others are wall-clock time.
+Each run is a folder with ``metrics.jsonl``. First rounds are left out, since they start
+processes and fill caches. The clients' seconds are sums over a round's clients, which
+train at the same time. All other seconds are wall-clock time.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def phase_medians(run: Path) -> dict[str, float]:
 
 
 def phase_table(runs: dict[str, Path]) -> str:
-    """Return the Markdown table of phases and the whole round, a column a run."""
+    """Return a Markdown table of the phases and the whole round, one column per run."""
     medians = {label: phase_medians(run) for label, run in runs.items()}
     phases = list(dict.fromkeys(p for of_run in medians.values() for p in of_run))
     rows = [
@@ -51,7 +51,7 @@ def phase_table(runs: dict[str, Path]) -> str:
 
 
 def main() -> None:
-    """Print and write the table of the runs on the command line."""
+    """Print and write a table of the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER")
     parser.add_argument("--name", default="phases", help="name of the results file")

@@ -1,19 +1,21 @@
-"""What a curious server learns from class gradients, with and without protection.
+"""Measure what a curious server learns from class gradients, by protection.
 
     python -m benchmarks.privacy runs/NAME
 
-NAME is a finished run of clip2fl or creff, whose delivered model makes the features.
+NAME is a finished run of clip2fl or creff. Its delivered model computes the features.
 
-Reconstruction: row c of class c's weight gradient over its bias gradient is a mean of
-the images' features, weighted by how wrong the classifier is about each (Zhu et al.
-2019 for one image; see docs/privacy.md). The cosine of that with each image's own
-feature, not augmented, is compared with that of another image of the same class: what
-is above it was given away by the gradient, not by the class.
+Reconstruction: for class c, row c of the weight gradient divided by the bias gradient
+is a mean of the images' features, weighted by the classifier's error on each image (Zhu
+et al. 2019 for one image; see docs/privacy.md). This benchmark computes the cosine of
+the reconstruction with each image's own feature, not augmented. The baseline is the
+cosine of another image of the same class. Only the excess over the baseline was
+revealed by the gradient; the rest follows from the class.
 
-Class set: which classes a client holds, from which it sent, and from its local model,
-whose bias rises for the classes it trained on.
+Class set: the classes that a client holds, found from the classes that it sent, and
+from its local model, whose bias rises for the classes it trained on.
 
-What noise costs is the other table: ``clip2fl compare conf/demo-privacy.toml``.
+The effect of noise on accuracy is measured by
+``clip2fl compare conf/demo-privacy.toml``.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from strategy.privacy_ledger import epsilon
 
 IMAGES_OF_A_CLASS = (1, 2, 5, 20)
 TRIALS = 50
-# Releases of the worst-off client in 30 rounds of conf/demo.toml, seeds 7 to 9.
+# Requests to the client asked most often, in 30 rounds of conf/demo.toml, seeds 7 to 9.
 RELEASES = 23
 NOISE = {8: 3.06, 2: 10.31}
 
@@ -56,7 +58,7 @@ AT_LEAST_5: dict[str, Scalar] = {"privacy.min-class-samples": FEWEST}
 
 
 def noise(target: int) -> dict[str, Scalar]:
-    """Return settings whose epsilon over a run is ``target``."""
+    """Return settings with noise that spends the epsilon ``target`` over a run."""
     return {"privacy.gradient-noise-multiplier": NOISE[target]}
 
 
@@ -81,7 +83,7 @@ PROTECTIONS: dict[str, dict[str, Scalar]] = {
 
 @dataclass
 class Victim:
-    """A delivered model and the images of its data set that nobody trained on.
+    """A delivered model and the test images of its data set, unused in training.
 
     Attributes
     ----------
@@ -94,7 +96,7 @@ class Victim:
     labels : Tensor of int64, shape [N]
         Their classes.
     features : Tensor, shape [N, d]
-        Their features, not augmented.
+        Features of the images, not augmented.
     """
 
     settings: dict[str, Scalar]
@@ -109,8 +111,8 @@ class Victim:
 
     @classmethod
     def of(cls, run: Path) -> "Victim":
-        """Return that of a finished run."""
-        # A run of an earlier version lacks keys that are none of the data set's.
+        """Return the model and images of a finished run."""
+        # A run of an earlier version may lack keys that do not concern the data set.
         settings = {**defaults(), **FinishedRun.read(run).config}
         model, card = load_model(run / "model.safetensors")
         test = load_dataset(RunConfig.from_run_config(settings).dataset).test
@@ -119,7 +121,7 @@ class Victim:
         return cls(settings, model, images, loaded.labels)
 
     def config(self, changes: dict[str, Scalar]) -> RunConfig:
-        """Return the run's configuration with other protections."""
+        """Return the run's configuration with other settings of protection."""
         unprotected = {
             name: value
             for name, value in defaults().items()
@@ -161,7 +163,7 @@ class Victim:
 
 @torch.no_grad()
 def features_of(model: ImageClassifier, images: torch.Tensor) -> torch.Tensor:
-    """Return features [N, d] of images as they are."""
+    """Return the features [N, d] of images, not augmented."""
     model.eval()
     return torch.cat([model.features(batch) for batch in images.split(64)])
 
@@ -181,14 +183,14 @@ def reconstruction(
     victim : Victim
         Model and images.
     changes : dict
-        The protection.
+        Settings of the protection.
     images : int
-        Images that the client has of the class.
+        Number of images of the class at the client.
 
     Returns
     -------
     float or None
-        None where nothing was sent.
+        None if the client sent nothing.
     """
     config = victim.config(changes)
     found = []
@@ -202,7 +204,7 @@ def reconstruction(
 
 
 def same_class(victim: Victim, images: int) -> float:
-    """Return the mean cosine with an image of the class that the client lacks."""
+    """Return the mean cosine with an image of the class that is not at the client."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for label, chosen in draws(victim, images):
@@ -214,7 +216,7 @@ def same_class(victim: Victim, images: int) -> float:
 
 
 def draws(victim: Victim, images: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield a class and so many of its images, in each trial others."""
+    """Yield, for each trial, a class and the given number of its images."""
     generator = torch.Generator().manual_seed(images)
     classes = int(victim.labels.max()) + 1
     for trial in range(TRIALS):
@@ -224,11 +226,11 @@ def draws(victim: Victim, images: int) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def reconstruction_table(victim: Victim) -> str:
-    """Return the table of cosines by protection and number of images."""
+    """Return a table of cosines by protection and number of images."""
     sizes = [f"{n} image{'s' if n > 1 else ''}" for n in IMAGES_OF_A_CLASS]
     rows = [
         [
-            "the class is known: another image of it",
+            "baseline: another image of the same class",
             *(f"{same_class(victim, n):.3f}" for n in IMAGES_OF_A_CLASS),
         ]
     ]
@@ -241,7 +243,7 @@ def reconstruction_table(victim: Victim) -> str:
 
 
 def class_set_table(victim: Victim) -> str:
-    """Return what of each client's class set can be told, of the run's partition."""
+    """Return a table of how well clients' class sets are found, for the partition."""
     config = victim.config({})
     dataset = load_dataset(config.dataset)
     parts = partition_indices(
@@ -272,14 +274,19 @@ def class_set_table(victim: Victim) -> str:
     told = {
         "classes sent, min-class-samples 1": truth,
         "classes sent, min-class-samples 5": counts >= FEWEST,
-        "local model: its bias has risen": torch.stack(risen),
+        "local model, classes whose bias rose": torch.stack(risen),
     }
     rows = [
         [name, _share(guess & truth, truth), _share(guess & truth, guess)]
         for name, guess in told.items()
     ]
     return markdown(
-        ["told by", "classes held that are told, %", "told rightly, %"], rows
+        [
+            "found from",
+            "held classes that are found, %",
+            "found classes that are held, %",
+        ],
+        rows,
     )
 
 
@@ -288,8 +295,8 @@ def _share(part: torch.Tensor, whole: torch.Tensor) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Attack the uploads of a run's model, and write the tables."""
-    parser = argparse.ArgumentParser(description="What class gradients give away.")
+    """Attack the uploads of a run's model and write the tables."""
+    parser = argparse.ArgumentParser(description="Measure what class gradients reveal.")
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -304,14 +311,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Student of {settings['method']} on {settings['dataset.name']}, seed "
         f"{settings['seed']}: features of test images, {TRIALS} trials a number. Noise "
         f"multipliers (epsilon at delta = 1e-5 after {RELEASES} releases): {spent}.\n\n"
-        "Mean cosine of what is reconstructed with the images' true features:\n\n"
+        "Mean cosine of the reconstructions with the images' true features:\n\n"
         f"{reconstruction_table(victim)}\n\n"
-        "Which classes a client holds, over all clients of the run's partition:\n\n"
+        "Classes that a client holds, over all clients of the run's partition:\n\n"
         f"{class_set_table(victim)}"
     )
     write_results(
         "privacy",
-        "What class gradients give away",
+        "What class gradients reveal",
         text,
         torch.device("cpu"),
         options.results,

@@ -1,9 +1,9 @@
-"""The published code's loops, re-implemented plainly: what our speed is measured by.
+"""The published code's loops, re-implemented plainly: the baseline of our speed.
 
-Written from the method's description, in our own words: class after class, with
-automatic differentiation through automatic differentiation, a data loader that collects
-samples one by one, the teacher on every batch of every epoch. Random numbers are drawn
-in the same order as in the fast code, so that both compute the same.
+They are written from the method's description: one class after another, automatic
+differentiation through automatic differentiation, a data loader that collects samples
+one by one, and the teacher on every batch of every epoch. Random numbers are drawn in
+the same order as in the fast code, so that both compute the same result.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +21,14 @@ COSINE_EPSILON = 1e-6
 
 
 class Shuffled(Sampler[int]):
-    """A new order each epoch, from a given generator.
+    """Yield the samples in a new order each epoch, from a given generator.
 
     Parameters
     ----------
     size : int
         Number of samples.
     generator : torch.Generator
-        CPU source of the orders.
+        CPU generator of the orders.
     """
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
@@ -36,7 +36,7 @@ class Shuffled(Sampler[int]):
         self._generator = generator
 
     def __iter__(self) -> Iterator[int]:
-        """Yield an epoch's sample numbers."""
+        """Yield the sample numbers of an epoch."""
         yield from torch.randperm(self._size, generator=self._generator).tolist()
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ def class_gradients(
     samples_per_class: int,
     generator: torch.Generator,
 ) -> dict[int, ClassGradient]:
-    """Return a client's class gradients, one forward pass for each class and draw.
+    """Return a client's class gradients, with one forward pass per class and draw.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ def class_gradients(
     weight, bias : Tensor, shapes [C, d] and [C]
         Re-trained classifier.
     draws, samples_per_class : int
-        Augmented draws, and images of a class in one draw at most.
+        Number of augmented draws, and most images of a class in one draw.
     generator : torch.Generator
-        CPU source of choice and augmentation.
+        CPU generator of selection and augmentation.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def train_epoch(
     crop_padding: int,
     generator: torch.Generator,
 ) -> None:
-    """Train one local epoch with distillation, the teacher running on every batch.
+    """Train one local epoch with distillation; the teacher runs on every batch.
 
     Parameters
     ----------
@@ -121,15 +121,15 @@ def train_epoch(
     images : Tensor, shape [N, 3, H, W]
         Normalised images.
     pixels : Tensor of uint8, shape [N, 3, H, W]
-        The same, for the teacher.
+        The same images, for the teacher.
     labels : Tensor of int64, shape [N]
         Their classes.
     teacher : callable
-        Pixels to the teacher's logits [N, C].
+        Maps pixels to the teacher's logits [N, C].
     temperature, batch_size, learning_rate, crop_padding : float or int
-        As in `client_app.training.train_locally`.
+        See `client_app.training.train_locally`.
     generator : torch.Generator
-        CPU source of shuffling and augmentation.
+        CPU generator of shuffling and augmentation.
     """
     model.train()
     loader = DataLoader(
@@ -166,7 +166,7 @@ def synthesize(
     contrast_weight: float,
     temperature: float,
 ) -> torch.Tensor:
-    """Move the federated features by gradient matching and prototype contrast.
+    """Return the federated features after gradient matching and prototype contrast.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def synthesize(
     text_features : Tensor, shape [C, d]
         Unit text features.
     steps, learning_rate, contrast_weight, temperature : int or float
-        As in `strategy.synthesis.synthesize`.
+        See `strategy.synthesis.synthesize`.
 
     Returns
     -------
@@ -224,18 +224,18 @@ def retrain_classifier(
     learning_rate: float,
     generator: torch.Generator,
 ) -> nn.Linear:
-    """Train a linear classifier through a data loader and automatic differentiation.
+    """Return a classifier trained with a data loader and automatic differentiation.
 
     Parameters
     ----------
     features : Tensor, shape [C, m, d]
         Federated features.
     initial : nn.Linear
-        Where to start; not changed.
+        Classifier to start from; not changed.
     epochs, batch_size, learning_rate : int or float
-        As in `strategy.retraining.retrain_classifier`.
+        See `strategy.retraining.retrain_classifier`.
     generator : torch.Generator
-        CPU source of the shuffling.
+        CPU generator of the shuffling.
 
     Returns
     -------

@@ -1,12 +1,13 @@
-"""A thousand classes on one machine: seconds and peak memory.
+"""Measure a round with a thousand classes on one machine: seconds and peak memory.
 
     python -m benchmarks.scale --text-features imagenet1k_text_vitb32.npz
 
-A round shaped like ImageNet-LT from class gradients to re-trained classifier: 1,000
-classes with 645 to 5 images, twenty clients, Dirichlet 0.5. Random features stand in
-for the images; ``--text-features`` gives true class prototypes (array ``text_features``
-or the only two-dimensional one of width 512), else random ones are taken. Every part
-runs in a process of its own, whose peak memory is the operating system's figure.
+The round is shaped like ImageNet-LT, from class gradients to re-trained classifier:
+1,000 classes with 645 to 5 images, twenty clients, Dirichlet 0.5. Random features
+replace the images. ``--text-features`` gives real class prototypes (array
+``text_features``, or the only two-dimensional one of width 512); the default is random
+ones. Every part runs in its own process, since the operating system reports peak memory
+by process.
 """
 
 import argparse
@@ -41,29 +42,30 @@ from strategy.synthesis import gradient_matching_loss, synthesize
 
 DRAWS, SAMPLES_PER_CLASS = 10, 32
 PRECISION: Precision = "half"
-# Names of targets, and the rank of their factors; 0: dense.
+# Names of targets, and the rank of their factors; 0 means dense.
 KINDS = {"dense": 0, "rank 20": 20}
-# Within a class, features spread along few directions of falling size; the spread and
-# an augmentation's share of it give a cosine of about 0.6 between two images.
+# Features of a class spread along few directions of falling size. With this spread and
+# this share of augmentation, two images have a cosine of about 0.6.
 SPREAD, SPECTRUM_EXPONENT, AUGMENTATION_SHARE = 1.0, -0.5, 0.3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large the round is.
+    """The size of the round.
 
     Attributes
     ----------
     num_classes, per_class, dim : int
         C, m and d.
     largest, imbalance : int
-        Images of the most frequent class, and how many times the rarest's that is.
+        Images of the most frequent class, and the imbalance factor (how many times as
+        many images it has as the rarest class).
     clients : int
-        All of which take part.
+        Number of clients; all take part.
     min_cosine : float
         Bound of the uploads' low-rank code.
     steps, epochs : int
-        Of synthesis and re-training.
+        Descent steps of the synthesis and epochs of re-training.
     """
 
     num_classes: int = 1000
@@ -83,7 +85,7 @@ def load_prototypes(path: Path | None, shape: Shape) -> torch.Tensor:
     Raises
     ------
     ValueError
-        If the file has no array of that shape.
+        If the file has no array of the required shape.
     """
     if path is None:
         drawn = torch.randn(shape.num_classes, shape.dim, generator=_seeded(0))
@@ -101,13 +103,13 @@ def load_prototypes(path: Path | None, shape: Shape) -> torch.Tensor:
 
 
 def whole_round(shape: Shape, prototypes: torch.Tensor) -> dict[str, float]:
-    """Compute a round and return seconds by phase, and bytes a client."""
+    """Compute a round; return the seconds by phase and the bytes per client."""
     counts = long_tail_counts(shape.largest, shape.num_classes, shape.imbalance)
     labels = np.repeat(np.arange(shape.num_classes), counts)
     parts = long_tail_partition(
         labels, shape.num_classes, 1.0, shape.clients, 0.5, seed=7
     )
-    # A classifier on its way: it knows the prototypes, vaguely.
+    # A partly trained classifier, which resembles the prototypes.
     generator = _seeded(1)
     noise = torch.randn(prototypes.shape, generator=generator) * shape.dim**-0.5
     weight, bias = 4 * (prototypes + noise), torch.zeros(shape.num_classes)
@@ -168,7 +170,7 @@ def _drawn_features(
     mixing: torch.Tensor,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features of augmented draws and their labels, for a client's images."""
+    """Return features of augmented draws of a client's images, and their labels."""
 
     def spread(number: int) -> torch.Tensor:
         return torch.randn(number, len(mixing), generator=generator) @ mixing
@@ -186,7 +188,7 @@ def _drawn_features(
 
 
 def synthesis_step(shape: Shape, rank: int) -> float:
-    """Return seconds a descent step; rank 0 is dense gradients."""
+    """Return the seconds of a descent step; rank 0 means dense gradients."""
     features, gradients, weight, bias, prototypes = synthesis_problem(
         shape.num_classes if not rank else 2, shape.per_class, torch.device("cpu")
     )
@@ -215,7 +217,7 @@ def synthesis_step(shape: Shape, rank: int) -> float:
 
 
 def server_mean(shape: Shape, rank: int) -> float:
-    """Return seconds to average the class gradients of all clients, as they arrive."""
+    """Return the seconds to average all clients' class gradients as they arrive."""
     classes, dim = shape.num_classes, shape.dim
     generator = _seeded(6)
 
@@ -259,7 +261,7 @@ Sized = dict[tuple[str, int], tuple[list[float], float]]
 def measure(
     function: Callable[[Shape, int], float], shape: Shape, rank: int, repeats: int
 ) -> tuple[list[float], float]:
-    """Return seconds of some runs, and the largest peak memory in GiB."""
+    """Return the seconds of each run, and the largest peak memory in GiB."""
     runs = [in_fresh_process(function, shape, rank) for _ in range(repeats)]
     seconds, peak = [s for s, _ in runs], max(peak for _, peak in runs)
     print(function.__name__, shape, rank, median_and_spread(seconds), f"{peak:.2f} GiB")
@@ -267,7 +269,7 @@ def measure(
 
 
 def size_table(size: str, measured: Sized) -> str:
-    """Return the Markdown table of one growing size."""
+    """Return a Markdown table for one growing size."""
     return markdown(
         [size, "gradients", "seconds", "peak memory, GiB"],
         [
@@ -278,11 +280,11 @@ def size_table(size: str, measured: Sized) -> str:
 
 
 def plot(path: Path, by_classes: Sized, by_clients: Sized) -> None:
-    """Draw cost against classes and against clients; without matplotlib, say so."""
+    """Draw cost against classes and clients; print a note without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: matplotlib is not installed")
+        print("no plot: matplotlib is not installed")
         return
     figure = Figure(figsize=(9, 4), layout="constrained")
     titles = ("classes C", "clients")
@@ -349,9 +351,9 @@ def main() -> None:
         f"a client, low-rank uploads of cosine {shape.min_cosine} at least: "
         f"{figures['bytes'] / 2**20:.1f} MiB of class gradients a client, against "
         f"{dense / 2**30:.2f} GiB as published. {shape.steps} descent steps, "
-        f"{shape.epochs} epochs of re-training. Peak memory of the one process that "
-        f"does it all: {peak:.2f} GiB. Mean rank of the clients' mean: "
-        f"{figures['mean rank']:.0f}. 1 - cosine of a gradient's row, mean: "
+        f"{shape.epochs} epochs of re-training. Peak memory, all in one process: "
+        f"{peak:.2f} GiB. Mean rank of the clients' mean: "
+        f"{figures['mean rank']:.0f}. Mean of 1 - cosine of a gradient's row: "
         f"{figures['loss before']:.4f} before the synthesis, "
         f"{figures['loss after']:.4f} after it.\n\n"
         + markdown(

@@ -1,8 +1,8 @@
-"""Each stage of a round against the published code's loops, without Flower.
+"""Time each stage of a round against the published code's loops, without Flower.
 
     python -m benchmarks.stages
 
-Needs torch and torchvision only; on a GPU with ``--device cuda``.
+Needs only torch and torchvision. ``--device cuda`` runs on a GPU.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from strategy.synthesis import synthesize
 PER_CLASS, DIM = 100, 512
 BATCH_SIZE, TEMPERATURE = 32, 3.0
 DRAWS, SAMPLES_PER_CLASS = 10, 32
-# The paper's for CIFAR, and the one of the demo and of quick experiments.
+# The paper's model for CIFAR, and the model of the demo and of quick experiments.
 STUDENTS = ("resnet8", "resnet8-slim")
 FORWARD_BATCH = {"cpu": 32, "cuda": 512}
 
@@ -94,7 +94,7 @@ RETRAINING: RetrainingSettings = {"batch_size": BATCH_SIZE, "learning_rate": 0.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each stage has to do.
+    """The amount of work in each stage.
 
     Attributes
     ----------
@@ -103,12 +103,12 @@ class Sizes:
     epoch_images : int
         Images of the local epoch.
     steps : mapping of int to tuple of int
-        Descent steps of the published (0: it cannot) and of our synthesis, by number
-        of classes, and those after which both are compared. Ours are a round's, since
-        what the steps share is prepared once.
+        By number of classes: descent steps of the published synthesis (0 if it cannot
+        run) and of ours, and steps after which the two are compared. Ours has a whole
+        round's steps, since all steps share the preparation.
     epochs : mapping of int to tuple of int
-        Epochs of the published (0: too long) and of our re-training, by number of
-        classes.
+        By number of classes: epochs of the published re-training (0 if it takes too
+        long) and of ours.
     per_class : int
         Federated features of each class.
     round_steps, round_epochs : int
@@ -124,7 +124,8 @@ class Sizes:
     round_epochs: int
 
 
-# Numbers of images: a client of CIFAR-10/100-LT at IF 100 with 20 clients.
+# Numbers of images are those of one of 20 clients of CIFAR-10/100-LT at imbalance
+# factor 100.
 FULL = Sizes(
     images={10: 620, 100: 542},
     epoch_images=256,
@@ -149,7 +150,7 @@ TINY = Sizes(
 def random_images(
     number: int, num_classes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return pixels [N, 3, 32, 32] uint8, and labels with a long tail [N]."""
+    """Return uint8 pixels [N, 3, 32, 32] and long-tailed labels [N]."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(
         256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8
@@ -160,27 +161,27 @@ def random_images(
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
-    """Return float images of about unit variance."""
+    """Return float images with a variance of about one."""
     return (pixels.float() - 127.5) / 64
 
 
 def seeded(seed: int = 1) -> torch.Generator:
-    """Return a CPU generator."""
+    """Return a CPU generator with a seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def student(
     num_classes: int, device: torch.device, name: str = "resnet8"
 ) -> ImageClassifier:
-    """Return a student, by default the paper's for CIFAR, with seeded weights."""
+    """Return a student with seeded weights, by default the paper's for CIFAR."""
     torch.manual_seed(0)
     return build_model(name, num_classes, DIM).to(device)
 
 
 def as_published(model: ImageClassifier) -> ImageClassifier:
-    """Return a copy in torch's default layout, which the published code leaves as is.
+    """Return a copy in torch's default memory layout, which the published code uses.
 
-    The layout that our models are built in is one of the things measured.
+    The layout of our models is part of what is measured.
     """
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
@@ -230,7 +231,7 @@ def server_classifier(
 def published_gradients(
     model: ImageClassifier, pixels: torch.Tensor, labels: torch.Tensor
 ) -> dict[int, ClassGradient]:
-    """Return a client's class gradients by the published loops."""
+    """Return a client's class gradients, computed by the published loops."""
     return published_loops.class_gradients(
         model,
         normalized(pixels),
@@ -245,7 +246,7 @@ def published_gradients(
 def our_gradients(
     model: ImageClassifier, pixels: torch.Tensor, labels: torch.Tensor
 ) -> dict[int, ClassGradient]:
-    """Return the same by our code."""
+    """Return a client's class gradients, computed by our code."""
     return class_gradients(
         *augmented_features(
             model,
@@ -262,7 +263,7 @@ def our_gradients(
 
 
 def teacher_of_clips_size(num_classes: int, device: torch.device) -> Logits:
-    """Return a ViT-B/32 at 224 pixels: CLIP's image tower in size, weights random."""
+    """Return a ViT-B/32 at 224 pixels, CLIP's image tower in size, random weights."""
     torch.manual_seed(0)
     tower = vit_b_32(num_classes=DIM).to(device).eval()
     prototypes = torch.randn(DIM, num_classes, generator=seeded()).to(device)
@@ -285,7 +286,7 @@ def published_epoch(
     labels: torch.Tensor,
     teacher: Logits,
 ) -> nn.Module:
-    """Return a model after one local epoch by the published loops."""
+    """Return the model after one local epoch of the published loops."""
     model = as_published(start)
     published_loops.train_epoch(
         model,
@@ -306,7 +307,7 @@ def our_epoch(
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,
 ) -> nn.Module:
-    """Return the same by our code; without the teacher's logits, not distilling."""
+    """Return the model after one local epoch of our code; distils if given logits."""
     model = copy.deepcopy(start)
     train_locally(
         model,
@@ -328,12 +329,12 @@ def local_epoch_stage(
     repeats: int,
     teacher: Logits,
 ) -> tuple[Comparison, str]:
-    """Time a local epoch: distilling, not distilling, and with the teacher inside.
+    """Time a local epoch: with distillation, without, and with the teacher inside.
 
     Returns
     -------
     tuple
-        The comparison, and a paragraph about what distillation costs.
+        The comparison, and a paragraph about the cost of distillation.
     """
     pixels, labels = random_images(number, num_classes, device)
     start = student(num_classes, device)
@@ -342,8 +343,8 @@ def local_epoch_stage(
         return torch.cat([teacher(part) for part in pixels.split(BATCH_SIZE)])
 
     logits = first_pass()
-    # Eight steps of size 0.1 from random weights enlarge what is rounded in single
-    # precision a thousand times, in either code.
+    # From random weights, eight steps of size 0.1 enlarge single precision's rounding
+    # errors a thousand times, in either code.
     double, double_logits = copy.deepcopy(start).double(), logits.double()
     comparison = compare(
         "local epoch with distillation",
@@ -387,7 +388,7 @@ def local_epoch_stage(
 
 
 def in_double(problem: SynthesisProblem) -> SynthesisProblem:
-    """Return a problem in double precision."""
+    """Return the problem in double precision."""
     features, gradients, *rest = problem
     double = {
         c: ClassGradient(gradient.weight.double(), gradient.bias.double())
@@ -427,8 +428,8 @@ def synthesis_stage(
 ) -> Comparison:
     """Time a descent step on the federated features of all classes."""
     problem = synthesis_problem(num_classes, per_class, device)
-    # In single precision the published loops are some 2e-5 from the exact result after
-    # a hundred steps, and ours half as far.
+    # In single precision, the published loops are about 2e-5 from the exact result
+    # after a hundred steps, and ours half as far.
     exact = in_double(problem) if steps[2] else problem
     published, ours, compared = steps
     return compare(
@@ -460,7 +461,7 @@ def published_retraining(features: torch.Tensor, epochs: int) -> nn.Linear:
 
 
 def our_retraining(features: torch.Tensor, epochs: int) -> nn.Linear:
-    """Return the same by our code."""
+    """Return the classifier re-trained by our code."""
     return retrain_classifier(
         features, epochs=epochs, generator=seeded(4), **RETRAINING
     )
@@ -503,7 +504,7 @@ def round_stage(
 ) -> Comparison:
     """Time a whole round of two clients, from class gradients to a new classifier.
 
-    The teacher's features are in the cache, as in every round but a client's first.
+    The teacher's features are cached, as in every round but a client's first.
     """
     pixels, labels = random_images(sizes.epoch_images, num_classes, device)
     half = len(labels) // 2
@@ -595,13 +596,13 @@ def run_stages(
     Parameters
     ----------
     sizes : Sizes
-        How much each stage has to do.
+        The amount of work in each stage.
     device : torch.device
-        Where.
+        Device on which all stages compute.
     repeats : int
-        Timed runs of each contender.
+        Number of timed runs of each contender.
     teacher_of : callable
-        Makes the teacher from the number of classes and the device.
+        Returns the teacher, given the number of classes and the device.
 
     Returns
     -------

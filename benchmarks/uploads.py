@@ -1,13 +1,13 @@
-"""Bytes of uploaded class gradients at a hundred classes, on real features.
+"""Measure the bytes of uploaded class gradients with 100 classes, on real features.
 
     python -m benchmarks.uploads --clip-features cifar10_test500_vitb32.npz \
         --run runs/demo-clip2fl-7 --accuracy dense=runs-full half=runs low=runs-lowrank
 
-A hundred classes are made of a data set's ten: each of the ten stands for ten of the
-hundred, so that a class gradient has a hundred rows, as many images as a real class and
-real features. Features are true CLIP ViT-B/32's, or a trained student's on augmented
-images (``--run``, a run folder). ``--accuracy`` compares finished runs of the demo that
-differ in their uploads only.
+The data have ten classes. Each of them serves as ten of the hundred, so that a class
+gradient has a hundred rows, as many images as a real class, and real features. The
+features come from CLIP ViT-B/32, or from a trained student on augmented images
+(``--run``, a run folder). ``--accuracy`` compares finished runs of the demo that differ
+only in their uploads.
 """
 
 import argparse
@@ -49,10 +49,10 @@ Features = tuple[torch.Tensor, torch.Tensor]
 
 
 def clip_features(path: Path) -> Features:
-    """Return true CLIP features [N, d] and their ten classes [N].
+    """Return CLIP's features [N, d] and their ten classes [N].
 
     Unit features would leave the classifier untrained at the usual step size, so they
-    get the length of federated features, sqrt(d).
+    are scaled to the length of federated features, sqrt(d).
     """
     with np.load(path) as arrays:
         labels = next(
@@ -68,9 +68,9 @@ def clip_features(path: Path) -> Features:
 
 
 def student_features(run: Path) -> Features:
-    """Return a delivered model's features of augmented test images, and classes."""
+    """Return a delivered model's features of augmented test images, and the classes."""
     model, card = load_model(run / "model.safetensors")
-    # A run of an earlier version lacks keys that are none of the data set's.
+    # A run of an earlier version may lack keys that do not concern the data set.
     config = RunConfig.from_run_config({**defaults(), **FinishedRun.read(run).config})
     dataset = load_dataset(config.dataset)
     loaded = dataset.test.load(np.arange(len(dataset.test.labels)))
@@ -87,7 +87,7 @@ def student_features(run: Path) -> Features:
 
 
 def as_a_hundred(features: Features) -> Features:
-    """Return each class's features ten times, for ten of a hundred classes."""
+    """Return each class's features ten times, as ten of a hundred classes."""
     values, labels = features
     times = NUM_CLASSES // (int(labels.max()) + 1)
     copies = torch.arange(times).repeat_interleave(len(labels))
@@ -95,7 +95,7 @@ def as_a_hundred(features: Features) -> Features:
 
 
 def rows_of(name: str, features: Features) -> Iterator[list[str]]:
-    """Yield the table's rows of one kind of features, at two classifiers."""
+    """Yield the table's rows for one kind of features, at two classifiers."""
     values, labels = as_a_hundred(features)
     counts = labels.bincount()
     per_class = int(counts.min())
@@ -138,7 +138,7 @@ def rows_of(name: str, features: Features) -> Iterator[list[str]]:
 
 
 def accuracy_rows(settings: Sequence[str]) -> list[list[str]]:
-    """Return a row for each ``LABEL=FOLDER``: accuracy of the finished runs in it."""
+    """Return a row per ``LABEL=FOLDER``: the accuracy of the finished runs in it."""
     rows = []
     for setting in settings:
         label, _, folder = setting.partition("=")
@@ -173,7 +173,7 @@ def accuracy_rows(settings: Sequence[str]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure what the command line names, and write the results."""
+    """Measure the inputs on the command line and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clip-features", type=Path)
     parser.add_argument("--run", type=Path, help="folder of a finished run")

@@ -1,4 +1,4 @@
-"""What runs where the data is: local training and class gradients."""
+"""The client's code, which runs where the data are: training and class gradients."""
 
 import atexit
 import gc
@@ -7,14 +7,14 @@ from importlib import import_module
 
 
 def _thaw() -> None:
-    # Torch's compiler brings triton, whose extension reports objects left at the end.
+    # Torch's compiler loads triton, which reports frozen objects as leaks at exit.
     if "triton" in sys.modules:
         gc.unfreeze()
 
 
-# In a deployment every message is a process of its own. Looking for garbage among all
-# that torch's import makes, and once more when the process ends, took a fifth of a
-# message's CPU time; what is frozen is not looked at.
+# In a deployment every message starts a new process. Searching all objects that torch's
+# import makes for garbage, once more at exit, took a fifth of a message's CPU time. The
+# collector skips frozen objects.
 if gc.isenabled():
     gc.disable()
     import_module("torch")

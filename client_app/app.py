@@ -25,7 +25,7 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which simulated partition, or which site, this node is."""
+    """Return which simulated partition, or which site, this node is."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
         if site is not None:
@@ -52,7 +52,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Say how well each classifier does on a site's validation images."""
+    """Return the accuracy of each classifier on a site's validation images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
         return evaluate_round(config, TrainRequest.parse(message.content), site)
@@ -66,7 +66,7 @@ def _answer(
     kind: Kind,
     answer: Callable[[RunConfig, OwnSite | None], RecordDict],
 ) -> Message:
-    """Return what a handler answers, within the site's own rules."""
+    """Return a handler's answer, unless one of the site's own rules forbids it."""
     try:
         with names_kept_here(context.node_config):
             site = OwnSite.of(context.node_config)
@@ -79,7 +79,7 @@ def _answer(
                     request_bytes=messages.message_bytes(message.content),
                 )
             elif config.dataset.name == SITES:
-                data_folder(context.node_config)  # says that there is none
+                data_folder(context.node_config)  # raises: the site has no data folder
             content = answer(config, site)
             if site is not None:
                 site.check_reply(messages.message_bytes(content))
@@ -94,15 +94,15 @@ def _answer(
             told = found.summary
         error = Error(messages.DATA_ERROR, told)
     except FloatingPointError as diverged:
-        # By this code the server sees whether the model that it sent is at fault.
+        # This code tells the server that the model that it sent may be at fault.
         error = Error(messages.DIVERGED, messages.plain(diverged))
     return Message(error, reply_to=message)
 
 
 def _site_name(context: Context) -> str:
-    """Return what the site calls itself; empty where it was given no name.
+    """Return the site's name from the node configuration; empty without one.
 
-    A server with a registry of sites knows the name then.
+    A server with a registry of sites knows the name without it.
     """
     name = context.node_config.get("site")
     if name is None:

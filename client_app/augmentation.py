@@ -1,8 +1,8 @@
 """Augmentation: differentiable Siamese for class gradients, crop and flip to train.
 
-The Siamese augmentation (DSA, Zhao and Bilen 2021) picks one of six operations and
-one set of parameters for a whole batch, as CReFF and CLIP2FL use it. Images are
-normalised; borders are filled with zero.
+The Siamese augmentation (DSA, Zhao and Bilen 2021) draws one of six operations and one
+set of parameters for a whole batch, as CReFF and CLIP2FL do. Images are normalised;
+borders are filled with zeros.
 """
 
 import math
@@ -25,7 +25,7 @@ def _uniform(generator: torch.Generator) -> float:
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:
-    """Draw from low to high, both included."""
+    """Return a random integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
@@ -50,14 +50,14 @@ def _crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _shift(
     images: torch.Tensor, top: int, left: int, pad_y: int, pad_x: int
 ) -> torch.Tensor:
-    """Cut a window of the images' own size out of the zero-padded images."""
+    """Return a window of the images' own size, cut from zero-padded images."""
     height, width = images.shape[2:]
     padded = functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
     return padded[:, :, top : top + height, left : left + width]
 
 
 def _cutout(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blank a square of half the side, cut off where it crosses the border."""
+    """Set a square of half the side to zero; it may cross the border."""
     height, width = images.shape[2:]
     mask = torch.ones(height, width, dtype=images.dtype, device=images.device)
     size_y, size_x = (int(side * CUTOUT_SIDE + 0.5) for side in (height, width))
@@ -108,7 +108,7 @@ OPERATIONS = tuple(_OPERATIONS)
 def siamese_augment(
     images: torch.Tensor, operation: str | None, generator: torch.Generator
 ) -> torch.Tensor:
-    """Apply one differentiable augmentation, the same to every image of the batch.
+    """Return the images after one augmentation, the same for the whole batch.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def siamese_augment(
     operation : str or None
         One of `OPERATIONS`; None draws one at random.
     generator : torch.Generator
-        CPU source of the operation and its parameters.
+        CPU generator of the operation and its parameters.
 
     Returns
     -------
@@ -140,18 +140,20 @@ def random_crop_flip(
     *,
     per_image: bool = False,
 ) -> torch.Tensor:
-    """Crop at a random place after zero padding and flip with probability one half.
+    """Return images after a random crop with zero padding and a random flip.
+
+    The flip has probability one half.
 
     Parameters
     ----------
     images : Tensor, shape [N, 3, H, W]
         Normalised images.
     padding : int
-        Zero pixels added on every side before the crop; 0 leaves the crop out.
+        Zero pixels added on every side before the crop; 0 turns the crop off.
     generator : torch.Generator
-        CPU source of place and flip.
+        CPU generator of crop and flip.
     per_image : bool
-        Draw place and flip for each image; the released code draws them once per
+        Draw crop and flip for each image; the released code draws them once per
         batch.
 
     Returns
@@ -168,7 +170,7 @@ def random_crop_flip(
 def _crop_flip_each(
     images: torch.Tensor, padding: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Crop and flip each image on its own, by one gather for all."""
+    """Crop and flip each image separately, with one gather for all images."""
     number, _, height, width = images.shape
     draw = torch.randint(2 * padding + 1, (2, number, 1), generator=generator)
     mirrored = torch.rand(number, 1, generator=generator) < FLIP_PROBABILITY
@@ -178,6 +180,6 @@ def _crop_flip_each(
     padded = functional.pad(images, (padding, padding, padding, padding))
     index = torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]
     device = images.device
-    # Channels last while gathering: indices then pick whole pixels.
+    # Channels last while gathering, so that each index selects a whole pixel.
     pixels = padded.permute(0, 2, 3, 1)[tuple(i.to(device) for i in index)]
     return pixels.permute(0, 3, 1, 2)

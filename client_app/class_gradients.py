@@ -1,4 +1,4 @@
-"""The client part of CReFF and CLIP2FL: a gradient of every class held."""
+"""The client's part of CReFF and CLIP2FL: one gradient for every class it holds."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from clip2fl_common.messages import GRADIENTS, GradientFormat
 
 
 class ClassGradients(ClientPart):
-    """Gradients of the server's classifier at the global model's features."""
+    """Gradients of the server's classifier on features of the global model."""
 
     field: ClassVar[str] = GRADIENTS
 

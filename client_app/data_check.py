@@ -1,7 +1,7 @@
-"""A node's images, before it takes part: what is used, what is not, and why.
+"""Check a node's images before it takes part: which are used, which not, and why.
 
-Needs no torch. Images are read one at a time. Names from the disk are shown with
-everything escaped that does not print as itself.
+The check needs no torch and reads one image at a time. It escapes all characters in
+names from the disk that do not print as themselves.
 """
 
 from collections import Counter
@@ -23,25 +23,25 @@ from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder, s
 from clip2fl_common.data.image_reading import UnreadableImageError, read_picture
 from clip2fl_common.shown import listed, shown
 
-# Unreadable images that are named one by one.
+# Number of unreadable images that are named.
 NAMED = 20
-# Of other kinds, so many examples.
+# Number of examples of other findings.
 EXAMPLES = 3
 INDENT = f"\n{'':<22}"
 
 
 def count_images(folder: Path) -> int:
-    """Return the number of images in class folders; 0 where it cannot be told."""
+    """Return the number of images in class folders; 0 if they cannot be listed."""
     try:
         return sum(len(look_into(p).images) for p in look_into(folder).folders)
     except DatasetError:
-        return 0  # the check of the data says why
+        return 0  # check_data reports the reason
 
 
 def check_data(
     folder: Path, known: Sequence[str], image_size: int, skip_unreadable: bool
 ) -> Iterator[Finding]:
-    """Read every image ``<class>/<image>`` of a folder, one at a time.
+    """Yield the findings about the images ``<class>/<image>`` in a folder.
 
     Parameters
     ----------
@@ -50,14 +50,14 @@ def check_data(
     known : sequence of str
         The run's classes.
     image_size : int
-        Side in pixels that images are brought to.
+        Side in pixels to which images are scaled.
     skip_unreadable : bool
-        Whether the run leaves unreadable images out.
+        Whether the run skips unreadable images.
 
     Yields
     ------
     Finding
-        With names from the disk: for the people of the node, not for the server.
+        Contains names from the disk: for the site's staff, not for the server.
     """
     if not is_folder(folder):
         yield Finding(
@@ -93,18 +93,18 @@ def check_data(
 
 @dataclass
 class _Read:
-    """What came of reading images.
+    """The result of reading images.
 
     Attributes
     ----------
     counts, kinds : Counter
-        Good images by class, and by what the files hold.
+        Good images by class, and by the kind of file.
     scaled : set of str
-        The kinds whose values had more than 8 bits.
+        Kinds of file with values of more than 8 bits.
     several : list of str
-        Files of several pictures.
+        Files that hold several pictures.
     unreadable : list of str
-        Files that are refused, with the reasons.
+        Files that cannot be read, with the reasons.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -131,7 +131,7 @@ class _Read:
     def findings(
         self, folder: Path, known: Sequence[str], skip_unreadable: bool
     ) -> Iterator[Finding]:
-        """Yield what there is to say."""
+        """Yield the findings about the images read so far."""
         total = sum(self.counts.values())
         if total:
             by_class = [f"{n} {self.counts[n]}" for n in known if self.counts[n]]
@@ -158,7 +158,7 @@ class _Read:
                 "pictures",
                 f"{_files(len(self.several))} several pictures (pages, an animation), "
                 f"for example {listed(self.several, EXAMPLES)}",
-                "none, if the first of each is the right one: only it is used",
+                "nothing, if the first picture of each is right: only it is used",
             )
         if self.unreadable:
             yield self._unreadable(total, skip_unreadable)
@@ -182,7 +182,7 @@ class _Read:
 
 
 def _check_classes(top: Listing, known: Sequence[str]) -> Iterator[Finding]:
-    """Yield what is wrong with the names of the class folders."""
+    """Yield the faults in the names of the class folders."""
     for fault in name_faults(top.folders):
         yield Finding("problem", "classes", fault, "rename or merge the folders")
     unknown = [p.name for p in top.folders if class_name(p.name) not in known]
@@ -197,7 +197,7 @@ def _check_classes(top: Listing, known: Sequence[str]) -> Iterator[Finding]:
 
 
 def _ignored(folder: Path, listings: Sequence[Listing]) -> Iterator[Finding]:
-    """Yield what lies in the folders and is not used, by the reason."""
+    """Yield the entries of the folders that are not used, grouped by reason."""
     top, *classes = listings
     if top.images:
         yield Finding(
@@ -250,14 +250,14 @@ def _ignored(folder: Path, listings: Sequence[Listing]) -> Iterator[Finding]:
             "images",
             f"{_files(len(others))} no suffix of an image: {listed(kinds, NAMED)}; "
             f"for example {listed((path.name for path in others), EXAMPLES)}",
-            "none, if they are no images; what is one is decided by the suffix",
+            "nothing, if they are not images: the suffix decides what is an image",
         )
     system = [path.name for listing in listings for path in listing.system]
     if system:
         yield Finding(
             "ok",
             "system",
-            f"{len(system)} hidden entries or such of an operating system: "
+            f"{len(system)} hidden entries or entries of an operating system: "
             f"{listed(dict.fromkeys(system), EXAMPLES)}",
         )
 

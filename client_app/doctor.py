@@ -33,7 +33,7 @@ from clip2fl_common.files import cache_dir
 def findings(
     options: argparse.Namespace, config: RunConfig | None
 ) -> Iterator[Finding]:
-    """Yield what the checks find, the quick ones first."""
+    """Yield the findings of all checks, the quick checks first."""
     now = preflight.now()
     if options.root_certificates:
         yield preflight.check_certificate(options.root_certificates, now)
@@ -69,7 +69,7 @@ def findings(
 
 
 def _run_config(path: Path) -> RunConfig:
-    """Return the defaults, overridden by a file."""
+    """Return the configuration: the file's values over the defaults."""
     flat = {**defaults(), **flatten(read_toml(path))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
@@ -128,7 +128,7 @@ def main(
     """Run the command line and return its exit status."""
     options = _parse(arguments, prog)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without accents still shows names that have them.
+        # A terminal without accents still prints accented names, escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     config = None
     if options.run_config:

@@ -5,8 +5,8 @@ cross-entropy towards c has the gradient ``P^T f / n`` with respect to W and the
 mean of P's rows with respect to b, where ``P = softmax(f W^T + b) - onehot(c)``.
 No automatic differentiation is needed.
 
-A sample's own part, row of P times (f, 1), has the norm of that row times the norm of
-(f, 1), so that shortening it (Abadi et al. 2016) is a factor on the row.
+A sample's own part is its row of P times (f, 1). Its norm is the norm of the row times
+the norm of (f, 1), so scaling the row shortens the part (Abadi et al. 2016).
 """
 
 import torch
@@ -22,7 +22,7 @@ from clip2fl_common.class_gradients import (
 
 __all__ = ["ClassGradient", "class_gradients", "coded_class_gradients"]
 
-# Dense class gradients held at once: one takes 2 MiB at C = 1000 and d = 512.
+# Bytes of dense class gradients held at once: one takes 2 MiB at C = 1000 and d = 512.
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -45,14 +45,14 @@ def class_gradients(
     weight : Tensor, shape [C, d]
         Weight of the classifier that the server sent.
     bias : Tensor, shape [C]
-        Its bias.
+        Bias of that classifier.
     max_norm : float
-        Greatest Euclidean norm of a sample's part; 0: no bound.
+        Largest Euclidean norm of a sample's part; 0 sets no bound.
 
     Returns
     -------
     dict of int to ClassGradient
-        One entry per class held, in ascending order of class.
+        One gradient per class held, in ascending order of class.
     """
     held, group, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     residual = torch.softmax(features @ weight.T + bias, dim=1)
@@ -60,8 +60,8 @@ def class_gradients(
     if max_norm > 0:
         norms = residual.norm(dim=1) * (features.square().sum(dim=1) + 1).sqrt()
         residual *= (max_norm / norms).clamp(max=1)[:, None]
-    # Classes hold different numbers of samples: pad them to [K, n_max, .] so that
-    # one batched product serves all; padded rows are zero and add nothing.
+    # Classes hold different numbers of samples. Padded to [K, n_max, .], one batched
+    # product serves all classes; the padding rows are zero and add nothing.
     order = torch.argsort(group, stable=True)
     ends = sizes.cumsum(0)
     place = (
@@ -92,23 +92,23 @@ def coded_class_gradients(
     precision: Precision,
     protection: GradientProtection | None = None,
 ) -> dict[int, CodedGradient]:
-    """Return the class gradients as they are uploaded, in bounded memory.
+    """Return the class gradients as they are uploaded, with bounded memory.
 
     Parameters
     ----------
     features, labels, weight, bias : Tensor
-        As in `class_gradients`, of which a few classes at a time are computed.
+        As in `class_gradients`. A few classes are computed at a time.
     min_cosine : float
         Bound of the low-rank code (see `gradient_coding.encode_gradients`).
     precision : {"half", "full"}
-        Of all values.
+        Precision of all values.
     protection : GradientProtection or None
-        Bound and noise on what one image can change.
+        Bound and noise on the part of one image.
 
     Returns
     -------
     dict of int to ClassGradient or LowRankGradient
-        One entry per class held, in ascending order of class.
+        One gradient per class held, in ascending order of class.
     """
     coded: dict[int, CodedGradient] = {}
     for classes in labels.unique().split(max(1, CHUNK_BYTES // weight.nbytes)):

@@ -1,4 +1,4 @@
-"""The images of this client: a site's own folder, or a simulated partition."""
+"""Load a client's images: a site's own folder, or a simulated partition."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ from clip2fl_common.teacher import OtherTeacherError, TeacherError
 
 
 class SiteError(RuntimeError):
-    """A site cannot do what it was asked; says so without a name from its disk."""
+    """A site cannot do a request; the message contains no name from its disk."""
 
 
 class OtherCodeError(RuntimeError):
-    """The client's code is not the server's; names a folder of this machine."""
+    """The client's code differs from the server's; the message names a local folder."""
 
 
 def training_images(
     config: RunConfig, site: OwnSite | None, partition: int
 ) -> tuple[ImageDataset, LoadedImages]:
-    """Return the site's images, or those of the partition asked for.
+    """Return the site's images, or the images of the requested partition.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def training_images(
     site : OwnSite or None
         This node, if it has images of its own.
     partition : int
-        Which partition to train on, where clients are simulated.
+        Number of the partition to train on, for simulated clients.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def training_images(
     Raises
     ------
     DatasetError
-        If they are not where, or not what, they should be.
+        If the images are missing or cannot be used.
     """
     if site is not None:
         dataset = open_site(config.dataset, site.folder)
@@ -71,7 +71,7 @@ def training_images(
 def gradient_images(
     config: RunConfig, site: OwnSite | None, dataset: ImageDataset, loaded: LoadedImages
 ) -> dict[int, torch.Tensor] | None:
-    """Return which images enter the class gradients, where a site fixes them.
+    """Return which images enter the class gradients, if the site fixes them.
 
     Parameters
     ----------
@@ -99,12 +99,12 @@ def gradient_images(
 def validation_images(
     config: RunConfig, site: OwnSite | None
 ) -> tuple[ImageDataset, LoadedImages]:
-    """Return the site's images that evaluate, of classes with enough of them.
+    """Return the site's validation images, of classes with enough images.
 
     Raises
     ------
     DatasetError
-        As `training_images`; or where clients are simulated.
+        As in `training_images`; also if the client is simulated.
     """
     if site is None:
         raise DatasetError(
@@ -115,12 +115,12 @@ def validation_images(
     dataset = open_site(config.dataset, site.folder)
     source = dataset.test
     indices = np.arange(len(source.labels))
-    # Nothing can be kept of no images.
+    # There is nothing to cache without images.
     loaded = source.open(indices) if len(indices) else source.load(indices)
     least = site.policy.evaluation_samples
     if least == 1:
         return dataset, loaded
-    # Copies of one image are one image.
+    # Copies of one image count once.
     different = set(
         zip(loaded.labels.tolist(), _digests(source, loaded)[1], strict=True)
     )
@@ -137,7 +137,7 @@ def validation_images(
 
 
 def _digests(source: ImageSource, loaded: LoadedImages) -> tuple[list[int], list[int]]:
-    """Return the digests of all files, and of those that could be read, in order."""
+    """Return the digests of all files, and of the readable ones, in order."""
     assert isinstance(source, FileSource)
     digests = file_digests(source.paths).tolist()
     left_out = set(loaded.unreadable)
@@ -152,16 +152,16 @@ def _digests(source: ImageSource, loaded: LoadedImages) -> tuple[list[int], list
 
 @contextlib.contextmanager
 def names_kept_here(node_config: NodeConfig) -> Iterator[None]:
-    """Keep names of a site's folders and files out of the error that is sent.
+    """Keep names of a site's folders and files out of errors that reach the server.
 
-    Flower sends an exception's text to the server. The whole one is in the node's own
-    log, as the cause. Whether the node is a site is for its own configuration to say:
-    the run's comes from the server.
+    Flower sends an exception's text to the server. The node's own log holds the full
+    text, as the cause. The node's own configuration decides whether it is a site, since
+    the run's configuration comes from the server.
     """
     try:
         yield
     except (SiteRefusal, FloatingPointError):
-        raise  # have a text for the server
+        raise  # their texts are written for the server
     except Exception as error:
         if not is_real_site(node_config):
             raise
@@ -173,7 +173,7 @@ def names_kept_here(node_config: NodeConfig) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    # The first three speak of the run, not of the site.
+    # The texts of these three describe the run, not the site.
     if isinstance(error, SiteError | OtherTeacherError | ConfigError):
         return str(error)
     if isinstance(error, OtherCodeError):

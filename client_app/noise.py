@@ -1,9 +1,9 @@
-"""Differential privacy of class gradients: noise that hides any one image.
+"""Differential privacy of class gradients: noise that hides every single image.
 
-Two sets of images are neighbours here if one image is replaced by another of the same
-class. Which classes a client sends a gradient of is no secret, and neither is that it
-holds `min_class_samples` images or more of each. How many is: the noise is that of the
-smallest class that is sent, for all of them.
+Two sets of images are neighbours if one image is replaced by another of the same class.
+So the guarantee does not hide which classes a client sends gradients of, nor that it
+holds at least `min_class_samples` images of each. It hides the number of images: the
+noise scale is the same for all classes, and follows the smallest class that is sent.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 
 from clip2fl_common.class_gradients import ClassGradient
 
-if TYPE_CHECKING:  # class gradients are benchmarked where pydantic is not installed
+if TYPE_CHECKING:  # benchmarks of class gradients run without pydantic
     from clip2fl_common.config import Privacy
 
 
@@ -24,11 +24,11 @@ class GradientProtection:
     Attributes
     ----------
     max_norm : float
-        Greatest norm of an image's part.
+        Largest norm of an image's part.
     deviation : float
         Standard deviation of the noise on every entry.
     generator : torch.Generator
-        CPU source of the noise.
+        CPU generator of the noise.
     """
 
     max_norm: float
@@ -38,7 +38,7 @@ class GradientProtection:
     def with_noise(
         self, gradients: dict[int, ClassGradient]
     ) -> dict[int, ClassGradient]:
-        """Return class gradients with noise on weight and bias."""
+        """Return class gradients with noise added to weight and bias."""
         if self.deviation == 0:
             return gradients
         return {
@@ -54,20 +54,21 @@ class GradientProtection:
 def gradient_protection(
     privacy: "Privacy", samples_per_class: int, generator: torch.Generator
 ) -> GradientProtection | None:
-    """Return what a run's configuration asks for, if anything.
+    """Return the protection that a run's configuration asks for, or None.
 
-    A class gradient is the mean over the draws, each of ``n`` images: all that a small
-    class has, or ``samples_per_class`` of a larger one. In the worst case an image is
-    part of every draw. Replacing it then changes the mean by ``2 * max_norm / n``.
+    A class gradient is the mean over the draws. Each draw has ``n`` images: all images
+    of a small class, or ``samples_per_class`` of a larger one. In the worst case an
+    image is part of every draw. Replacing it then changes the mean by
+    ``2 * max_norm / n``.
 
     Parameters
     ----------
     privacy : Privacy
-        Settings.
+        Settings of privacy.
     samples_per_class : int
-        Images of a class in one draw at most.
+        Most images of a class in one draw.
     generator : torch.Generator
-        CPU source of the noise; where images are real, a `secret_generator`.
+        CPU generator of the noise; for real images a `secret_generator`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""A node with images of its own: its rules, and its record of what it has answered."""
+"""A site: a node with images of its own, its rules and its record of answers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class OwnSite:
-    """What stands between a run and a site's images.
+    """A site's images, and the rules and record that protect them from a run.
 
     Attributes
     ----------
     folder : Path
-        Holds ``<class>/<image>``.
+        Folder with ``<class>/<image>``.
     policy : SitePolicy
         The site's rules.
     ledger : SiteLedger
-        What it has answered.
+        The site's record of what it has answered.
     """
 
     folder: Path
@@ -47,14 +47,14 @@ class OwnSite:
 
     @classmethod
     def of(cls, node_config: NodeConfig) -> "OwnSite | None":
-        """Return the site that a node is; None where it simulates a client.
+        """Return the site that a node is, or None if it simulates a client.
 
         Raises
         ------
         SiteRefusal
-            If its rules are not usable.
+            If the site's rules cannot be used.
         DatasetError
-            If it has no folder.
+            If the site has no data folder.
         """
         if not is_real_site(node_config):
             return None
@@ -65,14 +65,14 @@ class OwnSite:
     def admit(
         self, config: RunConfig, *, kind: Kind, run: str, request_bytes: int
     ) -> RunConfig:
-        """Return a run's configuration as this site follows it.
+        """Return a run's configuration with the changes that this site makes to it.
 
         Parameters
         ----------
         config : RunConfig
-            As the server has it.
+            The configuration from the server.
         kind : {"query", "train", "evaluate"}
-            What the site is asked for.
+            Kind of request.
         run : str
             Flower's id of the run.
         request_bytes : int
@@ -86,7 +86,7 @@ class OwnSite:
         Raises
         ------
         SiteRefusal
-            If a rule forbids it; says which.
+            If a rule forbids the request; the message names the rule.
         """
         _check_size("request", request_bytes, self.policy.max_request_mib)
         if problems := list(self.policy.violations(config)):
@@ -118,7 +118,7 @@ class OwnSite:
         )
 
     def check_teacher(self, teacher: TeacherConfig, fingerprint: str) -> None:
-        """Raise `SiteRefusal` unless a teacher may be loaded, or used."""
+        """Raise `SiteRefusal` unless the site's rules allow the teacher."""
         if problems := list(self.policy.teacher_violations(teacher, fingerprint)):
             raise SiteRefusal("; ".join(problems))
 
@@ -134,26 +134,26 @@ class OwnSite:
         readable: Sequence[int],
         there: Sequence[tuple[int, int]],
     ) -> dict[int, torch.Tensor] | None:
-        """Return which images enter the class gradients, where the site fixes them.
+        """Return which images enter the class gradients, if the site fixes them.
 
         Parameters
         ----------
         config : RunConfig
-            The run's.
+            The run's configuration.
         class_names : sequence of str
-            C names.
+            Names of the C classes.
         labels : Tensor of int64, shape [N]
-            Classes of the training images that could be read.
+            Classes of the readable training images.
         readable : sequence of int
-            Digests of their files, N of them.
+            Digests of their N files.
         there : sequence of tuple of int and int
-            Class and digest of all training images' files.
+            Class and digest of the file of every training image.
 
         Returns
         -------
         dict of int to Tensor of int64, or None
-            Class to places among the N images, the same in all draws, rounds and runs;
-            None where the run's seed chooses.
+            By class, positions among the N images, the same in all draws, rounds and
+            runs; None if the run's seed selects the images.
         """
         if not self.policy.fixes_images:
             return None
@@ -167,7 +167,7 @@ class OwnSite:
             )
             for c, at in places.items()
         }
-        # A site may ask for more than the run does, never for less.
+        # A site may require more images than the run, never fewer.
         least = max(self.policy.min_class_samples, config.privacy.min_class_samples)
         chosen = self.ledger.gradient_images(held, least, self.policy)
         return {
@@ -183,7 +183,7 @@ def data_folder(node_config: NodeConfig) -> Path:
     Raises
     ------
     DatasetError
-        If there is none.
+        If there is none, or its path is not absolute.
     """
     folder = node_config.get(DATA_PATH)
     if not isinstance(folder, str) or not Path(folder).is_absolute():
@@ -196,12 +196,12 @@ def data_folder(node_config: NodeConfig) -> Path:
 
 
 def state_folder(node_config: NodeConfig, folder: Path) -> Path:
-    """Return where a site's record is: in ``site-state``, or in the cache folder.
+    """Return the folder of a site's record: ``site-state``, or the cache folder.
 
     Raises
     ------
     SiteRefusal
-        If ``site-state`` is no absolute path.
+        If ``site-state`` is not an absolute path.
     """
     chosen = node_config.get(STATE)
     if chosen is None:

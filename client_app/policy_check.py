@@ -1,4 +1,4 @@
-"""Check of a site's own rules, and of a run's configuration against them."""
+"""Check a site's own rules, and a run's configuration against them."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from clip2fl_common.config import TEACHER_METHODS, RunConfig
 
 
 def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Finding]:
-    """Report each rule, and what a run asks for against them.
+    """Yield each rule, and each conflict of a run with the rules.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def _teacher_problems(policy: SitePolicy, config: RunConfig) -> list[str]:
     try:
         teacher = load_teacher(config.teacher.model, config.teacher.pretrained)
     except (TeacherError, ValueError):
-        return []  # the check of the teacher says why
+        return []  # check_teacher reports the reason
     return list(policy.teacher_violations(config.teacher, teacher.fingerprint))
 
 
@@ -95,14 +95,14 @@ def _shown(value: Any) -> str:
 
 
 def check_ledger(folder: Path, policy: Path | None) -> Finding:
-    """Check that a site's record of what it has answered can be written to.
+    """Return whether the site can write its record of what it has answered.
 
     Parameters
     ----------
     folder : Path
-        Where it lies.
+        Folder of the record.
     policy : Path or None
-        The site's policy file; some rules cannot do without the record.
+        The site's policy file; some rules need the record.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def check_ledger(folder: Path, policy: Path | None) -> Finding:
     fix = "let this user write there; no budget is kept without it"
     level: Level = "problem" if policy else "warning"
     if not ledger.path.exists():
-        # Not made here: it must be the node's own user's.
+        # Do not create the folder here: it must belong to the node's own user.
         place = next(place for place in (folder, *folder.parents) if place.exists())
         if os.access(place, os.W_OK | os.X_OK):
             return Finding("ok", "ledger", f"{ledger.path}: nothing answered yet")

@@ -1,7 +1,7 @@
-"""Checks of a node before it takes part: each says what it found and what to do.
+"""Checks of a node before it takes part. Each returns a finding and how to fix it.
 
-They need neither Flower nor, as long as no teacher or GPU is asked for, torch. The
-images have checks of their own: `client_app.data_check`.
+They need no Flower. They need torch only to check a teacher or a GPU. The checks of the
+images are in `client_app.data_check`.
 """
 
 import http.client
@@ -28,13 +28,13 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from clip2fl_common.files import make_cache_dir
 
-# Days before its end at which a certificate is worth a warning.
+# Days before a certificate's end at which a warning is given.
 RENEW_DAYS = 30
-# Seconds by which a clock may be ahead of the server's, or behind it: Flower refuses
-# signed requests from further in the future or past (5 and 300).
+# Most seconds that a node's clock may be ahead of or behind the server's. Flower
+# refuses signed requests more than 5 s in the future or 300 s in the past.
 MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 240.0
 CONNECT_TIMEOUT_S = 10.0
-# Room in the cache folder besides the images' pixels and features.
+# Free space needed in the cache folder besides the images' pixels and features.
 SPARE_BYTES = 200 * 2**20
 FEATURE_BYTES = 4 * 1024
 
@@ -43,18 +43,18 @@ Level = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes
     ----------
     level : {"ok", "warning", "problem"}
-        Whether the node can take part: only a problem keeps it from it.
+        Whether the node can take part; only a problem prevents it.
     check : str
-        One word.
+        Name of the check, one word.
     text : str
-        What was found.
+        What the check found.
     fix : str
-        What to do about it; empty where all is well.
+        How to fix it; empty if there is nothing to fix.
     """
 
     level: Level
@@ -63,13 +63,13 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        """Return one line, or two with the fix."""
+        """Return one line, or two lines with the fix."""
         line = f"{self.level.upper():<8} {self.check:<12} {self.text}"
         return f"{line}\n{'':<22}fix: {self.fix}" if self.fix else line
 
 
 def check_disk(folder: Path, images: int, image_size: int) -> Finding:
-    """Check that the cache folder can be written to and has room."""
+    """Check that the cache folder is writable and has enough space."""
     needed = images * (3 * image_size**2 + FEATURE_BYTES) + SPARE_BYTES
     try:
         make_cache_dir(folder)
@@ -92,7 +92,7 @@ def check_disk(folder: Path, images: int, image_size: int) -> Finding:
 
 
 def check_certificate(path: Path, now: datetime) -> Finding:
-    """Check that the CA certificate is one, and is valid now."""
+    """Check that a file is a CA certificate and is valid now."""
     try:
         certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def check_certificate(path: Path, now: datetime) -> Finding:
 
 
 def check_key(path: Path) -> Finding:
-    """Check that the node's private key is one that Flower takes, and is private."""
+    """Check that Flower accepts the node's private key, and only its user reads it."""
     make = "make one with deploy/make-keys.sh, and register its .pub at the server"
     try:
         key = load_ssh_private_key(path.read_bytes(), password=None)
@@ -145,7 +145,7 @@ def check_key(path: Path) -> Finding:
 def check_server(
     address: str, root_certificates: Path | None, now: datetime
 ) -> Iterator[Finding]:
-    """Ask the server for its health, and compare its clock with this one.
+    """Yield whether the server answers, and whether the two clocks agree.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ def check_server(
 
 
 def check_teacher(model: str, pretrained: str, expected: str) -> Finding:
-    """Load the teacher, and compare its fingerprint with the one expected, if any."""
+    """Load the teacher and compare its fingerprint with the expected one, if any."""
     from clip2fl_common.teacher import TeacherError, load_teacher
 
     try:
@@ -249,7 +249,7 @@ def check_teacher(model: str, pretrained: str, expected: str) -> Finding:
 
 
 def check_device(name: str) -> Finding:
-    """Check that the run's device is there."""
+    """Check that the run's device is available."""
     from clip2fl_common.devices import resolve_device
 
     try:

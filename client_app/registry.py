@@ -1,4 +1,4 @@
-"""The client parts by field: a new one is a file in this package and a line here."""
+"""The client parts by field. A new one is a file in this package and a line here."""
 
 from client_app.class_gradients import ClassGradients
 from client_app.part import ClientPart
@@ -15,7 +15,7 @@ def part_for(field: str) -> ClientPart:
     Raises
     ------
     ReplyError
-        If this client has none.
+        If this client has no part for the field.
     """
     if field not in PARTS:
         raise ReplyError(

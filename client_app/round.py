@@ -1,4 +1,4 @@
-"""One client's round as named steps: images, teacher, declared fields, training."""
+"""One client's round in named steps: images, teacher, declared fields, training."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -40,14 +40,14 @@ from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
 def train_round(
     config: RunConfig, request: TrainRequest, site: OwnSite | None
 ) -> RecordDict:
-    """Compute the declared fields and train the global model on this client's images.
+    """Return the declared fields and the model trained on this client's images.
 
     Parameters
     ----------
     config : RunConfig
         The run's configuration, as this client follows it.
     request : TrainRequest
-        What the server asks for.
+        The server's request.
     site : OwnSite or None
         This node, if it has images of its own.
 
@@ -59,11 +59,11 @@ def train_round(
     Raises
     ------
     DatasetError
-        If the images are not where, or not what, they should be.
+        If the images are missing or cannot be used.
     FloatingPointError
         If the training diverges.
     OtherCodeError, OtherTeacherError
-        If code or teacher are not the server's.
+        If the code or the teacher differs from the server's.
     """
     _check_code(request.code_fingerprint)
     seconds: dict[str, float] = {}
@@ -85,9 +85,9 @@ def train_round(
 def evaluate_round(
     config: RunConfig, request: TrainRequest, site: OwnSite | None
 ) -> RecordDict:
-    """Say how well each classifier does on a site's validation images.
+    """Return the accuracy of each classifier on a site's validation images.
 
-    Parameters and errors are those of `train_round`.
+    Parameters and errors are the same as for `train_round`.
     """
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
@@ -138,7 +138,7 @@ def _prepare(
 
 
 def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
-    """Return the teacher's logits [N, C], where the request distils from it."""
+    """Return the teacher's logits [N, C] if the request asks for distillation."""
     if client.request.distillation_weight == 0:
         return None
     device = client.images.device
@@ -153,14 +153,14 @@ def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
 
 
 def _add(content: RecordDict, computed: Mapping[str, ArrayRecord | None]) -> None:
-    """Add the fields that were computed to a reply."""
+    """Add the computed fields to a reply."""
     for field, arrays in computed.items():
         if arrays is not None:
             content[field] = arrays
 
 
 def _train(client: ClientRound, teacher_logits: torch.Tensor | None) -> TrainingLosses:
-    """Train the model in place, or take the same training's outcome from before."""
+    """Train the model in place, or reuse the stored result of the same training."""
     settings, request = client.config.client, client.request
     strength = settings.logit_adjustment
     objective = LocalObjective(
@@ -234,7 +234,7 @@ def _teacher_logits(
     device: torch.device,
     site: OwnSite | None,
 ) -> torch.Tensor:
-    """Return the teacher's logits [N, C] of un-augmented images, on the CPU."""
+    """Return the teacher's logits [N, C] for un-augmented images, on the CPU."""
     if site is not None:
         site.check_teacher(config.teacher, request.teacher_fingerprint)
     teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
@@ -247,7 +247,7 @@ def _teacher_logits(
 def _teacher(
     config: TeacherConfig, class_names: tuple[str, ...], device: torch.device
 ) -> tuple[Teacher, torch.Tensor]:
-    """Return the teacher and its class prototypes [C, d], once a process."""
+    """Return the teacher and its class prototypes [C, d], loaded once per process."""
     teacher = load_teacher(
         config.model,
         config.pretrained,
@@ -277,7 +277,7 @@ def _check_code(expected: str) -> None:
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note under a name how long the block takes."""
+    """Record the seconds that the block takes, under a name."""
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started

@@ -1,12 +1,11 @@
-"""Local training that several runs have in common, computed once.
+"""Compute local training once if several runs have it in common.
 
-What a client trains depends on the global model, its images, the local objective and
-the seed; what the server does with class gradients is no part of it. Variants of a
-comparison that differ at the server only (number of federated features, weight of the
-prototypes, re-training) therefore train the same local models round after round, and so
-do FedAvg and CReFF. Where a folder is named, each local model is kept there under a key
-of all that it was computed from, and read back instead of being trained again: the same
-to the last bit.
+A client's training depends on the global model, its images, the local objective and the
+seed, but not on what the server does with class gradients. So variants of a comparison
+that differ only at the server (number of federated features, weight of the prototypes,
+re-training) train the same local models in every round, and so do FedAvg and CReFF. If
+a folder is set, each local model is stored there under a key of all its inputs. A run
+that needs it again reads it back; the result is identical to the last bit.
 """
 
 import os
@@ -20,31 +19,31 @@ import torch
 from client_app.training import TrainingLosses
 from clip2fl_common.provenance import code_fingerprint
 
-# Set by `clip2fl compare` for its own simulations; no server can set it at a node.
+# `clip2fl compare` sets it for its own simulations. No server can set it on a node.
 FOLDER_VARIABLE = "CLIP2FL_SHARED_TRAINING"
 
 Trained = tuple[dict[str, np.ndarray[Any, Any]], TrainingLosses]
 
 
 def train_or_reuse(training: "partial[TrainingLosses]") -> TrainingLosses:
-    """Train, or give the model what the same training has once made of it.
+    """Return the losses of the training; train the model, or reuse a stored result.
 
     Parameters
     ----------
     training : partial
-        `training.train_locally` with all of its arguments, the model first. They are
-        the key, with the code, torch's version and its number of threads, on which the
-        last bits depend.
+        `training.train_locally` with all of its arguments, the model first. The
+        arguments are the key, with the code, torch's version and its number of threads:
+        these change the last bits.
 
     Returns
     -------
     TrainingLosses
-        Those of the training, whenever it took place.
+        Losses of the training, new or stored.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return training()
-    from joblib import Memory, hash  # part of the clip2fl command, as this is
+    from joblib import Memory, hash  # installed with the clip2fl command only
 
     key = hash(
         [
@@ -69,7 +68,7 @@ def _train(key: str, training: "partial[TrainingLosses]") -> Trained:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in types whose hash depends on their content alone."""
+    """Return a value in types whose hash depends only on their content."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
     if isinstance(value, torch.Generator):

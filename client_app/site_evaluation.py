@@ -1,4 +1,4 @@
-"""Accuracy on each class of a client's own images, for several classifiers at once."""
+"""Per-class accuracy on a client's own images, for several classifiers at once."""
 
 from collections.abc import Mapping
 
@@ -18,27 +18,27 @@ def recalls(
     logits: Mapping[str, torch.Tensor],
     batch_size: int,
 ) -> dict[str, dict[int, float]]:
-    """Return how many of each class's images each classifier gets right.
+    """Return each classifier's accuracy on each class in percent.
 
     Parameters
     ----------
     model : ImageClassifier
-        Backbone and projection.
+        Gives backbone and projection.
     images : Images, N of them
         Normalised images.
     labels : Tensor of int64, shape [N]
         Their classes.
     classifiers : mapping of str to tuple of Tensor, shapes [C, d] and [C]
-        Weight and bias on the model's features, by name.
+        Weight and bias of each classifier on the model's features, by name.
     logits : mapping of str to Tensor, shape [N, C]
-        What others make of the same images, by name.
+        Logits of other models for the same images, by name.
     batch_size : int
         Images in one forward pass.
 
     Returns
     -------
     dict of str to dict of int to float
-        Name to class to accuracy in percent, for the classes among the labels.
+        By name and class, for the classes among the labels.
     """
     network = folded(model)
     predicted: dict[str, list[torch.Tensor]] = {name: [] for name in classifiers}

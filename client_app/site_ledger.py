@@ -1,9 +1,9 @@
-"""What a site has answered so far: kept on its disk, and counted there.
+"""A site's record of what it has answered, kept and counted on its own disk.
 
-In a deployment every message is a process of its own, so that budgets, the division of
-the images and the choice of those that enter class gradients must outlive it. They are
-in one SQLite file, safe between processes. It is never repaired or begun anew by
-itself: who loses it has given all budgets back.
+In a deployment every message starts a new process, so these must be stored: the
+budgets, the division of the images, and the images chosen for class gradients. They are
+in one SQLite file, which is safe between processes. The code never repairs the file or
+starts a new one in its place, since losing it would reset all budgets.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ Kind = Literal["query", "train", "evaluate"]
 
 
 class LedgerError(SiteRefusal):
-    """The record of what was answered cannot be read or written."""
+    """The record of a site's answers cannot be read or written."""
 
 
 @dataclass(frozen=True)
 class HeldImages:
-    """The images of one class at a site, by the content of their files.
+    """The images of one class at a site, identified by the content of their files.
 
     Attributes
     ----------
     readable : sequence of int
-        Digest of each training image that could be read, in their order.
+        Digest of each readable training image, in order of the images.
     there : set of int
         Digests of all training images.
     """
@@ -60,35 +60,35 @@ class HeldImages:
 
 
 class SiteLedger:
-    """A site's record of runs, requests, its division of images and its choices.
+    """A site's record of runs, requests, its division of images and chosen images.
 
     Parameters
     ----------
     folder : Path
-        Where the file lies; made for this user alone if it is not there.
+        Folder of the file; created for this user only if it is missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
     def count(self, run: str, kind: Kind, policy: SitePolicy) -> None:
-        """Count a request, unless the site has answered enough.
+        """Count a request, or refuse it if a budget is used up.
 
         Parameters
         ----------
         run : str
             Flower's id of the run.
         kind : {"query", "train", "evaluate"}
-            Of the request. A query is not counted, but is refused as a request is.
+            Kind of the request. A query is not counted, but it can be refused.
         policy : SitePolicy
-            Has the most runs, and the most requests of each kind in a run.
+            Gives the most runs, and the most requests of each kind in a run.
 
         Raises
         ------
         SiteRefusal
-            If that would be one too many.
+            If the request exceeds a budget.
         LedgerError
-            If it cannot be counted.
+            If the request cannot be counted.
         """
         with self._open() as ledger:
             runs = {row[0] for row in ledger.execute("SELECT run FROM answered")}
@@ -117,25 +117,25 @@ class SiteLedger:
                 )
 
     def runs(self) -> int:
-        """Return the number of runs that were answered."""
+        """Return the number of answered runs."""
         with self._open() as ledger:
             query = "SELECT COUNT(DISTINCT run) FROM answered"
             return int(ledger.execute(query).fetchone()[0])
 
     def validation_share(self, asked: float, keep: bool) -> float:
-        """Return the share that evaluates: that of the first run.
+        """Return the share of validation images: the first run's share, for all runs.
 
         Parameters
         ----------
         asked : float
             The share that a run asks for.
         keep : bool
-            Whether this is what the first run gets, if there was none.
+            Whether to store the asked share for later runs if none is stored.
 
         Raises
         ------
         LedgerError
-            If it is not known.
+            If the stored share cannot be read.
         """
         name = "validation-share"
         with self._open() as ledger:
@@ -153,30 +153,30 @@ class SiteLedger:
     def gradient_images(
         self, held: Mapping[str, HeldImages], least: int, policy: SitePolicy
     ) -> dict[str, list[int]]:
-        """Return which images of each class enter its gradient: always the same.
+        """Return which images of each class enter its gradient, the same every time.
 
-        A set is drawn once, by chance that no server knows. An image enters one set of
-        one class, ever: sums over sets, however they are combined, are sums over whole
-        sets, and none is smaller than the site's ``min-class-samples``.
+        A set is drawn once, from random numbers that no server knows. An image is part
+        of at most one set of one class. So any combination of answers is a sum over
+        whole sets, and no set is smaller than the site's ``min-class-samples``.
 
         Parameters
         ----------
         held : mapping of str to HeldImages
             The site's training images by class.
         least : int
-            Images that a class gradient needs, by the run and the site.
+            Fewest images that a class gradient needs, for both the run and the site.
         policy : SitePolicy
-            Has the size of a set, and how many sets of a class there may be.
+            Gives the size of a set and the number of sets per class.
 
         Returns
         -------
         dict of str to list of int
-            Places in ``readable``, ascending; without the classes that send nothing.
+            Positions in ``readable``, ascending; without the classes that send nothing.
 
         Raises
         ------
         LedgerError
-            If the sets cannot be read or kept.
+            If the sets cannot be read or stored.
         """
         chosen = {}
         with self._open() as ledger:
@@ -189,11 +189,11 @@ class SiteLedger:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in a transaction that keeps other writers out."""
+        """Yield a connection in a transaction that locks out other writers."""
         try:
             if not self.path.exists():
                 self._begin()
-            # Never makes a file: a missing or empty one is no ledger.
+            # Never creates a file: a missing or empty one is no valid record.
             connection = sqlite3.connect(
                 f"{self.path.resolve().as_uri()}?mode=rw",
                 timeout=LOCK_TIMEOUT_S,
@@ -214,10 +214,10 @@ class SiteLedger:
         except (OSError, sqlite3.Error) as error:
             raise self._damaged(str(error)) from error
         finally:
-            connection.close()  # takes back what was not committed
+            connection.close()  # rolls back what was not committed
 
     def _begin(self) -> None:
-        """Write an empty ledger, whole or not at all."""
+        """Write an empty record, whole or not at all."""
         folder = self.path.parent
         folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock", mode=FILE_MODE, timeout=LOCK_TIMEOUT_S):
@@ -247,7 +247,7 @@ def _gradient_set(
     least: int,
     policy: SitePolicy,
 ) -> set[int]:
-    """Return the set of a class that is answered now; empty: none."""
+    """Return the set that a class is answered with now; empty if there is none."""
     readable = set(images.readable)
     sets: dict[int, set[int]] = {}
     rows = ledger.execute(

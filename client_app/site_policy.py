@@ -1,9 +1,9 @@
-"""What a site decides for itself, and no run may change (docs/site-policy.md).
+"""A site's own rules, which no run may change (docs/site-policy.md).
 
-A run's configuration, and every message, come from the server. A node with images of
-its own has rules besides: in a TOML file that its ``--node-config`` names with
-``policy``, or as single keys of the node configuration. What cannot be read or
-understood forbids every run: a rule must not be lost by a slip of the keyboard.
+A run's configuration and every message come from the server. A node with images of its
+own also has rules. They are in a TOML file that its ``--node-config`` names with
+``policy``, or are single keys of the node configuration. A file or key that cannot be
+understood forbids every run: a typing error must not disable a rule.
 """
 
 import difflib
@@ -28,14 +28,14 @@ NodeConfig = Mapping[str, bool | int | float | str]
 DATA_PATH = "data-path"
 POLICY = "policy"
 STATE = "site-state"
-# What a node's configuration may have besides single rules.
+# Keys of a node's configuration that are not rules.
 NODE_KEYS = (DATA_PATH, "site", POLICY, STATE)
 
-# Images of a class that enter its gradient at most, where the site fixes them.
+# Most images of a class that enter its gradient, if the site fixes them.
 SET_SIZE = 32
-# Characters of an error that are sent to the server; Flower adds the error's type.
+# Most characters of an error sent to the server; Flower adds the error's type.
 LONGEST_REASON = 240
-# A policy has a few lines.
+# Most bytes of a policy file, which has a few lines.
 LARGEST_FILE = 2**20
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -45,15 +45,15 @@ Folder = Annotated[str, Field(pattern=r"^/")]
 
 
 class SiteRefusal(RuntimeError):
-    """A site's own rules forbid what it was asked.
+    """A site's own rules forbid a request.
 
     Parameters
     ----------
     reason : str
-        For the site's own log.
+        Text for the site's own log.
     sent : str
-        The same for the server, without names from the site's disk; by default the
-        reason itself, where it speaks of the rules and of the run only.
+        Text for the server, without names from the site's disk. Defaults to the
+        reason, for reasons that describe only the rules and the run.
     """
 
     def __init__(self, reason: str, sent: str = "") -> None:
@@ -62,7 +62,7 @@ class SiteRefusal(RuntimeError):
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line of bounded length, without control characters."""
+    """Return the text as one short line without control characters."""
     printable = (c if c.isprintable() else " " for c in text[: 8 * LONGEST_REASON])
     line = " ".join("".join(printable).split())
     if len(line) <= LONGEST_REASON:
@@ -80,61 +80,62 @@ def one_line(text: str) -> str:
     ),
 )
 class SitePolicy:
-    """A site's rules; each is a key of the policy file with ``-`` for ``_``."""
+    """A site's rules. Each is a key of the policy file, with ``-`` for ``_``."""
 
     min_class_samples: Positive = 1
-    """Different images that enter a class gradient at least. From 2 on, the site also
-    fixes which images those are: the same in all rounds and runs."""
+    """Fewest different images that a class gradient needs. From 2 on, the site also
+    fixes which images these are: the same in all rounds and runs."""
     gradient_samples: Positive | None = None
-    """Images of a class that enter its gradient at most, where the site fixes them."""
+    """Most images of a class that enter its gradient, if the site fixes them."""
     gradient_cuts: Positive = 1
-    """Sets of images of a class, one after the other, of which gradients are sent."""
+    """Most sets of images of a class that the site sends gradients of, one set after
+    another."""
     min_evaluation_samples: Positive | None = None
-    """Different validation images that a class needs for its accuracy to be sent; by
-    default ``min_class_samples``."""
+    """Fewest different validation images that a class needs for its accuracy to be
+    sent; by default ``min_class_samples``."""
     validation_share: Annotated[float, Field(ge=0.001, le=0.9)] | None = None
-    """Share of the images that evaluates; by default that of the first run."""
+    """Share of the images for validation; by default the share of the first run."""
     min_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Least privacy.gradient-noise-multiplier of a run."""
     max_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Greatest privacy.gradient-clip-norm of a run, which must have one."""
     teachers: tuple[Fingerprint, ...] | None = None
-    """Fingerprints of the teachers that are used, or their beginnings."""
+    """Fingerprints (or their first characters) of the allowed teachers."""
     teacher_folders: tuple[Folder, ...] = ()
     """Absolute folders of this machine from which a run may name a teacher."""
     hub_downloads: bool = False
     """Whether a run may name any model on the Hugging Face hub (``hf-hub:``)."""
     max_runs: Positive | None = None
-    """Runs that are answered in all."""
+    """Most runs that the site answers."""
     max_rounds: Positive | None = None
-    """Requests to train, and requests to evaluate, that a run may make."""
+    """Most requests of each kind, to train and to evaluate, that a run may make."""
     max_request_mib: Size | None = None
-    """Largest message that is read, in MiB."""
+    """Largest request that the site reads, in MiB."""
     max_reply_mib: Size | None = None
-    """Largest message that is sent, in MiB."""
+    """Largest reply that the site sends, in MiB."""
 
     @property
     def fixes_images(self) -> bool:
-        """Whether the site fixes which images enter class gradients."""
+        """Return whether the site fixes which images enter class gradients."""
         return self.min_class_samples > 1
 
     @property
     def set_size(self) -> int:
-        """Images of a class that enter its gradient at most, where they are fixed."""
+        """Return the most images of a class in its gradient, if the site fixes them."""
         return self.gradient_samples or max(SET_SIZE, self.min_class_samples)
 
     @property
     def evaluation_samples(self) -> int:
-        """Validation images that a class needs."""
+        """Return the fewest validation images that a class needs."""
         return self.min_evaluation_samples or self.min_class_samples
 
     @property
     def needs_ledger(self) -> bool:
-        """Whether a rule counts what was answered before."""
+        """Return whether a rule depends on what was answered before."""
         return self.fixes_images or not (self.max_runs is self.max_rounds is None)
 
     def rules(self) -> dict[str, Any]:
-        """Return each rule by its key, as it is in force."""
+        """Return each rule's value in force, by key."""
         in_force = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "gradient_samples": self.set_size if self.fixes_images else None,
             "gradient_cuts": self.gradient_cuts if self.fixes_images else None,
@@ -143,7 +144,7 @@ class SitePolicy:
         return {_key(name): value for name, value in in_force.items()}
 
     def violations(self, config: RunConfig) -> Iterator[str]:
-        """Yield what a run's configuration asks for and this site does not do."""
+        """Yield each conflict between a run's configuration and this site's rules."""
         if config.dataset.name != SITES:
             yield (
                 f"this node answers only runs with dataset.name = '{SITES}', and the "
@@ -186,16 +187,16 @@ class SitePolicy:
     def teacher_violations(
         self, teacher: TeacherConfig, fingerprint: str | None = None
     ) -> Iterator[str]:
-        """Yield why a teacher must not be loaded, or used.
+        """Yield each reason not to load or use a teacher.
 
-        Whether a path exists makes no difference: the answer must not tell.
+        The reasons do not depend on whether a path exists, so that they do not tell.
 
         Parameters
         ----------
         teacher : TeacherConfig
-            What the run wants.
+            The run's teacher.
         fingerprint : str or None
-            The teacher's, where the request or the loaded teacher says it.
+            The teacher's fingerprint, if the request or the loaded teacher gives it.
         """
         from clip2fl_common.teacher import HUB_PREFIX, LOCAL_PREFIX  # needs torch
 
@@ -222,7 +223,7 @@ class SitePolicy:
             place = Path(path).expanduser().resolve()
             offered = [Path(folder).resolve() for folder in self.teacher_folders]
         except (OSError, RuntimeError, ValueError):
-            return False  # no such user, a loop of links, a null byte
+            return False  # unknown user, loop of links, or null byte
         return any(place.is_relative_to(folder) for folder in offered)
 
 
@@ -233,15 +234,15 @@ def _key(name: str) -> str:
 _adapter: TypeAdapter[SitePolicy] = TypeAdapter(SitePolicy)
 
 RULES = tuple(_key(field.name) for field in fields(SitePolicy))
-# A node's configuration has no lists: there they are strings, separated by commas.
+# A node's configuration holds no lists: these are strings separated by commas.
 LISTS = ("teachers", "teacher-folders")
 
 
 def is_real_site(node_config: NodeConfig) -> bool:
-    """Tell whether a node has images of its own, as far as it was told.
+    """Return whether a node has images of its own, by its configuration.
 
-    A node that simulates a client has a partition. Any other is taken for a site, so
-    that a misspelt ``data-path`` takes no protection away.
+    A node that simulates a client has a partition. Any other node counts as a site, so
+    that a misspelt ``data-path`` does not remove its protection.
     """
     return DATA_PATH in node_config or "partition-id" not in node_config
 
@@ -252,7 +253,7 @@ def site_policy(node_config: NodeConfig) -> SitePolicy:
     Parameters
     ----------
     node_config : mapping
-        What the node was started with.
+        The node's configuration.
 
     Returns
     -------
@@ -261,8 +262,8 @@ def site_policy(node_config: NodeConfig) -> SitePolicy:
     Raises
     ------
     SiteRefusal
-        If a key is unknown or out of range, the file is not usable, or both have the
-        same rule with different values.
+        If a key is unknown or out of range, if the file cannot be used, or if file and
+        node configuration give one rule different values.
     """
     if unknown := sorted(set(node_config) - {*NODE_KEYS, *RULES}):
         raise _unusable(f"--node-config: {_unknown(unknown[0], (*NODE_KEYS, *RULES))}")
@@ -288,12 +289,12 @@ def site_policy(node_config: NodeConfig) -> SitePolicy:
 
 
 def policy_file(path: Path) -> SitePolicy:
-    """Return the rules of a policy file by itself; raises as `site_policy`."""
+    """Return the rules of a policy file alone; raises like `site_policy`."""
     return _checked(_read(path), str(path))
 
 
 def writable_by_others(path: Path) -> bool:
-    """Tell whether other users may change a file."""
+    """Return whether other users may change a file."""
     return bool(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
@@ -314,7 +315,7 @@ def _checked(rules: Mapping[str, Any], place: str) -> SitePolicy:
     if unknown := sorted(set(rules) - set(RULES)):
         raise _unusable(f"{place}: {_unknown(unknown[0], RULES)}")
     try:
-        # Only JSON input lets strict types, tuples and floats go together.
+        # Only JSON input allows strict types together with tuples and floats.
         policy = _adapter.validate_json(json.dumps(rules))
     except ValidationError as error:
         problem = error.errors()[0]

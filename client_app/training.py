@@ -43,18 +43,18 @@ def distillation_loss(
 def logit_offsets(
     labels: torch.Tensor, num_classes: int, strength: float
 ) -> torch.Tensor:
-    """Return ``strength * log(prior)`` from the labels' own frequencies.
+    """Return ``strength * log(prior)``, with the label frequencies as the prior.
 
-    Added to the logits inside the cross-entropy (Menon et al. 2021, Eq. 10), it asks
-    for a larger margin of rare classes over frequent ones, and the classifier without
-    it is fit for balanced classes. In a federation the prior is each client's own, as
-    in FedLC (Zhang et al. 2022), so that no label counts leave the client.
+    The offsets are added to the logits inside the cross-entropy (Menon et al. 2021,
+    Eq. 10). They demand a larger margin of rare classes over frequent ones. The
+    classifier without the offsets then suits balanced classes. Each client uses its
+    own prior, as in FedLC (Zhang et al. 2022), so that no label counts leave it.
 
-    A class that the client does not hold has the offset -infinity: it takes no part in
-    the softmax, so that this client neither raises nor lowers its score. That is the
-    limit of the formula (FedLC's, too) and FedRS's restricted softmax (Li and Zhan
-    2021); any finite offset would let the clients without a rare class, which are most
-    of them, unlearn it in every step.
+    A class that the client does not hold has the offset -infinity. It takes no part in
+    the softmax, so this client neither raises nor lowers its score. This is the limit
+    of the formula (and of FedLC's), and the restricted softmax of FedRS (Li and Zhan
+    2021). With a finite offset the clients without a rare class, which are the
+    majority, would unlearn it in every step.
 
     Parameters
     ----------
@@ -76,17 +76,17 @@ def logit_offsets(
 
 @dataclass(frozen=True)
 class LocalObjective:
-    """What is minimised besides cross-entropy.
+    """The terms of the local loss besides cross-entropy.
 
     Attributes
     ----------
     distillation_weight : float
-        alpha; 0 leaves distillation out.
+        alpha; 0 turns distillation off.
     distillation_temperature : float
         T > 0.
     proximal_mu : float
         Weight of half the squared distance to the global model (FedProx, Li et al.
-        2020, Eq. 2); 0 leaves it out.
+        2020, Eq. 2); 0 turns it off.
     """
 
     distillation_weight: float = 0.0
@@ -95,11 +95,11 @@ class LocalObjective:
 
 
 class Images(Protocol):
-    """Normalised images [N, 3, H, W]: a tensor, or what makes batches of one."""
+    """Normalised images [N, 3, H, W]: a tensor, or an object that makes batches."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches lie."""
+        """Return the device of the batches."""
 
     def __len__(self) -> int:
         """Return the number of images N."""
@@ -112,16 +112,16 @@ class Images(Protocol):
 class PixelImages:
     """Images kept as pixels and normalised batch by batch.
 
-    A quarter of the memory of normalised images; the pixels may be memory-mapped.
+    Pixels take a quarter of the memory of normalised images, and may be memory-mapped.
 
     Attributes
     ----------
     pixels : Tensor of uint8, shape [N, 3, H, W]
         RGB images.
     normalize : callable
-        Makes normalised float images of uint8 ones (`datasets.Normalization`).
+        Converts uint8 images to normalised float images (`datasets.Normalization`).
     device : torch.device
-        Where batches are wanted.
+        Device of the batches.
     """
 
     pixels: torch.Tensor
@@ -162,7 +162,7 @@ def train_locally(
     augment_per_image: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> TrainingLosses:
-    """Train a model in place by plain SGD (no momentum, no decay).
+    """Train a model in place by plain SGD; return its losses.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def train_locally(
     labels : Tensor of int64, shape [N]
         Their classes.
     teacher_logits : Tensor or None, shape [N, C]
-        The teacher's logits for the un-augmented images, where it is distilled from.
+        The teacher's logits for the un-augmented images, if it distils.
     objective : LocalObjective
         Terms of the loss.
     epochs, batch_size : int
@@ -183,14 +183,14 @@ def train_locally(
     crop_padding : int
         Zero pixels around an image before its crop (see `random_crop_flip`).
     generator : torch.Generator
-        CPU source of shuffling and augmentation.
+        CPU generator of shuffling and augmentation.
     offsets : Tensor or None, shape [C]
         Added to the logits in the cross-entropy (see `logit_offsets`). Distillation
         compares the logits without them: the teacher knows no client's frequencies.
     augment_per_image : bool
         Draw crop and flip for each image instead of each batch.
     precision : torch.dtype
-        Of forward and backward passes: float32, or bfloat16 for mixed precision.
+        Precision of the passes: float32, or bfloat16 for mixed precision.
 
     Returns
     -------
@@ -199,10 +199,10 @@ def train_locally(
     Raises
     ------
     FloatingPointError
-        If the loss is not finite any more.
+        If the loss is no longer finite.
     """
     model.train()
-    # Parameters of the global model stay fixed while the local ones move.
+    # The global model's parameters stay fixed while the local ones move.
     anchors = (
         [parameter.detach().clone() for parameter in model.parameters()]
         if objective.proximal_mu > 0
@@ -217,7 +217,7 @@ def train_locally(
             )
             with mixed_precision(images.device, precision):
                 logits = model(augmented)
-            # Losses of half-precision logits would be rounded to three digits.
+            # In half precision the loss would be rounded to three digits.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             scores = logits if offsets is None else logits + offsets
             loss = functional.cross_entropy(scores, labels[chosen])
@@ -249,10 +249,10 @@ def train_locally(
 
 @torch.no_grad()
 def _descend(model: nn.Module, learning_rate: float) -> None:
-    """Take one step of plain SGD, as `torch.optim.SGD` would.
+    """Take one step of plain SGD, like `torch.optim.SGD`.
 
-    Making one of torch's optimizers imports its compiler, which takes more than a
-    second, and a ClientApp is a process for each message.
+    Creating a torch optimizer imports torch's compiler, which takes more than a second,
+    and a ClientApp starts a new process for every message.
     """
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -260,7 +260,7 @@ def _descend(model: nn.Module, learning_rate: float) -> None:
 
 
 def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return torch's automatic mixed precision, switched off for float32."""
+    """Return torch's automatic mixed precision; float32 switches it off."""
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == torch.bfloat16
     )
@@ -284,9 +284,9 @@ def augmented_features(
     """Return the features from which a client's class gradients are computed.
 
     Each draw takes up to ``samples_per_class`` random images of each class held and
-    augments each class's images by one Siamese operation (PAPER, "One round", 2).
-    Every draw holds the same number of images of a class, so that a class's gradient
-    over all of its features is the mean of the draws' gradients.
+    augments each class's images by one Siamese operation (PAPER, "One round", 2). Every
+    draw has the same number of images of a class, so a class's gradient over all of its
+    features is the mean of the draws' gradients.
 
     Parameters
     ----------
@@ -297,20 +297,20 @@ def augmented_features(
     labels : Tensor of int64, shape [N]
         Their classes.
     draws, samples_per_class : int
-        Number of draws, and images of a class in one draw at most.
+        Number of draws, and most images of a class in one draw.
     augment : bool
         Whether images are augmented.
     batch_size : int
         Images in one forward pass.
     generator : torch.Generator
-        CPU source of the choice and the augmentation.
+        CPU generator of the selection and the augmentation.
     precision : torch.dtype
-        Of the forward passes: float32, or bfloat16 for mixed precision.
+        Precision of the passes: float32, or bfloat16 for mixed precision.
     min_class_samples : int
         Classes with fewer images are left out.
     fixed : mapping of int to Tensor of int64, or None
-        Class to the places of the images that every draw takes, exactly; other classes
-        are left out, however many images they have. None: each draw chooses.
+        By class, positions of the images that every draw takes exactly; other classes
+        are left out, however many images they have. None lets each draw choose.
 
     Returns
     -------
@@ -351,7 +351,7 @@ def augmented_features(
 
 
 def _rebatch(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Join and cut tensors along the first axis; only the last one may be smaller."""
+    """Join and cut tensors along the first axis; only the last may be smaller."""
     waiting: list[torch.Tensor] = []
     for part in parts:
         waiting.append(part)

@@ -1,11 +1,11 @@
-"""Class gradients in few bytes: rounded values, and a product of two thin factors.
+"""Compress class gradients: rounded values, and a product of two thin factors.
 
-A class gradient G [C, d] is made of the features of one class, which resemble each
+A class gradient G [C, d] comes from the features of one class, which resemble each
 other, so few directions span nearly all of its rows. Gradient matching at the server
-(CReFF Eq. 6) compares rows by their cosine: hence the error bound is on the cosine of
-the worst row, and all rows weigh the same when the directions are sought. With M the
-rows of G at unit length and V_r the r leading right-singular vectors of M, row j of
-G V_r V_r^T has the cosine ``|M_j V_r|`` with row j of G, for every r at once.
+(CReFF Eq. 6) compares rows by their cosine. Hence the error bound is on the cosine of
+the worst row, and all rows have equal weight in the search for directions. Let M be the
+rows of G at unit length and V_r the r leading right-singular vectors of M. Row j of
+G V_r V_r^T then has the cosine ``|M_j V_r|`` with row j of G, for every r.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,11 +19,11 @@ from clip2fl_common.precision import Precision as Precision
 
 ITEM_BYTES: dict[Precision, int] = {"half": 2, "full": 4}
 
-# A row below this norm is taken for zero: float32 has few digits left there, and
-# gradient matching, which adds 1e-6 to each product of norms, does not see it.
+# A row with a smaller norm counts as zero. float32 has few digits left there, and
+# gradient matching, which adds 1e-6 to each product of norms, cannot see the row.
 NEGLIGIBLE_NORM = 1e-35
 
-# The first sketch's columns; each further sketch has twice as many.
+# Columns of the first sketch; each further sketch has twice as many.
 SKETCH_COLUMNS = 16
 POWER_ITERATIONS = 2
 
@@ -45,16 +45,16 @@ class ClassGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRankGradient:
-    """A class gradient whose weight is kept as a product of two factors.
+    """A class gradient whose weight is stored as a product of two factors.
 
-    Stands wherever weight and bias of a `ClassGradient` are read.
+    It has the weight and bias of a `ClassGradient`, and can be used in its place.
 
     Attributes
     ----------
     left : Tensor, shape [C, r]
-        Each row's coordinates, its norm included.
+        Coordinates of each row, scaled by its norm.
     right : Tensor, shape [r, d]
-        The directions that they refer to.
+        The directions of the coordinates.
     bias : Tensor, shape [C]
         Gradient with respect to the classifier's bias.
     """
@@ -65,12 +65,12 @@ class LowRankGradient:
 
     @property
     def weight(self) -> torch.Tensor:
-        """Gradient with respect to the classifier's weight, shape [C, d]; computed."""
+        """Return the gradient of the classifier's weight, computed, shape [C, d]."""
         return self.left @ self.right
 
     @property
     def rank(self) -> int:
-        """Number of directions r."""
+        """Return the number of directions r."""
         return len(self.right)
 
 
@@ -83,7 +83,7 @@ def max_rank(num_classes: int, feature_dim: int) -> int:
 
 
 def to_precision(tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Round float32 values to those that the wire carries (half: bfloat16)."""
+    """Round float32 values to the uploaded precision (half means bfloat16)."""
     if precision == "full":
         return tensor
     return tensor.to(torch.bfloat16).to(tensor.dtype)
@@ -100,15 +100,15 @@ def encode_gradients(
         Weight [C, d] and bias [C], float32, of any number of classes.
     min_cosine : float
         Smallest cosine, in (0, 1], of any weight row with its decoded row. At 1 all
-        gradients stay dense; below, each gets the smallest rank that keeps the bound,
-        or stays dense where its factors would not be smaller.
+        gradients stay dense. Below 1, each gets the smallest rank that keeps the bound,
+        or stays dense if factors would not be smaller.
     precision : {"half", "full"}
-        Of all values.
+        Precision of all values.
 
     Returns
     -------
     dict of int to ClassGradient or LowRankGradient
-        Values rounded to the precision, in the same order.
+        In the same order, with values rounded to the precision.
     """
     if not gradients:
         return {}
@@ -121,7 +121,7 @@ def encode_gradients(
 
 
 def encoded_bytes(gradients: Iterable[CodedGradient], precision: Precision) -> int:
-    """Return the bytes of encoded gradients, each with its class and rank as int64."""
+    """Return the size of encoded gradients, with class and rank as int64, in bytes."""
     return sum(
         2 * 8
         + ITEM_BYTES[precision]
@@ -138,7 +138,7 @@ def encoded_bytes(gradients: Iterable[CodedGradient], precision: Precision) -> i
 
 
 def row_cosines(exact: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of each row with its decoded row, zero rows left out.
+    """Return the cosine of each row with its decoded row, without zero rows.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def _encode(
     gradient: ClassGradient, min_cosine: float, precision: Precision
 ) -> CodedGradient:
     bias = to_precision(gradient.bias, precision)
-    # A server refuses values that are not finite, and says so; no SVD takes them.
+    # An SVD fails on values that are not finite; the server refuses them with a reason.
     if min_cosine < 1 and bool(torch.isfinite(gradient.weight).all()):
         factors = _factors(gradient.weight, min_cosine, precision)
         if factors is not None:
@@ -179,8 +179,8 @@ def _factors(
         rank = 1 + int((worst < min_cosine**2).sum())
         scaled = norms[:, None] * coordinates
         step = 1
-        # Rounding may cost the last digits of the bound, so the outcome is measured.
-        # Steps double, because no rank keeps a bound beyond the precision itself.
+        # Rounding may break the bound by a little, so the cosines are measured. The
+        # rank steps double, since no rank can beat the precision itself.
         while rank <= largest:
             left = to_precision(scaled[:, :rank], precision)
             right = to_precision(directions[:rank], precision)
@@ -198,7 +198,7 @@ def _cosines(unit: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
 def _unit_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows of unit length [C, d] and norms [C]; negligible rows are zero."""
     tiny = torch.finfo(matrix.dtype).tiny
-    # Scaled first, since squares of very small or large values leave float32's range.
+    # Scale first: squares of very small or large values leave float32's range.
     largest = matrix.abs().amax(1)
     scaled = matrix / largest.clamp_min(tiny)[:, None]
     lengths = scaled.norm(dim=1)
@@ -210,18 +210,18 @@ def _unit_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _leading_directions(unit: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yield right-singular vectors [q, d], leading first, of ever more columns q.
+    """Yield leading right-singular vectors [q, d], with q growing at each step.
 
     A randomised range finder with power iterations (Halko, Martinsson and Tropp 2011,
-    Alg. 4.4) costs little as long as few directions are needed; what it finds is
-    trusted up to half of its columns. The last ones are those of a full SVD.
+    Alg. 4.4) is cheap if few directions are needed. The leading half of its vectors
+    is reliable. The last vectors are those of a full SVD.
 
     Yields
     ------
     tuple of Tensor and int
-        The vectors, and how many of them to trust.
+        The vectors, and the number of reliable ones.
     """
-    # Of its own: the same gradient has the same code, whatever was drawn before.
+    # Its own generator: equal gradients get equal codes, whatever was drawn before.
     generator = torch.Generator().manual_seed(0)
     columns = SKETCH_COLUMNS
     while 4 * columns <= min(unit.shape):

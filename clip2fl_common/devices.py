@@ -1,13 +1,13 @@
-"""Choice of the compute device."""
+"""Choose the compute device."""
 
 import torch
 
-# Images up to this size are kept on a GPU; larger sets go there batch by batch.
+# Images up to this many bytes are kept on a GPU; larger sets are copied by batch.
 SMALL_BYTES = 2 * 2**30
 
 
 class DeviceError(ValueError):
-    """The configuration's device is none, or none of this machine."""
+    """The configured device is unknown, or is not on this machine."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -16,7 +16,7 @@ def resolve_device(name: str) -> torch.device:
     Parameters
     ----------
     name : str
-        ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        ``auto`` (CUDA if available, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Returns
     -------
@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
     Raises
     ------
     DeviceError
-        If the name is no device, or not one of this machine.
+        If the name is not a device, or this machine lacks it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,14 +44,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def to_device_if_small(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a client's images on the device, or where they are if they are many.
+    """Return a client's images on the device, or unchanged if they are many.
 
     Parameters
     ----------
     images : Tensor of uint8, shape [N, 3, H, W]
         Images in memory, or memory-mapped.
     device : torch.device
-        Where they are trained on.
+        Device that trains on them.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""How large what a run is made of may be, stated once for all that check it.
+"""Upper and lower bounds on a run's inputs, defined once for all checks.
 
-The bounds are far above what a federation of images needs. Something larger is an
-error or an attack: a card that names an image size of a million would make a
-prediction allocate more memory than a machine has.
+The bounds are far above what a federation of images needs. A larger value is an error
+or an attack: with an image size of a million in a model card, a prediction would
+allocate more memory than a machine has.
 """
 
 # Side of an image in pixels.
@@ -12,5 +12,5 @@ MAX_IMAGE_SIZE = 1024
 MAX_FEATURE_DIM = 16_384
 # ImageNet-21k has 21,841 classes.
 MAX_CLASSES = 32_768
-# Characters in the name of a class, a classifier, a phase.
+# Most characters in the name of a class, a classifier or a phase.
 MAX_NAME_LENGTH = 500

@@ -10,28 +10,28 @@ import numpy.typing as npt
 
 MANY_SHOT_ABOVE = 100
 FEW_SHOT_BELOW = 20
-# How classifiers are called: the averaged model's own, the re-trained one, and the
-# teacher's zero-shot classification.
+# Names of the heads (classifiers): the averaged model's own, the re-trained classifier,
+# and the teacher's zero-shot classification.
 FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
 TEACHER_HEAD = "teacher"
 HEADS = (RETRAINED_HEAD, FEDAVG_HEAD, TEACHER_HEAD)
 
-# Shares of the classes, by frequency rank, where the counts leave a group empty.
+# Shares of the classes by frequency rank, used if the counts leave a group empty.
 MANY_SHARE, MEDIUM_SHARE = 0.3, 0.4
 
 
 @dataclass(frozen=True)
 class ShotGroups:
-    """Classes grouped by how many training images there are of them.
+    """Classes grouped by their number of training images.
 
     Attributes
     ----------
     rule : {"count", "rank", "listed"}
-        "count": more than 100 / 20 to 100 / fewer than 20 training images (Liu et
-        al. 2019). "rank": that would leave a group empty, so the classes are split
-        30/40/30 % by frequency. "listed": the same shares of the classes in the
-        order in which they are listed, since nobody knows their counts.
+        "count": more than 100 / 20 to 100 / fewer than 20 training images (Liu et al.
+        2019). "rank": split 30/40/30 % by frequency, since "count" would leave a group
+        empty. "listed": split 30/40/30 % in the order in which the classes are listed,
+        since their counts are unknown.
     many, medium, few : tuple of int
         Class indices, ascending. Never empty with three classes or more.
     """
@@ -44,13 +44,13 @@ class ShotGroups:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """Accuracy in percent, from 0 to 100; None where no test image decides it.
+    """Accuracy in percent, from 0 to 100; None without test images for it.
 
     Attributes
     ----------
     top1 : float or None
-        Share of test images classified correctly; None where class counts, which it
-        depends on, are unknown.
+        Share of test images classified correctly; None if class counts, on which it
+        depends, are unknown.
     balanced : float
         Mean of the per-class accuracies.
     many, medium, few : float or None
@@ -68,7 +68,7 @@ class AccuracyReport:
 
 
 def shot_groups(train_counts: Sequence[int]) -> ShotGroups:
-    """Group the classes by their number of training images.
+    """Return the classes grouped by their number of training images.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def shot_groups(train_counts: Sequence[int]) -> ShotGroups:
 
 
 def listed_groups(num_classes: int) -> ShotGroups:
-    """Group classes by their place in the list, from frequent to rare.
+    """Return the classes grouped by their place in the list, from frequent to rare.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def _grouped(
 def confusion_matrix(
     labels: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64], num_classes: int
 ) -> npt.NDArray[np.int64]:
-    """Count test images by true and predicted class.
+    """Return the number of test images by true and predicted class.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def confusion_matrix(
     Returns
     -------
     ndarray of int64, shape [C, C]
-        Rows are true classes, columns predictions.
+        Rows are true classes, columns are predicted classes.
     """
     pairs = labels * num_classes + predictions
     counted = np.bincount(pairs, minlength=num_classes**2)
@@ -144,12 +144,12 @@ def confusion_matrix(
 def accuracy_report(
     confusion: npt.NDArray[np.int64], groups: ShotGroups
 ) -> AccuracyReport:
-    """Summarise a confusion matrix.
+    """Return the accuracies that a confusion matrix shows.
 
     Parameters
     ----------
     confusion : ndarray of int64, shape [C, C]
-        As `confusion_matrix` returns it, with at least one test image.
+        As returned by `confusion_matrix`, with at least one test image.
     groups : ShotGroups
         Shot groups of the training data.
 
@@ -171,16 +171,17 @@ def accuracy_report(
 def recall_report(
     recall: Sequence[float | None], groups: ShotGroups, top1: float | None = None
 ) -> AccuracyReport:
-    """Summarise the accuracy of each class.
+    """Return the accuracies that the accuracy of each class determines.
 
     Parameters
     ----------
     recall : sequence of float or None, length C
-        Accuracy of each class in percent; None: no image of it. Not None throughout.
+        Accuracy of each class in percent; None for a class without images. At least
+        one is not None.
     groups : ShotGroups
         Shot groups of the training data.
     top1 : float or None
-        Share of all images classified correctly in percent, where it is known.
+        Share of all images classified correctly in percent, if known.
 
     Returns
     -------
@@ -207,24 +208,24 @@ def recall_report(
 def median_site_reports(
     sites: Sequence[Mapping[str, Mapping[int, int]]], groups: ShotGroups
 ) -> dict[str, AccuracyReport]:
-    """Return what the median site says of each head.
+    """Return for each head the median of the sites' reports.
 
-    A site's accuracy is what it claims, and in a mean one site that claims 100 % lifts
-    all rounds alike or the round that it likes. The median over sites (of two, the
-    lower) stays among what honest sites say as long as most are honest.
+    A site may claim any accuracy. In a mean, one site that claims 100 % raises all
+    rounds alike, or one round of its choice. The median over sites (the lower one of
+    two) stays within the honest sites' values as long as most sites are honest.
 
     Parameters
     ----------
     sites : sequence of mapping
-        For each site, head to class to accuracy in percent.
+        For each site the accuracy in percent, by head and class.
     groups : ShotGroups
         Shot groups of the classes.
 
     Returns
     -------
     dict of str to AccuracyReport
-        By head: the median over sites of each site's mean over the classes that it
-        holds, of all classes, of each group's and of each class.
+        By head. Each site gives a mean over the classes that it holds: of all classes,
+        of each group and of each class. The report has the medians over sites.
     """
     found = {}
     classes = sorted({*groups.many, *groups.medium, *groups.few})

@@ -1,4 +1,4 @@
-"""Student networks: a backbone, a projection to the teacher's width, a classifier."""
+"""Student networks: backbone, projection to the teacher's width, and classifier."""
 
 import copy
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 class ImageClassifier(nn.Module):
     """Backbone, linear projection to d features and linear classifier.
 
-    Subclasses provide ``pooled``. All of CLIP2FL's server works on the d-wide
-    features, which are as wide as the teacher's embedding (PAPER: 512).
+    Subclasses provide ``pooled``. CLIP2FL's server works on the d-wide features, which
+    are as wide as the teacher's embedding (PAPER: 512).
 
     Parameters
     ----------
@@ -98,8 +98,8 @@ class ResNet8(ImageClassifier):
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (He et al. 2016).
 
-    torchvision's, with the same names of weights: importing that takes longer than
-    everything else that a client needs besides torch.
+    Like torchvision's block, with the same names of weights. Importing torchvision
+    takes longer than all other imports of a client besides torch.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -117,8 +117,7 @@ class _BasicBlock(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return activations, shape [N, outputs, H / stride, W / stride]."""
-        # In place: a large activation that is written twice costs as much as some
-        # convolutions.
+        # In place: writing a large activation twice takes as long as some convolutions.
         x = functional.relu(self.bn1(self.conv1(images)), inplace=True)
         x = self.bn2(self.conv2(x))
         x += images if self.downsample is None else self.downsample(images)
@@ -159,7 +158,7 @@ class TorchvisionClassifier(ImageClassifier):
 
 
 def _torchvision(name: str, num_classes: int, feature_dim: int) -> ImageClassifier:
-    from torchvision import models  # takes more than a second
+    from torchvision import models  # the import takes more than a second
 
     return TorchvisionClassifier(getattr(models, name), num_classes, feature_dim)
 
@@ -173,14 +172,14 @@ MODELS: dict[str, Callable[[int, int], ImageClassifier]] = {
 
 
 def build_model(name: str, num_classes: int, feature_dim: int = 512) -> ImageClassifier:
-    """Build a student network with fresh weights from torch's global generator.
+    """Return a student network with new weights from torch's global generator.
 
     Parameters
     ----------
     name : str
         ``"resnet8"`` (64/128/256 channels, the paper's CIFAR model),
-        ``"resnet8-slim"`` (16/32/64), ``"resnet18"`` or ``"resnet50"``
-        (torchvision's).
+        ``"resnet8-slim"`` (16/32/64), or torchvision's ``"resnet18"`` or
+        ``"resnet50"``.
     num_classes : int
         Number of classes C.
     feature_dim : int
@@ -200,21 +199,21 @@ def build_model(name: str, num_classes: int, feature_dim: int = 512) -> ImageCla
             f"model.name = {name!r} is not known; choose one of {', '.join(MODELS)}"
         )
     model = MODELS[name](num_classes, feature_dim)
-    # Convolutions follow their weights' layout: 1.2 to 1.5 times as fast on CPUs.
+    # Convolutions use their weights' memory layout: 1.2 to 1.5 times as fast on CPUs.
     return model.to(memory_format=torch.channels_last)
 
 
 def folded(model: ImageClassifier) -> ImageClassifier:
-    """Return a copy for inference, its batch norms folded into the convolutions.
+    """Return a copy for inference with batch norms folded into the convolutions.
 
-    With fixed statistics a batch norm is a factor and an offset of each channel, which
-    the convolution before it can apply at no cost. Features differ by rounding only.
+    With fixed statistics a batch norm is a factor and an offset per channel, which the
+    convolution before it can apply at no cost. Features change only by rounding.
 
     Parameters
     ----------
     model : ImageClassifier
-        Not changed. In its networks a batch norm that follows a convolution in order of
-        definition takes that convolution's output.
+        Not changed. If a batch norm is defined after a convolution, it must take that
+        convolution's output.
 
     Returns
     -------

@@ -1,9 +1,9 @@
-"""CPU work in large pieces, one thread each.
+"""Run CPU work in large pieces, each on one thread.
 
-Torch splits every operation among its threads, and all of them wait for the last one.
-Small operations gain nothing by that, and where cores are shared they lose much: one
-delayed thread delays every operation. Independent pieces, each on one thread, keep
-all cores busy without such waiting.
+Torch splits every operation among its threads, and all threads wait for the last one.
+Small operations gain nothing from this. On shared cores they lose much: one delayed
+thread delays every operation. Independent pieces, each on one thread, keep all cores
+busy without waiting.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def single_threaded_kernels() -> Iterator[int]:
-    """Let each torch operation use one CPU thread; yield how many it used before."""
+    """Limit torch operations to one CPU thread; yield the number used before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -32,29 +32,29 @@ def single_threaded_kernels() -> Iterator[int]:
 def map_pieces(
     function: Callable[[Item], Result], pieces: Iterable[Item], device: torch.device
 ) -> Iterator[Result]:
-    """Apply a function to independent pieces of work, without gradients.
+    """Yield a function's results for independent pieces of work, without gradients.
 
-    On a CPU, as many pieces are under way as torch has threads; the result does not
-    depend on that number. On any other device, one piece follows the other.
+    On a CPU, as many pieces run at a time as torch has threads; the result does not
+    depend on that number. On other devices one piece follows the other.
 
     Parameters
     ----------
     function : callable
-        Called with one piece; must not change what other calls read.
+        Called with one piece; must not change data that other calls read.
     pieces : iterable
-        Taken one by one, a few ahead of the results, so that they need not all be in
+        Read one by one, a few ahead of the results, so that they need not all be in
         memory.
     device : torch.device
-        Where the function computes.
+        Device on which the function computes.
 
     Yields
     ------
     Result
-        In the order of the pieces.
+        Results in the order of the pieces.
     """
 
     def call(piece: Item) -> Result:
-        with torch.no_grad():  # the setting is each thread's own
+        with torch.no_grad():  # each thread has its own setting
             return function(piece)
 
     if device.type != "cpu":

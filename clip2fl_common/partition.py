@@ -1,7 +1,7 @@
 """Long-tailed sampling and Dirichlet partition of a labelled data set.
 
-The index lists equal those of the released CLIP2FL and CReFF code for the same
-seed, including their order, because published results depend on them.
+The index lists equal those of the released CLIP2FL and CReFF code for the same seed,
+order included, because published results depend on them.
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ import numpy.typing as npt
 
 IndexArray = npt.NDArray[np.int64]
 
-# The released code splits the clients into groups of ten, each with a contiguous
-# slice of the shuffled samples, and draws a Dirichlet partition within a group.
+# The released code splits the clients into groups of ten, each with a contiguous slice
+# of the shuffled samples, and draws a Dirichlet partition within each group.
 GROUP_SIZE = 10
-# The released code repeats the draw without end. The paper's settings need a handful
-# of draws, alpha = 0.1 some hundreds; an impossible setting stops after half a minute.
+# The released code repeats the draw without limit. The paper's settings need a few
+# draws, alpha = 0.1 some hundreds. An impossible setting stops after half a minute.
 MAX_ATTEMPTS = 20_000
 
 
 class PartitionError(ValueError):
-    """The data cannot be divided among the clients as asked."""
+    """The data cannot be divided among the clients as requested."""
 
 
 def long_tail_counts(
     max_per_class: int, num_classes: int, imbalance_factor: float
 ) -> list[int]:
-    """Return how many samples each class keeps in an exponential long tail.
+    """Return the number of samples of each class in an exponential long tail.
 
     Class k keeps ``int(max_per_class * (1 / imbalance_factor) ** (k / (C - 1)))``
     samples (Cao et al. 2019, LDAM, as used by CReFF and CLIP2FL).
@@ -74,10 +74,10 @@ def long_tail_partition(
     alpha: float,
     seed: int,
 ) -> list[IndexArray]:
-    """Sample a long tail from ``labels`` and divide it among the clients.
+    """Return each client's samples of a long tail drawn from ``labels``.
 
-    Reproduces the released code's index lists exactly, but with random generators
-    of its own: numpy's global random state is neither read nor changed.
+    Reproduces the released code's index lists exactly. numpy's global random state is
+    neither read nor changed.
 
     Parameters
     ----------
@@ -87,20 +87,20 @@ def long_tail_partition(
         Number of classes C, at least 2.
     imbalance_factor : float
         Ratio IF >= 1 of the most to the least frequent class. The tail starts at the
-        largest class (the released code: at the mean class size, which is the same
-        for the balanced sets it knows); a class that has fewer samples than its
-        place in the tail allows keeps all of them.
+        size of the largest class. (The released code starts at the mean class size,
+        which is the same for its balanced data sets.) A class with fewer samples than
+        its place in the tail allows keeps all of them.
     num_clients : int
         Number of clients.
     alpha : float
-        Concentration of the Dirichlet distribution, > 0; smaller is more uneven.
+        Concentration of the Dirichlet distribution, > 0; smaller is more non-IID.
     seed : int
         Seed of every random draw, in [0, 2**32).
 
     Returns
     -------
     list of ndarray of int64
-        Per client, the indices into ``labels`` of its samples. Sizes differ by at
+        For each client the indices into ``labels`` of its samples. Sizes differ by at
         most one.
 
     Raises
@@ -148,7 +148,7 @@ def class_counts(
     labels: npt.NDArray[np.integer],
     num_classes: int,
 ) -> npt.NDArray[np.int64]:
-    """Count each client's samples of each class.
+    """Return the number of each client's samples of each class.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def _dirichlet_group(
     alpha: float,
     rng: np.random.RandomState,
 ) -> list[IndexArray]:
-    """Divide one group's slice; every client gets at least half a fair share."""
+    """Divide one group's slice; every client gets at least half its fair share."""
     fair_share = len(indices) / num_clients
     smallest_allowed = int(0.5 * fair_share)
     smallest = 0

@@ -1,4 +1,4 @@
-"""Precision of uploaded values; a module of its own, which needs no torch."""
+"""Precision of uploaded values, in a module of its own that needs no torch."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Which code is this? Client and server must run the same."""
+"""Identify the code that runs. Client and server must run the same code."""
 
 import hashlib
 from functools import lru_cache
@@ -13,19 +13,19 @@ ALL_CODE = (*SHARED_BY_BOTH_SIDES, "server_app", "strategy")
 def code_fingerprint(
     root: Path = PACKAGE_ROOT, packages: tuple[str, ...] = SHARED_BY_BOTH_SIDES
 ) -> str:
-    """Return a hash of the client's code and what it shares with the server.
+    """Return a hash of the client's code and the code that it shares with the server.
 
     Flower's managed simulation imports client code from the folder in which its
-    SuperLink was once started, ahead of the bundle that is being run. The server
-    sends this hash with each request, so that a client that runs another checkout's
-    code refuses instead of returning numbers of unknown origin.
+    SuperLink was started, before the bundle of the current run. The server sends this
+    hash with each request. A client that runs the code of another checkout then refuses
+    the request, instead of returning numbers of unknown origin.
 
     Parameters
     ----------
     root : Path
         Folder of the packages.
     packages : tuple of str
-        Which packages; `ALL_CODE` where the server's own code matters too.
+        Packages to hash; `ALL_CODE` includes the server's own code.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""One seed for everything: independent generators by purpose, round and client."""
+"""Independent random generators by purpose, round and client, from one seed."""
 
 import hashlib
 import secrets
@@ -6,7 +6,7 @@ import secrets
 import numpy as np
 import torch
 
-# A purpose's place in this list is part of its random stream: append, never reorder.
+# A purpose's index in this list is part of its random stream: append, never reorder.
 _PURPOSES = (
     "model",
     "sampling",
@@ -23,16 +23,16 @@ _PURPOSES = (
 def generator(
     seed: int, purpose: str, server_round: int = 0, client: int = 0
 ) -> torch.Generator:
-    """Return a CPU generator whose stream depends on its arguments only.
+    """Return a CPU generator whose stream depends only on the arguments.
 
     Parameters
     ----------
     seed : int
         The run's seed.
     purpose : str
-        What the numbers are for; any name has streams of its own.
+        Purpose of the numbers; each name has its own streams.
     server_round : int
-        Round, from 1; 0 for what is drawn once a run.
+        Round, from 1; 0 for numbers drawn once per run.
     client : int
         Partition number of the client.
 
@@ -47,11 +47,11 @@ def generator(
 def _number(purpose: str) -> int:
     if purpose in _PURPOSES:
         return _PURPOSES.index(purpose)
-    # 31 bits above the list's places, so that no name meets one of them.
+    # 31 bits, above the list's indices, so that no other name has one of these numbers.
     digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") | 1 << 31
 
 
 def secret_generator() -> torch.Generator:
-    """Return a CPU generator that nobody who knows the run's seed can repeat."""
+    """Return a CPU generator that the run's seed does not determine."""
     return torch.Generator().manual_seed(secrets.randbits(63))

@@ -1,15 +1,15 @@
-"""A step size that changes over the rounds, for clients and server."""
+"""The step size, which changes over the rounds, for clients and server."""
 
 
 def step_size(start: float, final: float, server_round: int, rounds: int) -> float:
-    """Return a round's step size, geometric over the rounds.
+    """Return a round's step size, on a geometric schedule over the rounds.
 
     Parameters
     ----------
     start : float
         Step size of round 1.
     final : float
-        Step size of the last round; 0: the same in all rounds.
+        Step size of the last round; 0 keeps the first step size in all rounds.
     server_round, rounds : int
         Round, from 1, and number of rounds.
 

@@ -1,4 +1,4 @@
-"""What a site may be called: the same rule at the node, at the server and in keys."""
+"""The rule for sites' names, the same at the node, the server and the registry."""
 
 import re
 from typing import TypeGuard
@@ -12,13 +12,13 @@ NAME_RULE = (
 
 
 def is_site_name(value: object) -> TypeGuard[str]:
-    """Return whether a value is a name that a site may have."""
+    """Return whether a value is a valid name of a site."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def clashing(name: str) -> str:
-    """Return what two names have in common that must not stand for two sites.
+    """Return a name's key; two sites must not have names with the same key.
 
-    Names that differ only in case clash: people and file systems mix them up.
+    Names that differ only in case clash: people and file systems confuse them.
     """
     return name.casefold()

@@ -1,8 +1,8 @@
-"""Which site is which: the file that binds each site's name to its key and node.
+"""The site registry: a file that binds each site's name to its key and node.
 
-Flower gives a node its id when its public key is registered, and keeps it: a node
-proves with its key that it is the one with this id, each time it connects. So a name
-is bound to a key by the node id. `deploy/register.sh` writes the file::
+Flower gives a node its id when its public key is registered, and the id stays the same.
+On each connection the node proves with its key that it has this id. So the node id
+binds a name to a key. `deploy/register.sh` writes the file::
 
     {"format": 1, "sites": [
         {"name": "site-a", "node": "17264013853174281906",
@@ -23,13 +23,13 @@ from clip2fl_common.shown import quoted
 from clip2fl_common.site_names import NAME_RULE, clashing, is_site_name
 
 FORMAT = 1
-# Far above what thousands of sites need.
+# Bytes; far above what thousands of sites need.
 LARGEST_FILE = 4 * 2**20
 LARGEST_NODE = 2**64 - 1
 
 
 class RegistryError(ValueError):
-    """A registry that cannot be used, or a change that it refuses; says why."""
+    """A registry that cannot be used, or that refuses a change; says why."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Site:
     Attributes
     ----------
     name : str
-        What the site is called.
+        The site's name.
     key : str
-        Its public key: type and base64, as in the first two words of a .pub file.
+        Public key: type and base64, as in the first two words of a .pub file.
     node : int
         Id that Flower gave to the key's node, from 1 to 2^64 - 1.
     """
@@ -73,20 +73,20 @@ class SiteRegistry:
     Attributes
     ----------
     sites : tuple of Site
-        In the order in which they were registered.
+        In the order of registration.
 
     Raises
     ------
     RegistryError
-        If a name is none that a site may have, or if two sites share a name (case
-        does not count), a key or a node.
+        If a name is not valid, or if two sites share a name (ignoring case), a key or a
+        node.
     """
 
     sites: tuple[Site, ...] = ()
     _by_node: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check that no two sites can be mixed up."""
+        """Check that no two sites share a name, a key or a node."""
         names: dict[str, Site] = {}
         keys: dict[str, Site] = {}
         nodes: dict[int, Site] = {}
@@ -114,12 +114,12 @@ class SiteRegistry:
 
     @classmethod
     def read(cls, path: Path) -> "SiteRegistry":
-        """Read a registry file.
+        """Return the registry in a file.
 
         Parameters
         ----------
         path : Path
-            Absolute; a regular file of at most 4 MiB that not everybody may write.
+            Absolute path of a regular file of at most 4 MiB, not writable by everybody.
 
         Returns
         -------
@@ -128,7 +128,7 @@ class SiteRegistry:
         Raises
         ------
         RegistryError
-            In one line: what is wrong with the file, and what to do.
+            One line: the fault of the file, and how to fix it.
         """
         text = _content(path)
         try:
@@ -154,20 +154,20 @@ class SiteRegistry:
         return json.dumps({"format": FORMAT, "sites": entries}, indent=1) + "\n"
 
     def name_of(self, node: int) -> str | None:
-        """Return the name of a node's site; None for a node that has none."""
+        """Return the name of a node's site; None if the node has none."""
         return self._by_node.get(node)
 
     def named(self, name: str) -> Site | None:
-        """Return the site of this name, in whatever case; None if there is none."""
+        """Return the site with this name, ignoring case; None if there is none."""
         wanted = clashing(name)
         return next((s for s in self.sites if clashing(s.name) == wanted), None)
 
     def with_key(self, key: str) -> Site | None:
-        """Return the site that has a key; None if there is none."""
+        """Return the site with this key; None if there is none."""
         return next((s for s in self.sites if s.key == key), None)
 
     def check(self, name: str, key: str) -> None:
-        """Check that a site may be registered, or is registered in just this way.
+        """Check that a site may be registered, or is registered with this name and key.
 
         Parameters
         ----------
@@ -179,7 +179,7 @@ class SiteRegistry:
         Raises
         ------
         RegistryError
-            If the name or the key belongs to another.
+            If the name or the key belongs to another site.
         """
         if (other := self.named(name)) and (other.name, other.key) != (name, key):
             if other.name != name:
@@ -195,13 +195,13 @@ class SiteRegistry:
             )
 
     def with_site(self, site: Site) -> "SiteRegistry":
-        """Return a registry that has a site, in place of one of the same name."""
+        """Return a registry with a site added, or replaced if it has the same name."""
         self.check(site.name, site.key)
         others = tuple(s for s in self.sites if s.name != site.name)
         return SiteRegistry((*others, site))
 
     def without(self, name: str) -> "SiteRegistry":
-        """Return a registry that lacks the site of this name."""
+        """Return a registry without the site of this name."""
         return SiteRegistry(tuple(s for s in self.sites if s.name != name))
 
 
@@ -215,14 +215,14 @@ def _taken(name: str, other: str) -> str:
 
 
 def _content(path: Path) -> bytes:
-    """Return what is in a registry file, which must be one."""
+    """Return the content of a registry file after checking the file itself."""
     if not path.is_absolute():
         raise RegistryError(
             f"federation.site-registry = {str(path)!r} is relative; the server runs "
             "in a folder of its own, so give an absolute path"
         )
     try:
-        # Not blocking, as a pipe would have this wait for a writer.
+        # O_NONBLOCK, since opening a pipe would wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         what = "is a link" if error.errno == errno.ELOOP else (error.strerror or "?")

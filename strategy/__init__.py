@@ -1,1 +1,1 @@
-"""The federated algorithms, one per file, and the maths they rest on."""
+"""The federated algorithms, one per file, and the maths that they use."""

@@ -1,6 +1,6 @@
-"""The round's flow, which all methods share: ask, check, combine, report.
+"""The flow of a round, which all methods share: ask, check, combine, report.
 
-A method overrides the hooks that it changes and calls ``super()``; docs/new-method.md
+A method overrides the hooks that it changes and calls ``super()``. docs/new-method.md
 shows how.
 """
 
@@ -48,28 +48,29 @@ class Method(Strategy):
     Parameters
     ----------
     setting : Setting
-        Everything that a run's configuration decides.
+        What a method is built from, the run's configuration included.
 
     Attributes
     ----------
     needs_teacher : bool
         Whether the run has to load the teacher for this method.
     reply_fields : tuple of str
-        What clients send besides their model, by name in
-        `clip2fl_common.messages.REPLY_FIELDS`.
+        Names, in `clip2fl_common.messages.REPLY_FIELDS`, of what clients send besides
+        their model and metrics.
     clients : Clients
-        Who trains when, and which node to ask.
+        The run's clients: draws those that train and knows their nodes.
     sent : mapping of str to ndarray
         The global model that the round's clients began with.
     classifier : torch.nn.Linear or None
-        Classifier that is delivered instead of the global model's own, if any.
+        Classifier that is delivered in place of the global model's own, if any.
     average : ModelAverage
-        Of both over the rounds, where ``ema.decay`` asks for it.
+        Average over rounds of the model and the classifier, if ``ema.decay`` is above
+        0.
     round : RoundRecord
-        What the last round cost and brought.
+        Costs and results of the last round.
     earlier : callable
-        Returns a run's state after the last round before a given one that is kept;
-        None if none is. Set by who keeps them.
+        Takes a round; returns the run's state after the last earlier round whose state
+        was kept, or None. The server sets it, since it keeps the checkpoints.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -106,12 +107,12 @@ class Method(Strategy):
     # Hooks: what a method may change.
 
     def content(self, training: bool) -> RecordDict:
-        """Return what requests hold besides the global model and ``config``.
+        """Return the records that requests hold besides the model and ``config``.
 
         Parameters
         ----------
         training : bool
-            Whether clients are to train, or to evaluate. Those that evaluate get the
+            Whether the requests ask for training. Requests for evaluation carry the
             classifier that is delivered.
         """
         content = RecordDict()
@@ -121,14 +122,15 @@ class Method(Strategy):
         return content
 
     def combine(self, replies: Sequence[TrainReply], weights: Sequence[float]) -> Model:
-        """Return one model made of the clients' models, by ``aggregation.rule``.
+        """Return one model combined from the clients' models by ``aggregation.rule``.
 
         Parameters
         ----------
         replies : sequence of TrainReply
-            Good ones, ascending by client.
+            Good replies, in ascending order of client.
         weights : sequence of float
-            Of each: its images, or 1 where noise hides who has how many.
+            One weight per reply: the number of the client's images. With noise it is
+            1, so that weights do not reveal how many images a client has.
 
         Returns
         -------
@@ -143,9 +145,9 @@ class Method(Strategy):
         Parameters
         ----------
         sent : mapping of str to ndarray
-            The model that clients began with.
+            The model that the clients began with.
         mean : dict of str to ndarray
-            What `combine` made of theirs, with noise where that is asked for.
+            The result of `combine`, with noise if the run asks for noise.
 
         Returns
         -------
@@ -154,17 +156,17 @@ class Method(Strategy):
         return mean
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
-        """Take what a method needs beyond models and metrics out of good replies."""
+        """Use the fields of good replies that only this method asks for."""
 
     def artifacts(self) -> dict[str, torch.Tensor]:
-        """Return what a report may show of the method's state, by name."""
+        """Return the tensors of the method's state that a report may show, by name."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return by name what a round leaves to the next, besides the global model.
+        """Return the state that the next round needs besides the global model, by name.
 
-        Random numbers are no part of it: each generator comes from the run's seed,
-        its purpose, the round and the client.
+        Random numbers are not part of it: every generator is seeded from the run's
+        seed, its purpose, the round and the client.
         """
         return {
             **self.ledger.state(),
@@ -173,12 +175,12 @@ class Method(Strategy):
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         self.ledger.load_state(state)
         self.average.load_state(state)
         self.safeguards.load_state(state)
 
-    # What is evaluated and delivered.
+    # The model that is evaluated and delivered.
 
     def delivered_model(self, model: ImageClassifier) -> ImageClassifier:
         """Return the model that is evaluated and delivered.
@@ -186,23 +188,23 @@ class Method(Strategy):
         Parameters
         ----------
         model : ImageClassifier
-            Global model after the last round; stays as it is.
+            Global model after the last round; not changed.
 
         Returns
         -------
         ImageClassifier
-            The given one, or a copy with the average over rounds.
+            The given model, or a copy with the average over rounds.
         """
         return self.average.applied_to(model, MODEL_WEIGHTS)
 
     @property
     def delivered_classifier(self) -> nn.Linear | None:
-        """Re-trained classifier that goes with it, in methods that have one."""
+        """Return the re-trained classifier to deliver, or None if there is none."""
         if self.classifier is None:
             return None
         return self.average.applied_to(self.classifier, CLASSIFIER_WEIGHTS)
 
-    # The round, as Flower's loop goes through it.
+    # Flower's loop calls these hooks in this order.
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -225,14 +227,14 @@ class Method(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, then combine those that are good.
+        """Check the replies, then combine the good ones.
 
         Raises
         ------
         DatasetError
             If a simulated client's images cannot be read and are not to be skipped.
         NoRepliesError
-            If no reply is usable, and there is nothing to go back to or on with.
+            If no reply is usable, and the run can neither go back nor go on.
         """
         replies = list(replies)
         self.book("clients", self._asked_at)
@@ -278,8 +280,8 @@ class Method(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask all sites that are there; nobody where clients are simulated."""
-        # Flower hands the round's model on here, after all that a method does to it.
+        """Ask all connected sites to evaluate; simulated clients are not asked."""
+        # Flower passes the round's model here after all of the method's changes to it.
         if self.average.decay > 0 and not self.round.kept_model:
             named = messages.arrays_to_numpy(arrays)
             self.average.add_round(named, self.classifier)
@@ -314,7 +316,7 @@ class Method(Strategy):
         return None
 
     def summary(self) -> None:
-        """Log the settings that all methods have."""
+        """Log the settings that all methods share."""
         log(INFO, "\t├──> Clients:")
         log(INFO, "\t│\t├── Drawn each round: %s", self.clients)
         needed = self.min_replies or self.clients.replies_needed(0)
@@ -337,7 +339,7 @@ class Method(Strategy):
         if rule.rule == "trimmed-mean" and int(rule.trim * drawn) == 0:
             log(
                 WARNING,
-                "aggregation.trim = %g of %d clients a round cuts nobody off: this is "
+                "aggregation.trim = %g of %d clients a round drops no client: this is "
                 "the unweighted mean; raise it to %g at least",
                 rule.trim,
                 drawn,
@@ -349,10 +351,10 @@ class Method(Strategy):
         log(INFO, "\t\t└── Model: %s", what)
 
     def book(self, phase: str, started: float) -> None:
-        """Note the seconds since ``started`` under a phase's name."""
+        """Record the seconds since ``started`` under a phase's name."""
         self.round.seconds[phase] = time.perf_counter() - started
 
-    # Steps of the above.
+    # Parts of the hooks above.
 
     def _content(
         self,
@@ -379,7 +381,7 @@ class Method(Strategy):
         return self._requests.address(content, numbers, message_type)
 
     def _go_back(self, server_round: int, verdicts: Verdicts) -> ArrayRecord | None:
-        """Take the last model that clients can train on; leave out who made this one.
+        """Return the last usable model; leave out the clients that made the bad one.
 
         Raises
         ------
@@ -395,7 +397,7 @@ class Method(Strategy):
             return None
         self.round.left_out = [self.clients.label(client) for client in found.left_out]
         self.round.went_back_to = found.origin
-        # What privacy has cost and who is left out is not undone.
+        # Going back restores neither the privacy that was spent nor left-out clients.
         self.load_state(
             {
                 **found.earlier.strategy,
@@ -406,7 +408,7 @@ class Method(Strategy):
         return found.earlier.arrays
 
     def _shortened(self, server_round: int, reply: TrainReply) -> TrainReply:
-        """Return a reply whose update is no longer than allowed."""
+        """Return the reply with its update shortened to the allowed norm."""
         limit = self.aggregation.max_update_norm
         if limit == 0:
             return reply
@@ -427,13 +429,13 @@ class Method(Strategy):
     def _combined(
         self, server_round: int, replies: Sequence[TrainReply]
     ) -> tuple[Model, dict[str, float]]:
-        """Return the next global model, and the clients' metrics in sum."""
+        """Return the next global model, and the clients' metrics combined."""
         multiplier = self.privacy.update_noise_multiplier
-        # With noise every client counts the same: more images would change more.
+        # With noise all weights are 1: no client may change the mean more than others.
         weights = [1.0 if multiplier > 0 else reply.images for reply in replies]
         mean = self.combine(replies, weights)
         if multiplier > 0:
-            # Replacing one of the shortened updates turns it around, at worst.
+            # Replacing a client moves its shortened update by twice the norm at most.
             sensitivity = 2 * self.aggregation.max_update_norm / len(replies)
             source = self.clients.noise_source(server_round)
             mean = noisy_model(mean, multiplier * sensitivity, source)
@@ -446,7 +448,7 @@ class Method(Strategy):
         return self.step(self.sent, mean), metrics
 
     def _record(self, metrics: Mapping[str, float]) -> None:
-        """Take the clients' metrics into the round's record."""
+        """Add the clients' metrics to the round's record."""
         self.round.losses = {
             "client": metrics["loss"],
             "distillation": metrics["distillation-loss"],
@@ -460,7 +462,7 @@ class Method(Strategy):
         }
 
     def _name_silent(self, server_round: int, replies: Sequence[Message]) -> None:
-        """Log the nodes that have not replied at all."""
+        """Log the nodes that sent no reply."""
         for name in self._requests.silent(replies):
             log(
                 WARNING,

@@ -1,4 +1,4 @@
-"""Who takes part: the clients of a run, and the ones that a program simulates."""
+"""The clients of a run, and the clients that nodes simulate."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,53 +11,53 @@ from flwr.serverapp import Grid
 from clip2fl_common import messages
 from clip2fl_common.randomness import generator
 
-# Seconds within which nodes must say which partition they simulate.
+# Seconds that nodes have to tell which partitions they simulate.
 QUERY_TIMEOUT_S = 120.0
 
 
 class Clients(Protocol):
-    """The clients of a run: who trains in which round, and which node to ask.
+    """The clients of a run: draws those that train and knows their nodes.
 
     Attributes
     ----------
     come_and_go : bool
-        Whether clients leave and return, and change their images: then a round
-        without a usable reply says nothing about the next round.
+        Whether clients may leave, return and change their images. Then later rounds
+        may succeed after a round without a usable reply.
     """
 
     come_and_go: ClassVar[bool]
 
     @property
     def clients_per_round(self) -> int:
-        """Clients drawn each round."""
+        """Return the number of clients drawn each round."""
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """Return the run's seed."""
 
     def refresh(self, grid: Grid) -> None:
-        """Find out which clients are there; wait while there are too few."""
+        """Find out which clients are connected; wait while there are too few."""
 
     def available(self) -> list[int]:
-        """Return the numbers of the clients that are there."""
+        """Return the numbers of the connected clients."""
 
     def evaluating(self) -> list[int]:
         """Return the numbers of the clients that evaluate each round's model."""
 
     def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
-        """Return the clients that train in a round, ascending."""
+        """Return the clients that train in a round, in ascending order."""
 
     def replies_needed(self, configured: int) -> int:
-        """Return the good replies that a round needs."""
+        """Return the number of good replies that a round needs."""
 
     def participation(self, trained: Mapping[int, int]) -> str:
-        """Return what a round's line says of who took part."""
+        """Return the part of a round's log line that says which clients took part."""
 
     def node_of(self, client: int, /) -> int:
-        """Return the node to ask for a client."""
+        """Return the node that runs a client."""
 
     def noise_source(self, server_round: int) -> torch.Generator:
-        """Return random numbers for a round's noise."""
+        """Return the generator of a round's noise."""
 
     def stream_of(self, client: int, /) -> int:
         """Return the number of a client's random streams."""
@@ -66,16 +66,16 @@ class Clients(Protocol):
         """Return the most images that a client can have trained on."""
 
     def label(self, client: int, /) -> int | str:
-        """Return what reports call a client."""
+        """Return the name of a client in reports."""
 
 
 @dataclass(frozen=True)
 class SimulatedClients:
-    """Clients that nodes simulate: each has a part of a data set that all nodes have.
+    """Clients that nodes simulate: each holds one partition of a shared data set.
 
-    Flower's node ids are random and its own sampling draws nodes, so a seed does not
-    repeat who trains. Here partitions are drawn from the run's seed and then mapped
-    to nodes. The outcome depends neither on node ids nor on how many nodes there are.
+    Flower's node ids are random and its own sampling draws nodes, so a seed would not
+    repeat which clients train. Here partitions are drawn from the run's seed and then
+    mapped to nodes. The result depends neither on node ids nor on the number of nodes.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class SimulatedClients:
     seed : int
         The run's seed.
     images : tuple of int
-        Images of each partition: no client can have trained on more.
+        Number of images of each partition, the most that its client can train on.
     """
 
     come_and_go: ClassVar[bool] = False
@@ -103,14 +103,14 @@ class SimulatedClients:
     def find(
         cls, grid: Grid, clients_per_round: int, seed: int, images: tuple[int, ...]
     ) -> Self:
-        """Return the clients of a run, simulated by the nodes that answer.
+        """Return the simulated clients of the nodes that answer.
 
         Parameters
         ----------
         grid : Grid
-            Flower's.
+            Flower's grid.
         clients_per_round, seed, images
-            As the attributes.
+            See the attributes.
 
         Raises
         ------
@@ -120,25 +120,25 @@ class SimulatedClients:
         return cls(find_nodes(grid), len(images), clients_per_round, seed, images)
 
     def refresh(self, grid: Grid) -> None:
-        """Do nothing: simulated nodes stay."""
+        """Do nothing: simulated nodes stay connected."""
 
     def available(self) -> list[int]:
-        """Return all partitions, ascending."""
+        """Return all partitions in ascending order."""
         return list(range(self.num_clients))
 
     def evaluating(self) -> list[int]:
-        """Return nobody: the server has the test images."""
+        """Return no clients: the server evaluates on its own test images."""
         return []
 
     def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
-        """Return the partitions that train in a round, ascending.
+        """Return the partitions that train in a round, in ascending order.
 
         Parameters
         ----------
         server_round : int
             Round, from 1.
         left_out : collection of int
-            Partitions that do not; others train in their place.
+            Partitions that must not train; others are drawn in their place.
         """
         drawn = torch.randperm(
             self.num_clients, generator=generator(self.seed, "sampling", server_round)
@@ -147,11 +147,11 @@ class SimulatedClients:
         return sorted(drawn[: self.clients_per_round])
 
     def replies_needed(self, configured: int) -> int:
-        """Return the good replies that a round needs: one, unless configured."""
+        """Return the number of good replies that a round needs: 1 by default."""
         return max(1, configured)
 
     def participation(self, trained: Mapping[int, int]) -> str:
-        """Return nothing: a simulation's line does not say who took part."""
+        """Return an empty string: the log line of a simulation omits participation."""
         return ""
 
     def node_of(self, client: int) -> int:
@@ -159,23 +159,23 @@ class SimulatedClients:
         return self.nodes[client % len(self.nodes)]
 
     def noise_source(self, server_round: int) -> torch.Generator:
-        """Return random numbers for a round's noise: the seed's, as all others."""
+        """Return the generator of a round's noise, seeded like all others."""
         return generator(self.seed, "privacy", server_round, self.num_clients)
 
     def stream_of(self, client: int) -> int:
-        """Return the number of a client's random streams: the partition's."""
+        """Return the number of a client's random streams: its partition's number."""
         return client
 
     def images_of(self, client: int) -> int:
-        """Return the most images that a partition can have been trained on."""
+        """Return the number of images of a partition."""
         return self.images[client]
 
     def label(self, client: int) -> int:
-        """Return what reports call a partition."""
+        """Return the name of a partition in reports: its number."""
         return client
 
     def __str__(self) -> str:
-        """Return a line for the strategy's summary."""
+        """Return the text that the strategy's summary shows."""
         return (
             f"{self.clients_per_round} of {self.num_clients} (seed {self.seed}). "
             f"Simulated by {len(self.nodes)} nodes"

@@ -17,21 +17,21 @@ from strategy.setting import Setting
 class CLIP2FL(CReFF):
     """CReFF with distillation at the clients and text prototypes at the server.
 
-    Clients distil from the teacher's image encoder (Eq. 5). The server holds the
-    federated features near the teacher's text features by a prototype contrastive
+    Clients distil from the teacher's image encoder (Eq. 5). The server pulls the
+    federated features towards the teacher's text features by a prototype contrastive
     loss (Eq. 9-10).
 
     Attributes
     ----------
     teacher_fingerprint : str
-        The teacher that clients must have.
+        Fingerprint of the teacher that clients must have.
     distillation : Distillation
         Settings of the distillation.
 
     Raises
     ------
     ValueError
-        If the teacher's embedding is not as wide as the student's features.
+        If the teacher's embedding and the student's features differ in width.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -63,7 +63,7 @@ class CLIP2FL(CReFF):
 
     @property
     def text_features(self) -> torch.Tensor | None:
-        """Class prototypes near which features are held, shape [C, d]."""
+        """Return the text features that serve as class prototypes, shape [C, d]."""
         return self._text_features
 
     def summary(self) -> None:
@@ -96,6 +96,6 @@ class CLIP2FL(CReFF):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Have sites evaluate the teacher too, for comparison."""
+        """Ask sites to evaluate the teacher too, for comparison."""
         config[messages.TEACHER_FINGERPRINT] = self.teacher_fingerprint
         return super().configure_evaluate(server_round, arrays, config, grid)

@@ -1,13 +1,13 @@
-"""CLIP2FL with server momentum (Hsu et al. 2019), an extension of ours."""
+"""CLIP2FL with server momentum (Hsu et al. 2019), an extension of this project."""
 
 from strategy.clip2fl import CLIP2FL
 from strategy.fedavgm import FedAvgM
 
 
 class CLIP2FLM(CLIP2FL, FedAvgM):
-    """CLIP2FL whose server goes on in the direction of earlier rounds.
+    """CLIP2FL with FedAvgM's server momentum.
 
-    Clients distil and send class gradients as in CLIP2FL; their models are combined as
-    in FedAvgM. With momentum beta a constant direction is gone 1 / (1 - beta) times as
-    far, which tells where the number of rounds is what limits a run.
+    Clients distil and send class gradients as in CLIP2FL; the server combines their
+    models as FedAvgM does. If all rounds move the model in the same direction, momentum
+    beta moves it 1 / (1 - beta) times as far. This helps a run that has too few rounds.
     """

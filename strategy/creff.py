@@ -25,13 +25,13 @@ from strategy.synthesis import (
     synthesize,
 )
 
-# Names in a strategy's state.
+# Names of the entries in the strategy's state.
 FEATURES = "federated-features"
 CLASSIFIER = "retrained-classifier"
 
 
 class CReFF(FedAvg):
-    """FedAvg whose classifier is re-trained on balanced, synthesised features.
+    """FedAvg with a classifier that is re-trained on balanced, synthetic features.
 
     Clients also send the gradient of the re-trained classifier for every class they
     hold. The server moves the federated features until their class gradients match
@@ -72,7 +72,7 @@ class CReFF(FedAvg):
         ).to(self.device)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return federated features and re-trained classifier by name."""
+        """Return the federated features and the re-trained classifier by name."""
         return {
             **super().state(),
             FEATURES: self.features,
@@ -83,7 +83,7 @@ class CReFF(FedAvg):
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back federated features and re-trained classifier."""
+        """Restore the federated features and the re-trained classifier."""
         assert state[FEATURES].shape == self.features.shape
         super().load_state(state)
         self.features = state[FEATURES].to(self.device)
@@ -97,11 +97,11 @@ class CReFF(FedAvg):
 
     @property
     def text_features(self) -> torch.Tensor | None:
-        """Class prototypes near which features are held; CReFF has none."""
+        """Return class prototypes for the features, or None; CReFF has none."""
         return None
 
     def artifacts(self) -> dict[str, torch.Tensor]:
-        """Return the federated features and, where there are any, the prototypes."""
+        """Return the federated features and, if there are any, the prototypes."""
         found = {"features": self.features, "text_features": self.text_features}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -137,12 +137,12 @@ class CReFF(FedAvg):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Classes C, federated features of each m, their width d."""
+        """Return the features' shape: classes C, features per class m, width d."""
         classes, per_class, dim = self.features.shape
         return classes, per_class, dim
 
     def content(self, training: bool) -> RecordDict:
-        """Send the re-trained classifier along, whose gradients are wanted."""
+        """Add the re-trained classifier, at which clients take the class gradients."""
         content = super().content(training)
         if training:
             content[messages.CLASSIFIER] = messages.model_to_arrays(self.classifier)
@@ -199,7 +199,7 @@ class CReFF(FedAvg):
     def _gradients_of(
         self, replies: Sequence[TrainReply]
     ) -> Iterator[Mapping[int, CodedGradient]]:
-        """Yield each client's class gradients, none longer than allowed."""
+        """Yield each client's class gradients, shortened to the allowed norm."""
         limit = self.aggregation.max_gradient_norm
         for reply in replies:
             gradients = reply.field(self._format)
@@ -217,7 +217,7 @@ class CReFF(FedAvg):
         weight: torch.Tensor,
         bias: torch.Tensor,
     ) -> dict[str, float]:
-        """Return how far the new features are from gradients and prototypes."""
+        """Return the matching and contrastive losses of the new features."""
         losses = {
             "gradient_matching": gradient_matching_loss(
                 self.features, gradients, weight, bias

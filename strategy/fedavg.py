@@ -4,4 +4,4 @@ from strategy.base import Method
 
 
 class FedAvg(Method):
-    """Federated averaging weighted by number of images; no teacher, one classifier."""
+    """Federated averaging weighted by number of images, without a teacher."""

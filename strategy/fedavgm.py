@@ -12,14 +12,14 @@ from strategy.model_mean import Model
 from strategy.robust import Arrays
 from strategy.setting import Setting
 
-# Names in a strategy's state begin so.
+# Prefix of the names in the strategy's state.
 MOMENTUM = "momentum."
 
 
 class FedAvgM(Method):
-    """FedAvg whose server goes on in the direction of earlier rounds.
+    """FedAvg with momentum at the server.
 
-    With w the model that was sent and m the clients' mean, the pseudo-gradient is
+    Let w be the model that was sent and m the clients' mean. The pseudo-gradient is
     ``g = w - m``, the momentum ``v = beta * v + g`` and the new model ``w - eta * v``
     (Hsu et al. 2019, Section 4). BatchNorm's running statistics take no momentum: a
     step beyond the clients' mean could make a variance negative.
@@ -49,7 +49,7 @@ class FedAvgM(Method):
         return self.momentum != 0 or self.learning_rate != 1
 
     def summary(self) -> None:
-        """Log momentum and step size, then the other settings."""
+        """Log the momentum and the learning rate, then the other settings."""
         log(INFO, "\t├──> Server momentum:")
         log(
             INFO,
@@ -60,7 +60,7 @@ class FedAvgM(Method):
         super().summary()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the momentum, array by array, once there is one."""
+        """Return the momentum by name of weight; empty before the first step."""
         momentum = {
             f"{MOMENTUM}{name}": torch.from_numpy(step)
             for name, step in self._velocity.items()
@@ -68,7 +68,7 @@ class FedAvgM(Method):
         return {**super().state(), **momentum}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back the momentum."""
+        """Restore the momentum."""
         super().load_state(state)
         self._velocity = {
             name.removeprefix(MOMENTUM): step.numpy()
@@ -77,7 +77,7 @@ class FedAvgM(Method):
         }
 
     def step(self, sent: Arrays, mean: Model) -> Model:
-        """Take the server's step from the model that was sent."""
+        """Return the sent model after one step of the server's optimiser."""
         if not self._moves:
             return mean
         model = {}

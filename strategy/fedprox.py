@@ -18,7 +18,7 @@ class FedProx(Method):
     Attributes
     ----------
     proximal_mu : float
-        Weight of half the squared distance to the global model.
+        Weight of the proximal term, half the squared distance to the global model.
     """
 
     def __init__(self, setting: Setting) -> None:

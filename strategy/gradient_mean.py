@@ -1,4 +1,4 @@
-"""Mean of class gradients over clients, streamed, and low-rank as long as that pays."""
+"""Mean of class gradients over clients, one client at a time, low-rank if smaller."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ def mean_class_gradients(
 ) -> Mapping[int, CodedGradient]:
     """Average each class's gradient over the clients that hold the class.
 
-    A plain mean, not weighted by class counts: no class count leaves a client. The
-    factors of low-rank gradients are put side by side, which is their exact sum, as
-    long as they are smaller than the dense sum.
+    The mean is not weighted by class counts, so that clients need not send them. The
+    sum of low-rank gradients is exact: their factors are put side by side, as long as
+    these are smaller than the dense sum.
 
     Parameters
     ----------
     replies : iterable of mapping from class to ClassGradient or LowRankGradient
-        One mapping per client; consumed one at a time, and none is kept.
+        One mapping per client. They are read one at a time, and none is kept.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def mean_class_gradients(
 
 
 class _ClassSum:
-    """Sum of one class's gradients: factors side by side, or dense."""
+    """Sum of one class's gradients, kept as stacked factors or dense."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -54,20 +54,20 @@ class _ClassSum:
         self._count += 1
         self._bias = self._bias + gradient.bias
         if self._dense is None and isinstance(gradient, LowRankGradient):
-            # Copied, since the classes of a reply share its arrays.
+            # Clone, since the classes of a reply share its arrays.
             self._lefts.append(gradient.left.clone())
             self._rights.append(gradient.right.clone())
             rank = sum(map(len, self._rights))
             if rank > max_rank(len(gradient.left), gradient.right.shape[1]):
                 self._dense = self._product()
         elif self._dense is None:
-            # A sum even where there is nothing to add: it is a copy.
+            # Adding 0 copies the tensor, which the reply still owns.
             self._dense = gradient.weight + (self._product() if self._lefts else 0)
         else:
             self._dense += gradient.weight
 
     def mean(self) -> CodedGradient:
-        """Return the sum over the number of gradients added."""
+        """Return the sum divided by the number of gradients added."""
         assert isinstance(self._bias, torch.Tensor)
         bias = self._bias / self._count
         if self._dense is not None:

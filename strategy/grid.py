@@ -1,4 +1,4 @@
-"""Flower's grid, with what a federation of sites needs besides."""
+"""Flower's grid, with additions for a federation of sites."""
 
 import time
 from collections.abc import Iterable
@@ -7,23 +7,23 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-# Seconds between two looks for replies.
+# Seconds between two polls for replies.
 POLL_S = 1.0
 
 
 class DelegatingGrid(Grid):
-    """Hands every call on to another grid; subclasses change some of them.
+    """Pass every call on to another grid; subclasses change some of the calls.
 
     Parameters
     ----------
     grid : Grid
-        Flower's.
+        Flower's grid.
     """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    # Flower's class for a run has no public name.
+    # Flower's type of a run is not public.
     def set_run(self, run: Any) -> None:
         """Set the run of the grid."""
         self._grid.set_run(run)
@@ -66,30 +66,30 @@ class DelegatingGrid(Grid):
 
 
 class AttentiveGrid(DelegatingGrid):
-    """Looks for replies often, and says which node is lost.
+    """Poll for replies often, and name the node that went offline.
 
-    A node that was killed may be connected again seconds after the SuperLink counted
-    it as offline. Its message is lost then, and only a server that looks in between
-    learns of it. Flower's grid looks every three seconds, and its errors of lost nodes
-    name the SuperLink as their source.
+    A killed node may reconnect seconds after the SuperLink counted it as offline. Its
+    message is lost then. Flower's grid polls every three seconds; a node that
+    reconnects between two polls is not noticed. Its errors for lost nodes also name
+    the SuperLink as their source, not the node.
     """
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send requests, and return the replies that arrive in time.
+        """Send requests and return the replies that arrive in time.
 
         Parameters
         ----------
         messages : iterable of Message
-            One or more for each node.
+            Any number for each node.
         timeout : float or None
             Seconds to wait; None waits for all.
 
         Returns
         -------
         list of Message
-            Replies and errors, each from the node that was asked.
+            Replies and errors, each with the asked node as its source.
         """
         requests = list(messages)
         identifiers = list(self._grid.push_messages(requests))

@@ -1,4 +1,4 @@
-"""Flower's log, in which a strategy's lines stand among those of its loop."""
+"""Flower's log. Strategies write to it, so that their lines join Flower's own."""
 
 from logging import getLogger
 

@@ -1,4 +1,4 @@
-"""The mean of the rounds' models, which may be delivered instead of the last one."""
+"""Average of the rounds' models, which may be delivered instead of the last one."""
 
 import copy
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from torch import nn
 
 from strategy.robust import Arrays
 
-# Names of weights in the average over rounds.
+# Prefixes of the weights' names in the average.
 MODEL_WEIGHTS, CLASSIFIER_WEIGHTS = "model.", "classifier."
 
-# Names in a strategy's state.
+# Names of the entries in the strategy's state.
 ROUNDS = "average-rounds"
 MEAN = "average."
 
@@ -22,26 +22,25 @@ Module = TypeVar("Module", bound=nn.Module)
 class ModelAverage:
     """Exponential moving average of some modules' weights over rounds.
 
-    Every round trains other clients, each on classes of its own, so that the global
-    model swings; in the middle of what it swings around it is more accurate
-    (Izmailov et al., UAI 2018; in federations Caldarola et al., ECCV 2022). After
-    round t
+    Every round trains other clients, each on other classes, so the global model
+    oscillates. The average over rounds is more accurate (Izmailov et al., UAI 2018; in
+    federated learning Caldarola et al., ECCV 2022). After round t
 
         mean_t = sum_i decay^(t - i) weights_i / sum_i decay^(t - i).
 
-    The division leaves no trace of an initial value, so that early rounds are means of
-    the models that there are. BatchNorm's running statistics are averaged as weights
-    are, which is what FedAvg does with those of the clients.
+    The division removes the bias of an initial value, so early averages hold only the
+    models seen so far. BatchNorm's running statistics are averaged like weights, as
+    FedAvg averages the clients'.
 
     Parameters
     ----------
     decay : float
-        Weight of a round in units of the next one's, in [0, 1); 0: no averaging.
+        Weight of a round relative to the next one, in [0, 1); 0 turns averaging off.
 
     Attributes
     ----------
     rounds : int
-        Rounds in the mean; modules stay as they are until there is one.
+        Number of rounds in the average; with 0, modules are left as they are.
     """
 
     def __init__(self, decay: float) -> None:
@@ -50,7 +49,7 @@ class ModelAverage:
         self._mean: dict[str, torch.Tensor] = {}
 
     def add(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take a round's weights into the mean.
+        """Add a round's weights to the average.
 
         Parameters
         ----------
@@ -65,14 +64,14 @@ class ModelAverage:
         }
 
     def add_round(self, model: Arrays, classifier: nn.Linear | None) -> None:
-        """Take a round's global model, and its re-trained classifier, into the mean.
+        """Add a round's global model, and its re-trained classifier, to the average.
 
         Parameters
         ----------
         model : mapping of str to ndarray
-            Values of the global model.
+            Weights and buffers of the global model.
         classifier : torch.nn.Linear or None
-            In methods that have one.
+            The re-trained classifier, in methods that have one.
         """
         named = {
             f"{MODEL_WEIGHTS}{name}": torch.from_numpy(values)
@@ -88,7 +87,7 @@ class ModelAverage:
         )
 
     def mean(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Return the mean of the weights whose names begin so, without the prefix."""
+        """Return the averages of weights with this prefix, by name without it."""
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self._mean.items()
@@ -96,19 +95,19 @@ class ModelAverage:
         }
 
     def applied_to(self, module: Module, prefix: str) -> Module:
-        """Return a copy of a module with the mean as its weights.
+        """Return a copy of a module with the average as its weights.
 
         Parameters
         ----------
         module : nn.Module
-            Stays as it is.
+            Not changed.
         prefix : str
-            Of its weights' names in the mean; what is not there keeps its value.
+            Prefix of its weights' names in the average. Other weights keep their value.
 
         Returns
         -------
         nn.Module
-            The given one where there is no mean.
+            The given module itself if there is no average.
         """
         if self.rounds == 0:
             return module
@@ -117,7 +116,7 @@ class ModelAverage:
         return averaged
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the mean, and of how many rounds it is, by name; nothing without."""
+        """Return the average and its number of rounds by name; empty without rounds."""
         if self.decay == 0:
             return {}
         return {
@@ -126,7 +125,7 @@ class ModelAverage:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         if self.decay == 0:
             return
         self.rounds = int(state[ROUNDS])

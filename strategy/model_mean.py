@@ -1,7 +1,7 @@
-"""One global model out of the clients' models: mean, median or trimmed mean, and noise.
+"""Combine the clients' models into one: mean, median or trimmed mean, and noise.
 
-The mean weighs each client by its number of images (FedAvg, McMahan et al. 2017). The
-coordinate-wise median and trimmed mean (Yin et al. 2018) do not.
+The mean weights each client by its number of images (FedAvg, McMahan et al. 2017).
+The coordinate-wise median and trimmed mean (Yin et al. 2018) are not weighted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +19,12 @@ Model = dict[str, npt.NDArray[Any]]
 
 
 def weighted_mean(models: Iterable[Arrays], weights: Sequence[float]) -> Model:
-    """Return the weighted mean of some models.
+    """Return the weighted mean of models.
 
     Parameters
     ----------
     models : iterable of mapping of str to ndarray
-        The same names and shapes in each; consumed one at a time.
+        The same names and shapes in each; read one at a time.
     weights : sequence of float
         At least one above zero; they need not add up to 1.
 
@@ -46,16 +46,16 @@ def weighted_mean(models: Iterable[Arrays], weights: Sequence[float]) -> Model:
 def combined_model(
     models: Sequence[Arrays], weights: Sequence[float], aggregation: Aggregation
 ) -> Model:
-    """Return one model by the configured rule.
+    """Return the models combined by the configured rule.
 
     Parameters
     ----------
     models : sequence of mapping of str to ndarray
         The same names and shapes in each.
     weights : sequence of float
-        Of each; the mean alone uses them.
+        One per model; only the mean uses them.
     aggregation : Aggregation
-        Which rule.
+        Holds the rule.
 
     Returns
     -------
@@ -80,16 +80,16 @@ def noisy_model(model: Arrays, deviation: float, source: torch.Generator) -> Mod
     Parameters
     ----------
     model : mapping of str to ndarray
-        Stays as it is.
+        Not changed.
     deviation : float
         Standard deviation of the noise.
     source : torch.Generator
-        Random numbers, drawn array by array.
+        Source of the noise, drawn array by array.
 
     Returns
     -------
     dict of str to ndarray
-        BatchNorm's variances stay at or above zero.
+        BatchNorm's variances are clamped at zero.
     """
     noisy: Model = {}
     for name, values in model.items():
@@ -105,16 +105,16 @@ def noisy_model(model: Arrays, deviation: float, source: torch.Generator) -> Mod
 def summed_metrics(
     metrics: Sequence[Mapping[str, float]], weights: Sequence[float], mean: set[str]
 ) -> dict[str, float]:
-    """Return metrics of all clients: some averaged by weight, the others added up.
+    """Return metrics over all clients: some as weighted means, the others as sums.
 
     Parameters
     ----------
     metrics : sequence of mapping of str to float
         The same names in each.
     weights : sequence of float
-        Of each client.
+        One per client.
     mean : set of str
-        Names of those that are averaged.
+        Names of the metrics that are averaged.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Updates and class gradients that no honest training brings about, told by their size.
+"""Detect updates and class gradients that are too large for honest training.
 
-One client whose weights are all a million passes every check of format, and an average
-with it is lost for all others. Its length gives it away.
+A single client whose weights are all a million passes every check of format, and then
+spoils the average for all clients. The norm of its update gives it away.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,38 +16,38 @@ from clip2fl_common.class_gradients import CodedGradient
 from clip2fl_common.messages import RUNNING_STATISTICS
 from strategy.robust import Arrays, weight_norm
 
-# Rounds whose typical length is remembered.
+# Number of rounds whose typical norm is kept.
 REMEMBERED = 5
-# Values from which on a median outvotes one liar.
+# With this many values or more, the median outvotes one liar.
 QUORUM = 3
-# An update grows with the square root of the number of steps, as a random walk does; a
-# claim of more images makes room for this many times the length at most.
+# An update grows with the square root of the number of steps, as a random walk does. A
+# client that claims more images may send an update longer by this factor at most.
 LARGEST_ALLOWANCE = 10.0
 # BatchNorm's statistics move further than weights do, and by more unequal steps.
 STATISTICS_FACTOR = 10.0
-# A row of softmax minus one-hot has at most this norm, and so has a mean of rows.
+# A row of softmax minus one-hot has at most this norm. So has a mean of such rows.
 LARGEST_RESIDUAL = sqrt(2)
-# Uploads of half precision have eight bits.
+# Allows for rounding: uploads in half precision (bfloat16) keep eight bits.
 ROUNDING = 1.02
 
-# Name in a strategy's state.
+# Name of the entry in the strategy's state.
 TYPICAL = "typical-lengths"
 
 
 @dataclass(frozen=True)
 class ReplySize:
-    """How large what one client sent is.
+    """Norms of one client's reply.
 
     Attributes
     ----------
     images : int
-        Training images that it claims.
+        Number of training images that the client claims.
     update : float
         Euclidean norm of local minus global weights and biases.
     statistics : float
-        Norm of BatchNorm's running means and variances.
+        Euclidean norm of BatchNorm's running means and variances.
     features : float or None
-        Norm of its features, as far as its class gradients tell (see
+        Norm of the client's features, estimated from its class gradients (see
         `feature_scale`); None without class gradients.
     """
 
@@ -60,14 +60,14 @@ class ReplySize:
 def reply_size(
     local: Arrays, sent: Arrays, images: int, features: float | None = None
 ) -> ReplySize:
-    """Measure a client's model.
+    """Return the norms of a client's reply.
 
     Parameters
     ----------
     local, sent : mapping of str to ndarray
-        The client's model and the one it began with; same names and shapes.
+        The client's model and the model it began with; same names and shapes.
     images : int
-        Training images that the client claims.
+        Number of training images that the client claims.
     features : float or None
         See `ReplySize`.
 
@@ -86,22 +86,22 @@ def reply_size(
 
 
 def feature_scale(gradients: Mapping[int, CodedGradient]) -> float:
-    """Return the length of features that some class gradients speak of.
+    """Return the norm of a client's features, estimated from its class gradients.
 
-    A class gradient is ``P^T f / n`` with the rows of P for its bias, so that the norm
-    of its weight part is at most that of the bias part times the longest feature.
-    Unlike the gradients themselves, that hardly differs between classes that the
-    model knows well and those it does not.
+    A class gradient is ``P^T f / n``, and P's mean row is its bias part. So the norm
+    of the weight part is at most the norm of the bias part times the longest feature.
+    Their ratio hardly differs between classes that the model knows well or badly,
+    unlike the gradients themselves.
 
     Parameters
     ----------
     gradients : mapping of int to ClassGradient or LowRankGradient
-        A client's, without noise.
+        The client's class gradients, without noise.
 
     Returns
     -------
     float
-        The greatest ratio of both norms; 0 where all gradients are zero.
+        The largest ratio of the two norms; 0 if all gradients are zero.
     """
     ratios = [0.0]
     for gradient in gradients.values():
@@ -112,12 +112,12 @@ def feature_scale(gradients: Mapping[int, CodedGradient]) -> float:
 
 
 def impossible_gradient(gradients: Mapping[int, CodedGradient]) -> str:
-    """Say what about some class gradients no features can bring about, if anything.
+    """Return why class gradients cannot come from any features, or an empty string.
 
     Parameters
     ----------
     gradients : mapping of int to ClassGradient or LowRankGradient
-        A client's, without noise.
+        The client's class gradients, without noise.
 
     Returns
     -------
@@ -135,22 +135,22 @@ def impossible_gradient(gradients: Mapping[int, CodedGradient]) -> str:
 
 
 class LengthRule:
-    """Drops replies that are many times longer than the round's median.
+    """Drop replies that are many times longer than the round's median.
 
-    Norm bounds are a common defence (Sun et al. 2019) whose bound somebody has to
-    guess. Here it is ``ratio`` times the median length of the round's updates and of
-    the medians of the last rounds, which a minority cannot move far. Honest updates in
-    the demo and on real photographs (Dirichlet 0.1 and 0.5) are 3.4 times the median at
-    most, so that the default ratio of 10 leaves them alone; where one client has n
-    times the median's images, its update may be longer by the square root of n.
+    A bound on the norm is a common defence (Sun et al. 2019), but somebody has to
+    guess the bound. Here it is ``ratio`` times the median of the round's norms and the
+    medians of the last rounds, which a minority of clients cannot move far. In the
+    demo and on real photographs (Dirichlet 0.1 and 0.5), honest updates are at most 3.4
+    times the median, so the default ratio of 10 keeps them. A client with n times the
+    median number of images may send an update sqrt(n) times longer.
 
-    With fewer than `QUORUM` lengths to compare there is no majority. Then an update
-    must not be longer than ``ratio`` times the global model itself.
+    With fewer than `QUORUM` norms to compare there is no majority. Then an update must
+    not be longer than ``ratio`` times the global model itself.
 
     Parameters
     ----------
     ratio : float
-        Above 1, or 0 for no such rule.
+        Above 1, or 0 to turn the rule off.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -158,20 +158,20 @@ class LengthRule:
         self._typical: list[float] = []
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the typical lengths of the last rounds by name."""
+        """Return the typical norms of the last rounds by name."""
         return {TYPICAL: torch.tensor(self._typical, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         self._typical = state[TYPICAL].tolist()
 
     def too_long(self, sizes: Mapping[int, ReplySize], sent: Arrays) -> dict[int, str]:
-        """Return the clients whose replies are to be dropped, and why.
+        """Return the clients whose replies must be dropped, and the reasons.
 
         Parameters
         ----------
         sizes : mapping of int to ReplySize
-            Of the round's replies that are otherwise good.
+            Norms of the round's replies that are good in all other respects.
         sent : mapping of str to ndarray
             The global model that was sent.
 
@@ -201,7 +201,7 @@ class LengthRule:
                     size.statistics,
                     STATISTICS_FACTOR * statistics,
                 ),
-                "class gradients are of features with": (size.features, features),
+                "class gradients imply features with": (size.features, features),
             }
             for what, (found, usual) in bounds.items():
                 if found is not None and usual > 0 and found > self.ratio * usual:
@@ -214,7 +214,7 @@ class LengthRule:
         return reasons
 
     def remember(self, sizes: Sequence[ReplySize]) -> None:
-        """Take the lengths of the replies that were used into the next rounds' median.
+        """Add the norms of the used replies to those kept for the next rounds.
 
         Parameters
         ----------

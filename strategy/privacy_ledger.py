@@ -1,10 +1,12 @@
-"""What a run has given away so far: (epsilon, delta), accounted for by Flower.
+"""Account for the privacy a run has spent, as (epsilon, delta), by Flower's code.
 
-Both mechanisms are Gaussian, with noise in units of what one record changes: an image
-in the class gradients of its client, a client in the mean update. A record takes part
-in the rounds in which its client was asked; the worst off has been asked most often.
-Nothing is won from sampling, since Flower's own accounting has no such bound for a
-fixed number of clients a round, and since who is asked is drawn from a known seed.
+Both mechanisms add Gaussian noise, in units of what one record can change. For the
+class gradients of a client a record is one of its images; for the mean update it is a
+client. A record takes part in the rounds in which its client was asked, so the client
+asked most often has spent the most.
+
+Sampling clients does not lower the epsilon here: Flower's accounting has no bound for a
+fixed number of clients a round, and the sample is drawn from a known seed.
 """
 
 from collections import Counter
@@ -22,22 +24,22 @@ from flwr.serverapp import (
 
 from clip2fl_common.config import Privacy
 
-# Names in a strategy's state.
+# Names of the entries in the strategy's state.
 CLIENTS, TIMES = "privacy-clients", "privacy-times"
 
 
 @lru_cache
 def epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """Return the epsilon of some Gaussian releases of one record.
+    """Return the epsilon that Gaussian releases of one record spend.
 
     Parameters
     ----------
     noise_multiplier : float
         Standard deviation of the noise over what the record can change, above 0.
     releases : int
-        How many.
+        Number of releases.
     delta : float
-        At which delta.
+        The delta for which epsilon holds.
 
     Returns
     -------
@@ -59,14 +61,14 @@ def epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
 
 
 class PrivacyLedger:
-    """Counts how often each client was asked, and tells what that has cost.
+    """Count how often each client was asked, and return the privacy spent.
 
     Parameters
     ----------
     mechanisms : mapping of str to float
-        What is protected, and its noise multiplier; those without noise do not count.
+        Name and noise multiplier of each mechanism; those with 0 do not count.
     delta : float
-        At which delta.
+        The delta for which epsilon holds.
     """
 
     def __init__(self, mechanisms: Mapping[str, float], delta: float) -> None:
@@ -76,7 +78,7 @@ class PrivacyLedger:
 
     @classmethod
     def of(cls, privacy: Privacy, class_gradients: bool) -> "PrivacyLedger":
-        """Return the ledger of a method that asks for class gradients, or does not."""
+        """Return the ledger of a method, with or without class gradients."""
         gradients = privacy.gradient_noise_multiplier if class_gradients else 0.0
         return cls(
             {
@@ -87,16 +89,17 @@ class PrivacyLedger:
         )
 
     def note(self, client: int) -> None:
-        """Count a request, answered or not: the answer may have been seen."""
+        """Count a request, even without a reply: somebody may have seen the reply."""
         self._asked[client] += 1
 
     def spent(self) -> dict[str, dict[str, float]]:
-        """Return by mechanism what one round costs, and all so far for the worst off.
+        """Return the cost of one round and of all rounds so far, by mechanism.
 
         Returns
         -------
         dict of str to dict of str to float
-            ``epsilon_round``, ``epsilon_total`` and ``delta``.
+            ``epsilon_round``, ``epsilon_total`` (of the client asked most often) and
+            ``delta``.
         """
         times = max(self._asked.values(), default=0)
         return {
@@ -109,7 +112,7 @@ class PrivacyLedger:
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return clients and how often they were asked; nothing without noise."""
+        """Return the clients and how often each was asked; empty without noise."""
         if not self._mechanisms:
             return {}
         clients = sorted(self._asked)
@@ -119,7 +122,7 @@ class PrivacyLedger:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         if self._mechanisms:
             pairs = zip(state[CLIENTS].tolist(), state[TIMES].tolist(), strict=True)
             self._asked = Counter(dict(pairs))

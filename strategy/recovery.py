@@ -1,8 +1,8 @@
-"""The way back from a model that makes all honest training diverge.
+"""Go back from a model that makes all honest training diverge.
 
 A poisoned average shows one round late: every client that trains on it fails. Then the
-model of an earlier round takes its place, and the clients whose updates made the bad
-one are left out for some rounds, longer each time.
+run goes back to the model of an earlier round. The clients whose updates made the bad
+model are left out for some rounds, twice as many each time.
 """
 
 from collections import Counter
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from flwr.app import ArrayRecord
 
-# Rounds for which clients are left out at first; each further time twice as many.
+# Rounds for which a client is left out the first time; doubled each further time.
 LEFT_OUT_ROUNDS = 5
 MOST_DOUBLINGS = 10
-# Times that a run goes back to the same round. One client that poisons models is left
-# out by then; what still fails is the run itself.
+# How often a run goes back to the same round. A single client that poisons models is
+# left out by then; if training still diverges, the run itself is at fault.
 MOST_RETURNS = 2
-# Rounds without a usable reply after which a run of sites ends that never had one.
+# A federation of sites that never had a usable reply ends after this many rounds.
 MOST_EMPTY = 5
 
-# Names in a strategy's state.
+# Names of the entries in the strategy's state.
 ORIGIN = "recovery-origin"
 CONTRIBUTORS, LENGTHS = "recovery-clients", "recovery-lengths"
 LEFT_OUT, LEFT_OUT_LENGTHS = "recovery-left-out", "recovery-left-out-lengths"
@@ -35,7 +35,7 @@ class Earlier:
     Attributes
     ----------
     arrays : ArrayRecord
-        The global model.
+        The global model after that round.
     strategy : mapping of str to Tensor
         The strategy's state.
     """
@@ -46,16 +46,16 @@ class Earlier:
 
 @dataclass(frozen=True)
 class _Absence:
-    """Why a client is left out.
+    """The absence of a client from training.
 
     Attributes
     ----------
     until : int
-        Last round without it.
+        Last round in which the client is left out.
     times : int
-        How often it has been left out.
+        How often the client has been left out.
     length : float
-        Of the update for which it is.
+        Norm of the update for which the client is left out.
     """
 
     until: int
@@ -64,14 +64,14 @@ class _Absence:
 
 
 class Recovery:
-    """Who made the global model, and who is left out because an earlier one was bad.
+    """Which clients made the global model, and which are left out for a bad one.
 
     Attributes
     ----------
     origin : int
-        Round that brought about the global model; 0: the initial one.
+        Round that made the global model; 0 for the initial model.
     succeeded : bool
-        Whether any round has brought about a model.
+        Whether any round has made a model.
     empty_rounds : int
         Rounds without a usable reply before the first one with some.
     returns : Counter of int
@@ -87,7 +87,7 @@ class Recovery:
         self._absent: dict[int, _Absence] = {}
 
     def note(self, server_round: int, lengths: Mapping[int, float]) -> None:
-        """Note which clients' updates, and how long, made a round's model."""
+        """Record the clients whose updates made a round's model, and the norms."""
         self.origin = server_round
         self.succeeded = True
         self._contributors = dict(lengths)
@@ -115,17 +115,17 @@ class Recovery:
     def absent(
         self, server_round: int, available: Collection[int], needed: int
     ) -> set[int]:
-        """Return which of the available clients are left out in a round.
+        """Return the clients that are left out in a round.
 
         Parameters
         ----------
         server_round : int
-            Which round.
+            The round.
         available : collection of int
             Clients that could take part.
         needed : int
-            How many must be left, where there are as many. If that is not so without
-            the absent ones, those with the shortest updates come back first.
+            How many clients must remain, if as many are available. Clients with the
+            shortest updates come back first until that many remain.
 
         Returns
         -------
@@ -140,7 +140,7 @@ class Recovery:
         return set(out[: max(0, len(available) - needed)])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return all of it by name."""
+        """Return the whole state by name."""
         whole = torch.int64
         return {
             ORIGIN: torch.tensor(self.origin),
@@ -169,7 +169,7 @@ class Recovery:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         self.origin = int(state[ORIGIN])
         self.succeeded = bool(state[SUCCEEDED])
         self.returns = Counter(dict(state[RETURNS].tolist()))

@@ -1,4 +1,4 @@
-"""The methods by name: a new one is a file in this package and a line here."""
+"""The methods by name. A new method is a file in this package and a line here."""
 
 import difflib
 
@@ -36,7 +36,7 @@ def method_named(name: str) -> type[Method]:
     Raises
     ------
     ConfigError
-        If there is no such method; names those there are.
+        If there is no such method; the message lists the methods.
     """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)

@@ -1,4 +1,4 @@
-"""Which replies of a round are used: accept or drop each one, and say why."""
+"""Check a round's replies: accept or drop each one, and give the reason."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,20 +20,20 @@ from strategy.robust import Arrays
 
 @dataclass
 class Verdicts:
-    """What became of a round's replies.
+    """The result of checking a round's replies.
 
     Attributes
     ----------
     good : list of TrainReply
         Replies that may be used, in ascending order of their clients.
     sizes : dict of int to ReplySize
-        How large each of them is, by client.
+        Norms of each good reply, by client.
     dropped : list of tuple of Message and str
-        The others, and why.
+        The dropped replies, each with its reason.
     diverged : int
-        How many of those were dropped because their training has diverged.
+        Number of replies dropped because their training diverged.
     unreadable : str
-        What a client says of images that it cannot read; empty if none does.
+        A client's message about images that it cannot read; empty if there is none.
     """
 
     good: list[TrainReply] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Verdicts:
 
     @property
     def poisoned(self) -> bool:
-        """Whether most clients diverged: then the model that was sent is at fault."""
+        """Return whether most clients diverged, so the model sent is at fault."""
         return self.diverged > len(self.good)
 
     def reasons(self, name: Callable[[Message], str]) -> list[str]:
@@ -54,17 +54,17 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class ReplyCheck:
-    """What is expected of a round's replies.
+    """The expectations that a round's replies must meet.
 
     Attributes
     ----------
     sent : mapping of str to ndarray
         The global model that was sent.
     asked : mapping of int to mapping of int to int
-        For each node the clients that it was asked for, with the most images that
-        they can have.
+        The clients that each node was asked for, each with the most images that it
+        can have.
     fields : sequence of ReplyField
-        What replies hold besides model and metrics.
+        Fields that replies hold besides model and metrics.
     """
 
     sent: Arrays
@@ -74,21 +74,21 @@ class ReplyCheck:
     def judge(
         self, replies: Sequence[Message], lengths: LengthRule, *, noisy: bool
     ) -> Verdicts:
-        """Tell the good replies from the others, in the order of their clients.
+        """Return the good replies in the order of their clients, and the dropped ones.
 
-        Replies arrive in any order, and sums of floating-point numbers depend on it.
-        Where a node answers twice for a client, which answer came first is chance,
-        so that neither is used.
+        Replies arrive in any order, and a sum of floating-point numbers depends on its
+        order. If a node answers twice for a client, neither answer is used: which one
+        arrived first is chance.
 
         Parameters
         ----------
         replies : sequence of Message
-            As they arrived.
+            In the order of arrival.
         lengths : LengthRule
-            Drops what is far too long.
+            Drops replies that are far too long.
         noisy : bool
-            Whether clients add noise to class gradients, so that these may be
-            anything.
+            Whether clients add noise to class gradients. Then any gradient is
+            possible, and the size of class gradients is not checked.
 
         Returns
         -------
@@ -129,12 +129,12 @@ class ReplyCheck:
         return verdicts
 
     def _accept(self, message: Message, measured: bool) -> tuple[TrainReply, ReplySize]:
-        """Return a reply that may be used, and its size.
+        """Return an accepted reply and its norms.
 
         Raises
         ------
         ReplyError
-            If it must not be used.
+            If the reply must not be used.
         """
         asked = self.asked.get(message.metadata.src_node_id, {})
         reply = TrainReply.parse(message, self.sent, self.fields, asked)
@@ -142,7 +142,7 @@ class ReplyCheck:
         return reply, reply_size(reply.model, self.sent, reply.images, scale)
 
     def _scale(self, reply: TrainReply) -> float | None:
-        """Return the length of features that class gradients speak of, if any."""
+        """Return the norm of features estimated from class gradients, if any."""
         for declared in self.fields:
             if isinstance(declared, GradientFormat):
                 gradients = reply.field(declared)

@@ -1,4 +1,4 @@
-"""A round's requests: one message for each client, and who was asked for what."""
+"""A round's requests: one message per client, and a record of the clients asked."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from strategy.clients import Clients
 
 
 class Requests:
-    """Addresses a round's requests and knows which replies they can have.
+    """Address a round's requests and remember which clients each node must answer for.
 
     Parameters
     ----------
     clients : Clients
-        The run's.
+        The run's clients.
 
     Attributes
     ----------
     asked : mapping of int to mapping of int to int
-        For each node the clients that it was asked for, with the most images that
-        they can have.
+        The clients that each node was asked for, each with the most images that it
+        can have.
     """
 
     def __init__(self, clients: Clients) -> None:
@@ -33,12 +33,12 @@ class Requests:
     def address(
         self, content: RecordDict, numbers: Sequence[int], message_type: str
     ) -> list[Message]:
-        """Return one message for each client.
+        """Return one message per client.
 
         Parameters
         ----------
         content : RecordDict
-            What all of them get.
+            Content of every message.
         numbers : sequence of int
             The clients.
         message_type : str
@@ -70,11 +70,11 @@ class Requests:
         return requests
 
     def name(self, reply: Message) -> str:
-        """Return what logs call the sender of a reply."""
+        """Return the name that logs use for the sender of a reply."""
         node = reply.metadata.src_node_id
         return self._names.get(node, f"node {node}")
 
     def silent(self, replies: Sequence[Message]) -> list[str]:
-        """Return the names of the nodes that have not replied at all."""
+        """Return the names of the nodes that sent no reply."""
         answered = {reply.metadata.src_node_id for reply in replies}
         return [self._names[node] for node in self.asked.keys() - answered]

@@ -1,4 +1,4 @@
-"""A strategy's later rounds: Flower always counts from 1."""
+"""Run the later rounds of a strategy, although Flower always counts from 1."""
 
 from collections.abc import Callable, Iterable
 from logging import INFO
@@ -11,18 +11,18 @@ from strategy.log import log
 
 
 class Continuation(Strategy):
-    """Runs a strategy from the round after ``done``.
+    """Run a strategy from the round after ``done``.
 
-    Flower's loop runs rounds 1 to ``num_rounds``. Here each of its hooks hands the
-    strategy the number that the round has in the whole run; the strategy itself need
-    not know that the run was interrupted.
+    Flower's loop runs rounds 1 to ``num_rounds``. Each hook here passes on the number
+    of the round in the whole run. The strategy itself need not know that the run was
+    interrupted.
 
     Parameters
     ----------
     strategy : Strategy
-        With the state that it had after round ``done``.
+        In the state that it had after round ``done``.
     done : int
-        Rounds that are over, at least 1.
+        Number of finished rounds, at least 1.
     """
 
     def __init__(self, strategy: Strategy, done: int) -> None:
@@ -30,7 +30,7 @@ class Continuation(Strategy):
         self.done = done
 
     def summary(self) -> None:
-        """Log where the run goes on, then the strategy's settings."""
+        """Log the round at which the run continues, then the strategy's settings."""
         log(
             INFO,
             "\t├──> Continues a run: %d rounds are over, so that Flower's round 1 is "

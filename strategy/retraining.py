@@ -7,8 +7,8 @@ from torch import nn
 
 from clip2fl_common.parallel import single_threaded_kernels
 
-# Multiply-adds of one product below which a second thread does not pay: a batch of 32
-# needs them at C = 250 and d = 512.
+# Below this many multiply-adds in one product a second thread does not pay off. A batch
+# of 32 reaches it at C = 250 and d = 512.
 THREADING_THRESHOLD = 4_000_000
 
 
@@ -24,10 +24,10 @@ def retrain_classifier(
 ) -> nn.Linear:
     """Train a linear classifier on the federated features.
 
-    Plain SGD on shuffled mini-batches of mean cross-entropy. As in the released code
+    Plain SGD on shuffled mini-batches of mean cross-entropy. As in the released code,
     the classifier starts afresh each round (the paper's text continues the old one).
-    The gradient of a linear classifier is written out: the features stay in memory
-    and neither a data loader nor automatic differentiation is involved.
+    The gradient of a linear classifier is written out, so neither a data loader nor
+    automatic differentiation is needed, and the features stay in memory.
 
     Parameters
     ----------
@@ -40,22 +40,22 @@ def retrain_classifier(
     learning_rate : float
         Step size.
     generator : torch.Generator
-        CPU source of the initial weights and of the shuffling; torch's global
-        generator is left alone.
+        CPU generator of the initial weights and the shuffling. torch's global
+        generator is not used.
     initial : torch.nn.Linear or None
-        Classifier to start from, not changed; None starts afresh.
+        Classifier to start from, not changed; None starts from a new one.
 
     Returns
     -------
     torch.nn.Linear
-        d inputs, C outputs, on the features' device.
+        With d inputs and C outputs, on the features' device.
     """
     num_classes, per_class, dim = features.shape
     classifier = new_classifier(dim, num_classes, generator)
     classifier.to(features.device, features.dtype)
     if initial is not None:
         classifier.load_state_dict(initial.state_dict())
-    # The bias is the weight of one more feature, which is always 1.
+    # The bias is the weight of an additional feature, which is always 1.
     samples = torch.cat(
         [features.flatten(0, 1), features.new_ones(num_classes * per_class, 1)], dim=1
     )
@@ -71,8 +71,8 @@ def retrain_classifier(
                 order.split(batch_size), labels.split(batch_size, dim=1), strict=True
             ):
                 batch = samples.index_select(0, chosen)
-                # Classes first, [C, batch]: a softmax over few classes is several
-                # times faster along the outer axis.
+                # Shape [C, batch]: with few classes a softmax along the outer axis is
+                # several times faster.
                 residual = weight.mm(batch.T).softmax(0)
                 residual.scatter_add_(0, targets, minus_one)
                 weight.addmm_(residual, batch, alpha=-learning_rate / len(batch))
@@ -86,8 +86,8 @@ def new_classifier(
 ) -> nn.Linear:
     """Return a linear classifier with torch's default initialisation.
 
-    ``nn.Linear`` draws both weight and bias from U(-1/sqrt(d), 1/sqrt(d)), but from
-    the global generator only.
+    ``nn.Linear`` draws weight and bias from U(-1/sqrt(d), 1/sqrt(d)) too, but only
+    from the global generator.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def new_classifier(
     num_classes : int
         Number of outputs C.
     generator : torch.Generator
-        CPU source of the initial values.
+        CPU generator of the initial values.
 
     Returns
     -------

@@ -1,9 +1,9 @@
-"""One model and one gradient a class out of many, some of which may be wrong.
+"""Combine models or class gradients when some of them may be wrong.
 
-Coordinate-wise median and trimmed mean (Yin et al. 2018) are Flower's own, for models;
-here they serve class gradients as well. An update that is too long is shortened and
-not dropped (norm thresholding, Sun et al. 2019): honest clients' updates differ in
-length when their data do, and keep their direction and their say.
+The coordinate-wise median and trimmed mean (Yin et al. 2018) are Flower's code for
+models; here they also serve class gradients. An update that is too long is shortened,
+not dropped (norm thresholding, Sun et al. 2019): honest updates differ in length when
+the clients' data differ, and a shortened update keeps its direction and its weight.
 """
 
 import math
@@ -22,14 +22,14 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
-    """Return the mean along the first axis without the extremes.
+    """Return the mean along the first axis without the extreme values.
 
     Parameters
     ----------
     values : ndarray, shape [n, ...]
-        One entry a client.
+        One entry per client.
     trim : float
-        Share of the n values that is cut off at each end, in [0, 0.5).
+        Share of the n values that is dropped at each end, in [0, 0.5).
 
     Returns
     -------
@@ -44,23 +44,23 @@ def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
 def shorten_update(
     local: Arrays, reference: Arrays, max_norm: float
 ) -> dict[str, npt.NDArray[Any]] | None:
-    """Shorten a client's update to a norm.
+    """Return a client's model with its update shortened to a norm.
 
-    Flower's own function for this divides by zero where a model is unchanged.
+    Flower's function for this divides by zero if a model is unchanged.
 
     Parameters
     ----------
     local : mapping of str to ndarray
         The client's model.
     reference : mapping of str to ndarray
-        The model that it began with; same names and shapes.
+        The model that the client began with; same names and shapes.
     max_norm : float
-        Greatest Euclidean norm, over all arrays, of local - reference.
+        Largest Euclidean norm of local - reference over all arrays.
 
     Returns
     -------
     dict of str to ndarray or None
-        The model with the shortened update; None where it is short enough.
+        The model with the shortened update; None if it is short enough already.
     """
     update = {
         name: values.astype(np.float64) - reference[name]
@@ -82,7 +82,7 @@ def weight_norm(gradient: CodedGradient) -> float:
         squared = ((left.T @ left) * (right @ right.T)).sum()
     else:
         squared = gradient.weight.double().square().sum()
-    return float(squared.clamp_min(0).sqrt())  # rounding may leave it below zero
+    return float(squared.clamp_min(0).sqrt())  # rounding may make it negative
 
 
 def gradient_norm(gradient: CodedGradient) -> float:
@@ -91,7 +91,7 @@ def gradient_norm(gradient: CodedGradient) -> float:
 
 
 def shorten_gradient(gradient: CodedGradient, max_norm: float) -> CodedGradient | None:
-    """Shorten a class gradient to a norm; return None where it is short enough."""
+    """Return the gradient shortened to a norm; None if it is short enough already."""
     norm = gradient_norm(gradient)
     if norm <= max_norm:
         return None
@@ -106,16 +106,16 @@ def shorten_gradient(gradient: CodedGradient, max_norm: float) -> CodedGradient 
 def combine_class_gradients(
     replies: Iterable[Mapping[int, CodedGradient]], aggregation: Aggregation
 ) -> Mapping[int, CodedGradient]:
-    """Make one gradient a class of those of the clients that hold it.
+    """Return one gradient per class, combined over the clients that hold the class.
 
     Parameters
     ----------
     replies : iterable of mapping from class to ClassGradient or LowRankGradient
-        One mapping per client. The mean keeps none of them; the others need them all
-        at once.
+        One mapping per client. The mean reads them one at a time; the other rules
+        need them all at once.
     aggregation : Aggregation
-        Which rule. With one client that holds a class every rule returns its
-        gradient, and with two the median is their mean: there is no majority.
+        Holds the rule. If one client holds a class, every rule returns its gradient.
+        With two clients the median is their mean, since there is no majority.
 
     Returns
     -------

@@ -1,48 +1,49 @@
-"""What a strategy reports of a round, besides the global model."""
+"""The record of a round that a strategy reports besides the global model."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class RoundRecord:
-    """What a round cost and brought.
+    """Costs and results of a round.
 
     Attributes
     ----------
     clients : list of (int or str)
         Partitions, or names of sites, whose replies were used.
     dropped : int
-        Replies that were not.
+        Number of replies that were not used.
     kept_model : bool
-        Whether no model came out of the round: the one before, or an earlier one,
-        stays.
+        Whether the round made no model, so that the previous or an earlier one stays.
     went_back_to : int or None
-        Round whose model took the place of a bad one, if that was so.
+        Round whose model replaced a bad one, if any.
     left_out : list of (int or str)
-        Clients that are left out from here on because they made the bad one.
+        Clients that are left out from now on because they made the bad model.
     participation : str
-        Who took part, for the round's line; empty where clients are simulated.
+        Which part of the sites trained, for the round's log line; empty for simulated
+        clients.
     shortened_updates, shortened_gradients : int
-        Models' updates and class gradients that were longer than allowed.
+        Number of updates and of class gradients that were longer than allowed.
     bytes_down : int
-        Arrays sent to all clients.
+        Bytes of the arrays sent to all clients together.
     upload_bytes, gradient_bytes : list of int
-        Arrays received from each of ``clients``, and the class gradients among them.
+        Bytes of the arrays received from each of ``clients``, and of the class
+        gradients among them.
     losses : dict
-        Losses by name: ``client`` and ``distillation`` are the clients', averaged by
-        number of images; the others are computed at the server.
+        Losses by name. ``client`` and ``distillation`` are means over the clients,
+        weighted by number of images; the server computes the others.
     unreadable : int
-        Training images left out by the clients.
+        Number of training images that the clients skipped as unreadable.
     seconds : dict
         Wall-clock seconds of each phase at the server; those named ``clients-...``
         are summed over the clients.
     recalls : dict or None
-        Sites' mean accuracy on each class in percent (None: no site has it), by head;
-        None without sites.
+        Mean accuracy over sites for each class in percent, by head; None for a class
+        that no site has. The whole is None without sites.
     site_recalls : list of dict
         Each site's own accuracy in percent, by head and class.
     privacy : dict
-        What the round and all so far have cost, by mechanism (see `PrivacyLedger`).
+        Cost of this round and of all rounds so far, by mechanism (see `PrivacyLedger`).
     """
 
     clients: list[int | str] = field(default_factory=list)

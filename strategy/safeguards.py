@@ -1,4 +1,4 @@
-"""What a run does about bad replies, and about a bad model that came of them."""
+"""Handle bad replies, and a bad model that was made from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from strategy.replies import ReplyCheck, Verdicts
 
 
 class NoRepliesError(RuntimeError):
-    """A round brought no usable reply; the run stops instead of going on unchanged."""
+    """No reply of a round is usable; the run stops, since going on changes nothing."""
 
 
 @dataclass(frozen=True)
 class WayBack:
-    """The earlier model with which a run goes on.
+    """The earlier model with which a run continues.
 
     Attributes
     ----------
     earlier : Earlier
-        Model and state.
+        The earlier model and state.
     origin : int
-        Round that made it.
+        Round that made the earlier model.
     left_out : list of int
-        Clients that are left out from here on.
+        Clients that are left out from now on.
     """
 
     earlier: Earlier
@@ -39,18 +39,18 @@ class WayBack:
 
 
 class Safeguards:
-    """Judges a round's replies, and finds the way back from a poisoned model.
+    """Check a round's replies, and go back from a poisoned model.
 
     Parameters
     ----------
     clients : Clients
-        The run's.
+        The run's clients.
     lengths : LengthRule
         Drops updates that are far too long.
     min_replies : int
         ``federation.min-replies``.
     noisy_gradients : bool
-        Whether clients add noise to class gradients, so that these may be anything.
+        Whether clients add noise to class gradients. Then any gradient is possible.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Safeguards:
         self._recovery = Recovery()
 
     def sample(self, server_round: int) -> list[int]:
-        """Return the clients that train in a round, without those that are left out."""
+        """Return the clients that train in a round; left-out clients are not drawn."""
         clients = self._clients
         available = clients.available()
         usual = min(clients.clients_per_round, len(available))
@@ -90,29 +90,29 @@ class Safeguards:
         replies: Sequence[Message],
         name: Callable[[Message], str],
     ) -> Verdicts:
-        """Tell good replies from bad ones, and log these.
+        """Return the verdicts on a round's replies, and log the dropped ones.
 
         Parameters
         ----------
         server_round : int
             The round.
         check : ReplyCheck
-            What is expected.
+            The expectations that the replies must meet.
         replies : sequence of Message
-            As they arrived.
+            In the order of arrival.
         name : callable
-            Returns what logs call the sender of a reply.
+            Returns the name that logs use for the sender of a reply.
 
         Raises
         ------
         DatasetError
             If a simulated client's images cannot be read and are not to be skipped.
         NoRepliesError
-            If no reply is usable, and later rounds bring none either.
+            If no reply is usable, and later rounds cannot bring one.
         """
         verdicts = check.judge(replies, self._lengths, noisy=self._noisy)
-        # The same images are missing in every round and in every run: nothing is won
-        # by going on. A site may say so for reasons of its own.
+        # A simulated client misses the same images in every round and every run, so
+        # going on does not help. A site may repair its images.
         if verdicts.unreadable and not self._clients.come_and_go:
             raise DatasetError(f"round {server_round}: {verdicts.unreadable}")
         named = verdicts.reasons(name)
@@ -140,28 +140,28 @@ class Safeguards:
         earlier: Callable[[int], Earlier | None],
         name: Callable[[Message], str],
     ) -> WayBack | None:
-        """Find the last model that clients can train on; leave out who made this one.
+        """Return the last usable model; leave out the clients that made the bad one.
 
         Parameters
         ----------
         server_round : int
             The round in which most clients diverged.
         verdicts : Verdicts
-            On its replies.
+            The verdicts on its replies.
         earlier : callable
-            Returns a run's state after the last round before a given one.
+            Returns the run's state after the last kept round before a given one.
         name : callable
-            Returns what logs call the sender of a reply.
+            Returns the name that logs use for the sender of a reply.
 
         Returns
         -------
         WayBack or None
-            None: there is none, and the model stays.
+            None if there is no earlier model; the current one stays.
 
         Raises
         ------
         NoRepliesError
-            If there is none, and later rounds would be no better.
+            If there is no earlier model, and later rounds would not be better.
         """
         bad = self._recovery.origin
         found = (
@@ -170,7 +170,7 @@ class Safeguards:
             f"{bad} is at fault"
         )
         state = earlier(bad) if bad else None
-        # A round that kept its model has that of the round that made it.
+        # A round that kept its model holds the model of an earlier round, its origin.
         origin = int(state.strategy[ORIGIN]) if state else 0
         if state is None or self._recovery.returns[origin] == MOST_RETURNS:
             if self._clients.come_and_go and self._recovery.succeeded:
@@ -195,13 +195,13 @@ class Safeguards:
         return WayBack(state, origin, culprits)
 
     def note(self, server_round: int, verdicts: Verdicts) -> None:
-        """Note whose updates, and how long, made a round's model."""
+        """Record the clients whose updates made a round's model, and the norms."""
         lengths = {client: size.update for client, size in verdicts.sizes.items()}
         self._recovery.note(server_round, lengths)
         self._lengths.remember(list(verdicts.sizes.values()))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return all of it by name."""
+        """Return the whole state by name."""
         return {**self._recovery.state(), **self._lengths.state()}
 
     def absences(self) -> dict[str, torch.Tensor]:
@@ -209,6 +209,6 @@ class Safeguards:
         return self._recovery.absences()
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore a state that `state` returned."""
         self._recovery.load_state(state)
         self._lengths.load_state(state)

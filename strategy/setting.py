@@ -1,4 +1,4 @@
-"""What a method is built from."""
+"""The inputs from which a method is built."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ from strategy.clients import Clients
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything from which a method may be built.
+    """All inputs from which a method may be built.
 
     Attributes
     ----------
     clients : Clients
-        Who trains when, and which node to ask.
+        The run's clients: draws those that train and knows their nodes.
     config : RunConfig
         The run's configuration, from which a method takes its own settings.
     class_names : tuple of str
         Names of the C classes.
     device : torch.device
-        Where the server computes.
+        Device on which the server computes.
     teacher : Teacher or None
-        There for methods with ``needs_teacher``, else None.
+        The teacher for methods with ``needs_teacher``; None for the others.
     """
 
     clients: Clients
@@ -35,5 +35,5 @@ class Setting:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes C."""
+        """Return the number of classes C."""
         return len(self.class_names)

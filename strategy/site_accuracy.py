@@ -1,4 +1,4 @@
-"""What sites say of a model's accuracy, and the mean over them."""
+"""Accuracies that sites report for a model, and their mean."""
 
 from collections.abc import Callable, Mapping, Sequence
 from logging import WARNING
@@ -17,25 +17,25 @@ def site_recalls(
     num_classes: int,
     name: Callable[[Message], str],
 ) -> list[dict[str, dict[int, int]]]:
-    """Return what each site says, without those whose replies are unusable.
+    """Return each site's report; log and skip unusable replies.
 
     Parameters
     ----------
     server_round : int
         The round, for the log.
     replies : sequence of Message
-        As they arrived.
+        In the order of arrival.
     heads : sequence of str
-        The heads that each must speak of.
+        Heads (classifiers) that each site must report on.
     num_classes : int
         Number of classes C.
     name : callable
-        Returns what logs call the sender of a reply.
+        Returns the name that logs use for the sender of a reply.
 
     Returns
     -------
     list of dict of str to dict of int to int
-        For each site its accuracy in percent, by head and class.
+        Each site's accuracy in percent, by head and class.
     """
     found = []
     for reply in replies:
@@ -61,14 +61,14 @@ def mean_recalls(
 ) -> dict[str, list[float | None]]:
     """Average each class's accuracy over the sites that have images of it.
 
-    A plain mean, as of class gradients: no class count leaves a site.
+    The mean is not weighted by images, so that sites need not send class counts.
 
     Parameters
     ----------
     sites : sequence of mapping of str to mapping of int to int
-        For each site its accuracy in percent, by head and class.
+        Each site's accuracy in percent, by head and class.
     heads : sequence of str
-        The heads that all of them speak of.
+        Heads (classifiers) that all sites report on.
     num_classes : int
         Number of classes C.
 

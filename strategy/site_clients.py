@@ -1,4 +1,4 @@
-"""Nodes with images of their own: each is one client, and may come and go."""
+"""Sites: nodes with images of their own. Each is one client, and may come and go."""
 
 import hashlib
 import time
@@ -18,39 +18,39 @@ from clip2fl_common.site_names import clashing
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
 from strategy.log import log
 
-# Seconds within which nodes must say which site they are.
+# Seconds that nodes have to tell which site they are.
 QUERY_TIMEOUT_S = 120.0
-# Seconds between two looks at who is connected while too few sites are.
+# Seconds between two checks of the connected nodes while there are too few sites.
 WAIT_S = 3.0
 # Seconds after which a node that refused to take part is asked again.
 ASK_AGAIN_S = 30.0
-# Bits of a site's number below those that number its random streams.
+# A site's number has this many low bits that do not number its random streams.
 _MORE_BITS = 31
 
 
 @dataclass
 class SiteClients:
-    """Which sites train in which round: drawn from those that are connected then.
+    """The sites of a run. Those that train are drawn from the connected ones.
 
-    A site is known by its name, so a seed repeats who trains and with which random
-    numbers, whatever Flower's node ids are, as long as the same sites are there.
+    A site is known by its name, not by Flower's random node id. So a seed repeats which
+    sites train and their random numbers, as long as the same sites are connected.
 
     Attributes
     ----------
     clients_per_round : int
-        Sites drawn without replacement each round. The first round waits until as
-        many are connected; later ones take those that are.
+        Sites drawn without replacement each round. The first round waits until this
+        many are connected; later rounds go on with fewer.
     seed : int
         The run's seed.
     max_images : int
-        More training images than this are believed of no site.
+        Most training images that a site may claim.
     registry : Path or None
-        File that binds names to nodes' keys; None: each node says its name.
+        File that binds sites' names to nodes' keys; None lets each node choose a name.
 
     Raises
     ------
     RegistryError
-        If the registry cannot be used.
+        If the registry cannot be read.
     """
 
     come_and_go: ClassVar[bool] = True
@@ -61,8 +61,8 @@ class SiteClients:
     registry: Path | None = None
     _bound: SiteRegistry | None = None
     _names: dict[int, str] = field(default_factory=dict)
-    # All that have taken part, by number, connected or not, and the images on which
-    # each has trained last.
+    # All sites that have taken part, connected or not, by number; and the number of
+    # images that each trained on last.
     _seen: dict[int, str] = field(default_factory=dict)
     _images: dict[int, int] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
@@ -80,16 +80,16 @@ class SiteClients:
             )
 
     def __str__(self) -> str:
-        """Return a line for the strategy's summary."""
+        """Return the text that the strategy's summary shows."""
         return f"{self.clients_per_round} of the sites connected (seed {self.seed})"
 
     def refresh(self, grid: Grid) -> None:
-        """Find out who is connected, and wait while too few are.
+        """Find out which sites are connected, and wait while there are too few.
 
         Parameters
         ----------
         grid : Grid
-            Flower's.
+            Flower's grid.
         """
         while True:
             self._meet(grid)
@@ -111,18 +111,18 @@ class SiteClients:
         return self.connected()
 
     def evaluating(self) -> list[int]:
-        """Return the numbers of the sites that evaluate: all that are connected."""
+        """Return the numbers of the sites that evaluate: all connected sites."""
         return self.connected()
 
     def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
-        """Return the numbers of the sites that train in a round, ascending.
+        """Return the numbers of the sites that train in a round, in ascending order.
 
         Parameters
         ----------
         server_round : int
             Round, from 1.
         left_out : collection of int
-            Sites that do not; others train in their place.
+            Sites that must not train; others are drawn in their place.
         """
         clients = self.connected()
         order = torch.randperm(
@@ -132,14 +132,14 @@ class SiteClients:
         return sorted(drawn[: self.clients_per_round])
 
     def replies_needed(self, configured: int) -> int:
-        """Return the good replies that a round needs.
+        """Return the number of good replies that a round needs.
 
         Parameters
         ----------
         configured : int
-            ``federation.min-replies``. 0: more than half of the sites that have been
-            seen in the run (of those drawn, where fewer are drawn each round). What is
-            left when most are away is not what the federation knows, however good the
+            ``federation.min-replies``. 0 means more than half of the sites seen in the
+            run (or of the sites drawn each round, if these are fewer). When most sites
+            are away, the rest do not represent the federation, however good their
             replies are.
         """
         if configured:
@@ -147,12 +147,12 @@ class SiteClients:
         return min(self.clients_per_round, len(self._seen)) // 2 + 1
 
     def participation(self, trained: Mapping[int, int]) -> str:
-        """Return who took part in a round.
+        """Return how many of the sites and images took part in a round.
 
         Parameters
         ----------
         trained : mapping of int to int
-            Training images of each site whose reply was good.
+            Number of training images of each site whose reply was good.
 
         Returns
         -------
@@ -174,7 +174,7 @@ class SiteClients:
         return {client_number(name): n for n, name in self._names.items()}[client]
 
     def noise_source(self, server_round: int) -> torch.Generator:
-        """Return random numbers for a round's noise, which no seed repeats."""
+        """Return the generator of a round's noise; no seed repeats its numbers."""
         return secret_generator()
 
     def stream_of(self, client: int) -> int:
@@ -182,15 +182,15 @@ class SiteClients:
         return client >> _MORE_BITS
 
     def images_of(self, client: int) -> int:
-        """Return the most images that a site may say it has trained on."""
+        """Return the most training images that a site may claim."""
         return self.max_images
 
     def label(self, client: int) -> str:
-        """Return the name of a site that is or was connected."""
+        """Return the name of a site that is connected or has been."""
         return self._seen.get(client, f"site number {client}")
 
     def _meet(self, grid: Grid) -> None:
-        """Forget the sites that have left, and ask new nodes which they are."""
+        """Forget the sites that have left, and ask new nodes for their names."""
         connected = set(grid.get_node_ids())
         for node in sorted(self._names.keys() - connected):
             log(
@@ -213,7 +213,8 @@ class SiteClients:
             timeout=QUERY_TIMEOUT_S,
         )
         reasons = dict.fromkeys(asked, f"no answer in {QUERY_TIMEOUT_S:.0f} s")
-        # By node, so that equal names do not depend on the order of the answers.
+        # Sorted by node, so that the order of the answers does not decide between sites
+        # with equal names.
         for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
             node = answer.metadata.src_node_id
             if answer.has_error():
@@ -231,13 +232,13 @@ class SiteClients:
             log(WARNING, "node %d does not take part: %s", node, reason)
 
     def _read_registry(self) -> None:
-        """Read the registry again, and forget the sites that are in it no more."""
+        """Read the registry again, and forget the sites that were removed from it."""
         if self.registry is None:
             return
         try:
             self._bound = SiteRegistry.read(self.registry)
         except RegistryError as error:
-            log(WARNING, "%s. What it said before goes on to hold", error)
+            log(WARNING, "%s. The entries read before stay valid", error)
         assert self._bound is not None
         for node, name in list(self._names.items()):
             if self._bound.name_of(node) != name:
@@ -251,7 +252,7 @@ class SiteClients:
                 )
 
     def _name_of(self, node: int, given: str) -> str:
-        """Return a node's name: the registry's, or else the one that it gives."""
+        """Return a node's name: the registry's, or without one the name it gives."""
         if self._bound is None:
             return given or f"node-{node}"
         name = self._bound.name_of(node)
@@ -280,8 +281,8 @@ class SiteClients:
             name = f"{name}-{node}"
         if clashing(name) in taken or client_number(name) in self.connected():
             raise messages.ReplyError(
-                f"it would be called {name}, which stands for another site; give each "
-                "site a name of its own: --node-config 'site=\"...\"'"
+                f"the name {name} is already used by another site; give each site a "
+                "name of its own: --node-config 'site=\"...\"'"
             )
         self._names[node] = name
         self._seen[client_number(name)] = name
@@ -289,7 +290,7 @@ class SiteClients:
 
 
 def client_number(name: str) -> int:
-    """Return the number that stands for a site in requests, replies and sums.
+    """Return the number that identifies a site in requests, replies and sums.
 
     Parameters
     ----------
@@ -299,9 +300,9 @@ def client_number(name: str) -> int:
     Returns
     -------
     int
-        63 bits, as Flower's metrics hold no more. The upper 32 alone order the sites
-        and number their random streams; with so few, the names of strangers would
-        soon have a number in common, and one of two sites would be shut out.
+        A number of 63 bits, the most that Flower's metrics hold. The upper 32 bits
+        give the order of the sites and number their random streams. 32 bits alone
+        would not do: two names would soon share a number and shut one site out.
     """
     upper = hashlib.blake2b(name.encode(), digest_size=4).digest()
     more = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")

@@ -1,4 +1,4 @@
-"""The message contract between server and clients: only this package knows it."""
+"""The message format between server and clients, which only this package knows."""
 
 from clip2fl_common.messages.arrays import (
     NotFiniteError as NotFiniteError,

@@ -1,4 +1,4 @@
-"""Arrays in messages: to and from torch, checked before anything uses them."""
+"""Arrays in messages: converted to and from torch, and checked before use."""
 
 import io
 import math
@@ -15,17 +15,17 @@ from torch import nn
 from clip2fl_common.messages.names import LARGEST_VALUE, LONGEST_HEADER
 from clip2fl_common.shown import plain
 
-# How Flower calls numpy's own format.
+# Flower's name for numpy's own format.
 NUMPY = "numpy.ndarray"
 
 
 class ReplyError(ValueError):
-    """A reply that must not touch the server's state; says why, in one plain line.
+    """A reply that must not change the server's state; says why in one plain line.
 
     Parameters
     ----------
     reason : str
-        May hold what the client sent, whatever that is.
+        The reason. It may quote anything that the client sent.
     """
 
     def __init__(self, reason: str) -> None:
@@ -33,14 +33,14 @@ class ReplyError(ValueError):
 
 
 class NotFiniteError(ReplyError):
-    """A reply holds numbers that are not finite or about to be: it has diverged."""
+    """A reply holds numbers that are not finite or too large: training has diverged."""
 
 
 def model_to_arrays(model: nn.Module) -> ArrayRecord:
-    """Return the model's floating-point state (BatchNorm buffers included).
+    """Return the model's floating-point state, BatchNorm's buffers included.
 
-    Integer buffers (BatchNorm's batch counter) are left out: averaging has no
-    meaning for them and nothing reads them.
+    Integer buffers (BatchNorm's batch counter) are left out: nothing reads them, and
+    their average has no meaning.
     """
     return state_to_arrays(
         {
@@ -52,14 +52,14 @@ def model_to_arrays(model: nn.Module) -> ArrayRecord:
 
 
 def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Return tensors by name as Flower's arrays."""
+    """Return named tensors as Flower's arrays."""
     return ArrayRecord(
         {name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()}
     )
 
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
-    """Load what `model_to_arrays` returned into a model of the same architecture."""
+    """Load the arrays from `model_to_arrays` into a model of the same architecture."""
     state = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
     counters = {
         name: tensor
@@ -70,40 +70,40 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
 
 
 def arrays_to_numpy(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
-    """Return the values of arrays that have been checked, by name."""
+    """Return the values of arrays that were checked before, by name."""
     return {name: array.numpy() for name, array in arrays.items()}
 
 
 def numpy_to_arrays(values: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Return values as Flower's arrays."""
+    """Return named values as Flower's arrays."""
     return ArrayRecord({name: Array(array) for name, array in values.items()})
 
 
 def checked(
     name: str, array: Array, shape: tuple[int, ...], dtype: npt.DTypeLike
 ) -> npt.NDArray[Any]:
-    """Return an array that is finite and has this shape and type.
+    """Return an array's values after checking that they are as expected and finite.
 
     Parameters
     ----------
     name : str
-        What errors call it.
+        Name of the array in errors.
     array : Array
-        As it arrived.
+        The array that arrived.
     shape : tuple of int
-        The shape that it must have.
+        Expected shape.
     dtype : dtype
-        The type that it must have.
+        Expected type.
 
     Returns
     -------
     ndarray
-        Read-only; its memory is the message's.
+        Read-only; shares the memory of the message.
 
     Raises
     ------
     ReplyError
-        If it is anything else.
+        If shape, type or values are not as expected.
     """
     header = read_header(name, array)
     wanted = np.dtype(dtype)
@@ -117,12 +117,12 @@ def checked(
 
 
 def check_values(name: str, values: npt.NDArray[Any]) -> None:
-    """Refuse values that are not finite, or too large to stay so.
+    """Raise an error if values are not finite, or too large to stay finite.
 
     Raises
     ------
     NotFiniteError
-        Names the array.
+        The message names the array.
     """
     if not np.isfinite(values).all():
         raise NotFiniteError(f"array {name} has values that are not finite")
@@ -135,18 +135,18 @@ def check_values(name: str, values: npt.NDArray[Any]) -> None:
 
 @dataclass(frozen=True)
 class Header:
-    """What numpy's format says before an array's values.
+    """The header that numpy's format puts before an array's values.
 
     Attributes
     ----------
     shape : tuple of int
-        Of the array.
+        Shape of the array.
     fortran : bool
         Whether the first axis varies fastest.
     dtype : dtype
-        Of its values.
+        Type of the values.
     length : int
-        Bytes of the header itself.
+        Size of the header in bytes.
     """
 
     shape: tuple[int, ...]
@@ -156,14 +156,14 @@ class Header:
 
 
 def read_header(name: str, array: Array) -> Header:
-    """Return shape and type as the array's bytes have them.
+    """Return an array's header: the shape and type that its bytes declare.
 
-    Read first, so that no memory is taken for what is not expected anyway.
+    The header is read first, so that an unexpected array takes no memory.
 
     Raises
     ------
     ReplyError
-        If there is no header that numpy can read.
+        If numpy cannot read the header.
     """
     stream = io.BytesIO(array.data)
     try:
@@ -173,23 +173,23 @@ def read_header(name: str, array: Array) -> Header:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         if array.stype != NUMPY:
             raise ValueError(f"it is serialised as {array.stype!r}")
-    # A sender may put any bytes here, and numpy answers them with many exceptions.
+    # A sender may put any bytes here, and numpy raises many exceptions for them.
     except Exception as error:
         raise _undecodable(name, error) from None
     return Header(shape, fortran, dtype, stream.tell())
 
 
 def decode(name: str, array: Array, header: Header) -> npt.NDArray[Any]:
-    """Return an array's values without copying them.
+    """Return an array's values without a copy.
 
     Parameters
     ----------
     name : str
-        What errors call it.
+        Name of the array in errors.
     array : Array
-        As it arrived.
+        The array that arrived.
     header : Header
-        What `read_header` returned; a type without Python objects.
+        The header from `read_header`; its type must not hold Python objects.
 
     Returns
     -------
@@ -199,7 +199,7 @@ def decode(name: str, array: Array, header: Header) -> npt.NDArray[Any]:
     Raises
     ------
     ReplyError
-        If there are fewer bytes than the values take, or many more.
+        If there are fewer bytes than the values need, or too many.
     """
     assert not header.dtype.hasobject
     count = math.prod(header.shape)
@@ -207,7 +207,7 @@ def decode(name: str, array: Array, header: Header) -> npt.NDArray[Any]:
         values = np.frombuffer(array.data, header.dtype, count, header.length)
     except Exception as error:
         raise _undecodable(name, error) from None
-    # Numpy passes over what follows the values, of whatever size.
+    # Numpy ignores bytes after the values, however many there are.
     surplus = len(array.data) - values.nbytes
     if surplus > LONGEST_HEADER:
         raise ReplyError(f"array {name} has {surplus} bytes besides its values")
@@ -219,12 +219,12 @@ def _undecodable(name: str, error: Exception) -> ReplyError:
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Return the size of a message's arrays in bytes: what is worth counting."""
+    """Return the size of a message's arrays in bytes, its only large part."""
     return sum(map(record_bytes, content.array_records.values()))
 
 
 def message_bytes(content: RecordDict) -> int:
-    """Return the size of all that a message carries, in bytes; numbers count eight."""
+    """Return the size of all records in a message, in bytes; a number counts eight."""
     values = [
         *(v for record in content.config_records.values() for v in record.values()),
         *(v for record in content.metric_records.values() for v in record.values()),
@@ -236,5 +236,5 @@ def message_bytes(content: RecordDict) -> int:
 
 
 def record_bytes(record: ArrayRecord) -> int:
-    """Return the size of some arrays in bytes."""
+    """Return the size of arrays in bytes."""
     return sum(len(array.data) for array in record.values())

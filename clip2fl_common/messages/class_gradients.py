@@ -1,4 +1,4 @@
-"""Class gradients in a reply: stacked arrays, dense and low-rank ones apart."""
+"""Class gradients in a reply: stacked arrays, with dense and low-rank ones apart."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _WIRE: dict[Precision, type[np.float32] | type[np.uint16]] = {
 
 @dataclass(frozen=True)
 class GradientFormat:
-    """What a server expects of uploaded class gradients.
+    """The format that the server expects of uploaded class gradients.
 
     Attributes
     ----------
     num_classes, feature_dim : int
         C and d of the server's classifier.
     upload : Upload
-        The run's settings, which clients have too.
+        The run's settings of uploads, which clients have too.
     """
 
     num_classes: int
@@ -53,14 +53,14 @@ class GradientFormat:
 
     @property
     def max_rank(self) -> int:
-        """Largest rank of a class: above it, or without coding, it must be dense."""
+        """Return the largest low-rank rank; other gradients must be dense."""
         if self.upload.min_cosine == 1:
             return 0
         return max_rank(self.num_classes, self.feature_dim)
 
     @property
     def name(self) -> str:
-        """Name of the record in a reply."""
+        """Return the name of the record in a reply."""
         return GRADIENTS
 
     @classmethod
@@ -74,7 +74,7 @@ class GradientFormat:
         return gradients_to_arrays(gradients, self.upload.precision, shape)
 
     def decode(self, arrays: ArrayRecord) -> ClassGradients:
-        """Return the class gradients in arrays, checked (`gradients_from_arrays`)."""
+        """Return checked class gradients from arrays (see `gradients_from_arrays`)."""
         return gradients_from_arrays(arrays, self)
 
 
@@ -83,26 +83,26 @@ def gradients_to_arrays(
     precision: Precision,
     shape: tuple[int, int] | None = None,
 ) -> ArrayRecord:
-    """Return class gradients as stacked arrays, dense and low-rank ones apart.
+    """Return class gradients as stacked arrays, with dense and low-rank ones apart.
 
-    Of K classes, D are dense and the others have R ranks in all. Numpy has no
-    bfloat16: in half precision the last four arrays are uint16 and hold its bits.
+    Of K classes, D are dense; the ranks of the others add up to R. Numpy has no
+    bfloat16, so in half precision the last four arrays are uint16 with its bits.
 
     Parameters
     ----------
     gradients : mapping of int to ClassGradient or LowRankGradient
-        Of any number of classes.
+        Any number of classes.
     precision : {"half", "full"}
-        Of the values.
+        Precision of the values.
     shape : tuple of int or None
-        C and d; needed where there may be no class.
+        C and d; required if there may be no class.
 
     Returns
     -------
     ArrayRecord
-        ``classes`` [K] and ``ranks`` [K] int64 (rank 0: dense); ``weight`` [D, C, d]
-        of the dense classes, ``left`` [R, C] and ``right`` [R, d] of the others,
-        ``bias`` [K, C], float32 or uint16.
+        ``classes`` [K] and ``ranks`` [K] int64 (rank 0 means dense); ``weight``
+        [D, C, d] of the dense classes; ``left`` [R, C] and ``right`` [R, d] of the
+        others; ``bias`` [K, C]. The last four are float32 or uint16.
     """
     classes = sorted(gradients)
     ordered = [gradients[c] for c in classes]
@@ -110,7 +110,7 @@ def gradients_to_arrays(
     low_rank = [g for g in ordered if isinstance(g, LowRankGradient)]
     num_classes, dim = shape or _gradient_shape(ordered[0])
     nothing = ordered[0].bias.new_empty(0) if ordered else torch.empty(0)
-    # Each starts with nothing, so that its shape holds where no class is of its kind.
+    # An empty first part gives the right shape if there is no class of the kind.
     weight = [nothing.new_empty(0, num_classes, dim), *(g.weight[None] for g in dense)]
     left = [nothing.new_empty(0, num_classes), *(g.left.T for g in low_rank)]
     right = [nothing.new_empty(0, dim), *(g.right for g in low_rank)]
@@ -137,17 +137,17 @@ def _gradient_shape(gradient: CodedGradient) -> tuple[int, int]:
 class ClassGradients(Mapping[int, CodedGradient]):
     """The class gradients of one reply, checked and decoded once.
 
-    The arrays are those of the message. One class at a time becomes float32 when it
-    is asked for, so that a round never holds all classes of all clients in float32.
+    The arrays share the memory of the message. A class is converted to float32 when it
+    is read, so that a round never holds all classes of all clients in float32.
 
     Parameters
     ----------
     classes : sequence of int
         The K classes held, in the order of the arrays.
     ranks : ndarray of int64, shape [K]
-        Rank of each class; 0: dense.
+        Rank of each class; 0 means dense.
     weight, left, right, bias : ndarray of float32 or uint16
-        As `gradients_to_arrays` makes them.
+        The arrays of `gradients_to_arrays`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ClassGradients(Mapping[int, CodedGradient]):
         self._weight, self._left, self._right, self._bias = weight, left, right, bias
         ends = ranks.cumsum().tolist()
         dense = (ranks == 0).cumsum().tolist()
-        # By class: place, rows of the factors, place among the dense.
+        # By class: position, rows of the factors, position among the dense gradients.
         self._places = {
             c: (k, slice(ends[k] - int(ranks[k]), ends[k]), dense[k] - 1)
             for k, c in enumerate(classes)
@@ -178,7 +178,7 @@ class ClassGradients(Mapping[int, CodedGradient]):
         return LowRankGradient(left.T, right, bias)
 
     def __iter__(self) -> Iterator[int]:
-        """Return the classes, in the order of the reply."""
+        """Return an iterator over the classes, in the order of the reply."""
         return iter(self._places)
 
     def __len__(self) -> int:
@@ -189,14 +189,14 @@ class ClassGradients(Mapping[int, CodedGradient]):
 def gradients_from_arrays(
     arrays: ArrayRecord, expected: GradientFormat
 ) -> ClassGradients:
-    """Return the class gradients of a reply, checked.
+    """Return the class gradients of a reply after checking them.
 
     Parameters
     ----------
     arrays : ArrayRecord
-        As `gradients_to_arrays` makes it.
+        The record of `gradients_to_arrays`.
     expected : GradientFormat
-        What the server asked for.
+        The format that the server asked for.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def gradients_from_arrays(
     Raises
     ------
     ReplyError
-        If keys, shapes, types, classes, ranks or values are not as agreed.
+        If keys, shapes, types, classes, ranks or values are not as expected.
     """
     names = {"classes", "ranks", "weight", "left", "right", "bias"}
     if set(arrays) != names:
@@ -274,16 +274,16 @@ def _to_wire(tensor: torch.Tensor, precision: Precision) -> Array:
 def _from_wire(
     name: str, array: Array, shape: tuple[int, ...], precision: Precision
 ) -> WireArray:
-    """Return values as they were sent, checked."""
+    """Return the received values after checking them."""
     values = checked(name, array, shape, _WIRE[precision])
     if precision == "half":
-        for part in values:  # all at once would take twice the memory
+        for part in values:  # checking all at once would take twice the memory
             check_values(name, _to_float(part).numpy())
     return values
 
 
 def _to_float(values: WireArray) -> torch.Tensor:
-    """Return values from the wire in float32, in memory of their own."""
+    """Return received values in float32, in new memory."""
     tensor = torch.from_numpy(values.copy())
     if tensor.dtype == torch.uint16:
         return tensor.view(torch.bfloat16).float()

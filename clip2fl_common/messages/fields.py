@@ -1,7 +1,7 @@
-"""What a method's clients send besides their model: declared once, for both sides.
+"""Reply fields: what a method's clients send besides their model.
 
-A declaration says how the arrays of one record in a train reply look. The client part
-makes them by it and the server checks every reply by it. `REPLY_FIELDS` is the
+A field declares the arrays of one record in a train reply. The client encodes them by
+the declaration, and the server checks every reply by it. `REPLY_FIELDS` is the
 registry: a method that needs new statistics adds a line there.
 """
 
@@ -26,15 +26,15 @@ class ReplyField(Protocol[Content_co]):
 
     @property
     def name(self) -> str:
-        """Name of the record in a reply."""
+        """Return the name of the record in a reply."""
 
     def decode(self, arrays: ArrayRecord) -> Content_co:
-        """Return what the arrays hold, checked.
+        """Return the content of the arrays after checking them.
 
         Raises
         ------
         ReplyError
-            If they are not as declared.
+            If the arrays are not as declared.
         """
 
 
@@ -72,7 +72,7 @@ class ArrayFields:
         )
 
     def decode(self, arrays: ArrayRecord) -> dict[str, torch.Tensor]:
-        """Return the tensors, checked.
+        """Return the tensors after checking them.
 
         Raises
         ------
@@ -94,26 +94,26 @@ class ArrayFields:
 
 Declaration = Callable[[RunConfig, int], ReplyField[object]]
 
-# By name: what configuration and number of classes make of it.
+# By name: a function of configuration and number of classes that declares the field.
 REPLY_FIELDS: dict[str, Declaration] = {
     GRADIENTS: GradientFormat.of,
 }
 
 
 def array_fields(name: str, config: RunConfig, num_classes: int) -> ArrayFields:
-    """Return the declaration of a field of fixed shapes; see `reply_field`."""
+    """Return the declaration of a field with fixed shapes; see `reply_field`."""
     declared = reply_field(name, config, num_classes)
     assert isinstance(declared, ArrayFields), f"{name} has no fixed shapes"
     return declared
 
 
 def reply_field(name: str, config: RunConfig, num_classes: int) -> ReplyField[object]:
-    """Return a field's declaration for one run.
+    """Return the declaration of a field for one run.
 
     Parameters
     ----------
     name : str
-        Its name in `REPLY_FIELDS`.
+        Name of the field in `REPLY_FIELDS`.
     config : RunConfig
         The run's configuration.
     num_classes : int
@@ -122,7 +122,7 @@ def reply_field(name: str, config: RunConfig, num_classes: int) -> ReplyField[ob
     Raises
     ------
     ReplyError
-        If there is no such field here: server and client run different code.
+        If there is no such field here, since server and client run different code.
     """
     if name not in REPLY_FIELDS:
         raise ReplyError(

@@ -1,4 +1,4 @@
-"""Names of records, fields and error codes in messages: server and clients agree."""
+"""Names of records, fields and error codes in messages, for server and clients."""
 
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
@@ -18,24 +18,24 @@ TEACHER_FINGERPRINT = "teacher-fingerprint"
 CODE_FINGERPRINT = "code-fingerprint"
 FIELDS = "reply-fields"
 
-# Codes of Flower's errors that clients return; Flower's own are below 1000.
-# This client's images cannot be read.
+# Codes of errors that clients return; Flower's own codes are below 1000.
+# The client cannot read its images.
 DATA_ERROR = 1001
 # The site's own rules refuse the run.
 SITE_REFUSES = 1002
-DIVERGED = 1003  # the model that was sent, or the training on it, is not finite
+DIVERGED = 1003  # the received model, or the training on it, is not finite
 
-# No training brings about larger numbers. Sums, squares and products of those below
-# stay finite in float32, so that no reply can leave behind what is not a number.
+# No training makes larger numbers. Sums, squares and products of numbers below stay
+# finite in float32, so no reply can make the server's state infinite or NaN.
 LARGEST_VALUE = 1e12
-# Bytes before an array's values; numpy needs 128 for the names and shapes used here.
+# Most bytes before an array's values. Numpy needs 128 for the names and shapes here.
 LONGEST_HEADER = 256
-# BatchNorm's, of which the square root is taken.
+# BatchNorm's variance: its square root is taken, so it must not be negative.
 VARIANCE = "running_var"
 RUNNING_STATISTICS = ("running_mean", VARIANCE)
 
 
-# Numbers that every train reply carries besides NUM_EXAMPLES and PARTITION.
+# Metrics that every train reply has besides NUM_EXAMPLES and PARTITION.
 AVERAGED_METRICS = ("loss", "distillation-loss")
 SUMMED_METRICS = (
     "unreadable-images",

@@ -1,8 +1,8 @@
-"""What nodes answer to a query, and what sites say of the models that they evaluate.
+"""Answers of nodes to a query, and sites' evaluations of models.
 
-Nodes with images of their own answer a query (``config``: the site's name, or an
-empty one) and evaluate: the request is a train request's, the reply has ``metrics``
-only.
+A node with images of its own answers a query with ``config``, which holds the site's
+name or an empty string. It also evaluates: the request is like a train request, and the
+reply has only ``metrics``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 
 def site_reply(name: str) -> RecordDict:
-    """Return the answer of a node with images of its own to a query.
+    """Return the answer to a query of a node with images of its own.
 
     Parameters
     ----------
     name : str
-        The site's name; empty where the node was given none.
+        The site's name; empty if the node was given none.
 
     Returns
     -------
@@ -41,12 +41,12 @@ def site_reply(name: str) -> RecordDict:
 
 
 def site_of(reply: Message) -> str:
-    """Return the name in a reply that `site_reply` made; empty: the node has none.
+    """Return the name in a reply made by `site_reply`; empty if the node has none.
 
     Raises
     ------
     ReplyError
-        If there is no usable name.
+        If the reply holds no usable name.
     """
     name = reply.content.config_records.get(CONFIG, ConfigRecord()).get(SITE)
     if name == "" or is_site_name(name):
@@ -55,12 +55,12 @@ def site_of(reply: Message) -> str:
 
 
 def simulated_partition(answer: Message) -> int:
-    """Return which partition a node says it simulates, in its answer to a query.
+    """Return the partition that a node simulates, from its answer to a query.
 
     Raises
     ------
     ReplyError
-        If it does not say so in a usable way.
+        If the answer holds no usable partition.
     """
     metrics = answer.content.metric_records.get(METRICS, MetricRecord())
     partition = metrics.get(PARTITION)
@@ -74,17 +74,18 @@ def simulated_partition(answer: Message) -> int:
 def recall_reply(
     num_examples: int, recalls: Mapping[str, Mapping[int, float]]
 ) -> RecordDict:
-    """Return a site's evaluation: what each head gets right of each class.
+    """Return a site's evaluation: the accuracy of each head on each class.
 
-    Neither counts nor anything to compute them from: an accuracy over all classes,
-    next to those of each class, would tell the classes' shares after some rounds.
+    The reply reveals no class counts. An accuracy over all classes is left out too:
+    next to the accuracies per class it would reveal the classes' shares after some
+    rounds.
 
     Parameters
     ----------
     num_examples : int
-        Images evaluated.
+        Number of evaluated images.
     recalls : mapping of str to mapping of int to float
-        Head to class to accuracy in percent, for the same classes in each.
+        Accuracy in percent by head and class, for the same classes in each head.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def recall_reply(
 def recalls_of(
     reply: Message, num_classes: int, heads: Sequence[str]
 ) -> dict[str, dict[int, int]]:
-    """Return the accuracies in a reply that `recall_reply` made, checked.
+    """Return the accuracies in a reply made by `recall_reply`, after checking them.
 
     Parameters
     ----------
@@ -112,12 +113,12 @@ def recalls_of(
     num_classes : int
         Number of classes C.
     heads : sequence of str
-        The heads that it must speak of.
+        Heads (classifiers) that the reply must report on.
 
     Returns
     -------
     dict of str to dict of int to int
-        Head to class to accuracy in percent.
+        Accuracy in percent by head and class.
 
     Raises
     ------

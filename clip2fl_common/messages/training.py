@@ -1,10 +1,10 @@
 """Train requests and replies.
 
-Train request: ``arrays`` (global model), ``retrained-classifier`` (weight, bias; only
-where class gradients are wanted), ``config`` (round, seeds, what to switch on).
-Train reply: ``arrays`` (local model), ``metrics``, and a record for each declared field
-that the request asks for: ``class-gradients`` (the classes held and, for each, weight
-and bias gradient, dense or low-rank).
+A train request holds ``arrays`` (global model), ``retrained-classifier`` (weight and
+bias; only if class gradients are requested) and ``config`` (round, seeds, options of
+the method). A train reply holds ``arrays`` (local model), ``metrics``, and one record
+for each declared field in the request, such as ``class-gradients`` (the classes held
+and, for each, its weight and bias gradient, dense or low-rank).
 """
 
 import math
@@ -51,28 +51,28 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A train or evaluate request, as the client reads it.
+    """A train or evaluate request, decoded for the client.
 
     Attributes
     ----------
     server_round, partition : int
-        Round, and which partition to train on; for a node with images of its own, the
-        site's number.
+        Round, and partition to train on; for a node with images of its own, the site's
+        number.
     stream : int
         Number of the client's random streams.
     model : ArrayRecord
         Global model.
     classifier : tuple of Tensor or None
-        Re-trained classifier, weight [C, d] and bias [C], where class gradients are
-        wanted.
+        Re-trained classifier, weight [C, d] and bias [C], if class gradients are
+        requested.
     code_fingerprint : str
-        Of the server's code (see `clip2fl_common.provenance`).
+        Fingerprint of the server's code (see `clip2fl_common.provenance`).
     teacher_fingerprint : str
-        Of the teacher to distil from; empty without distillation.
+        Fingerprint of the teacher to distil from; empty without distillation.
     fields : tuple of str
         Declared fields that the reply must hold (`REPLY_FIELDS`).
     distillation_weight, distillation_temperature, proximal_mu : float
-        Terms of the local loss; a weight of 0 leaves its term out.
+        Terms of the local loss; a weight of 0 turns its term off.
     """
 
     server_round: int
@@ -89,16 +89,16 @@ class TrainRequest:
 
     @classmethod
     def parse(cls, content: RecordDict) -> "TrainRequest":
-        """Read the content of a train message."""
+        """Return the request in the content of a train message."""
         config = content.config_records[CONFIG]
         classifier = content.array_records.get(CLASSIFIER)
-        # A classifier asks for its gradients, where nothing else is said.
+        # Without a list of fields, a classifier requests its gradients.
         implied = [] if classifier is None else [GRADIENTS]
         return cls(
             server_round=cast(int, config[ROUND]),
             partition=cast(int, config[PARTITION]),
-            # The server of another version may send none; what to do about that, the
-            # check of its code's fingerprint says.
+            # A server of another version may send no stream. The check of the code's
+            # fingerprint decides what to do about that.
             stream=cast(int, config.get(STREAM, config[PARTITION])),
             model=content.array_records[ARRAYS],
             classifier=None if classifier is None else _linear(classifier),
@@ -120,7 +120,7 @@ def _linear(arrays: ArrayRecord) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """A train reply that has been checked, decoded once.
+    """A train reply after the checks, decoded once.
 
     Attributes
     ----------
@@ -129,13 +129,13 @@ class TrainReply:
     client : int
         The simulated partition, or the site's number.
     images : int
-        Training images that it claims.
+        Number of training images that the client claims.
     model : mapping of str to ndarray
-        The local model's values.
+        Weights and buffers of the local model.
     metrics : mapping of str to float
         Losses, seconds and counts (`AVERAGED_METRICS`, `SUMMED_METRICS`).
     upload_bytes, field_bytes : int
-        Size of all arrays, and of those besides the model.
+        Size of all arrays, and of all arrays besides the model, in bytes.
     fields : mapping of str to object
         Content of the declared fields, by name; read them with `field`.
     """
@@ -167,23 +167,23 @@ class TrainReply:
         declared: Sequence[ReplyField[object]],
         asked: Mapping[int, int],
     ) -> Self:
-        """Check a train reply before it touches any state.
+        """Return a train reply after checking it, before it changes any state.
 
         Parameters
         ----------
         reply : Message
             A reply with content.
         sent : mapping of str to ndarray
-            The global model that was sent out.
+            The global model that was sent.
         declared : sequence of ReplyField
-            What the reply holds besides model and metrics.
+            Fields that the reply must hold besides model and metrics.
         asked : mapping of int to int
             Clients that the sender was asked for, each with its number of images.
 
         Raises
         ------
         ReplyError
-            Names what is missing, of the wrong shape or type, or not finite.
+            Names the part that is missing, has a wrong shape or type, or is not finite.
         """
         content = reply.content
         extra = {field.name for field in declared}
@@ -244,7 +244,7 @@ def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
         if not math.isfinite(value):
             raise NotFiniteError(f"metric {name} = {value} is not a finite number")
         least = -LARGEST_VALUE if name in AVERAGED_METRICS else 0
-        # A site's number has 63 bits; it is compared with what was asked for, below.
+        # A site's number has 63 bits; it is compared with the requested ones below.
         counted = name not in (NUM_EXAMPLES, PARTITION)
         if counted and not least <= value <= LARGEST_VALUE:
             raise ReplyError(

@@ -1,4 +1,4 @@
-"""Federated features: synthesised so that their class gradients match the clients'."""
+"""Federated features: synthetic features whose class gradients match the clients'."""
 
 from strategy.gradient_mean import mean_class_gradients as mean_class_gradients
 from strategy.synthesis.descent import synthesis_gradient as synthesis_gradient

@@ -1,8 +1,8 @@
-"""The descent on federated features: the losses' derivative, written out and tuned.
+"""Gradient descent on federated features, with a hand-written derivative.
 
-No double back-propagation is needed. Classes do not meet in the objective: each one's
-features, gradient and share of the contrastive loss are its own. So a few classes at a
-time are taken through all descent steps. What they need stays in the processor's
+The derivative needs no double back-propagation. In the objective, each class has its
+own features, gradient and share of the contrastive loss, and no term joins two classes.
+So all descent steps run on a few classes at a time: their data stay in the processor's
 cache, no array of shape [C, C, d] is formed, and several cores work on different
 classes.
 """
@@ -23,7 +23,7 @@ from strategy.synthesis.losses import (
 from strategy.synthesis.subspace import SharedRows, Subspace
 from strategy.synthesis.target import GradientTarget
 
-# A multiplication in a factorisation over one in a product, in time: measured.
+# Measured time of a multiplication in a factorisation, relative to one in a product.
 FACTORISATION_COST = 3
 
 
@@ -34,7 +34,7 @@ def synthesis_gradient(
     target: GradientTarget | None,
     objective: Objective,
 ) -> torch.Tensor:
-    """Return the derivative of the synthesis objective by some classes' features.
+    """Return the derivative of the synthesis objective by the features of some classes.
 
     The objective is ``gradient_matching_loss + contrast_weight *
     prototype_contrastive_loss`` over all C classes. With S the softmax, P = S - onehot,
@@ -51,7 +51,7 @@ def synthesis_gradient(
     features : Tensor, shape [k, m, d]
         Federated features of k of the C classes.
     classes : sequence of int
-        Which classes these are.
+        The k classes.
     target : GradientTarget or None
         Their mean class gradients; None leaves the matching term out.
     objective : Objective
@@ -66,16 +66,16 @@ def synthesis_gradient(
 
 
 class _Descent:
-    """The derivative for fixed classes and targets: what steps share is made once.
+    """The derivative for fixed classes and targets; steps share what is computed once.
 
-    It is returned in an array that the next one overwrites.
+    Each call overwrites the array that the call before returned.
 
-    Tensors are laid out with the C classes first, [C, k, m]: sums over classes then
-    run along memory whatever C is.
+    Tensors have the C classes first, [C, k, m], so that sums over classes run along
+    memory for any C.
 
-    Features, targets and ``matrix``, the objective's rows, may be in coordinates of
-    any orthonormal basis; the matrix then has the first of them, and the others are
-    zero.
+    Features, targets and ``matrix`` (the rows of the objective) may be coordinates in
+    any orthonormal basis. The matrix then holds the first coordinates only; its others
+    are zero.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class _Descent:
         num_classes = len(objective.weight)
         per_class, dim = features.shape[1:]
         self.matrix = matrix
-        # Large arrays cost more to get from the system than to fill.
+        # Allocated once: allocating a large array takes longer than filling it.
         self.logits = features.new_empty(len(matrix), len(classes) * per_class)
         self.num_classes = num_classes
         self.own = (
@@ -115,7 +115,7 @@ class _Descent:
             )
 
     def gradient(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the derivative at features [k, m, d], same shape."""
+        """Return the derivative at features [k, m, d], in the same shape."""
         width = self.matrix.shape[1]
         flat = features.flatten(0, 1)[:, :width]
         torch.mm(self.matrix, flat.T, out=self.logits)
@@ -189,13 +189,13 @@ class _Descent:
         residual: torch.Tensor,
         outer_bias: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same from inner products, without anything of the shape of G."""
+        """Return the same as `_by_rows` from inner products, without forming G."""
         per_class = features.shape[1]
         left, right = target.left, target.right
         assert right is not None
         residual = residual.contiguous()
         among_features = torch.bmm(features, features.transpose(1, 2)).div_(per_class)
-        # Rows of the synthetic and of the real gradient, times every feature.
+        # Rows of the synthetic and the real gradient, multiplied with every feature.
         synthetic = torch.bmm(residual, among_features)
         real = torch.bmm(left, torch.bmm(right, features.transpose(1, 2)))
         squared_norms = (synthetic * residual).sum(-1).clamp_min_(0) / per_class
@@ -220,9 +220,9 @@ class _Descent:
 def _products_pay(
     per_class: int, num_classes: int, dim: int, target: GradientTarget
 ) -> bool:
-    """Whether inner products with factors take fewer multiplications than rows of G.
+    """Return whether inner products with factors need fewer multiplications than G.
 
-    On dense targets they would save few, and were measured not to pay at C = 1000.
+    For dense targets they save few multiplications; at C = 1000 they were slower.
     """
     if target.right is None:
         return False
@@ -233,10 +233,10 @@ def _products_pay(
 def _subspace_pays(
     features: torch.Tensor, target: GradientTarget, shared: int, steps: int
 ) -> bool:
-    """Whether coordinates in a `Subspace` save more than making them costs.
+    """Return whether coordinates in a `Subspace` save more time than they cost.
 
-    In multiplications for one class; those of a factorisation take longer than those
-    of a product.
+    Both are counted in multiplications for one class; a multiplication in a
+    factorisation takes longer than one in a product.
     """
     per_class, dim = features.shape[1:]
     own = per_class + target.rows.shape[1]
@@ -252,7 +252,7 @@ def _subspace_pays(
 def _descended(
     descent: _Descent, features: torch.Tensor, steps: int, learning_rate: float
 ) -> torch.Tensor:
-    """Take all steps, in place."""
+    """Take all descent steps in place and return the features."""
     for _ in range(steps):
         features.sub_(descent.gradient(features), alpha=learning_rate)
     return features
@@ -271,22 +271,22 @@ def synthesize(
     contrast_weight: float,
     temperature: float,
 ) -> torch.Tensor:
-    """Move the federated features by plain gradient descent.
+    """Return the federated features after plain gradient descent.
 
-    On a CPU each of torch's threads treats other classes; the result does not depend
-    on their number.
+    On a CPU each of torch's threads works on other classes. The result does not depend
+    on the number of threads.
 
     Parameters
     ----------
     features : Tensor, shape [C, m, d]
-        Federated features of the round before (standard normal at first); not
+        Federated features of the previous round (standard normal in round 1); not
         changed.
     gradients : mapping of int to ClassGradient or LowRankGradient
-        Mean class gradient of every class that a client holds this round.
+        Mean class gradient of every class that a client holds in this round.
     weight : Tensor, shape [C, d]
         The classifier at which the clients took their gradients.
     bias : Tensor, shape [C]
-        Its bias.
+        Bias of that classifier.
     text_features : Tensor or None, shape [C, d]
         Unit text features of the teacher; None for CReFF.
     steps : int
@@ -301,7 +301,7 @@ def synthesize(
     Returns
     -------
     Tensor, shape [C, m, d]
-        The new federated features. A class without a gradient this round is moved
+        The new federated features. A class without a gradient in this round moves
         by the contrastive term only.
     """
     objective = Objective(weight, bias, text_features, contrast_weight, temperature)

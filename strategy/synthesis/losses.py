@@ -1,11 +1,11 @@
-"""What federated features are held against: gradient matching and prototypes.
+"""Losses of the federated features: gradient matching and prototype contrast.
 
-CReFF (Shang et al. 2022, Eq. 5-7) finds, for every class, m features whose
-classifier gradient equals the clients' average; CLIP2FL (Shi et al. 2024, Eq. 9-10)
-also holds them near CLIP's text prototypes.
+CReFF (Shang et al. 2022, Eq. 5-7) finds m features for every class whose classifier
+gradient matches the clients' mean. CLIP2FL (Shi et al. 2024, Eq. 9-10) also pulls them
+towards CLIP's text prototypes.
 
-Where paper and released code differ, the released code is followed: rows of the
-weight gradient are summed, not averaged; the bias gradient takes part; and the
+Where the paper and the released code differ, this follows the released code: rows of
+the weight gradient are summed, not averaged; the bias gradient takes part; and the
 contrastive denominator runs over the prototypes of all C * m features.
 """
 
@@ -20,10 +20,10 @@ from strategy.synthesis.target import GradientTarget
 # Added to the product of norms in the cosine, as in the released code.
 COSINE_EPSILON = 1e-6
 
-# Target gradients of the classes treated at once. A processor's cache holds 4 MiB of
-# them with all that is computed from them; a GPU wants large products. Ten classes are
-# enough for large products on a CPU and leave some for other cores. None of it depends
-# on the number of threads, and so neither does the result.
+# Bytes of target gradients treated at once. A CPU's cache holds 4 MiB of them with all
+# values computed from them; a GPU needs large products. Ten classes are enough for
+# large products on a CPU and leave classes for the other cores. The chunks do not
+# depend on the number of threads, so the result does not either.
 CPU_CHUNK_BYTES = 4 * 2**20
 CPU_CHUNK_CLASSES = 10
 CUDA_CHUNK_BYTES = 2**30
@@ -32,7 +32,7 @@ CUDA_CHUNK_BYTES = 2**30
 def class_chunks(
     classes: Sequence[int], num_classes: int, dim: int, device: torch.device
 ) -> list[list[int]]:
-    """Divide classes into groups that are treated at once.
+    """Divide classes into groups that are processed at once.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def class_chunks(
     num_classes, dim : int
         C and d: a class gradient holds C * d numbers.
     device : torch.device
-        Where they are treated.
+        Device on which they are processed.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def prototype_contrastive_loss(
 
     For feature v of class c and unit text features t,
     ``-log(exp(v.t_c/tau) / (m * sum_k exp(v.t_k/tau) - exp(v.t_c/tau)))``, averaged
-    over all features. Needs [C, m] memory for a class at a time where the released
+    over all features. Needs [C, m] memory for one class at a time, where the released
     code needs [C*m, C*m], and does not overflow.
 
     Parameters
@@ -95,10 +95,10 @@ def log_multiplicity(
 ) -> torch.Tensor:
     """Return the log of how often each prototype counts, shape [C, k, 1].
 
-    The released code builds the [C*m, C*m] similarities between features and their
-    prototypes. Its columns repeat: each prototype stands m times in a row, one of
-    which (the feature's own) is taken away. Hence m times every other class's term
-    and m - 1 times the own one.
+    The released code computes the [C*m, C*m] similarities between features and their
+    prototypes. Each prototype fills m columns. One column, the feature's own, is left
+    out of the denominator. So every other class counts m times and the feature's own
+    class m - 1 times.
     """
     multiplicity = like.new_full((num_classes, len(classes), 1), float(per_class))
     for k, c in enumerate(classes):
@@ -127,7 +127,7 @@ def gradient_matching_loss(
     weight : Tensor, shape [C, d]
         The classifier at which the clients took their gradients.
     bias : Tensor, shape [C]
-        Its bias.
+        Bias of that classifier.
 
     Returns
     -------
@@ -163,7 +163,7 @@ def distance_derivative(
     All three arguments have one shape: the inner products of a and b, and the norms.
     """
     norms = norm_a * norm_b + COSINE_EPSILON
-    # At a = 0 the norm has no derivative; automatic differentiation returns 0 too.
+    # At a = 0 the norm has no derivative; like automatic differentiation, return 0.
     along_a = product * norm_b / norms.square()
     along_a /= norm_a.clamp_min(torch.finfo(norm_a.dtype).tiny)
     return along_a, -1 / norms
@@ -171,14 +171,14 @@ def distance_derivative(
 
 @dataclass(frozen=True)
 class Objective:
-    """What the federated features of every class are held against.
+    """The classifier and prototypes that enter the losses of the federated features.
 
     Attributes
     ----------
     weight : Tensor, shape [C, d]
         The classifier at which the clients took their gradients.
     bias : Tensor, shape [C]
-        Its bias.
+        Bias of that classifier.
     text_features : Tensor or None, shape [C, d]
         Unit text features of the teacher; None leaves the contrastive term out.
     contrast_weight : float
@@ -195,14 +195,14 @@ class Objective:
 
     @property
     def contrasts(self) -> bool:
-        """Whether the contrastive term moves anything."""
+        """Return whether the contrastive term changes the features."""
         return self.text_features is not None and self.contrast_weight > 0
 
     def rows(self, matching: bool) -> torch.Tensor:
-        """Return what features are multiplied with, shape [0, C or 2 C, d].
+        """Return the rows that features are multiplied with, shape [0, C or 2 C, d].
 
-        Classifier (for the matching term) and prototypes over tau (for the contrastive
-        one) are stacked: one product is faster than two.
+        The classifier (for the matching term) and the prototypes over tau (for the
+        contrastive term) are stacked, since one product is faster than two.
         """
         matrices = [self.weight] if matching else [self.weight[:0]]
         if self.text_features is not None and self.contrasts:

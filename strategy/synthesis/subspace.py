@@ -1,11 +1,10 @@
-"""The subspace that a class's federated features never leave, and coordinates in it.
+"""The subspace in which a class's federated features stay, and coordinates in it.
 
-Every step of the descent adds to a feature some multiples of the classifier's rows, of
-the prototypes, of the rows of the class's real gradient, and of the class's own
-features. So all steps stay in the span of these, at the start: for C classes and m
-features of each, that is 3 C + m dimensions or fewer. Where those are fewer than d, an
-orthonormal basis of the span gives coordinates with the same inner products, hence the
-same descent, in less time.
+Every descent step adds multiples of these rows to a feature: the classifier's rows, the
+prototypes, the rows of the class's real gradient, and the class's own features. So all
+steps stay in their initial span, which has at most 3 C + m dimensions for C classes and
+m features of each. If that is fewer than d, coordinates in an orthonormal basis of the
+span have the same inner products. The descent is then the same, and faster.
 """
 
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Rows that all classes have in common, and a basis that begins with their span.
+    """Rows that all classes share, and an orthonormal basis that extends them.
 
     Attributes
     ----------
     coordinates : Tensor, shape [S, S]
-        The rows in the first S of d coordinates; all others are zero.
+        The rows in the first S of d coordinates; their other coordinates are zero.
     reflectors, scales : Tensor, shapes [d, S] and [S]
-        The basis of all d dimensions, as Householder reflectors.
+        The basis of all d dimensions as Householder reflectors.
     """
 
     coordinates: torch.Tensor
@@ -36,7 +35,7 @@ class SharedRows:
         return cls(reflectors[: len(rows)].triu().T, reflectors, scales)
 
     def into(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return all d coordinates of rows [N, d], same shape."""
+        """Return all d coordinates of rows [N, d], in the same shape."""
         turned: torch.Tensor = torch.ormqr(
             self.reflectors, self.scales, rows, left=False
         )
@@ -51,26 +50,27 @@ class SharedRows:
 
 
 class Subspace:
-    """Coordinates in the span of shared rows and of rows of each class.
+    """Coordinates in the span of shared rows and each class's own rows.
 
     Parameters
     ----------
     shared : SharedRows
-        S rows that all classes have.
+        S rows that all classes share.
     own : Tensor, shape [k, R, d]
-        R more rows of each of k classes, with S + R <= d. They may depend on each
-        other.
+        R more rows of each of k classes, with S + R <= d. They may be linearly
+        dependent.
 
     Attributes
     ----------
     coordinates : Tensor, shape [k, R, S + R]
-        Theirs; the shared rows have `SharedRows.coordinates` and R zeros.
+        Coordinates of ``own``. The shared rows have `SharedRows.coordinates` and R
+        zeros.
     """
 
     def __init__(self, shared: SharedRows, own: torch.Tensor) -> None:
         turned = shared.into(own.flatten(0, 1)).view_as(own)
         known = len(shared.coordinates)
-        # Orthogonal to the shared rows whatever is rounded: other coordinates.
+        # These coordinates are orthogonal to the shared rows, whatever the rounding.
         self._reflectors, self._scales = torch.geqrf(turned[..., known:].mT)
         own_part = self._reflectors[:, : own.shape[1]].triu().mT
         self.coordinates = torch.cat([turned[..., :known], own_part], dim=2)

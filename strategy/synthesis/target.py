@@ -1,4 +1,4 @@
-"""Mean class gradients of a few classes as operands: dense, or as low-rank factors."""
+"""Mean class gradients of a few classes as operands: dense, or low-rank factors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class GradientTarget:
     left : Tensor, shape [k, C, d] or [k, C, r]
         Weight gradients, or their left factors.
     right : Tensor or None, shape [k, r, d]
-        Right factors; None where ``left`` is all.
+        Right factors; None if ``left`` holds dense gradients.
     bias : Tensor, shape [k, C]
         Bias gradients.
     """
@@ -40,15 +40,14 @@ class GradientTarget:
         gradients : mapping of int to ClassGradient or LowRankGradient
             Class gradients.
         classes : sequence of int
-            Which k of them, at least one.
+            The k classes to stack, at least one.
         like : Tensor
-            Gives device and type.
+            Gives the device and type of the result.
 
         Returns
         -------
         GradientTarget
-            Low-rank where all of these classes are; smaller ranks are filled up with
-            zeros.
+            Low-rank if all of these classes are; smaller ranks are padded with zeros.
         """
         chosen = [gradients[c] for c in classes]
         bias = torch.stack([gradient.bias.to(like) for gradient in chosen])
@@ -67,7 +66,7 @@ class GradientTarget:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Rows [k, C or r, d] whose combinations the weight gradients are."""
+        """Return the rows [k, C or r, d] that the weight gradients combine."""
         return self.left if self.right is None else self.right
 
     def with_rows(self, rows: torch.Tensor) -> "GradientTarget":
@@ -78,12 +77,12 @@ class GradientTarget:
 
     @property
     def rank(self) -> int:
-        """Number of directions r of the factors; d where there are none."""
+        """Return the number of directions r of the factors; d if there are none."""
         return self.left.shape[2]
 
     @property
     def weight(self) -> torch.Tensor:
-        """Dense weight gradients T, shape [k, C, d]."""
+        """Return the dense weight gradients T, shape [k, C, d]."""
         return self.left if self.right is None else torch.bmm(self.left, self.right)
 
     def row_norms(self) -> torch.Tensor:
@@ -91,7 +90,7 @@ class GradientTarget:
         if self.right is None:
             dense: torch.Tensor = torch.linalg.vector_norm(self.left, dim=-1)
             return dense
-        # Factors of several clients may cancel each other: in double precision.
+        # In double precision, since the factors of several clients may cancel out.
         left, right = self.left.double(), self.right.double()
         squared: torch.Tensor = (left @ (right @ right.mT) * left).sum(-1)
         return squared.clamp_min(0).sqrt().to(self.left.dtype)

@@ -1,1 +1,1 @@
-"""Tests of what runs where the data is."""
+"""Tests of the client's code."""

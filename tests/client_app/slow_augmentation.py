@@ -1,8 +1,8 @@
-"""Slow versions of the augmentations, and finders of the parameters that were drawn.
+"""Slow augmentations, and functions that find the parameters that were drawn.
 
-Which numbers an augmentation draws is its own business. The tests therefore find
-the parameters that explain an output, and check them and their effect: one image at
-a time, one pixel at a time.
+The tests do not prescribe the numbers that an augmentation draws. They find the
+parameters that explain an output, and check the parameters and their effect, one image
+and one pixel at a time.
 """
 
 import itertools
@@ -18,7 +18,7 @@ Colour = tuple[float, float, float]
 def per_image(
     images: torch.Tensor, operation: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Apply an operation to each image [3, H, W] on its own."""
+    """Apply an operation to each image [3, H, W] separately."""
     return torch.stack([operation(image) for image in images])
 
 
@@ -43,7 +43,7 @@ def shift(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
 
 
 def cutout(image: torch.Tensor, top: int, left: int) -> torch.Tensor:
-    """Blank a rectangle of half the sides whose corner is at (top, left)."""
+    """Set a rectangle of half the sides, with its corner at (top, left), to zero."""
     _, height, width = image.shape
     result = image.clone()
     for y in range(top, top + int(height * 0.5 + 0.5)):
@@ -76,10 +76,10 @@ def warp(image: torch.Tensor, matrix: Matrix) -> torch.Tensor:
 
 
 def find_colour(image: torch.Tensor, output: torch.Tensor) -> Colour:
-    """Solve for the three factors.
+    """Return the three factors.
 
-    Contrast alone scales the grey image's deviations, contrast and saturation those
-    of the channels from grey, and brightness alone moves the mean.
+    Contrast alone scales the grey image's deviations. Contrast and saturation scale the
+    channels' deviations from grey. Brightness alone moves the mean.
     """
 
     def slope(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -131,7 +131,7 @@ def ramp(height: int, width: int) -> torch.Tensor:
 
 
 def find_matrix(output: torch.Tensor) -> torch.Tensor:
-    """Return the [2, 2] matrix by which a ramp was warped, read off its middle."""
+    """Return the [2, 2] matrix that warped a ramp, read from its middle."""
     _, height, width = output.shape
     rows = slice(height // 2 - 2, height // 2 + 2)
     columns = slice(width // 2 - 2, width // 2 + 2)

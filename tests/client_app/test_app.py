@@ -1,4 +1,4 @@
-"""The ClientApp with real messages, and without Flower's processes."""
+"""Test the ClientApp with real messages, without Flower's processes."""
 
 import copy
 import pickle
@@ -28,8 +28,8 @@ from tests.conftest import be_flower
 from tests.defaults import ROOT, run_config
 from tests.in_process_grid import client_of
 
-# One un-augmented draw of all images, so that class gradients can be computed slowly;
-# and several steps an epoch, since the first has no proximal gradient.
+# One un-augmented draw of all images, so that class gradients can be computed slowly.
+# Several steps an epoch, since the first step has no proximal gradient.
 CONFIG = run_config(
     client__batch_size=8,
     class_gradients__draws=1,
@@ -43,7 +43,7 @@ FORMAT = messages.GradientFormat(CLASSES, DIM, CONFIG.upload)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    """Use another cache than the user's; identify as one of Flower's processes."""
     be_flower(tmp_path / "cache", monkeypatch)
 
 
@@ -62,7 +62,7 @@ def classifier() -> nn.Linear:
 def request(
     *, partition: int = 1, with_classifier: bool = False, **config: str | float
 ) -> Message:
-    """Return a train request; ``_`` in a key stands for ``-``."""
+    """Return a train request; ``_`` in a key becomes ``-``."""
     content = RecordDict(
         {
             messages.ARRAYS: messages.model_to_arrays(student()),
@@ -82,7 +82,7 @@ def request(
 
 
 def distilling(**config: str | float) -> Message:
-    """Return the request of CLIP2FL."""
+    """Return a request of CLIP2FL."""
     settings: dict[str, Any] = {
         "distillation_weight": 1.0,
         "distillation_temperature": 3.0,
@@ -93,7 +93,7 @@ def distilling(**config: str | float) -> Message:
 
 
 def answer(message: Message, place: int = 0, config: RunConfig = CONFIG) -> Message:
-    """Return the ClientApp's reply from a node at this place."""
+    """Return the ClientApp's reply from the node with this partition number."""
     flat = cast(Any, config.to_flat())
     context = Context(1, 42, {"partition-id": place}, RecordDict(), flat)
     return app(copy.deepcopy(message), context)
@@ -110,7 +110,7 @@ def images_of(partition: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def array_bytes(reply: Message) -> dict[str, dict[str, bytes]]:
-    """Return the reply's arrays as they go over the wire."""
+    """Return the bytes of the reply's arrays, as sent."""
     return {
         name: {key: array.data for key, array in record.items()}
         for name, record in reply.content.array_records.items()
@@ -125,7 +125,7 @@ def test_query_says_which_partition_the_node_simulates() -> None:
 
 @pytest.mark.parametrize("partition", [0, 1, 2])
 def test_reply_keeps_the_contract(partition: int) -> None:
-    """The partition asked for is trained on, wherever the node stands itself."""
+    """The client trains on the requested partition, whatever the node's own number."""
     message = request(partition=partition, with_classifier=True)
     reply = answer(message, place=0)
     sent = message.content.array_records[messages.ARRAYS]
@@ -148,7 +148,7 @@ def test_reply_keeps_the_contract(partition: int) -> None:
 
 
 def test_class_gradients_are_the_global_models() -> None:
-    """Taken before local training, at the classifier that was sent."""
+    """They are computed before local training, with the classifier that was sent."""
     images, labels = images_of(1)
     reply = answer(request(with_classifier=True))
     sent = messages.gradients_from_arrays(
@@ -174,7 +174,7 @@ def test_class_gradients_are_the_global_models() -> None:
 
 
 def test_class_gradients_are_coded_as_configured() -> None:
-    """In half precision, and with the bound that was set."""
+    """The gradients have half precision and keep the configured bound."""
     config = run_config(
         class_gradients__draws=1,
         class_gradients__augment=False,
@@ -199,7 +199,7 @@ def test_class_gradients_are_coded_as_configured() -> None:
 
 
 def test_without_classifier_no_class_gradients() -> None:
-    """And the local model is the same: asking for gradients does not change it."""
+    """The local model is the same: a request for gradients does not change it."""
     plain, asked = answer(request()), answer(request(with_classifier=True))
     assert set(plain.content) == {messages.ARRAYS, messages.METRICS}
     arrays, asked_arrays = array_bytes(plain), array_bytes(asked)
@@ -219,7 +219,7 @@ def test_local_model_is_trained() -> None:
 
 
 def test_same_request_twice_gives_identical_arrays() -> None:
-    """Bit for bit, whatever torch's global generator did in between."""
+    """The arrays are equal bit for bit, whatever torch's global generator did."""
     message = distilling()
     torch.manual_seed(1)
     first = answer(message)
@@ -237,7 +237,7 @@ def test_same_request_twice_gives_identical_arrays() -> None:
 def test_two_clients_draw_their_own_batches_and_augmentation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even of the same images, in the same round of the same run."""
+    """They differ even with the same images in the same round of the same run."""
 
     def same_images(config: RunConfig, site: None, partition: int) -> Any:
         return training_images(config, site, 0)
@@ -256,7 +256,7 @@ def test_two_clients_draw_their_own_batches_and_augmentation(
 
 
 def test_precision_of_the_configuration_reaches_training_and_gradients() -> None:
-    """In bfloat16 both differ from float32, and by no more than its rounding."""
+    """In bfloat16 both differ from float32, by no more than the rounding."""
     replies = [
         answer(
             request(with_classifier=True),
@@ -273,7 +273,7 @@ def test_precision_of_the_configuration_reaches_training_and_gradients() -> None
 
 
 def test_step_size_changes_with_the_round() -> None:
-    """Round 2 of 3, from 0.4 to 0.1, trains as with a step size of 0.2 throughout."""
+    """From 0.4 to 0.1 in 3 rounds, round 2 trains with a step size of 0.2."""
     message = request()
     scheduled = run_config(
         client__learning_rate=0.4,
@@ -287,7 +287,7 @@ def test_step_size_changes_with_the_round() -> None:
 
 
 def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
-    """For a request of any method; at another strength the outcome is another."""
+    """It does so for all methods; another strength gives another result."""
     outcomes = [
         array_bytes(
             answer(request(), config=run_config(client__logit_adjustment=strength))
@@ -298,7 +298,7 @@ def test_logit_adjustment_of_the_configuration_reaches_training() -> None:
 
 
 def test_terms_of_the_request_change_the_training() -> None:
-    """Distillation and the proximal term, and the weight of each."""
+    """Checks distillation and the proximal term, and the weight of each."""
     outcomes = [
         array_bytes(answer(message))[messages.ARRAYS]["bn1.bias"]
         for message in (
@@ -336,19 +336,19 @@ def test_other_teacher_is_refused() -> None:
 
 
 def test_teacher_is_not_needed_without_distillation() -> None:
-    """A method without a teacher never asks for its fingerprint."""
+    """A method without a teacher never needs its fingerprint."""
     message = distilling(distillation_weight=0.0, teacher_fingerprint="another")
     reply = answer(message)
     values = reply.content.metric_records[messages.METRICS]
     assert values["distillation-loss"] == 0
 
 
-# Imported by a ClientApp only where nothing on disk serves: each takes seconds.
+# The ClientApp imports these only if nothing is cached on disk; each takes seconds.
 SLOW = ("open_clip", "torchvision", "torch._dynamo")
 
 
 def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
-    """As in a deployment: one process for each message, and features on disk."""
+    """In a deployment each message has its own process; the features are on disk."""
     message = distilling()
     _teacher.cache_clear()  # another test's, with another cache
     answer(message)
@@ -379,7 +379,7 @@ def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
 
 
 def test_import_leaves_collection_on_and_torch_out_of_it() -> None:
-    """In a process of its own, as each message of a deployment is."""
+    """Runs in a new process, like each message of a deployment."""
     code = (
         "import gc, client_app, torch; "
         "print(gc.isenabled(), any(o is torch.Tensor for o in gc.get_objects()))"
@@ -388,7 +388,7 @@ def test_import_leaves_collection_on_and_torch_out_of_it() -> None:
 
 
 def test_process_that_used_the_compiler_ends_without_complaint() -> None:
-    """The benchmark's torchvision imports triton, which reports objects left."""
+    """The test's torchvision imports triton, which reports objects left at exit."""
     assert _run("import benchmarks.stages").stderr == ""
 
 

@@ -1,4 +1,4 @@
-"""Augmentations: each against a slow version, with parameters in their bounds."""
+"""Test each augmentation against a slow version, and the bounds of its parameters."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def batch(height: int, width: int) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, operation: str | None, seed: int) -> torch.Tensor:
-    """Augment and check what holds for every operation."""
+    """Augment, and check the properties that every operation has."""
     before = images.clone()
     output = siamese_augment(images, operation, seeded(seed))
     assert torch.equal(images, before)
@@ -38,7 +38,7 @@ def augment(images: torch.Tensor, operation: str | None, seed: int) -> torch.Ten
 
 
 def test_six_operations() -> None:
-    """Those of DSA."""
+    """The operations are the six of DSA."""
     assert set(OPERATIONS) == {"color", "crop", "cutout", "flip", "scale", "rotate"}
     assert len(OPERATIONS) == 6
 
@@ -63,7 +63,7 @@ def test_color(height: int, width: int) -> None:
 
 @SIZES
 def test_crop(height: int, width: int) -> None:
-    """Every shift of up to 12.5 % of a side, and no other; the gap is zero."""
+    """Every shift of up to 12.5 % of a side occurs, and no other; the gap is zero."""
     images = batch(height, width)
     most = int(0.125 * height + 0.5), int(0.125 * width + 0.5)
     found = set()
@@ -84,12 +84,12 @@ def test_crop(height: int, width: int) -> None:
 
 @SIZES
 def test_cutout(height: int, width: int) -> None:
-    """A rectangle of half the sides, anywhere, cut off where it crosses a border."""
+    """The rectangle has half the sides, lies anywhere, and may cross the border."""
     images = batch(height, width)
     expected = []
     for side in (height, width):
         half = int(side * 0.5 + 0.5)
-        # Its centre lies on any pixel, or on any edge of one where half is even.
+        # Its centre is on any pixel, or between pixels if half the side is even.
         starts = range(-(half // 2), side + 1 - half % 2 - half // 2)
         expected.append({(max(a, 0), min(a + half, side)): a for a in starts})
     rows, columns = set(), set()
@@ -110,7 +110,7 @@ def test_cutout(height: int, width: int) -> None:
 
 
 def test_flip() -> None:
-    """All images or none are mirrored, with probability one half."""
+    """All images are mirrored or none, with probability one half."""
     images = batch(8, 12)
     mirrored = slow.per_image(images, slow.mirror)
     flips = 0
@@ -124,7 +124,7 @@ def test_flip() -> None:
 
 
 def find_matrix(images: torch.Tensor, operation: str, seed: int) -> torch.Tensor:
-    """Return the matrix of a warp, checked by warping all images slowly."""
+    """Return a warp's matrix, and check it by warping all images slowly."""
     images = torch.cat([slow.ramp(*images.shape[2:])[None], images])
     output = augment(images, operation, seed)
     matrix = slow.find_matrix(output[0])
@@ -137,7 +137,7 @@ def find_matrix(images: torch.Tensor, operation: str, seed: int) -> torch.Tensor
 
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (12, 12)])
 def test_scale(height: int, width: int) -> None:
-    """Each axis by its own factor between 1/1.2 and 1.2."""
+    """Each axis has its own factor between 1/1.2 and 1.2."""
     images = batch(height, width)
     found = [find_matrix(images, "scale", seed) for seed in range(100)]
     for axis in range(2):
@@ -151,7 +151,7 @@ def test_scale(height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (12, 12)])
 def test_rotate(height: int, width: int) -> None:
-    """By an angle between -15 and 15 degrees."""
+    """The angle is between -15 and 15 degrees."""
     images = batch(height, width)
     angles = []
     for seed in range(100):
@@ -167,7 +167,7 @@ def test_rotate(height: int, width: int) -> None:
 
 @EVERY_OPERATION
 def test_the_generator_decides(operation: str) -> None:
-    """The same seed gives the same result, others give others; no global state."""
+    """Equal seeds give equal results, other seeds others; no global state is used."""
     images = batch(16, 16)
     state = torch.random.get_rng_state()
     outputs = [augment(images, operation, seed) for seed in range(12)]
@@ -179,7 +179,7 @@ def test_the_generator_decides(operation: str) -> None:
 
 @EVERY_OPERATION
 def test_parameters_do_not_depend_on_the_batch(operation: str) -> None:
-    """An image is augmented as it would be on its own: one draw serves the batch."""
+    """An image is augmented as if it were alone, since one draw serves the batch."""
     images = batch(16, 16)
     whole = augment(images, operation, 4)
     for k in range(len(images)):
@@ -190,7 +190,7 @@ def test_parameters_do_not_depend_on_the_batch(operation: str) -> None:
 
 @EVERY_OPERATION
 def test_differentiable(operation: str) -> None:
-    """Gradients flow to the images and agree with finite differences."""
+    """Gradients reach the images and match finite differences."""
     images = batch(6, 6)[1:, :, :, :].requires_grad_()
     for seed in range(3):
         assert torch.autograd.gradcheck(
@@ -199,7 +199,7 @@ def test_differentiable(operation: str) -> None:
 
 
 def name_of(images: torch.Tensor, output: torch.Tensor) -> str:
-    """Tell which operation was applied to a batch that starts with a ramp + 3."""
+    """Return the operation that was applied to a batch that starts with a ramp + 3."""
     if torch.equal(output, images):
         return "none"
     if torch.equal(output, images.flip(3)):
@@ -217,7 +217,7 @@ def name_of(images: torch.Tensor, output: torch.Tensor) -> str:
 
 
 def test_no_operation_named_draws_one_of_six() -> None:
-    """Each is drawn, about equally often."""
+    """Each of the six is drawn about equally often."""
     images = batch(16, 16)
     counts = Counter(name_of(images, augment(images, None, s)) for s in range(300))
     assert set(counts) - {"none"} == set(OPERATIONS)
@@ -228,7 +228,7 @@ def test_no_operation_named_draws_one_of_six() -> None:
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_random_crop_flip(padding: int) -> None:
-    """Every window of the padded batch, mirrored or not, and nothing else."""
+    """The result is a window of the padded batch, mirrored or not."""
     images = batch(6, 8)
     padded = torch.zeros(3, 3, 6 + 2 * padding, 8 + 2 * padding, dtype=torch.float64)
     padded[:, :, padding : padding + 6, padding : padding + 8] = images
@@ -251,7 +251,7 @@ def test_random_crop_flip(padding: int) -> None:
 
 @pytest.mark.parametrize("padding", [0, 2])
 def test_crop_and_flip_of_each_image(padding: int) -> None:
-    """Each image gets a window of its own, equally often every one."""
+    """Each image gets its own window; all windows are equally frequent."""
     images = batch(6, 8)[:1].expand(400, -1, -1, -1)
     output = random_crop_flip(images, padding, seeded(0), per_image=True)
     padded = torch.nn.functional.pad(images[0], (padding,) * 4)
@@ -261,6 +261,6 @@ def test_crop_and_flip_of_each_image(padding: int) -> None:
         windows += [window, window.flip(2)]
     counts = [sum(torch.equal(image, window) for image in output) for window in windows]
     assert sum(counts) == 400
-    # Binomial: five deviations around the mean.
+    # Binomial: five standard deviations around the mean.
     mean = 400 / len(windows)
     assert all(abs(count - mean) < 5 * mean**0.5 for count in counts)

@@ -1,4 +1,4 @@
-"""The doctor says of a folder's entries what is used, what is not, and why."""
+"""Test that the doctor reports which entries are used, which are not, and why."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ KNOWN = ("cat", "dog")
 
 @pytest.fixture(autouse=True)
 def fresh_decoders() -> Iterator[None]:
-    """Ask anew what this machine can decode, and afterwards again."""
+    """Detect the decoders of this machine again before and after a test."""
     missing_decoder.cache_clear()
     yield
     missing_decoder.cache_clear()
@@ -35,7 +35,7 @@ def picture(path: Path, mode: str = "RGB") -> Path:
 
 
 def found(folder: Path, skip: bool = False) -> list[Finding]:
-    """Return the findings; all are printable but for their own line breaks."""
+    """Return the findings, after checking that they print in one line."""
     findings = list(check_data(folder, KNOWN, 8, skip))
     for finding in findings:
         assert all(line.isprintable() for line in str(finding).splitlines())
@@ -43,7 +43,7 @@ def found(folder: Path, skip: bool = False) -> list[Finding]:
 
 
 def one(findings: list[Finding], text: str) -> Finding:
-    """Return the only finding with a text in it."""
+    """Return the only finding that contains a text."""
     (finding,) = (f for f in findings if text in f.text)
     return finding
 
@@ -134,7 +134,7 @@ def test_leftovers_of_operating_systems_are_no_fault(tmp_path: Path) -> None:
     findings = found(tmp_path)
     assert {f.level for f in findings} == {"ok"}
     assert one(findings, "1 images in").check == "data"
-    assert "8 hidden entries or such of an operating system" in findings[-1].text
+    assert "8 hidden entries or entries of an operating system" in findings[-1].text
 
 
 def test_class_folders_that_are_confused_are_problems(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A stranger's folder and a node's set-up are reported clearly, without a crash."""
+"""Test that any folder and set-up is reported clearly, without a crash."""
 
 import http.server
 import json
@@ -31,7 +31,7 @@ MEMORY_LIMIT = 1100 * 2**20
 
 
 def odd_images(folder: Path) -> int:
-    """Write 200 odd files into two classes; return how many cannot be read."""
+    """Write 200 odd files into two classes; return the number of unreadable ones."""
     cat, dog = folder / "cat", folder / "dög"
     cat.mkdir(parents=True)
     dog.mkdir()
@@ -84,7 +84,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strangers_folder_gives_a_report_in_bounded_memory(tmp_path: Path) -> None:
     unreadable = odd_images(tmp_path / "data")
     program = (
-        # Not getrusage: after fork and exec its peak is still that of the parent.
+        # Not getrusage: after fork and exec its peak is still the parent's.
         "import pathlib, sys; from client_app.doctor import main; status = main()\n"
         "lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
         "[peak] = [line.split()[1] for line in lines if line.startswith('VmHWM')]\n"
@@ -116,7 +116,7 @@ def test_strangers_folder_gives_a_report_in_bounded_memory(tmp_path: Path) -> No
 def doctor_says(
     capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str]:
-    """Return the exit status and what was printed."""
+    """Return the exit status and the printed text."""
     status = doctor.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return status, printed.out + printed.err
@@ -150,7 +150,7 @@ def test_good_node_passes_with_teacher_and_device(
 
 
 def levels(findings: Iterator[Finding]) -> dict[str, str]:
-    """Return the level of each check, and the text of all."""
+    """Return the level and text of each check."""
     return {f.check: f"{f.level}: {f.text}" for f in findings}
 
 
@@ -264,14 +264,14 @@ def test_keys(tmp_path: Path) -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers /health with a status, at a time that is off by some seconds."""
+    """Answer /health with a status, and with a clock that is off by some seconds."""
 
     status = 200
     offset = timedelta()
 
 
 class Health(http.server.BaseHTTPRequestHandler):
-    """What `Server` answers."""
+    """The handler of `Server`."""
 
     def do_GET(self) -> None:
         assert isinstance(self.server, Server)
@@ -281,7 +281,7 @@ class Health(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
 
 
 def check(host: str, port: int, crt: Path) -> dict[str, str]:
-    """Return the levels of the server's checks."""
+    """Return the levels of the checks of the server."""
     return levels(preflight.check_server(f"{host}:{port}", crt, preflight.now()))
 
 
@@ -432,7 +432,7 @@ def test_without_a_run_only_the_node_is_checked(
 def test_record_of_what_was_answered_is_checked_and_not_begun(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Doctor may run as another user than the node."""
+    """The doctor may run as another user than the node."""
     state = tmp_path / "state"
     common = ("--data-path", tmp_path, "--site-state", state)
     status, report = doctor_says(capsys, *common)

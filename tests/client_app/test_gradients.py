@@ -1,4 +1,4 @@
-"""Class gradients: the reference's, automatic differentiation's, and their mean."""
+"""Test class gradients against the reference and automatic differentiation."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def slow_class_gradients(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> dict[int, ClassGradient]:
-    """Differentiate the mean cross-entropy of one class at a time."""
+    """Return gradients by differentiating the mean cross-entropy, class by class."""
     result = {}
     for c in range(len(weight)):
         chosen = features[labels == c]
@@ -35,7 +35,7 @@ def slow_class_gradients(
 
 
 def test_equals_the_reference() -> None:
-    """Through our network, every class held has the released code's gradient."""
+    """With our network every class held has the released code's gradient."""
     model = reference.resnet8()
     labels = reference.tensor("gradients/labels")
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_equals_the_reference() -> None:
 
 @given(data=st.data())
 def test_equals_automatic_differentiation(data: st.DataObject) -> None:
-    """For every shape and every set of labels."""
+    """Holds for every shape and every set of labels."""
     num_classes = data.draw(st.integers(2, 6), label="classes")
     dim = data.draw(st.integers(1, 8), label="dim")
     held = data.draw(
@@ -96,7 +96,7 @@ def test_large_logits_stay_finite() -> None:
 def test_coded_gradients_do_not_depend_on_how_many_are_computed_at_once(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    """Classes in groups of any size (a class at least) give each class's own code."""
+    """Groups of any size (at least one class) give each class the same code."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(60, 12, generator=generator)
     labels = torch.randint(0, 9, (60,), generator=generator)

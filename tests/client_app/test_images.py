@@ -1,4 +1,4 @@
-"""What goes to the server when something is wrong at a site."""
+"""Test what reaches the server when an error occurs at a site."""
 
 import pytest
 
@@ -26,17 +26,17 @@ SIMULATED = {"partition-id": 0}
 def test_no_name_from_the_disk_is_sent(
     node: dict[str, str], error: Exception, sent: str
 ) -> None:
-    """The whole error is the cause, for the site's own log."""
+    """The cause holds the full error, for the site's own log."""
     with pytest.raises(SiteError) as caught, names_kept_here(node):
         raise error
     assert sent in str(caught.value) and "secret" not in str(caught.value)
     assert caught.value.__cause__ is error
     with pytest.raises(type(error), match="secret"), names_kept_here(SIMULATED):
-        raise error  # a simulation has nothing to keep
+        raise error  # a simulation keeps nothing back
 
 
 def test_unusable_images_are_told_without_their_names() -> None:
-    """The app sends the summary, and logs the rest."""
+    """The app sends the summary and logs the rest."""
     error = DatasetError("/secret/x.png is bad", "1 of 9 images cannot be read")
     with pytest.raises(DatasetError, match="/secret/x.png") as caught:
         with names_kept_here(SITE):

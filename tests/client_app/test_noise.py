@@ -1,4 +1,4 @@
-"""What one image can change in a class gradient, and the noise that hides it."""
+"""Test how much one image can change a class gradient, and the noise that hides it."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def slow_clipped(
     bias: torch.Tensor,
     max_norm: float,
 ) -> Vectors:
-    """Differentiate, shorten and average sample by sample."""
+    """Return gradients after differentiating, shortening and averaging each sample."""
     parts: dict[int, list[torch.Tensor]] = {}
     for feature, label in zip(features, labels, strict=True):
         w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_each_sample_is_shortened_by_itself(
 def test_no_image_changes_more_than_the_noise_is_made_for(
     images: int, draws: int, scale: float, seed: int
 ) -> None:
-    """Whatever replaces it, in whatever augmentations."""
+    """Holds for any replacement image and any augmentations."""
     generator = torch.Generator().manual_seed(seed)
     privacy = run_config(
         privacy__min_class_samples=2,
@@ -105,12 +105,12 @@ def test_no_image_changes_more_than_the_noise_is_made_for(
         vectors(class_gradients(f.flatten(0, 1), labels, weight, bias, 0.7))[1]
         for f in (features, other)
     )
-    # With a noise multiplier of 1 the deviation is the sensitivity itself.
+    # With a noise multiplier of 1, the deviation equals the sensitivity.
     assert (first - second).norm() <= protection.deviation * (1 + 1e-9)
 
 
 def test_noise_has_the_deviation_that_was_asked_for() -> None:
-    """On weight and bias, in all classes; without it nothing changes."""
+    """Weight and bias of all classes have noise; without noise nothing changes."""
     exact = {
         c: ClassGradient(torch.zeros(100, 512), torch.zeros(100)) for c in range(2)
     }
@@ -131,7 +131,7 @@ def test_noise_has_the_deviation_that_was_asked_for() -> None:
 def test_deviation_follows_from_the_smallest_class(
     clip: float, noise: float, fewest: int, samples: int, deviation: float
 ) -> None:
-    """Not from how many images a class has, which the noise would tell."""
+    """It must not follow a class's number of images, which the noise would reveal."""
     privacy = run_config(
         class_gradients__samples_per_class=fewest,
         privacy__min_class_samples=fewest,
@@ -174,7 +174,7 @@ def test_coded_gradients_are_bounded_and_noisy() -> None:
     ("least", "kept"), [(1, {0, 1, 2}), (3, {1, 2}), (5, {2}), (6, set())]
 )
 def test_small_classes_send_nothing(least: int, kept: set[int]) -> None:
-    """Of 2, 4 and 5 images; a client may be left with no class at all."""
+    """Classes have 2, 4 and 5 images; a client may be left without a class."""
     labels = torch.tensor([0] * 2 + [1] * 4 + [2] * 5)
     model = build_model("resnet8-slim", num_classes=4, feature_dim=16)
     features, drawn = augmented_features(
@@ -201,7 +201,7 @@ def weights(num_classes: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_noise_can_be_repeated_only_where_clients_are_simulated(
     tmp_path: Path,
 ) -> None:
-    """The server knows the run's seed, and would take the noise away again."""
+    """The server knows the run's seed, and could subtract seeded noise."""
     request = messages.TrainRequest(
         model=ArrayRecord(),
         classifier=None,

@@ -1,4 +1,4 @@
-"""Local models that runs have in common are trained once, and are the same."""
+"""Test that local models common to several runs are trained once, and are the same."""
 
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ from tests.federation import federate, metrics
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Share local training in a folder."""
+    """Turn on sharing of local training, in a folder."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "shared"))
     return tmp_path / "shared"
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the keys of all trainings that really take place."""
+    """Return the keys of all trainings that are computed."""
     keys: list[str] = []
     train = shared_training._train
 
@@ -159,6 +159,6 @@ def test_variants_at_the_server_train_once_and_their_metrics_stay(
         assert metrics(tmp_path / name) == metrics(tmp_path / f"{name}-alone")
     clients = sum(len(line["clients"]) for line in metrics(tmp_path / "fedavg"))
     assert len(trained) == len(set(trained)) == clients
-    # Distillation is part of the training.
+    # Distillation is part of the training, so CLIP2FL trains again.
     federate(tmp_path / "clip2fl")
     assert len(trained) == 2 * clients

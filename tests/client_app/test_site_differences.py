@@ -1,7 +1,7 @@
-"""A curious server asks a site many questions, to tell a single image from the rest.
+"""Test that a curious server cannot find a single image by many requests.
 
-Its classifier has no weights, so that every image has the same residual and row over
-bias of a class gradient is the plain mean of the features of the images in it.
+The server's classifier has no weights, so every image has the same residual. Then the
+row of a class gradient over its bias is the plain mean of the features of its images.
 """
 
 import itertools
@@ -39,7 +39,7 @@ BOUND = 4
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    """Use another cache than the user's; identify as one of Flower's processes."""
     be_flower(tmp_path / "cache", monkeypatch)
 
 
@@ -66,13 +66,13 @@ def features(paths: list[Path]) -> npt.NDArray[Any]:
 
 
 def is_one_of(vector: npt.NDArray[Any], known: npt.NDArray[Any]) -> bool:
-    """Tell whether a vector is the feature of one image, up to its length."""
+    """Return whether a vector is the feature of one image, up to its length."""
     size = np.linalg.norm(vector) * np.linalg.norm(known, axis=1)
     return bool((known @ vector > 0.9999 * size).any())
 
 
 def test_one_image_in_a_draw_is_its_feature_and_is_refused(folder: Path) -> None:
-    """The bound is on the images that enter the gradient, not on those held."""
+    """The bound counts the images that enter the gradient, not the images held."""
     single = site_run(class_gradients__samples_per_class=1)
     known = features(training_files(folder, "circle", single))
     plain = SiteNode(folder).ask("train", single)
@@ -98,7 +98,7 @@ def test_one_image_in_a_draw_is_its_feature_and_is_refused(folder: Path) -> None
 def test_no_way_of_asking_changes_which_images_answer(
     folder: Path, changes: list[dict[str, Any]]
 ) -> None:
-    """Not the run, its round, its seed, or how many images it wants of a class."""
+    """The run, its round, its seed and its number of images per class do not matter."""
     node = SiteNode(folder, {"min_class_samples": BOUND, "gradient_samples": 8})
     replies = [
         node.ask("train", site_run(**change), run=i, server_round=i + 1)
@@ -113,9 +113,9 @@ def test_no_way_of_asking_changes_which_images_answer(
 
 
 def test_two_cuts_of_one_permutation_gave_an_image_away(folder: Path) -> None:
-    """What the server did: five times the mean of five, less four times that of four.
+    """Test a known attack: 5 times the mean of five, less 4 times the mean of four.
 
-    It still works where the site has not set a bound, and no longer where it has.
+    It still works if the site has set no bound, and fails if it has.
     """
     four, five = (
         site_run(class_gradients__samples_per_class=n, seed=3) for n in (4, 5)
@@ -133,7 +133,7 @@ def test_two_cuts_of_one_permutation_gave_an_image_away(folder: Path) -> None:
 def test_first_runs_division_into_training_and_validation_stays(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else two shares tell class counts, with or without rules of the site's own."""
+    """Otherwise two shares would reveal class counts, even with the site's rules."""
     node = SiteNode(folder)
     asked = [0.2, 0.5, 0.05]
     counts = [
@@ -181,7 +181,7 @@ def test_fixed_images_are_augmented_anew_in_each_round(folder: Path) -> None:
 
 
 def fixed_set(folder: Path, node: SiteNode, name: str, size: int) -> list[Path]:
-    """Find out which images answer, by their mean."""
+    """Return the images in the answer, found by their mean."""
     config = site_run()
     paths = training_files(folder, name, config)
     known = features(paths)
@@ -215,7 +215,7 @@ def test_added_images_change_nothing_and_removed_ones_end_the_class(
 
 
 def test_second_set_has_no_image_of_the_first(folder: Path) -> None:
-    """As many sets as the site allows; sums over them are sums over whole sets."""
+    """The site allows several sets; any sum over answers is a sum over whole sets."""
     rules = {"min_class_samples": 3, "gradient_samples": 3, "gradient_cuts": 2}
     node = SiteNode(folder, rules)
     first = fixed_set(folder, node, "star", 3)
@@ -229,7 +229,7 @@ def test_second_set_has_no_image_of_the_first(folder: Path) -> None:
 def test_unreadable_fixed_image_silences_its_class_and_spends_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which images can be read may depend on the size that a run asks for."""
+    """Which images are readable may depend on the size that a run asks for."""
     node = SiteNode(folder, {"min_class_samples": 3, "gradient_samples": 4})
     before = node.ask("train", site_run())
     broken = fixed_set(folder, node, "star", 4)[0]
@@ -251,13 +251,13 @@ def test_copies_of_an_image_count_once(tmp_path: Path) -> None:
     for i in range(1, 9):
         shutil.copy(star, star.with_name(f"{i}.png"))
     node = SiteNode(folder, {"min_class_samples": BOUND})
-    for share in (0.001, 0.9):  # whichever side its content falls on
+    for share in (0.001, 0.9):  # for either side of the division
         reply = node.ask("train", site_run(dataset__validation_share=share))
         assert "star" not in gradients(reply)
 
 
 def test_image_in_two_class_folders_enters_one_class(tmp_path: Path) -> None:
-    """Else the difference of the two classes is the image that only one of them has."""
+    """Otherwise the classes' difference is the image that only one of them has."""
     folder = write_site(tmp_path / "private", {"circle": 12})
     (folder / "star").mkdir()
     for path in sorted((folder / "circle").iterdir())[1:]:
@@ -268,7 +268,7 @@ def test_image_in_two_class_folders_enters_one_class(tmp_path: Path) -> None:
     circle, star = (fixed_set(folder, node, c, 3) for c in ("circle", "star"))
     contents = [path.read_bytes() for path in (*circle, *star)]
     assert len(set(contents)) == 6
-    # Without such a bound on the set the first class takes all, and none is left.
+    # Without such a bound on the set, the first class takes all images.
     shutil.rmtree(tmp_path / "cache")
     node = SiteNode(folder, {"min_class_samples": 3})
     assert set(gradients(node.ask("train", site_run()))) == {"circle"}

@@ -1,4 +1,4 @@
-"""Accuracy at a client, against a slow loop over single images."""
+"""Test accuracy at a client against a slow loop over single images."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_recalls_equal_a_slow_loop(count: int) -> None:
     torch.manual_seed(count)
     model = build_model("resnet8-slim", 3, 16)
     images = torch.randn(count, 3, 8, 8)
-    labels = torch.randint(0, 2, (count,))  # nobody holds class 2
+    labels = torch.randint(0, 2, (count,))  # class 2 has no images
     other = nn.Linear(16, 3)
     scores = torch.randn(count, 3)
     found = recalls(

@@ -1,4 +1,4 @@
-"""What a site has answered, on its disk."""
+"""Test the record of what a site has answered, on its disk."""
 
 import sqlite3
 import stat
@@ -18,7 +18,7 @@ from tests.site_node import KINDS, SiteNode, site_run
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    """Use another cache than the user's; identify as one of Flower's processes."""
     be_flower(tmp_path / "cache", monkeypatch)
 
 
@@ -30,7 +30,7 @@ def rules(folder: Path, text: str) -> SitePolicy:
 
 
 def test_many_at_once_get_no_more_than_is_allowed(tmp_path: Path) -> None:
-    """Each message is a process of its own; here, a connection of its own."""
+    """Each message has its own process; here it has its own connection."""
     policy = rules(tmp_path, "max-rounds = 30")
 
     def ask(_: int) -> bool:
@@ -46,7 +46,7 @@ def test_many_at_once_get_no_more_than_is_allowed(tmp_path: Path) -> None:
 
 
 def test_looking_and_counting_are_one_step(tmp_path: Path) -> None:
-    """Nobody else may begin to write in between."""
+    """No other writer may begin between the look and the count."""
     ledger = SiteLedger(tmp_path)
     with ledger._open():
         other = sqlite3.connect(ledger.path, timeout=0)
@@ -87,7 +87,7 @@ def test_choice_is_by_chance_that_no_server_knows(tmp_path: Path) -> None:
 
 
 def test_too_small_a_class_fixes_nothing(tmp_path: Path) -> None:
-    """So that it is answered with all its images once it has grown."""
+    """The class is answered with all its images once it has grown."""
     ledger = SiteLedger(tmp_path)
     policy = rules(tmp_path, "min-class-samples = 3\ngradient-samples = 5")
     assert ledger.gradient_images(held(range(2)), 3, policy) == {}
@@ -144,7 +144,7 @@ def test_damaged_ledger_is_not_begun_anew(tmp_path: Path, kind: str) -> None:
 def test_site_with_budgets_answers_nothing_without_its_ledger(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rule: dict[str, int], kind: str
 ) -> None:
-    """One without budgets warns, and each run divides the images anew."""
+    """A site without budgets warns; each run then divides the images anew."""
     folder = write_site(tmp_path / "private", {"circle": 12, "star": 12})
     state = tmp_path / "state"
     if kind == "unwritable":
@@ -167,7 +167,7 @@ def test_site_with_budgets_answers_nothing_without_its_ledger(
 
 
 def test_ledger_is_the_data_folders_whatever_its_path(tmp_path: Path) -> None:
-    """And ``site-state`` moves it."""
+    """``site-state`` moves it."""
     folder = write_site(tmp_path / "private", {"circle": 12, "star": 12})
     (tmp_path / "link").symlink_to(folder)
     SiteNode(folder, {"max_runs": 1}).ask("train", site_run(), run=1)

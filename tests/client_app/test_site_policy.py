@@ -1,4 +1,4 @@
-"""Rules that cannot be read or understood forbid every run."""
+"""Test that rules which cannot be read or understood forbid every run."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.site_node import KINDS, SiteNode, policy, refusal, site_run, works
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    """Use another cache than the user's; identify as one of Flower's processes."""
     be_flower(tmp_path / "cache", monkeypatch)
 
 

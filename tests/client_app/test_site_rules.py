@@ -1,4 +1,4 @@
-"""Each rule of a site, as a server meets it: messages to the real ClientApp."""
+"""Test each rule of a site as a server meets it: messages to the real ClientApp."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from tests.site_node import (
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache; be what Flower takes for one of its processes."""
+    """Use another cache than the user's; identify as one of Flower's processes."""
     be_flower(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a site's images: 9 training images or so of one class, 4 of another."""
+    """Return a site's folder: about 9 training images of one class, 4 of another."""
     return write_site(tmp_path / "private", {"circle": 12, "star": 6})
 
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 def test_no_run_reads_or_writes_elsewhere_on_a_sites_disk(
     tmp_path: Path, folder: Path, kind: str, name: str
 ) -> None:
-    """A list of images may be any file, a folder of images any folder."""
+    """A run could name any file as its list of images, and any folder."""
     secret = tmp_path / "id_rsa"
     secret.write_text("-----BEGIN PRIVATE KEY-----")
     (tmp_path / "root" / "train" / "patient").mkdir(parents=True)
@@ -64,12 +64,12 @@ def test_no_run_reads_or_writes_elsewhere_on_a_sites_disk(
 
 
 def broken_model() -> ArrayRecord:
-    """Return a model that fits nothing."""
+    """Return a model that fits no other."""
     return ArrayRecord({"fc.weight": Array(torch.zeros(2, 3).numpy())})
 
 
 def unusable_model() -> ArrayRecord:
-    """Return a model that is not a number."""
+    """Return a model of NaN."""
     model = student()
     with torch.no_grad():
         model.classifier.weight.fill_(torch.nan)
@@ -103,7 +103,7 @@ def test_any_error_is_one_bounded_line_without_a_path(
         reason = told(reply)
         assert str(tmp_path) not in reason and str(ROOT) not in reason
         if message.get("model") is unusable_model:
-            # What diverges says so by a code; the text speaks of the run only.
+            # The code reports divergence; the text describes only the run.
             assert reply.error.code == messages.DIVERGED
         else:
             assert "SiteError" in reason
@@ -124,7 +124,7 @@ def test_whole_error_is_in_the_nodes_own_log(
 def test_simulated_clients_unusable_images_have_a_code_of_their_own(
     tmp_path: Path,
 ) -> None:
-    """The text may name files: they are on the server's machine."""
+    """The text may name files, since they are on the server's machine."""
     config = site_run(
         dataset__name="image-folder", dataset__root=str(tmp_path / "nowhere")
     )
@@ -151,7 +151,7 @@ def test_node_that_was_told_nothing_is_no_simulated_client(
         assert reply.has_error() and "PRIVATE" not in told(reply)
 
 
-# Rule, what a run has that it forbids, what it has that is allowed, and the reason.
+# Rule, forbidden setting of a run, allowed setting, and reason of the refusal.
 RULES: list[tuple[dict[str, Any], dict[str, Scalar], dict[str, Scalar], str]] = [
     (
         {"min_class_samples": 4},
@@ -242,7 +242,7 @@ def test_run_against_a_rule_is_refused_in_every_answer_and_at_both_ends(
 
 
 def test_hub_and_folders_may_be_allowed(tmp_path: Path, folder: Path) -> None:
-    """Then the query, which loads nothing, is answered."""
+    """The query, which loads nothing, is answered then."""
     teachers = tmp_path / "teachers"
     teachers.mkdir()
     (teachers / "elsewhere").symlink_to("/etc")
@@ -290,7 +290,7 @@ def test_only_the_sites_teachers_are_loaded(
     node = SiteNode(folder, {"teachers": f"{'0' * 12}, {own[:12]}"})
     for kind in ("train", "evaluate"):
         works(node.ask(kind, config, teacher_fingerprint=own, **wanted))
-    # The server says that it is an allowed one, but the weights here are others.
+    # The server names an allowed fingerprint, but the weights here are others.
     node = SiteNode(folder, {"teachers": "ab" * 8})
     for kind in ("train", "evaluate"):
         reply = node.ask(kind, config, teacher_fingerprint="ab" * 32, **wanted)
@@ -310,7 +310,7 @@ def test_only_the_sites_teachers_are_loaded(
 
 
 def test_sites_own_least_number_holds_whatever_the_run_says(folder: Path) -> None:
-    """Also where the run asks for more."""
+    """The site's number applies even if the run asks for more."""
     assert set(gradients(SiteNode(folder).ask("train", site_run()))) == {
         "circle",
         "star",
@@ -337,7 +337,7 @@ def test_sites_own_least_number_holds_whatever_the_run_says(folder: Path) -> Non
 def test_class_with_few_validation_images_is_not_evaluated(
     tmp_path: Path, rules: dict[str, Any], classes: set[str]
 ) -> None:
-    """A copy of an image does not make another image of it."""
+    """A copy of an image does not count as another image."""
     folder = write_site(tmp_path / "private", {"circle": 40, "star": 40})
     config = site_run(dataset__validation_share=0.5)
     files = {"circle": 3, "star": 2}
@@ -352,14 +352,14 @@ def test_class_with_few_validation_images_is_not_evaluated(
 
 
 def validation_files(folder: Path, dataset: Any) -> list[Path]:
-    """Return the files that evaluate."""
+    """Return the files of the validation images."""
     source = open_site(dataset, folder).test
     assert isinstance(source, FileSource)
     return list(source.paths)
 
 
 def keep_validation(folder: Path, dataset: Any, counts: dict[str, int]) -> None:
-    """Remove validation images until so many of each class are left."""
+    """Remove validation images until the given number of each class is left."""
     for name, count in counts.items():
         files = [p for p in validation_files(folder, dataset) if p.parent.name == name]
         assert len(files) >= count
@@ -374,7 +374,7 @@ def test_message_sizes_are_bounded(folder: Path) -> None:
         works(SiteNode(folder, {key: 1.5 * mib}).ask("train", site_run()))
         reason = refusal(SiteNode(folder, {key: 0.5 * mib}).ask("train", site_run()))
         assert f"site's {key.replace('_', '-')} is" in reason
-    # Nothing but arrays would be easy to get round.
+    # A limit on arrays alone would be easy to avoid.
     node = SiteNode(folder, {"max_request_mib": 1.5 * mib})
     reply = node.ask("train", site_run(), padding="x" * int(2**20 * mib))
     assert "max-request-mib" in refusal(reply)
@@ -398,7 +398,7 @@ def test_a_query_is_no_run(folder: Path) -> None:
 
 
 def test_rounds_are_counted_and_asking_again_counts(folder: Path) -> None:
-    """Training and evaluation each; in every run anew."""
+    """Training and evaluation are counted separately, and anew in every run."""
     node = SiteNode(folder, {"max_rounds": 2})
     for run in (2**63 + 5, 4):
         works(node.ask("query", site_run(), run=run))

@@ -1,4 +1,4 @@
-"""Local training against plain loops; distillation also against the reference."""
+"""Test local training against plain loops, and distillation against the reference."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ from tests import reference
 def slow_distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float
 ) -> float:
-    """Sum T^2 p (log p - log q) over classes, one sample at a time; then the mean."""
+    """Return the mean over samples of the sum over classes of T^2 p (log p - log q)."""
 
     def softmax(logits: list[float]) -> list[float]:
         largest = max(logits)
@@ -64,7 +64,7 @@ def test_distillation_equals_the_reference() -> None:
 def test_distillation_equals_the_slow_version(
     seed: int, samples: int, classes: int, temperature: float
 ) -> None:
-    """For every shape and temperature; it is never negative."""
+    """Holds for every shape and temperature; the loss is never negative."""
     student = random_logits(seed, samples, classes)
     teacher = random_logits(seed + 1, samples, classes)
     loss = distillation_loss(student, teacher, temperature).item()
@@ -74,7 +74,7 @@ def test_distillation_equals_the_slow_version(
 
 
 def test_distillation_of_equal_logits_is_zero() -> None:
-    """Nothing to learn, and no gradient; constants per sample do not count."""
+    """The gradient is zero too; constants per sample do not count."""
     teacher = random_logits(0, 5, 4)
     student = (teacher + torch.arange(5)[:, None]).requires_grad_()
     loss = distillation_loss(student, teacher, 3.0)
@@ -85,7 +85,7 @@ def test_distillation_of_equal_logits_is_zero() -> None:
 
 
 def test_distillation_scales_with_the_square_of_the_temperature() -> None:
-    """Logits T times as large at T give T^2 the loss at 1."""
+    """Logits and temperature T times as large give T^2 times the loss."""
     student, teacher = random_logits(0, 5, 4), random_logits(1, 5, 4)
     for temperature in (0.5, 3.0, 10.0):
         scaled = distillation_loss(
@@ -116,7 +116,7 @@ def small_problem() -> tuple[ImageClassifier, torch.Tensor, torch.Tensor, torch.
 
 
 def test_offsets_are_logs_of_the_clients_own_shares() -> None:
-    """Six, three and one of ten images; the class nobody holds is left out."""
+    """Six, three and one of ten images; the class without images has -infinity."""
     labels = torch.tensor([0] * 6 + [1] * 3 + [3])
     offsets = logit_offsets(labels, 4, 2.0)
     expected = [2 * math.log(0.6), 2 * math.log(0.3), -math.inf, 2 * math.log(0.1)]
@@ -143,7 +143,7 @@ def test_adjusted_loss_is_the_pairwise_form(seed: int, strength: float) -> None:
 
 
 def test_classes_that_a_client_lacks_are_left_alone() -> None:
-    """Their rows of the classifier do not move, and the others are trained."""
+    """The classifier's rows of these classes do not move; the others are trained."""
     model, images, labels, _ = small_problem()
     labels = labels.clamp(max=1)
     before = copy.deepcopy(model.classifier)
@@ -219,7 +219,7 @@ def test_training_equals_a_plain_loop(alpha: float, mu: float, tau: float) -> No
 
 
 def test_training_that_diverges_names_the_learning_rate() -> None:
-    """A loss of NaN stops with the key to change."""
+    """A NaN loss raises an error that names the key to change."""
     model, images, labels, _ = small_problem()
     with pytest.raises(FloatingPointError, match="client.learning-rate"):
         train_locally(
@@ -238,7 +238,7 @@ def test_training_that_diverges_names_the_learning_rate() -> None:
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_class_gradients_of_images_equal_the_reference(draws: int) -> None:
-    """Without augmentation and with all images every draw is the reference's."""
+    """Without augmentation and with all images, every draw matches the reference."""
     model = reference.resnet8()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = class_gradients(
@@ -266,7 +266,7 @@ def test_class_gradients_of_images_equal_the_reference(draws: int) -> None:
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_class_gradients_follow_the_generator(augment: bool) -> None:
-    """Few samples of each class are drawn anew; the seed decides which."""
+    """The seed decides which few samples of each class are drawn."""
     model, images, labels, _ = small_problem()
     results = [
         class_gradients(
@@ -291,7 +291,7 @@ def test_class_gradients_follow_the_generator(augment: bool) -> None:
 
 
 def test_class_gradients_are_the_mean_over_augmented_draws() -> None:
-    """As the released code: class by class, draw by draw, automatic derivatives."""
+    """The slow version follows the released code: class by class and draw by draw."""
     model, images, labels, _ = small_problem()
     weight, bias = model.classifier.weight, model.classifier.bias
     gradients = class_gradients(
@@ -375,7 +375,7 @@ def test_pixels_train_as_normalised_images_do() -> None:
 
 
 def test_mixed_precision_stays_near_single_precision() -> None:
-    """bfloat16 keeps 8 bits: losses agree to 2 %, weights stay in float32."""
+    """bfloat16 keeps 8 bits: losses agree within 2 %, weights stay in float32."""
     model, images, labels, teacher = small_problem()
     losses = []
     for precision in (torch.float32, torch.bfloat16):
@@ -400,7 +400,7 @@ def test_mixed_precision_stays_near_single_precision() -> None:
 
 
 def test_augmentation_per_image_differs_within_a_batch() -> None:
-    """The option reaches the crop: training takes another course."""
+    """The option changes the crop, so the training takes another course."""
     model, images, labels, _ = small_problem()
     weights = []
     for per_image in (False, True):

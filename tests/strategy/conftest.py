@@ -1,4 +1,4 @@
-"""What tests of strategies need of Flower."""
+"""Fixtures that tests of strategies need from Flower."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.flower_private import act_as_flower_process
 
 @pytest.fixture(autouse=True)
 def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be what Flower takes for one of its processes, which messages ask for."""
+    """Identify as one of Flower's processes, as messages require."""
     act_as_flower_process(monkeypatch.setattr)

@@ -33,12 +33,12 @@ from tests.stand_in_grid import StandInGrid
 M = TypeVar("M", bound=Method)
 
 NODES = (71, 13)
-# Of each partition.
+# Number of images of each partition.
 IMAGES = 1000
 
 
 class FakeGrid(StandInGrid):
-    """Nodes that exist; messages are handed to and fro by the tests."""
+    """A grid with node ids only; tests pass the messages themselves."""
 
     def __init__(self, nodes: Sequence[int] = NODES) -> None:
         self._nodes = list(nodes)
@@ -65,9 +65,10 @@ def client_plan(
 
 
 def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Scalar]:
-    """Return changes of the configuration that concern every method.
+    """Return settings that concern every method, by configuration key.
 
-    Of ``privacy`` or ``ema`` where they begin with it, else of ``aggregation``.
+    Names that begin with ``privacy`` or ``ema`` belong to those sections; all others
+    belong to ``aggregation``.
     """
     return {
         "federation__min_replies": min_replies,
@@ -82,7 +83,7 @@ def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Scalar]:
 
 @dataclass(frozen=True)
 class FakeTeacher:
-    """What methods ask of a teacher."""
+    """The part of a teacher that methods use."""
 
     prototypes: torch.Tensor
     fingerprint: str = "fingerprint-of-the-teacher"
@@ -134,7 +135,7 @@ def global_model() -> ArrayRecord:
 def configure(
     strategy: Method, arrays: ArrayRecord, server_round: int = 1
 ) -> list[Message]:
-    """Return a round's requests, as they arrive: without shared state."""
+    """Return a round's requests as they arrive, sharing no state with the sender."""
     assert isinstance(strategy.clients, SimulatedClients)
     grid = FakeGrid(strategy.clients.nodes)
     requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
@@ -142,7 +143,7 @@ def configure(
 
 
 def random_model(like: ArrayRecord, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return another model's arrays of the same shapes."""
+    """Return random arrays with the shapes of another model."""
     rng = np.random.default_rng(seed)
     model = {
         name: rng.normal(size=tuple(array.shape)).astype(np.float32)
@@ -162,7 +163,7 @@ def train_reply(
     precision: Precision = "full",
     **metrics: float,
 ) -> Message:
-    """Return a good reply to a request; ``_`` in a metric's name stands for ``-``."""
+    """Return a good reply to a request; ``_`` in a metric's name becomes ``-``."""
     config = request.content.config_records[messages.CONFIG]
     values: dict[str, int | float] = {
         messages.PARTITION: cast(int, config[messages.PARTITION]),
@@ -189,12 +190,12 @@ def train_reply(
 
 
 def error_reply(request: Message, reason: str, code: int = 2) -> Message:
-    """Return an error; by default what Flower sends when a ClientApp raised."""
+    """Return an error; by default the one Flower sends after a ClientApp raised."""
     return Message(Error(code, reason), reply_to=request)
 
 
 def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
-    """Return how many bytes the arrays take in numpy's own format (Flower's too)."""
+    """Return the size of the arrays in numpy's own format, which Flower uses too."""
     total = 0
     for array in arrays:
         buffer = io.BytesIO()
@@ -206,7 +207,7 @@ def wire_bytes(arrays: Iterable[npt.NDArray[np.generic]]) -> int:
 def random_gradients(
     classes: Sequence[int], shape: tuple[int, int], seed: int
 ) -> dict[int, ClassGradient]:
-    """Return class gradients of a classifier of shape [C, d], as four images have."""
+    """Return class gradients of a classifier of shape [C, d], each from four images."""
     generator = torch.Generator().manual_seed(seed)
     gradients = {}
     for c in classes:

@@ -1,4 +1,4 @@
-"""Synthesis written as the released code computes it: loops, automatic derivatives."""
+"""Slow synthesis, as in the released code: loops and automatic differentiation."""
 
 from collections.abc import Mapping
 
@@ -37,7 +37,7 @@ def random_problem(
 def contrastive_loss(
     features: torch.Tensor, text_features: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Build the [C*m, C*m] similarities of features and their prototypes."""
+    """Return the loss from the [C*m, C*m] similarities of features and prototypes."""
     num_classes, per_class, dim = features.shape
     flat = features.reshape(-1, dim)
     prototypes = text_features.repeat_interleave(per_class, dim=0)
@@ -56,7 +56,7 @@ def matching_loss(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Differentiate cross-entropy per class, compare row by row."""
+    """Return the loss, differentiating cross-entropy class by class, row by row."""
     weight = weight.clone().requires_grad_()
     bias = bias.clone().requires_grad_()
     loss = features.new_zeros(())
@@ -82,7 +82,7 @@ def synthesis_gradient(
     contrast_weight: float,
     temperature: float,
 ) -> torch.Tensor:
-    """Differentiate the two slow losses."""
+    """Return the derivative of the two slow losses by automatic differentiation."""
     features = features.clone().requires_grad_()
     loss = matching_loss(features, gradients, weight, bias) + 0 * features.sum()
     if text_features is not None:

@@ -1,4 +1,4 @@
-"""Seeded sampling, checked replies and aggregation, against slow versions by hand."""
+"""Test sampling, checks of replies and aggregation against slow versions."""
 
 import itertools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from tests.strategy.messages import (
 
 
 def test_sampling_is_pinned() -> None:
-    """A change here makes every run of a given seed another experiment."""
+    """If this sample changes, all runs of a given seed give other results."""
     plan = client_plan(clients=10, per_round=5, seed=7)
     assert [plan.sample(r) for r in (1, 2, 3)] == [
         [2, 4, 6, 8, 9],
@@ -64,7 +64,7 @@ def test_all_clients_can_train() -> None:
 
 @pytest.mark.parametrize("nodes", [(71, 13), (8, 900, 15, 2, 77)])
 def test_requests_name_partition_code_and_round(nodes: tuple[int, ...]) -> None:
-    """Two nodes, or five, simulate ten clients: a node gets a message for each."""
+    """If two or five nodes simulate ten clients, a node gets one message per client."""
     plan = client_plan(clients=10, per_round=10, nodes=nodes)
     arrays = global_model()
     requests = configure(made(FedAvg, plan, **safeguards()), arrays, server_round=4)
@@ -108,7 +108,7 @@ def good_replies(requests: list[Message], arrays: ArrayRecord) -> list[Message]:
 def slow_mean(
     arrays: ArrayRecord, weights: dict[int, int]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Average in double precision; the model of seed s weighs ``weights[s]``."""
+    """Return the mean in double precision; the model of seed s has ``weights[s]``."""
     mean = {}
     for name in arrays:
         total = sum(
@@ -151,7 +151,7 @@ def test_order_of_replies_changes_no_bit() -> None:
     orders = list(itertools.permutations(range(4)))
     first = outcome(orders[0], sort=True)
     assert all(outcome(order, sort=True) == first for order in orders)
-    # Flower alone sums in the order of arrival, which does change bits here.
+    # Flower alone sums in order of arrival, which changes bits here.
     assert any(outcome(order, sort=False)[0] != first[0] for order in orders)
 
 
@@ -285,7 +285,7 @@ def test_bad_reply_is_dropped_and_the_rest_used(
 def test_reply_for_another_nodes_partition_is_dropped(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
-    """Even where that partition was asked for, of another node."""
+    """The reply is dropped even if another node was asked for that partition."""
     arrays = global_model()
     strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
     first, second = configure(strategy, arrays)
@@ -300,7 +300,7 @@ def test_reply_for_another_nodes_partition_is_dropped(
 def test_of_two_replies_for_one_partition_none_is_used(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
-    """Which came first is chance; the outcome must not be."""
+    """Which reply came first is chance, so the outcome must not depend on it."""
     arrays = global_model()
     for order in itertools.permutations(range(3)):
         flower_log.clear()
@@ -362,7 +362,7 @@ def test_no_reply_at_all_stops() -> None:
 
 
 def test_unreadable_images_at_a_client_stop_the_run() -> None:
-    """Though the other replies are good. The error's code says so, not its text."""
+    """The run stops although the other replies are good. The error's code decides."""
     arrays = global_model()
     strategy = made(FedAvg, client_plan(), **safeguards())
     requests = configure(strategy, arrays)
@@ -379,7 +379,7 @@ def test_unreadable_images_at_a_client_stop_the_run() -> None:
 
 
 def test_bytes_are_those_on_the_wire() -> None:
-    """All requests count downwards, the replies that were used upwards."""
+    """All requests count for the download, used replies for the upload."""
     arrays = global_model()
     strategy = made(FedAvg, client_plan(), **safeguards())
     requests = configure(strategy, arrays)
@@ -393,7 +393,7 @@ def test_bytes_are_those_on_the_wire() -> None:
 
 
 def test_metrics_are_averaged_or_summed() -> None:
-    """Losses weigh by images; images and seconds are totals."""
+    """Losses are averaged by images; images and seconds are summed."""
     arrays = global_model()
     strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
     first, second = configure(strategy, arrays)

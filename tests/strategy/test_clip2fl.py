@@ -1,4 +1,4 @@
-"""CLIP2FL adds two terms to CReFF, each of which can be switched off."""
+"""Test that CLIP2FL adds two terms to CReFF, and that each can be switched off."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ PROTOTYPES = functional.normalize(
 def strategies(
     text_features: torch.Tensor = PROTOTYPES, **changes: Scalar
 ) -> tuple[CLIP2FL, CReFF]:
-    """Return a small CLIP2FL and the CReFF on which it builds."""
+    """Return a small CLIP2FL and the CReFF that it extends."""
     settings: dict[str, Scalar] = {
         "synthesis__steps": 6,
         "synthesis__contrast_weight": 0.5,
@@ -55,7 +55,7 @@ def strategies(
 
 
 def one_round(strategy: CReFF, classes: list[int]) -> None:
-    """Let two clients that hold these classes take part in round 1."""
+    """Run round 1 with two clients that hold these classes."""
     arrays = global_model()
     replies = [
         train_reply(
@@ -70,7 +70,7 @@ def one_round(strategy: CReFF, classes: list[int]) -> None:
 
 
 def test_requests_switch_distillation_on() -> None:
-    """Besides that they are CReFF's."""
+    """The requests equal CReFF's otherwise."""
     clip2fl, creff = strategies()
     arrays = global_model()
     for request, plain in zip(
@@ -133,7 +133,7 @@ def test_round_equals_its_parts_called_by_hand() -> None:
 
 
 def test_class_held_by_nobody_moves_to_its_prototype_only() -> None:
-    """As plain gradient descent on the contrastive loss moves it."""
+    """The features move like plain gradient descent on the contrastive loss."""
     strategy, creff = strategies()
     expected = strategy.features.clone()
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""CLIP2FL with momentum: FedAvgM's model, CLIP2FL's features and classifier."""
+"""Test CLIP2FL with momentum: FedAvgM's model, CLIP2FL's features and classifier."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -32,7 +32,7 @@ S = TypeVar("S", bound=CLIP2FL)
 def strategy(
     cls: type[S], momentum: Mapping[str, Scalar] | None = None, rule: str = "mean"
 ) -> S:
-    """Return a small CLIP2FL, with momentum or without."""
+    """Return a small CLIP2FL, with or without momentum."""
     prototypes = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
     return made(
         cls,
@@ -49,7 +49,7 @@ def strategy(
 
 
 def one_round(method: Method, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
-    """Return the next global model; clients answer with what depends on the round."""
+    """Return the next global model; the clients' replies depend on the round."""
     replies = [
         train_reply(
             request,
@@ -73,7 +73,7 @@ def assert_same(a: ArrayRecord, b: ArrayRecord) -> None:
 
 
 def test_each_half_is_that_of_its_method() -> None:
-    """Models to the last bit FedAvgM's, features and classifier CLIP2FL's."""
+    """Models equal FedAvgM's to the last bit, features and classifier CLIP2FL's."""
     both = strategy(CLIP2FLM, MOMENTUM)
     clip2fl = strategy(CLIP2FL)
     fedavgm = made(FedAvgM, client_plan(), **MOMENTUM, **safeguards())
@@ -90,7 +90,7 @@ def test_each_half_is_that_of_its_method() -> None:
 
 
 def test_state_holds_momentum_features_and_classifier() -> None:
-    """A strategy that takes it back goes on as the one that gave it."""
+    """A strategy with the restored state continues like the original."""
     first, second = (strategy(CLIP2FLM, MOMENTUM) for _ in range(2))
     model = one_round(first, one_round(first, global_model(), 1), 2)
     second.load_state(first.state())

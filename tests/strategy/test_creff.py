@@ -1,4 +1,4 @@
-"""CReFF's round: what goes out, what comes back, and what the server makes of it."""
+"""Test CReFF's round: its requests, its replies and the server's new state."""
 
 import copy
 from typing import Literal
@@ -36,7 +36,7 @@ from tests.strategy.messages import (
 )
 
 CLASSES, PER_CLASS, DIM = 3, 4, 6
-# Who holds which classes; seeds of the gradients are the keys.
+# The classes that each client holds. The keys seed the gradients.
 HELD = {0: [0, 1, 2], 1: [1], 2: [2, 1]}
 
 
@@ -104,7 +104,7 @@ def test_requests_carry_the_classifier() -> None:
 
 
 def test_initial_state_comes_from_the_seed() -> None:
-    """Standard normal features and a fresh linear layer, the same for the same seed."""
+    """The same seed gives the same standard normal features and linear layer."""
     first, same, other = creff(7), creff(7), creff(8)
     assert first.features.shape == (CLASSES, PER_CLASS, DIM)
     assert torch.equal(first.features, same.features)
@@ -123,7 +123,7 @@ def test_initial_state_comes_from_the_seed() -> None:
 def test_round_equals_its_parts_called_by_hand(
     init: Literal["fresh", "warm"], steps: tuple[float, float]
 ) -> None:
-    """Two rounds, each with the features and the classifier of the one before."""
+    """Each of two rounds starts from the features and classifier of the one before."""
     strategy = creff(init=init, final_step=steps[1] if steps[1] != steps[0] else 0.0)
     classifier = copy.deepcopy(strategy.classifier)
     features = strategy.features.clone()
@@ -171,7 +171,7 @@ def test_round_equals_its_parts_called_by_hand(
 def test_coded_gradients_are_used_as_the_clients_encoded_them(
     precision: Precision,
 ) -> None:
-    """Class 0 has one direction at each client and is low-rank, the others dense."""
+    """Class 0 has one direction at each client and is low-rank; others are dense."""
     strategy = creff(
         upload={"upload__precision": precision, "upload__min_cosine": 0.99}
     )
@@ -213,7 +213,7 @@ def test_coded_gradients_are_used_as_the_clients_encoded_them(
 def test_gradients_that_were_not_asked_for_are_dropped(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
-    """Here: of another precision than the run's."""
+    """Here the gradients have another precision than the run."""
     strategy = creff(upload={"upload__precision": "half"})
     replies = round_of(strategy, HELD)
     request = configure(strategy, global_model())[1]
@@ -317,7 +317,7 @@ def test_bad_gradients_are_dropped_with_their_model(
     bad: dict[int, ClassGradient] | None,
     reason: str,
 ) -> None:
-    """The state is what the other clients alone would have brought about."""
+    """The state is the same as without the client that sent them."""
     strategy, expected = creff(), creff()
     arrays = global_model()
     replies = round_of(strategy, HELD)

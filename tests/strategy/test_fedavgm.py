@@ -1,4 +1,4 @@
-"""FedAvgM against the update rule written out, and BatchNorm kept sane."""
+"""Test FedAvgM against the written-out update rule, and BatchNorm's statistics."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 def rounds_of(strategy: Method, numbers: Sequence[int]) -> list[Arrays]:
-    """Return the global model after each round; clients answer with random models."""
+    """Return the global model after each round; clients reply with random models."""
     arrays = global_model()
     results = []
     for server_round in numbers:
@@ -44,7 +44,7 @@ def rounds_of(strategy: Method, numbers: Sequence[int]) -> list[Arrays]:
 def test_weights_follow_the_rule_and_statistics_the_average(
     momentum: float, rate: float
 ) -> None:
-    """Momentum v = m v + (w - average), w = w - rate v; none for statistics."""
+    """Momentum v = m v + (w - average), w = w - rate v; statistics have no momentum."""
     numbers = (1, 2, 3, 4)
     averages = rounds_of(made(FedAvg, client_plan(), **safeguards()), numbers)
     found = rounds_of(

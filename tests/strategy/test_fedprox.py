@@ -1,4 +1,4 @@
-"""FedProx switches the proximal term on, and nothing else."""
+"""Test that FedProx switches the proximal term on and changes nothing else."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The mean of low-rank gradients is that of the dense ones, and no larger."""
+"""Test that the mean of low-rank gradients equals the dense mean, and is no larger."""
 
 import gc
 import weakref
@@ -50,7 +50,7 @@ def dense(seed: int) -> ClassGradient:
     )
 )
 def test_mean_equals_the_dense_mean(ranks: list[dict[int, int]]) -> None:
-    """Any mixture of dense (rank 0) and low-rank gradients, in any order."""
+    """Gradients may be dense (rank 0) or low-rank, in any mixture and order."""
     replies: list[dict[int, CodedGradient]] = [
         {
             c: low_rank(rank, 10 * k + c) if rank else dense(10 * k + c)
@@ -100,7 +100,7 @@ def test_mean_of_coded_gradients_is_within_the_bound() -> None:
 
 
 def test_replies_are_taken_one_at_a_time_and_let_go() -> None:
-    """When a reply is asked for, at most the one before it is still in memory."""
+    """When a reply is requested, at most the previous one is still in memory."""
     rng = np.random.default_rng(0)
     decoded: list[weakref.ref[npt.NDArray[np.float32]]] = []
 

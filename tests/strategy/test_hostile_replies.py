@@ -1,4 +1,4 @@
-"""Whatever a client sends: the server goes on, and moves no further than allowed."""
+"""Test that no reply can stop the server, or move it further than allowed."""
 
 import logging
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from tests.strategy.messages import (
 CLASSES, DIM = 3, 6
 BOUND = 2.0
 NODES = (71, 13, 5)
-HOSTILE = 1  # its partition; node 13
+HOSTILE = 1  # partition of the hostile client, on node 13
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -48,7 +48,7 @@ TYPES = st.sampled_from(["<f8", "<f2", "<i4", "<i8", "<u2", "|b1", "<c8", "<U3",
 
 
 def some_array(draw: Draw, reply: Message) -> tuple[ArrayRecord, str] | None:
-    """Choose an array of the reply."""
+    """Return an array of the reply, chosen at random."""
     found = [
         (record, name)
         for record in reply.content.array_records.values()
@@ -58,7 +58,7 @@ def some_array(draw: Draw, reply: Message) -> tuple[ArrayRecord, str] | None:
 
 
 def change_array(draw: Draw, reply: Message) -> None:
-    """Make an array missing, unknown, of another shape, type or value, or no array."""
+    """Remove or rename an array, or change its shape, type, values or bytes."""
     chosen = some_array(draw, reply)
     if chosen is None:
         return
@@ -89,7 +89,7 @@ def change_array(draw: Draw, reply: Message) -> None:
     else:
         try:
             values = array.numpy()
-        except Exception:  # changed before
+        except Exception:  # changed by an earlier call
             return
         if kind == "shape":
             shape = draw(st.lists(st.integers(0, 4), max_size=4))
@@ -106,7 +106,7 @@ def change_array(draw: Draw, reply: Message) -> None:
 
 
 def change_metrics(draw: Draw, reply: Message) -> None:
-    """Make a metric absurd, missing or unknown."""
+    """Make a metric extreme, missing or unknown."""
     metrics = reply.content.metric_records.get(messages.METRICS)
     if not metrics:
         return
@@ -121,7 +121,7 @@ def change_metrics(draw: Draw, reply: Message) -> None:
 
 
 def change_records(draw: Draw, reply: Message) -> None:
-    """Take away, add or replace a whole record."""
+    """Remove, add or replace a whole record."""
     name = draw(st.sampled_from([*reply.content, "more", messages.GRADIENTS]))
     kind = draw(st.sampled_from(["remove", "arrays", "metrics", "config"]))
     if kind == "remove":
@@ -137,7 +137,7 @@ def change_records(draw: Draw, reply: Message) -> None:
 
 
 def change_classes(draw: Draw, reply: Message) -> None:
-    """Claim other classes or ranks."""
+    """Claim other classes or other ranks."""
     gradients = reply.content.array_records.get(messages.GRADIENTS)
     if gradients:
         name = draw(st.sampled_from(["classes", "ranks"]))
@@ -215,7 +215,7 @@ class Lines(logging.Handler):
 def check_hostile(
     data: st.DataObject, method: str, aggregation: dict[str, Any]
 ) -> None:
-    """Let one of three clients send anything, and check what the server makes of it."""
+    """Let one of three clients send anything, and check the server's result."""
     arrays = global_model()
     strategy, honest = make(method, aggregation), make(method, aggregation)
     requests, replies = replies_of(strategy, arrays)
@@ -295,7 +295,7 @@ def test_hostile_reply_at_length(
 
 
 def test_good_reply_is_used_and_one_far_out_is_not() -> None:
-    """Otherwise the property above could hold because one verdict never comes."""
+    """Both verdicts occur; otherwise the property above could hold trivially."""
     arrays = global_model()
     strategy = make("creff", {"rule": "mean", "trim": 0.34, "max_update_norm": 0.0})
     _, good = replies_of(strategy, arrays)

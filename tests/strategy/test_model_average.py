@@ -1,4 +1,4 @@
-"""The average over rounds against its formula, written out in double precision."""
+"""Test the average over rounds against its formula in double precision."""
 
 import numpy as np
 import pytest

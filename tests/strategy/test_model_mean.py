@@ -1,4 +1,4 @@
-"""One model out of many, against Flower's own strategies."""
+"""Test the combined model against Flower's own strategies."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +67,7 @@ def test_every_rule_is_flowers_to_the_last_bit(
 def test_momentum_of_weights_is_flowers_to_the_last_bit(
     momentum: float, rate: float
 ) -> None:
-    """BatchNorm's statistics are not compared: they take no momentum here."""
+    """BatchNorm's statistics are not compared, since they take no momentum here."""
     changes: dict[str, Scalar] = {
         "fedavgm__momentum": momentum,
         "fedavgm__learning_rate": rate,
@@ -93,7 +93,7 @@ def test_momentum_of_weights_is_flowers_to_the_last_bit(
 
 
 def test_noise_comes_before_the_servers_momentum() -> None:
-    """What later rounds show of a round's update has been covered by its noise."""
+    """So later rounds reveal no more of a round's update than the noise allows."""
     noise: dict[str, Scalar] = safeguards(
         max_update_norm=0.5, privacy__update_noise_multiplier=3.0
     )

@@ -1,4 +1,4 @@
-"""Replies out of all proportion are dropped, and honest ones are not."""
+"""Test that replies of extreme size are dropped, and honest ones are kept."""
 
 from statistics import median_low
 
@@ -43,7 +43,7 @@ def test_one_far_out_is_dropped_among_three(factor: float) -> None:
 
 @pytest.mark.parametrize("clients", [1, 2])
 def test_without_a_majority_the_model_itself_is_the_measure(clients: int) -> None:
-    """Its norm is 4; neither the long nor the short update decides on the other."""
+    """The model's norm is 4; neither the long nor the short update judges the other."""
     rule = LengthRule(10)
     long = {0: ReplySize(100, 41.0, 2.0), 1: ReplySize(100, 1e-9, 2.0)}
     found = {c: long[c] for c in range(clients)}
@@ -94,7 +94,7 @@ def test_a_minority_neither_gets_far_nor_has_honest_ones_dropped(
     dropped = LengthRule(10).too_long(found, SENT)
     assert not set(dropped) & set(range(len(honest)))
     used = [size.update for c, size in found.items() if c not in dropped]
-    # The median lies among the honest lengths, which are 4 at most.
+    # The median is one of the honest lengths, which are at most 4.
     assert max(used) <= 40
     assert median_low(used) <= 4
 

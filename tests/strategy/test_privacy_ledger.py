@@ -1,4 +1,4 @@
-"""Accounting against the exact Gaussian bound, and noise on the mean update."""
+"""Test the accounting against the exact Gaussian bound, and noise on the update."""
 
 import math
 import tomllib
@@ -32,7 +32,7 @@ DELTA = 1e-5
 
 
 def exact_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """Solve Balle and Wang's (2018) exact delta of Gaussian releases for epsilon."""
+    """Return epsilon from Balle and Wang's (2018) exact delta of Gaussian releases."""
     mu = math.sqrt(releases) / noise_multiplier
     cumulative = NormalDist().cdf
     low, high = 0.0, 200.0
@@ -46,7 +46,7 @@ def exact_epsilon(noise_multiplier: float, releases: int, delta: float) -> float
 
 
 def classic_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """Convert Renyi divergence by Mironov's (2017) Proposition 3, best order."""
+    """Return epsilon from Renyi divergence by Mironov's (2017) Prop. 3, best order."""
     rho = releases / (2 * noise_multiplier**2)
     return rho + 2 * math.sqrt(rho * math.log(1 / delta))
 
@@ -62,7 +62,8 @@ def test_epsilon_lies_between_the_exact_and_the_classic_bound(
     found = epsilon(noise_multiplier, releases, delta)
     exact = exact_epsilon(noise_multiplier, releases, delta)
     assert exact * (1 - 1e-6) <= found
-    # Orders are a grid, which costs some percent where the best one is off it.
+    # The orders form a grid; if the best order is off the grid, epsilon is some percent
+    # larger.
     assert found <= 1.05 * classic_epsilon(noise_multiplier, releases, delta) + 0.01
 
 
@@ -71,7 +72,7 @@ def test_nothing_released_costs_nothing() -> None:
 
 
 def test_ledger_tells_the_worst_off() -> None:
-    """A client asked three times decides; others do not add to it."""
+    """The client asked three times decides; other clients do not add to it."""
     ledger = PrivacyLedger({"class_gradients": 2.0, "updates": 0.0}, DELTA)
     for client in (3, 1, 3, 2, 3, 1):
         ledger.note(client)
@@ -106,7 +107,7 @@ def test_methods_without_class_gradients_claim_nothing_about_them() -> None:
 
 
 def test_noise_on_the_mean_update() -> None:
-    """Clients count the same; the deviation is that of one turned-around update."""
+    """All clients have equal weight; the deviation covers one reversed update."""
     arrays = global_model()
 
     def aggregated(noise: float, examples: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -164,7 +165,7 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
 
 
 def test_demo_comparison_has_the_noise_that_it_says() -> None:
-    """After 23 releases, and the attack benchmark takes the same multipliers."""
+    """The attack benchmark uses the same multipliers, after 23 releases."""
     text = (ROOT / "conf" / "demo-privacy.toml").read_text("utf-8")
     variants = tomllib.loads(text)["variants"]
     for target, multiplier in NOISE.items():

@@ -1,4 +1,4 @@
-"""Who is left out after a bad model, and for how long."""
+"""Test which clients are left out after a bad model, and for how long."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Methods by name, and the how-to that adds one."""
+"""Test the methods by name, and the guide for adding one."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_method_takes_its_settings_from_the_configuration(
         prototypes = chosen.teacher.text_features(chosen.class_names)
         assert strategy.text_features is not None
         assert torch.equal(strategy.text_features, prototypes)
-    # What a report shows of it; only methods with features of their own have some.
+    # Tensors that a report may show; only methods with federated features have some.
     wanted: dict[type[Method], set[str]] = {
         CLIP2FL: {"features", "text_features"},
         CLIP2FLM: {"features", "text_features"},

@@ -1,4 +1,4 @@
-"""Each hook of a continued run gets the number that its round has in the whole run."""
+"""Test that each hook of a continued run gets the round's number in the whole run."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ DONE = 4
 
 
 class Recorder(Strategy):
-    """Notes the round number of every call."""
+    """Record the round number of every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -34,7 +34,7 @@ class Recorder(Strategy):
         self.calls.append(("aggregate_evaluate", server_round))
 
     def summary(self) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _NoNodes(StandInGrid):

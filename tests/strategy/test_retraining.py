@@ -1,4 +1,4 @@
-"""Re-training of the classifier against a plain torch loop."""
+"""Test the re-training of the classifier against a plain torch loop."""
 
 import copy
 
@@ -22,10 +22,10 @@ def slow_retraining(
     generator: torch.Generator,
     initial: nn.Linear | None = None,
 ) -> nn.Linear:
-    """Train with torch's own layer, loss and optimiser.
+    """Return a classifier trained with torch's own layer, loss and optimiser.
 
-    Re-training for no epoch returns the initial classifier and leaves the generator
-    where the shuffling begins.
+    Re-training for zero epochs returns the initial classifier, and leaves the generator
+    where the shuffling starts.
     """
     num_classes, per_class, dim = features.shape
     classifier = retrain_classifier(
@@ -55,14 +55,14 @@ def slow_retraining(
 
 @pytest.mark.parametrize(
     ("num_classes", "per_class", "dim", "batch_size"),
-    # 60 in batches of 32 and 28; 40 in batches of 8; 15 in one; 9 one by one.
+    # 60 samples in batches of 32 and 28; 40 in batches of 8; 15 in one; 9 one by one.
     [(10, 6, 512, 32), (4, 10, 16, 8), (3, 5, 7, 100), (3, 3, 4, 1)],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_equals_a_plain_loop(
     num_classes: int, per_class: int, dim: int, batch_size: int, warm: bool
 ) -> None:
-    """Same initial weights and batches: the same classifier."""
+    """The same initial weights and batches give the same classifier."""
     features = torch.randn(num_classes, per_class, dim, generator=seeded(0))
     before = features.clone()
     initial = nn.Linear(dim, num_classes) if warm else None
@@ -106,7 +106,7 @@ def test_the_generator_decides() -> None:
 
 
 def test_shapes() -> None:
-    """A linear layer from d features to C classes that can be trained further."""
+    """The result is a linear layer from d features to C classes, trainable further."""
     classifier = retrain_classifier(
         torch.zeros(5, 2, 3),
         epochs=1,
@@ -142,7 +142,7 @@ def test_initial_values_are_those_of_a_linear_layer() -> None:
 
 
 def test_learns_separable_features() -> None:
-    """Features around distinct corners are told apart without error."""
+    """Features around distinct corners are classified without error."""
     noise = 0.1 * torch.randn(6, 20, 8, generator=seeded(1))
     features = noise + torch.eye(8)[:6, None, :]
     classifier = retrain_classifier(

@@ -1,4 +1,4 @@
-"""Rules of aggregation and bounds, against slow versions and what they promise."""
+"""Test rules of aggregation and bounds against slow versions and their guarantees."""
 
 import itertools
 import statistics
@@ -43,7 +43,7 @@ def aggregation(**settings: Any) -> Aggregation:
 
 
 def aggregated(clients: int = 5, **settings: Any) -> tuple[FedAvg, ArrayRecord]:
-    """Return a strategy after a round of clients with random models, and its model."""
+    """Return a strategy and its model after a round of clients with random models."""
     arrays = global_model()
     strategy = made(FedAvg, client_plan(clients, clients), **safeguards(**settings))
     replies = [
@@ -56,7 +56,7 @@ def aggregated(clients: int = 5, **settings: Any) -> tuple[FedAvg, ArrayRecord]:
 
 
 def slow_rule(rule: str, trim: float, values: list[float]) -> float:
-    """Return the median or the trimmed mean of some numbers."""
+    """Return the median or the trimmed mean of numbers."""
     if rule == "median":
         return statistics.median(values)
     cut = int(trim * len(values))
@@ -83,7 +83,7 @@ def test_models_are_put_together_coordinate_by_coordinate(
 def test_class_gradients_are_put_together_by_the_same_rule(
     rule: str, trim: float
 ) -> None:
-    """Over the clients that hold the class, low-rank ones among them."""
+    """Only clients that hold the class take part, low-rank gradients among them."""
     held = [[0, 1], [1], [2, 1], [1, 2], [1]]
     replies: list[dict[int, CodedGradient]] = [
         dict(random_gradients(classes, SHAPE, seed))
@@ -227,7 +227,7 @@ def test_trimmed_mean_that_trims_nobody_warns(
 ) -> None:
     settings = safeguards(rule="trimmed-mean", trim=0.2)
     made(FedAvg, client_plan(clients, clients), **settings).summary()
-    said = "aggregation.trim = 0.2 of 4 clients a round cuts nobody off"
+    said = "aggregation.trim = 0.2 of 4 clients a round drops no client"
     assert (said in flower_log.text) == warns
 
 

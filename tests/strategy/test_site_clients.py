@@ -1,4 +1,4 @@
-"""Which node is which site: names, numbers and the registry."""
+"""Test which node is which site: names, numbers and the registry."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -14,18 +14,18 @@ from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 from strategy.site_clients import SiteClients, client_number
 from tests.stand_in_grid import StandInGrid
 
-# Found by trying s1, s2, ...
+# Two names with equal 32-bit numbers, found by trying s1, s2, ...
 SAME_32_BITS = ("s65257", "s96800")
 
 
 def number_32(name: str) -> int:
-    """Return what used to be a site's number: 32 bits."""
+    """Return the 32-bit number that sites had in earlier versions."""
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
 class Nodes(StandInGrid):
-    """A grid of nodes that answer queries with these names."""
+    """A grid of nodes that answer queries with the given names."""
 
     def __init__(self, names: Mapping[int, Any]) -> None:
         self.names = dict(names)
@@ -55,7 +55,7 @@ def ask_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def meet(
     names: Mapping[int, Any], registry: Path | None = None, nodes: Nodes | None = None
 ) -> SiteClients:
-    """Return a plan that has met these nodes."""
+    """Return the sites after meeting these nodes."""
     plan = SiteClients(1, 7, 1000, registry)
     plan.refresh(nodes or Nodes(names))
     return plan
@@ -70,7 +70,7 @@ def registry_file(path: Path, nodes: Mapping[str, int]) -> Path:
 
 
 def labels(plan: SiteClients) -> dict[int, str]:
-    """Return each node that takes part, and what it is called."""
+    """Return the name of each node that takes part."""
     return {plan.node_of(c): plan.label(c) for c in plan.connected()}
 
 
@@ -81,7 +81,7 @@ def test_names_that_share_32_bits_are_two_sites() -> None:
 
 
 def test_order_and_random_streams_are_those_of_32_bits() -> None:
-    """They decide the order of sums and what is drawn: results stay as they were."""
+    """These decide the order of sums and the random draws, so results do not change."""
     names = [f"site-{i}" for i in range(200)]
     plan = meet(dict(enumerate(names, start=1)))
     old = {name: number_32(name) for name in names}
@@ -93,7 +93,7 @@ def test_order_and_random_streams_are_those_of_32_bits() -> None:
 
 
 def test_numbers_pass_through_flowers_records() -> None:
-    """Which hold 64 bits with a sign."""
+    """Flower's records hold signed 64-bit numbers."""
     names = [f"site-{i}" for i in range(200)]
     largest = max(map(client_number, names))
     assert largest > 2**62
@@ -169,7 +169,7 @@ def test_only_the_registered_node_has_the_name(
     assert "calls itself nothing, but its key is not in" in lines[1]
     assert "calls itself north, but its key is registered for east" in lines[2]
     assert not any("names of sites are free" in m for m in flower_log.messages)
-    # Asked again, as other nodes that were refused.
+    # The server asks again, as it asks other refused nodes again.
     nodes.names[4] = "east"
     plan.refresh(nodes)
     assert labels(plan) == {2**64 - 1: "north", 4: "east"}

@@ -1,4 +1,4 @@
-"""Synthesis of federated features: the reference's results and slow versions."""
+"""Test the synthesis of federated features against the reference and slow versions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ from tests.strategy.slow_synthesis import Problem, random_problem
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Draw a problem of any small shape in which some classes are held."""
+    """Draw a problem of any small shape; some of the classes are held."""
     num_classes = draw(st.integers(2, 5))
     held = draw(st.sets(st.integers(0, num_classes - 1), min_size=1))
     return random_problem(
@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def test_contrastive_loss_equals_the_reference() -> None:
-    """Value and derivative are those of the released code's [50, 50] matrices."""
+    """Value and derivative match the released code's, from its [50, 50] matrices."""
     features = reference.tensor("losses/V").reshape(10, 5, 512).requires_grad_()
     text = reference.tensor("losses/text")
     loss = prototype_contrastive_loss(features, text, 0.1)
@@ -57,7 +57,7 @@ def test_contrastive_loss_equals_the_reference() -> None:
 def test_contrastive_loss_equals_the_slow_version(
     problem: Problem, temperature: float
 ) -> None:
-    """Also with a single feature a class, which has no twin in its denominator."""
+    """Includes one feature per class: its own class then has no other column."""
     features, _, _, _, text = problem
     torch.testing.assert_close(
         prototype_contrastive_loss(features, text, temperature),
@@ -72,7 +72,8 @@ def test_contrastive_loss_of_large_features_is_finite() -> None:
     loss = prototype_contrastive_loss(large, text.float(), 0.1)
     (gradient,) = torch.autograd.grad(loss, large)
     assert torch.isfinite(gradient).all()
-    # In the limit the log of a sum is its largest term, the own prototype included.
+    # In the limit the log of a sum is its largest term. The sum includes the feature's
+    # own prototype.
     logits = 100 * features @ text.T / 0.1
     own = torch.stack([logits[c, :, c] for c in range(4)])
     expected = (logits.amax(dim=2) - own).mean()
@@ -81,7 +82,7 @@ def test_contrastive_loss_of_large_features_is_finite() -> None:
 
 @given(problem=problems())
 def test_matching_loss_equals_the_slow_version(problem: Problem) -> None:
-    """Rows are summed, the bias counts, classes without gradient do not."""
+    """Rows are summed, the bias takes part, classes without a gradient do not."""
     features, gradients, weight, bias, _ = problem
     torch.testing.assert_close(
         gradient_matching_loss(features, gradients, weight, bias),
@@ -93,7 +94,7 @@ def test_matching_loss_equals_the_slow_version(problem: Problem) -> None:
 def test_derivative_equals_automatic_differentiation(
     problem: Problem, contrast_weight: float
 ) -> None:
-    """The closed form is the derivative of the slow objective."""
+    """The closed form matches the derivative of the slow objective."""
     features, gradients, weight, bias, text = problem
     for texts in (text, None):
         objective = Objective(weight, bias, texts, contrast_weight, 0.5)
@@ -133,7 +134,7 @@ def test_derivative_is_the_same_by_rows_and_by_products(
     cheaper: bool,
     seed: int,
 ) -> None:
-    """Whatever is cheaper, and whether targets are dense (rank 0) or low-rank."""
+    """Both ways agree, for dense (rank 0) and low-rank targets."""
     held = list(range(num_classes))[: len(ranks)]
     features, dense, weight, bias, text = random_problem(
         seed, num_classes, per_class, dim, set(held)
@@ -169,7 +170,7 @@ def test_derivative_is_the_same_by_rows_and_by_products(
 
 
 def test_many_classes_in_single_precision() -> None:
-    """Through inner products a row's norm keeps its digits, to 1e-5."""
+    """From inner products, a row's norm is exact within 1e-5."""
     num_classes, per_class, dim = 300, 20, 64
     features, dense, weight, bias, text = random_problem(
         0, num_classes, per_class, dim, {0, 1}
@@ -191,7 +192,7 @@ def test_many_classes_in_single_precision() -> None:
 
 
 def test_products_are_chosen_where_they_take_fewer_multiplications() -> None:
-    """By hand: rows take 6 m C d, products 4 m (m + r) (C + d), low rank only."""
+    """By hand: rows need 6 m C d, products 4 m (m + r) (C + d), for low rank only."""
     for num_classes, per_class, dim, rank in (
         (10, 100, 512, 0),
         (100, 100, 512, 0),
@@ -214,7 +215,7 @@ def test_products_are_chosen_where_they_take_fewer_multiplications() -> None:
 
 
 def test_derivative_is_finite_at_zero_gradients() -> None:
-    """A synthetic or a real gradient of zero has no direction, but no NaN either."""
+    """A zero gradient, synthetic or real, has no direction; it must not give NaN."""
     features, gradients, weight, bias, _ = random_problem(0, 3, 2, 4, {0, 1, 2})
     gradients[0] = ClassGradient(torch.zeros_like(weight), torch.zeros_like(bias))
     features[1] = 0
@@ -230,7 +231,7 @@ def test_derivative_is_finite_at_zero_gradients() -> None:
 
 @pytest.mark.parametrize("prefix", list(reference.synthesis_cases()))
 def test_synthesis_equals_the_reference(prefix: str) -> None:
-    """From the same start, the released code's features after all steps."""
+    """From the same start, the features match the released code's after all steps."""
     case = reference.synthesis_cases()[prefix]
     shape = (case["num_classes"], case["features_per_class"], case["dim"])
     replies = [reference.class_gradients(f"{prefix}/client{k}") for k in range(3)]
@@ -259,7 +260,7 @@ def test_synthesis_equals_the_reference(prefix: str) -> None:
 def test_synthesis_equals_slow_descent(
     contrast_weight: float, with_text: bool, held: set[int]
 ) -> None:
-    """A class without gradient is moved by the contrastive term only, or not."""
+    """Only the contrastive term, if any, moves a class without a gradient."""
     features, gradients, weight, bias, text = random_problem(3, 4, 3, 5, held)
     texts = text if with_text else None
     final = synthesize(
@@ -285,7 +286,7 @@ def test_synthesis_equals_slow_descent(
 
 
 def test_synthesis_without_steps_returns_the_features() -> None:
-    """Nothing moves, and the result is no alias."""
+    """The features do not move, and the result is a copy."""
     features, gradients, weight, bias, text = random_problem(0, 3, 2, 4, {1})
     settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
     final = synthesize(features, gradients, weight, bias, text, steps=0, **settings)
@@ -294,7 +295,7 @@ def test_synthesis_without_steps_returns_the_features() -> None:
 
 
 class LargestTensor(TorchFunctionMode):
-    """Notes the number of elements of the largest tensor that an operation makes."""
+    """Record the number of elements of the largest tensor that an operation makes."""
 
     largest = 0
 
@@ -305,7 +306,7 @@ class LargestTensor(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operation and look at what it returns."""
+        """Run the operation and measure its result."""
         result = func(*args, **(kwargs or {}))
         for output in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(output, torch.Tensor):
@@ -321,8 +322,8 @@ class LargestTensor(TorchFunctionMode):
 def test_memory_does_not_grow_with_the_square(
     monkeypatch: pytest.MonkeyPatch, num_classes: int, per_class: int
 ) -> None:
-    """The largest tensor is that of all features, or of a few classes' logits."""
-    # Torch's function mode sees one thread only.
+    """The largest tensor holds all features, or a few classes' logits."""
+    # Torch's function mode sees only one thread.
     monkeypatch.setattr(
         descent, "map_pieces", lambda function, pieces, _: map(function, pieces)
     )
@@ -358,7 +359,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads: int) -> None:
 
 
 def test_chunks_hold_every_class_once_within_the_budget() -> None:
-    """Small gradients: ten classes a chunk; 2 MiB ones: two; huge ones: one."""
+    """A chunk has ten classes of small gradients, two of 2 MiB, or one larger one."""
     cpu = torch.device("cpu")
     classes = [3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 97, 93, 23]
     for num_classes, size in ((10, 10), (1024, 2), (100_000, 1)):
@@ -369,13 +370,13 @@ def test_chunks_hold_every_class_once_within_the_budget() -> None:
 
 
 def test_mean_over_the_clients_that_hold_the_class() -> None:
-    """Not weighted, and a class that nobody holds is absent."""
+    """The mean has no weights, and no entry for a class that no client holds."""
 
     def gradient(value: float) -> ClassGradient:
         return ClassGradient(torch.full((3, 2), value), torch.full((3,), -value))
 
     replies = [{2: gradient(1.0)}, {0: gradient(5.0), 2: gradient(4.0)}, {}]
-    # An iterator: replies need not be in memory at the same time.
+    # An iterator, since replies need not be in memory at the same time.
     mean = mean_class_gradients(iter(replies))
     assert list(mean) == [0, 2]
     for c, value in ((0, 5.0), (2, 2.5)):
