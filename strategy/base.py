@@ -35,7 +35,7 @@ from strategy.privacy_ledger import PrivacyLedger
 from strategy.recovery import Earlier
 from strategy.replies import ReplyCheck, Verdicts
 from strategy.requests import Requests
-from strategy.robust import Arrays, shorten_update
+from strategy.robust import Arrays, log_rule, shorten_update
 from strategy.round_record import RoundRecord
 from strategy.safeguards import Safeguards
 from strategy.setting import Setting
@@ -238,7 +238,7 @@ class Method(Strategy):
         """
         replies = list(replies)
         self.book("clients", self._asked_at)
-        self._name_silent(server_round, replies)
+        self._requests.log_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
         started = time.perf_counter()
         check = ReplyCheck(self.sent, self._requests.asked, self.fields)
@@ -307,7 +307,7 @@ class Method(Strategy):
         if not self._heads:
             return None
         replies = list(replies)
-        self._name_silent(server_round, replies)
+        self._requests.log_silent(server_round, replies)
         found = site_recalls(
             server_round, replies, self._heads, self._num_classes, self._requests.name
         )
@@ -321,30 +321,7 @@ class Method(Strategy):
         log(INFO, "\t│\t├── Drawn each round: %s", self.clients)
         needed = self.min_replies or self.clients.replies_needed(0)
         log(INFO, "\t│\t└── Good replies a round needs: %s", needed)
-        rule = self.aggregation
-        log(INFO, "\t├──> Aggregation:")
-        log(INFO, "\t│\t├── Rule: %s, trim %g", rule.rule, rule.trim)
-        log(
-            INFO,
-            "\t│\t├── Longest update, in medians of the round (0: any): %g",
-            rule.max_length_ratio,
-        )
-        log(
-            INFO,
-            "\t│\t└── Norms allowed (0: any): update %g, class gradient %g",
-            rule.max_update_norm,
-            rule.max_gradient_norm,
-        )
-        drawn = self.clients.clients_per_round
-        if rule.rule == "trimmed-mean" and int(rule.trim * drawn) == 0:
-            log(
-                WARNING,
-                "aggregation.trim = %g of %d clients a round drops no client: this is "
-                "the unweighted mean; raise it to %g at least",
-                rule.trim,
-                drawn,
-                1 / drawn,
-            )
+        log_rule(self.aggregation, self.clients.clients_per_round)
         log(INFO, "\t└──> Evaluated and delivered:")
         decay = self.average.decay
         what = f"average of the rounds' models, decay {decay:g}" if decay else "last"
@@ -460,16 +437,6 @@ class Method(Strategy):
             for name, value in metrics.items()
             if name.startswith("seconds-")
         }
-
-    def _name_silent(self, server_round: int, replies: Sequence[Message]) -> None:
-        """Log the nodes that sent no reply."""
-        for name in self._requests.silent(replies):
-            log(
-                WARNING,
-                "round %d: %s did not reply in time; the round goes on without it",
-                server_round,
-                name,
-            )
 
 
 def _nothing_kept(before: int) -> Earlier | None:

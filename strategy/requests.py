@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from clip2fl_common import messages
 from clip2fl_common.provenance import code_fingerprint
 from strategy.clients import Clients
+from strategy.log import log
 
 
 class Requests:
@@ -74,7 +76,13 @@ class Requests:
         node = reply.metadata.src_node_id
         return self._names.get(node, f"node {node}")
 
-    def silent(self, replies: Sequence[Message]) -> list[str]:
-        """Return the names of the nodes that sent no reply."""
+    def log_silent(self, server_round: int, replies: Sequence[Message]) -> None:
+        """Log each node that has not replied at all."""
         answered = {reply.metadata.src_node_id for reply in replies}
-        return [self._names[node] for node in self.asked.keys() - answered]
+        for node in self.asked.keys() - answered:
+            log(
+                WARNING,
+                "round %d: %s did not reply in time; the round goes on without it",
+                server_round,
+                self._names[node],
+            )

@@ -8,6 +8,7 @@ the clients' data differ, and a shortened update keeps its direction and its wei
 
 import math
 from collections.abc import Iterable, Mapping
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,43 @@ import torch
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, LowRankGradient
 from clip2fl_common.config import Aggregation
 from strategy.gradient_mean import mean_class_gradients
+from strategy.log import log
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def log_rule(rule: Aggregation, drawn: int) -> None:
+    """Log how models are combined; warn if the trimmed mean drops no client.
+
+    Parameters
+    ----------
+    rule : Aggregation
+        The run's settings.
+    drawn : int
+        Clients in a round.
+    """
+    log(INFO, "\t├──> Aggregation:")
+    log(INFO, "\t│\t├── Rule: %s, trim %g", rule.rule, rule.trim)
+    log(
+        INFO,
+        "\t│\t├── Longest update, in medians of the round (0: any): %g",
+        rule.max_length_ratio,
+    )
+    log(
+        INFO,
+        "\t│\t└── Norms allowed (0: any): update %g, class gradient %g",
+        rule.max_update_norm,
+        rule.max_gradient_norm,
+    )
+    if rule.rule == "trimmed-mean" and int(rule.trim * drawn) == 0:
+        log(
+            WARNING,
+            "aggregation.trim = %g of %d clients a round drops no client: this is "
+            "the unweighted mean; raise it to %g at least",
+            rule.trim,
+            drawn,
+            1 / drawn,
+        )
 
 
 def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
