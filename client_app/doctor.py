@@ -27,7 +27,7 @@ from clip2fl_common.config import (
 )
 from clip2fl_common.dotted_keys import flatten
 from clip2fl_common.files import cache_dir
-from clip2fl_common.provenance import PACKAGE_ROOT
+from clip2fl_common.project import experiment, metadata
 
 
 def findings(
@@ -70,9 +70,8 @@ def findings(
 
 def _run_config(path: Path) -> RunConfig:
     """Return the defaults of pyproject.toml, overridden by a file."""
-    defaults = tomllib.loads((PACKAGE_ROOT / "pyproject.toml").read_text("utf-8"))
-    flat = flatten(defaults["tool"]["flwr"]["app"]["config"])
-    flat |= flatten(tomllib.loads(path.read_text("utf-8")))
+    flat = flatten(metadata()["tool"]["flwr"]["app"]["config"])
+    flat |= flatten(tomllib.loads(experiment(path).read_text("utf-8")))
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 

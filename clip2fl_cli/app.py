@@ -5,6 +5,7 @@ seconds.
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -23,9 +24,8 @@ from clip2fl_common.shown import shown
 
 app = typer.Typer(
     name="clip2fl",
-    help="Compare, look at and take away what CLIP2FL on Flower has trained.",
+    help="Train with CLIP2FL on Flower; compare, look at and take away the results.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -37,6 +37,37 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 # Longer messages than this hide what they say; values in them may have any length.
 MAX_MESSAGE = 2000
 
+# What a node does without is missing where clip2fl was installed without these extras.
+OF_EXTRA = {
+    **dict.fromkeys(("psutil", "jinja2", "matplotlib", "scipy", "joblib"), "cli"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
+
+# A simulated node is an entry in a database; clients, not nodes, decide the result.
+MOST_NODES = 100_000
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return _finite(value)
+
+
+RunConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-config",
+        metavar="TOML|NAME",
+        help="File of run configuration keys, or the name of an experiment that comes "
+        "with the program, such as demo or paper-cifar10-lt; none: the demo.",
+    ),
+]
 Settings = Annotated[
     list[str],
     typer.Option(
@@ -52,10 +83,163 @@ Model = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from clip2fl_common.project import version
+
+        out.print(f"clip2fl {version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _general(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Say which it is."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    run_config: RunConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Go on with the interrupted run in this folder, with its settings.",
+        ),
+    ] = None,
+    supernodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_NODES,
+            help="Simulated nodes; one per CPU core, at least 2, if not given.",
+        ),
+    ] = None,
+    cpus_per_client: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_NODES,
+            help="CPU cores that a client occupies and computes with.",
+        ),
+    ] = 1,
+    gpus_per_client: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="GPUs, or the share of one, that a client occupies; what there is, "
+            "but at most 4 clients a GPU, if not given; 0: it sees none.",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Use this running Ray cluster (see docs/simulation.md).",
+        ),
+    ] = None,
+    app_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--app", metavar="DIR", help="Folder of another Flower app to run instead."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(callback=_positive, help="Stop the run after so many seconds."),
+    ] = None,
+) -> None:
+    """Train: run the federation in a simulation on this machine.
+
+    The run has a SuperLink of its own, and nothing of it is left when the command
+    ends, even by Ctrl-C. Exit status: 0 the run completed; 1 it did not; 2 wrong
+    usage; 130 or 143 it was interrupted by Ctrl-C or SIGTERM.
+    """
+    from clip2fl_cli.signals import Interrupted
+    from clip2fl_cli.simulation import simulate
+    from clip2fl_common.project import PROJECT
+
+    try:
+        result = simulate(
+            app_folder or PROJECT,
+            run_config=run_config,
+            overrides=settings,
+            resume=resume,
+            supernodes=supernodes,
+            cpus_per_client=cpus_per_client,
+            gpus_per_client=gpus_per_client,
+            ray_address=ray_address,
+            timeout=timeout,
+            output=sys.stdout,
+        )
+    except Interrupted as interruption:
+        _tell(f"clip2fl: {interruption}")
+        raise typer.Exit(128 + interruption.signum) from None
+    if not result.completed:
+        _tell_lines(
+            f"clip2fl: the run did not complete ({result.status}): {result.details}"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def federate(
+    root_certificates: Annotated[
+        Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
+    ],
+    superlink: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink."),
+    ] = "127.0.0.1:8000",
+    run_config: RunConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="Seconds for which the SuperLink may be away.",
+        ),
+    ] = 300.0,
+) -> None:
+    """Train: start a run on a SuperLink and follow it to its end.
+
+    Start it at the server: Flower's Control API must not be reachable from elsewhere.
+    Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or 143 it is not
+    followed any more because of Ctrl-C or SIGTERM, but goes on.
+    """
+    from clip2fl_cli import federation
+    from clip2fl_cli.signals import Interrupted, interrupting
+
+    try:
+        with interrupting():
+            status, details = federation.federate(
+                superlink, root_certificates, run_config, settings, patience
+            )
+    except Interrupted as interruption:
+        _tell(f"clip2fl: {interruption}; a run that has started goes on")
+        raise typer.Exit(128 + interruption.signum) from None
+    _answer(f"{status} ({details})" if details else status)
+    raise typer.Exit(0 if status == "finished:completed" else 1)
+
+
 @app.command()
 def compare(
     comparison: Annotated[
-        Path, typer.Argument(help="TOML file, such as conf/demo-compare.toml.")
+        Path,
+        typer.Argument(
+            metavar="TOML|NAME",
+            help="File of a comparison, or the name of one that comes with the "
+            "program, such as demo-compare.",
+        ),
     ],
     runs: Annotated[
         Path, typer.Option(help="Folder under which the comparison has its own.")
@@ -75,8 +259,11 @@ def compare(
     from clip2fl_cli import comparison as comparisons
     from clip2fl_cli.progress import ComparisonProgress
     from clip2fl_cli.results import write_results
+    from clip2fl_common.project import experiment
 
-    compared = comparisons.Comparison.read(comparison, runs, settings, seeds)
+    compared = comparisons.Comparison.read(
+        experiment(comparison), runs, settings, seeds
+    )
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     _tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
@@ -119,9 +306,7 @@ def doctor(context: typer.Context) -> None:
 
 @app.command()
 def partition(
-    run_config: Annotated[
-        Path | None, typer.Option(help="TOML file of an experiment; none: the demo.")
-    ] = None,
+    run_config: RunConfigFile = None,
     settings: Settings = [],  # noqa: B006
     figure: Annotated[
         Path | None, typer.Option(help="Also draw a heat map here (.png, .svg, .pdf).")
@@ -271,8 +456,13 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         _fail(_message(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name not in OF_EXTRA:
+            raise
+        extra = OF_EXTRA[error.name]
+        _fail(f"{error.name} is missing: pip install 'clip2fl[{extra}]'", 1)
     except RuntimeError as error:
-        from clip2fl_cli.simulation import SimulationError
+        from clip2fl_cli.flower_command import SimulationError
         from clip2fl_common.teacher import TeacherError
 
         if not isinstance(error, TeacherError | SimulationError):
@@ -282,11 +472,13 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str:
-    """Return an error's text: one line, but for the list of a configuration's keys."""
+    """Return an error's text: one line, but for lists of keys and ends of logs."""
+    from clip2fl_cli.flower_command import SimulationError
     from clip2fl_common.config import ConfigError
 
     text = str(error)
-    lines = text.split("\n") if isinstance(error, ConfigError) else [text]
+    several = isinstance(error, ConfigError | SimulationError)
+    lines = text.split("\n") if several else [text]
     return "\n".join(map(shown, lines))
 
 
@@ -301,6 +493,12 @@ def _fail(message: str, status: int) -> NoReturn:
 def _answer(text: str) -> None:
     """Print a line of the answer."""
     out.print(shown(text), soft_wrap=True)
+
+
+def _tell_lines(text: str) -> None:
+    """Print an error of several lines, such as the end of a log."""
+    for line in text.splitlines():
+        _tell(line, "bold red")
 
 
 def _tell(text: str, style: str | None = None) -> None:

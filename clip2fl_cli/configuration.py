@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from clip2fl_cli.simulation import ROOT, parse_overrides
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.config_files import parse_overrides
 from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.project import experiment, metadata
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -25,8 +26,8 @@ MAX_DOTS = 1000
 @cache
 def defaults() -> Mapping[str, Scalar]:
     """Return every dotted key with its default in pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    return cast(dict[str, Scalar], flatten(project["tool"]["flwr"]["app"]["config"]))
+    config = metadata()["tool"]["flwr"]["app"]["config"]
+    return cast(dict[str, Scalar], flatten(config))
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def resolve(
     Parameters
     ----------
     run_config : Path or None
-        TOML file of run configuration keys.
+        TOML file of run configuration keys, or the name of an experiment that comes
+        with the program.
     overrides : sequence of str
         ``key=value`` pairs that win over the file and over ``own``.
     own : mapping or None
@@ -112,6 +114,7 @@ def resolve(
         If a key or the method does not exist, a value is not allowed, or the file
         cannot be read.
     """
+    run_config = run_config and experiment(run_config)
     of_file = (
         {}
         if run_config is None

@@ -1,0 +1,54 @@
+"""What Flower is given: a folder with the app's packages and its pyproject.toml."""
+
+import shutil
+from pathlib import Path
+
+from clip2fl_common.project import PROJECT
+from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
+
+BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
+"""Kinds of files that Flower lets into an app's bundle."""
+
+
+def is_own(app: Path) -> bool:
+    """Tell whether a folder is this program's, and no other Flower app's."""
+    return app.resolve() == PROJECT
+
+
+def write_app_folder(app: Path, folder: Path) -> None:
+    """Write the folder in which Flower finds an app.
+
+    Flower walks through every file of the folder that it is given; in a checkout that
+    means some ten thousand files of the virtual environment, and seconds. An installed
+    program has no such folder: its packages lie among others.
+
+    Parameters
+    ----------
+    app : Path
+        Folder of the app. Of this program's own, `PROJECT`, the packages are found by
+        themselves, be they in a checkout or installed.
+    folder : Path
+        Is made.
+    """
+    if not is_own(app):
+        shutil.copytree(app, folder, ignore=_left_out)
+        return
+    folder.mkdir()
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(PROJECT / name, folder / name)
+    for package in ALL_CODE:
+        shutil.copytree(PACKAGE_ROOT / package, folder / package, ignore=_left_out)
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    """Return what no bundle may contain."""
+    return [
+        name
+        for name in names
+        if name not in (".gitignore", "LICENSE")
+        and (
+            name.startswith(".")
+            or name == "__pycache__"
+            or (Path(name).suffix not in BUNDLED and not Path(folder, name).is_dir())
+        )
+    ]
