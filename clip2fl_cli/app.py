@@ -77,7 +77,7 @@ Settings = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-Model = Annotated[
+ModelPath = Annotated[
     Path,
     typer.Option("--model", help="A run's folder, or its model.safetensors."),
 ]
@@ -357,35 +357,35 @@ def report(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    model: Model,
+    model: ModelPath,
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say what is on images, by a delivered model."""
-    from clip2fl_cli.prediction import predict as classify
+    from clip2fl_cli.prediction import Model
 
-    found = classify(model, images, top)
+    found = Model.load(model).predict(images, top)
     if as_json:
         answer = [
             {
-                "image": str(prediction.file),
+                "image": str(file),
                 "classes": [
                     {"name": name, "probability": round(probability, 6)}
                     for name, probability in prediction.classes
                 ],
             }
-            for prediction in found
+            for file, prediction in zip(images, found, strict=True)
         ]
         _print_json(answer)
         return
-    for prediction in found:
+    for file, prediction in zip(images, found, strict=True):
         named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-        _answer(f"{prediction.file}: {named}")
+        _answer(f"{file}: {named}")
 
 
 @app.command()
 def export(
-    model: Model,
+    model: ModelPath,
     output: Annotated[Path, typer.Option(help="Folder for the files.")],
     costs: Annotated[
         bool, typer.Option(help="Measure size and CPU latency of the model.")

@@ -1,7 +1,10 @@
 """The run configuration as a run would have it: defaults, file and settings."""
 
+import json
+import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -132,3 +135,16 @@ def resolve(
             raise ConfigError(f"{shown(run_config)}: {error}") from None
         raise
     return config
+
+
+@contextmanager
+def as_file(config: RunConfig) -> Iterator[Path]:
+    """Write a configuration to a temporary TOML file, as a run reads it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+        # JSON writes booleans, numbers and strings exactly as TOML does, but for one
+        # character that only TOML forbids.
+        for key, value in config.to_flat().items():
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            file.write(f"{key} = {text}\n")
+        file.flush()
+        yield Path(file.name)
