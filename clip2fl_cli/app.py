@@ -445,7 +445,7 @@ def export(
 def main() -> None:
     """Run the command; what a user can mend is one line and exit status 2."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="clip2fl", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)

@@ -393,6 +393,40 @@ def test_wrong_usage_is_one_line(
     assert line.endswith("--help lists what there is")
 
 
+def test_shell_completes_subcommands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_CLIP2FL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "clip2fl p")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == ["partition", "predict"]
+    monkeypatch.setenv("_CLIP2FL_COMPLETE", "source_bash")
+    assert run(monkeypatch) == 0
+    assert "_CLIP2FL_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+def test_version_is_that_of_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    name, version = capsys.readouterr().out.split()
+    assert name == "clip2fl"
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.processes", raising=False)
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.superlink", raising=False)
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.simulation", raising=False)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert run(monkeypatch, "run") == 1
+    said = "clip2fl: psutil is missing: pip install 'clip2fl[cli]'\n"
+    assert capsys.readouterr().err == said
+
+
 def test_command_without_arguments_shows_its_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
