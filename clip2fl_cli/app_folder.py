@@ -1,18 +1,51 @@
-"""What Flower is given: a folder with the app's packages and its pyproject.toml."""
+"""What Flower is given: a folder with the app's packages, and a run's configuration."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from clip2fl_common.project import PROJECT
+from clip2fl_common.config_files import complete_config, merge_run_config
+from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 """Kinds of files that Flower lets into an app's bundle."""
 
 
-def is_own(app: Path) -> bool:
-    """Tell whether a folder is this program's, and no other Flower app's."""
-    return app.resolve() == PROJECT
+def checked_run_config(
+    app: Path,
+    run_config: Path | None,
+    overrides: Sequence[str],
+    resume: Path | None = None,
+) -> str:
+    """Merge a run's configuration; refuse what this program's own run would refuse.
+
+    Parameters
+    ----------
+    app : Path
+        Folder of the app; another app's configuration is its own affair.
+    run_config, overrides, resume
+        As `clip2fl_cli.simulation.simulate` takes them.
+
+    Returns
+    -------
+    str
+        TOML text with one dotted key per line.
+
+    Raises
+    ------
+    ConfigError
+        Names each offending key, what was found and what is allowed.
+    """
+    file = None if run_config is None else experiment(run_config)
+    merged = merge_run_config(app, file, overrides, resume)
+    if _is_own(app):
+        config = complete_config(app, merged)
+        # torch and flwr take two seconds, for which a wrong key need not wait.
+        from strategy.registry import method_named
+
+        method_named(config.method)
+    return merged
 
 
 def write_app_folder(app: Path, folder: Path) -> None:
@@ -30,7 +63,7 @@ def write_app_folder(app: Path, folder: Path) -> None:
     folder : Path
         Is made.
     """
-    if not is_own(app):
+    if not _is_own(app):
         shutil.copytree(app, folder, ignore=_left_out)
         return
     folder.mkdir()
@@ -38,6 +71,11 @@ def write_app_folder(app: Path, folder: Path) -> None:
         shutil.copy(PROJECT / name, folder / name)
     for package in ALL_CODE:
         shutil.copytree(PACKAGE_ROOT / package, folder / package, ignore=_left_out)
+
+
+def _is_own(app: Path) -> bool:
+    """Tell whether a folder is this program's, and no other Flower app's."""
+    return app.resolve() == PROJECT
 
 
 def _left_out(folder: str, names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip2fl_cli.app_folder import write_app_folder
+from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import (
     ANSI,
     NOISE,
@@ -24,7 +24,6 @@ from clip2fl_cli.flower_command import (
     started_run,
     write_connection,
 )
-from clip2fl_cli.simulation import checked_run_config
 from clip2fl_common.project import PROJECT
 
 CONNECTION = "server"

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from clip2fl_cli.app_folder import is_own, write_app_folder
+from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.superlink import own_superlink, private_directory
-from clip2fl_common.config_files import complete_config, merge_run_config
-from clip2fl_common.project import PROJECT, experiment
+from clip2fl_common.project import PROJECT
 
 CLIENTS_PER_GPU = 4
 """More training at the same time on one GPU wait for each other and fill its memory."""
@@ -51,42 +50,6 @@ class RunResult:
     def completed(self) -> bool:
         """Whether the run came to its end without an error."""
         return self.status == "finished:completed"
-
-
-def checked_run_config(
-    app: Path,
-    run_config: Path | None,
-    overrides: Sequence[str],
-    resume: Path | None = None,
-) -> str:
-    """Merge a run's configuration; refuse what this program's own run would refuse.
-
-    Parameters
-    ----------
-    app : Path
-        Folder of the app; another app's configuration is its own affair.
-    run_config, overrides, resume
-        As `simulate` takes them.
-
-    Returns
-    -------
-    str
-        TOML text with one dotted key per line.
-
-    Raises
-    ------
-    ConfigError
-        Names each offending key, what was found and what is allowed.
-    """
-    file = None if run_config is None else experiment(run_config)
-    merged = merge_run_config(app, file, overrides, resume)
-    if is_own(app):
-        config = complete_config(app, merged)
-        # torch and flwr take two seconds, for which a wrong key need not wait.
-        from strategy.registry import method_named
-
-        method_named(config.method)
-    return merged
 
 
 def simulate(

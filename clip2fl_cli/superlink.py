@@ -222,8 +222,8 @@ def own_superlink(
         If a signal arrived before it was up.
     """
     home = directory / "home"
-    home.mkdir()
-    (directory / "work").mkdir()
+    for folder in (home, directory / "work", directory / "tmp"):
+        folder.mkdir()
     variables = _variables(directory, ray_address)
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -258,6 +258,8 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
     if ray_address is not None:
         variables["RAY_ADDRESS"] = ray_address
     variables.update(
+        # What torch and others leave there goes with the run.
+        TMPDIR=str(directory / "tmp"),
         RAY_TMPDIR=str(directory),
         RAY_USAGE_STATS_ENABLED="0",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",

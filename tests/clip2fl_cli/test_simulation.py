@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 import clip2fl_cli.simulation as module
-from clip2fl_cli.simulation import checked_run_config, shared_gpus, simulate
+from clip2fl_cli.app_folder import checked_run_config
+from clip2fl_cli.simulation import shared_gpus, simulate
 from clip2fl_common.config import ConfigError
 from clip2fl_common.config_files import merge_run_config, parse_overrides
 from clip2fl_common.project import PROJECT
