@@ -4,22 +4,26 @@ What a subcommand needs is imported when it runs, since torch and matplotlib tak
 seconds.
 """
 
-import json
-import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from clip2fl_cli import console
+from clip2fl_cli.options import (
+    MOST_NODES,
+    AsJson,
+    ModelPath,
+    RunConfigFile,
+    Settings,
+    finite,
+    positive,
+)
 from clip2fl_common.shown import shown
 
 app = typer.Typer(
@@ -29,65 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Answers go to standard output, everything else to standard error. Names from outside
-# are text: neither markup nor emoji.
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-# Longer messages than this hide what they say; values in them may have any length.
-MAX_MESSAGE = 2000
-
 # What a node does without is missing where clip2fl was installed without these extras.
 OF_EXTRA = {
     **dict.fromkeys(("psutil", "jinja2", "matplotlib", "scipy", "joblib"), "cli"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
 }
 
-# A simulated node is an entry in a database; clients, not nodes, decide the result.
-MOST_NODES = 100_000
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
-    return value
-
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and value <= 0:
-        raise typer.BadParameter(f"{value:g} is not above 0")
-    return _finite(value)
-
-
-RunConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-config",
-        metavar="TOML|NAME",
-        help="File of run configuration keys, or the name of an experiment that comes "
-        "with the program, such as demo or paper-cifar10-lt; none: the demo.",
-    ),
-]
-Settings = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="'KEY=VALUE ...'",
-        help="Run configuration keys that win over the file; may be repeated.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-ModelPath = Annotated[
-    Path,
-    typer.Option("--model", help="A run's folder, or its model.safetensors."),
-]
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
         from clip2fl_common.project import version
 
-        out.print(f"clip2fl {version()}")
+        console.out.print(f"clip2fl {version()}")
         raise typer.Exit()
 
 
@@ -134,7 +91,7 @@ def run(
         float | None,
         typer.Option(
             min=0,
-            callback=_finite,
+            callback=finite,
             help="GPUs, or the share of one, that a client occupies; what there is, "
             "but at most 4 clients a GPU, if not given; 0: it sees none.",
         ),
@@ -154,7 +111,7 @@ def run(
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(callback=_positive, help="Stop the run after so many seconds."),
+        typer.Option(callback=positive, help="Stop the run after so many seconds."),
     ] = None,
 ) -> None:
     """Train: run the federation in a simulation on this machine.
@@ -181,10 +138,10 @@ def run(
             output=sys.stdout,
         )
     except Interrupted as interruption:
-        _tell(f"clip2fl: {interruption}")
+        console.tell(f"clip2fl: {interruption}")
         raise typer.Exit(128 + interruption.signum) from None
     if not result.completed:
-        _tell_lines(
+        console.tell_lines(
             f"clip2fl: the run did not complete ({result.status}): {result.details}"
         )
         raise typer.Exit(1)
@@ -205,7 +162,7 @@ def federate(
         float,
         typer.Option(
             min=0,
-            callback=_finite,
+            callback=finite,
             help="Seconds for which the SuperLink may be away.",
         ),
     ] = 300.0,
@@ -225,9 +182,9 @@ def federate(
                 superlink, root_certificates, run_config, settings, patience
             )
     except Interrupted as interruption:
-        _tell(f"clip2fl: {interruption}; a run that has started goes on")
+        console.tell(f"clip2fl: {interruption}; a run that has started goes on")
         raise typer.Exit(128 + interruption.signum) from None
-    _answer(f"{status} ({details})" if details else status)
+    console.answer(f"{status} ({details})" if details else status)
     raise typer.Exit(0 if status == "finished:completed" else 1)
 
 
@@ -266,26 +223,28 @@ def compare(
     )
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
-    _tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
+    console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
     try:
-        with ComparisonProgress(missing, there, err) as progress:
+        with ComparisonProgress(missing, there, console.err) as progress:
             failed = list(comparisons.complete(compared, progress))
     except KeyboardInterrupt as interruption:
         # Between two simulations, Python's own handler raises it.
         signum: int = getattr(interruption, "signum", signal.SIGINT)
-        _tell("interrupted; the same command goes on where this one stopped")
+        console.tell("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(128 + signum) from None
     if finished := compared.finished():
         command = shlex.join(["clip2fl", *sys.argv[1:]])
-        _tell("Drawing the reports of all runs")
+        console.tell("Drawing the reports of all runs")
         written = write_results(compared, finished, command, failed)
         answer = written.json if as_json else written.markdown
-        out.print(answer, soft_wrap=True)
-        _tell(f"Report: {written.page}")
+        console.out.print(answer, soft_wrap=True)
+        console.tell(f"Report: {written.page}")
     else:
-        _tell("no run has completed, so there is nothing to report")
+        console.tell("no run has completed, so there is nothing to report")
     for run in failed:
-        _tell(f"failed: {run.variant}, seed {run.seed}: {run.reason}", "bold red")
+        console.tell(
+            f"failed: {run.variant}, seed {run.seed}: {run.reason}", "bold red"
+        )
     raise typer.Exit(1 if failed else 0)
 
 
@@ -320,14 +279,16 @@ def partition(
     held = Holdings.of(resolve(run_config, settings))
     if figure is not None:
         held.draw(figure)
-        _tell(f"Heat map: {figure}")
+        console.tell(f"Heat map: {figure}")
     if as_json:
-        _print_json({"classes": held.class_names, "images": held.counts.tolist()})
+        console.print_json(
+            {"classes": held.class_names, "images": held.counts.tolist()}
+        )
         return
     rows = [[str(client), *row, sum(row)] for client, row in enumerate(held.counts)]
     totals = held.counts.sum(axis=0)
     rows.append(["all", *totals, totals.sum()])
-    _print_table(["client", *held.class_names, "all"], rows)
+    console.print_table(["client", *held.class_names, "all"], rows)
 
 
 @app.command()
@@ -351,7 +312,7 @@ def report(
     else:
         other = None if against is None else FinishedRun.read(against)
         page = write_run_report(FinishedRun.read(folder), other)
-    _print_json({"report": str(page)}) if as_json else _answer(str(page))
+    console.print_json({"report": str(page)}) if as_json else console.answer(str(page))
 
 
 @app.command()
@@ -376,11 +337,11 @@ def predict(
             }
             for file, prediction in zip(images, found, strict=True)
         ]
-        _print_json(answer)
+        console.print_json(answer)
         return
     for file, prediction in zip(images, found, strict=True):
         named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-        _answer(f"{file}: {named}")
+        console.answer(f"{file}: {named}")
 
 
 @app.command()
@@ -412,13 +373,13 @@ def export(
     loaded = teacher if teacher and (teacher_cost or teacher.is_built_in) else None
     measured = exporting.costs(file, loaded) if costs else []
     if teacher and not loaded:
-        _tell(
+        console.tell(
             f"the run's teacher, {short(teacher.name)}, is not measured; "
             "--teacher-cost loads and measures it: give it if you trust this run's "
             "configuration"
         )
     if as_json:
-        _print_json(
+        console.print_json(
             {
                 "files": [str(path) for path in written],
                 "costs": [vars(cost) for cost in measured],
@@ -426,9 +387,9 @@ def export(
         )
         return
     for path in written:
-        _answer(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+        console.answer(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
     if measured:
-        _print_table(
+        console.print_table(
             ["model", "parameters", "MB", "ms an image, 1 thread"],
             [
                 [
@@ -451,23 +412,23 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         problem = error.format_message().rstrip(".")
-        _fail(f"{problem}; --help lists what there is", error.exit_code)
+        console.fail(f"{problem}; --help lists what there is", error.exit_code)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        _fail(_message(error), 2)
+        console.fail(_message(error), 2)
     except ModuleNotFoundError as error:
         if error.name not in OF_EXTRA:
             raise
         extra = OF_EXTRA[error.name]
-        _fail(f"{error.name} is missing: pip install 'clip2fl[{extra}]'", 1)
+        console.fail(f"{error.name} is missing: pip install 'clip2fl[{extra}]'", 1)
     except RuntimeError as error:
         from clip2fl_cli.flower_command import SimulationError
         from clip2fl_common.teacher import TeacherError
 
         if not isinstance(error, TeacherError | SimulationError):
             raise
-        _fail(_message(error), 1)
+        console.fail(_message(error), 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -480,48 +441,6 @@ def _message(error: Exception) -> str:
     several = isinstance(error, ConfigError | SimulationError)
     lines = text.split("\n") if several else [text]
     return "\n".join(map(shown, lines))
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    if len(message) > MAX_MESSAGE:
-        half = MAX_MESSAGE // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    err.print(f"clip2fl: {message}", style="bold red", soft_wrap=True)
-    sys.exit(status)
-
-
-def _answer(text: str) -> None:
-    """Print a line of the answer."""
-    out.print(shown(text), soft_wrap=True)
-
-
-def _tell_lines(text: str) -> None:
-    """Print an error of several lines, such as the end of a log."""
-    for line in text.splitlines():
-        _tell(line, "bold red")
-
-
-def _tell(text: str, style: str | None = None) -> None:
-    """Print a line that is no part of the answer."""
-    err.print(shown(text), style=style, soft_wrap=True)
-
-
-def _print_json(content: Any) -> None:
-    out.print(json.dumps(content), soft_wrap=True)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table()
-    for number, name in enumerate(header):
-        table.add_column(
-            Text(shown(name)), justify="right" if number else "left", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
-    # A table that is wider than the terminal, or goes to a file, is not cut.
-    unlimited = out.options.update(max_width=100_000)
-    width = out.measure(table, options=unlimited).maximum
-    Console(highlight=False, width=max(width, out.width)).print(table)
 
 
 if __name__ == "__main__":
