@@ -44,16 +44,16 @@ test: install ## Run the tests that take seconds
 test-all: install ## Run all tests
 	$(BIN)/python -m pytest
 
-check: install ## Lint, check format, types, imports and configuration keys
+check: install ## Lint, check format, types, imports and what make docs writes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m scripts.check_config_keys
-	$(BIN)/python -m scripts.configuration_page --check
+	$(BIN)/python -m scripts.write_configuration --check
 
-docs: install ## Write docs/configuration.md from the code
-	$(BIN)/python -m scripts.configuration_page
+docs: install ## Write what is made from the configuration's schema, and build the site
+	$(BIN)/python -m scripts.write_configuration
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install ## Time every stage against the published loops; half an hour
 	$(BIN)/python -m benchmarks.stages

@@ -23,21 +23,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.measure import RESULTS, write_results
-from clip2fl_cli.configuration import defaults
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient
-from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.config_files import parse_overrides
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config import RunConfig, Scalar, defaults
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import parse_overrides
 from clip2fl_common.project import PROJECT
 from server_app.app import main as server_main
-from server_app.checkpoints import rounds_with_checkpoint
-from strategy.base import NoRepliesError
+from server_app.run_folder import rounds_with_checkpoint
 from strategy.robust import gradient_norm
-from tests.in_process_grid import InProcessGrid, as_grid
+from strategy.safeguards import NoRepliesError
+from tests.flower_private import act_as_flower_process
+from tests.in_process_grid import InProcessGrid, client_of
 
 CLIENTS = 8
 ATTACKER = 0
@@ -74,7 +73,7 @@ class Observer:
         """Return the reply that arrives."""
         if reply.has_error():
             return reply
-        attacks = self.attacks and messages.partition_of(reply) == ATTACKER
+        attacks = self.attacks and client_of(reply) == ATTACKER
         content = reply.content.array_records
         sent = messages.arrays_to_numpy(request.content.array_records[messages.ARRAYS])
         local = messages.arrays_to_numpy(content[messages.ARRAYS])
@@ -130,14 +129,12 @@ def run(folder: Path, settings: Mapping[str, Scalar], attacks: bool) -> Observer
     }
     config = RunConfig.from_run_config({**defaults(), **settings, **place})
     observer = Observer(config, attacks)
-    # What a Flower process has, and messages ask for.
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+    act_as_flower_process()
     grid = InProcessGrid(config, nodes=CLIENTS, tamper=observer)
     context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
     if not (folder / BROKEN).exists():
         try:
-            server_main(as_grid(grid), context)
+            server_main(grid, context)
         except NoRepliesError as error:
             # With such a model no client's loss is a number any more.
             (folder / BROKEN).write_text(str(error), "utf-8")

@@ -8,23 +8,17 @@ from typing import Any, cast
 
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
 from clip2fl_common.config import RunConfig
 from server_app.app import main
-
-
-def take_for_flower_process() -> None:
-    """Set what Flower's own processes set before they make messages."""
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+from tests.flower_private import act_as_flower_process
+from tests.stand_in_grid import StandInGrid
 
 
 def _start(threads: int) -> None:
     torch.set_num_threads(threads)
-    take_for_flower_process()
+    act_as_flower_process()
 
 
 def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
@@ -38,7 +32,7 @@ def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
     return app(message, context)
 
 
-class DirectGrid:
+class DirectGrid(StandInGrid):
     """Answers messages by calling the ClientApp in worker processes that stay.
 
     Parameters
@@ -99,7 +93,7 @@ def run_directly(config: RunConfig, workers: int) -> None:
     workers : int
         Clients that train at the same time, each in a process with one thread.
     """
-    take_for_flower_process()
+    act_as_flower_process()
     with DirectGrid(config, workers) as grid:
         context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
-        main(cast(Grid, grid), context)
+        main(grid, context)

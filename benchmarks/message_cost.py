@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,34 +28,31 @@ CLASSES = (
 def prepare(folder: Path, images: int, teacher: str) -> None:
     """Write a site's folder, the run configuration and a train message."""
     from flwr.app import ConfigRecord, Message, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
     from PIL import Image
     from torch import nn
 
     from clip2fl_common import messages
-    from clip2fl_common.config import RunConfig
+    from clip2fl_common.config import RunConfig, Scalar, defaults
     from clip2fl_common.data import demo
-    from clip2fl_common.dotted_keys import flatten
     from clip2fl_common.models import build_model
     from clip2fl_common.provenance import code_fingerprint
     from clip2fl_common.teacher import load_teacher
+    from tests.flower_private import act_as_flower_process
 
     for label, name in enumerate(demo.CLASS_NAMES):
         (folder / "site" / name).mkdir(parents=True)
         for i, image in enumerate(demo.draw_images("train", label, images // 10)):
             picture = Image.fromarray(image.transpose(1, 2, 0)).resize((640, 480))
             picture.save(folder / "site" / name / f"{i}.jpg")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    flat = flatten(project["tool"]["flwr"]["app"]["config"])
-    flat |= {
+    flat: dict[str, Scalar] = {
+        **defaults(),
         "dataset.name": "sites",
         "dataset.class-names": CLASSES,
         "teacher.model": teacher,
         "client.epochs": 1,
     }
-    config = RunConfig.from_run_config(flat)  # type: ignore[arg-type]
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+    config = RunConfig.from_run_config(flat)
+    act_as_flower_process()
     content = RecordDict(
         {
             messages.ARRAYS: messages.model_to_arrays(
@@ -83,14 +79,14 @@ def answer(folder: Path) -> None:
     """Answer the message in this process; print the seconds of each phase."""
     started = time.perf_counter()
     from flwr.app import Context, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
+
+    from tests.flower_private import act_as_flower_process
 
     flower = time.perf_counter()
     from client_app.app import app
 
     imported = time.perf_counter()
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)
+    act_as_flower_process()
     message, config = pickle.loads((folder / "message").read_bytes())
     node: dict[str, bool | float | int | str] = {"data-path": str(folder / "site")}
     reply = app(message, Context(1, 1, node, RecordDict(), config))

@@ -31,10 +31,9 @@ from benchmarks.measure import RESULTS, markdown, write_results
 from client_app.gradients import coded_class_gradients
 from client_app.noise import gradient_protection
 from client_app.training import LocalObjective, augmented_features, train_locally
-from clip2fl_cli.configuration import defaults
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.class_gradients import CodedGradient
-from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.config import RunConfig, Scalar, defaults
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier
 from server_app.delivery import load_model

@@ -23,7 +23,6 @@ from benchmarks.measure import markdown, write_results
 from benchmarks.stages import DRAWS, SAMPLES_PER_CLASS, our_retraining
 from client_app.gradients import class_gradients
 from client_app.training import augmented_features
-from clip2fl_cli.configuration import defaults
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.class_gradients import (
     LowRankGradient,
@@ -32,7 +31,7 @@ from clip2fl_common.class_gradients import (
     encoded_bytes,
     row_cosines,
 )
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import RunConfig, defaults
 from clip2fl_common.data.datasets import load_dataset
 from server_app.delivery import load_model
 from strategy.retraining import new_classifier

@@ -9,7 +9,6 @@ Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
 import argparse
 import io
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -23,11 +22,13 @@ from clip2fl_common.config import (
     TEACHER_METHODS,
     RunConfig,
     Scalar,
+    defaults,
     listed_names,
 )
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import read_toml
 from clip2fl_common.files import cache_dir
-from clip2fl_common.project import experiment, metadata
+from clip2fl_common.project import experiment
 
 
 def findings(
@@ -69,9 +70,8 @@ def findings(
 
 
 def _run_config(path: Path) -> RunConfig:
-    """Return the defaults of pyproject.toml, overridden by a file."""
-    flat = flatten(metadata()["tool"]["flwr"]["app"]["config"])
-    flat |= flatten(tomllib.loads(experiment(path).read_text("utf-8")))
+    """Return the defaults, overridden by a file."""
+    flat = {**defaults(), **flatten(read_toml(experiment(path)))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 
@@ -135,7 +135,7 @@ def main(
     if options.run_config:
         try:
             config = _run_config(options.run_config)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
             return 2
         if config.dataset.name != SITES:

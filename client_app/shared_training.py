@@ -26,7 +26,7 @@ FOLDER_VARIABLE = "CLIP2FL_SHARED_TRAINING"
 Trained = tuple[dict[str, np.ndarray[Any, Any]], TrainingLosses]
 
 
-def train_or_recall(training: "partial[TrainingLosses]") -> TrainingLosses:
+def train_or_reuse(training: "partial[TrainingLosses]") -> TrainingLosses:
     """Train, or give the model what the same training has once made of it.
 
     Parameters
@@ -55,8 +55,8 @@ def train_or_recall(training: "partial[TrainingLosses]") -> TrainingLosses:
             _plain(training.keywords),
         ]
     )
-    recall = Memory(folder, verbose=0).cache(_train, ignore=["training"])
-    trained: Trained = recall(key, training)
+    reuse = Memory(folder, verbose=0).cache(_train, ignore=["training"])
+    trained: Trained = reuse(key, training)
     state, losses = trained
     model: torch.nn.Module = training.args[0]
     model.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})

@@ -7,7 +7,6 @@ itself: who loses it has given all budgets back.
 """
 
 import contextlib
-import os
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Literal
 from filelock import FileLock
 
 from client_app.site_policy import SitePolicy, SiteRefusal
+from clip2fl_common.files import FILE_MODE, FOLDER_MODE, replacing
 
 logger = getLogger(__name__)
 
@@ -217,23 +217,19 @@ class SiteLedger:
             connection.close()  # takes back what was not committed
 
     def _begin(self) -> None:
-        """Write an empty ledger under another name, then rename it."""
+        """Write an empty ledger, whole or not at all."""
         folder = self.path.parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock", mode=0o600, timeout=LOCK_TIMEOUT_S):
+        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock", mode=FILE_MODE, timeout=LOCK_TIMEOUT_S):
             if self.path.exists():
                 return
-            new = self.path.with_suffix(".new")
-            new.unlink(missing_ok=True)
-            os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            connection = sqlite3.connect(new)
-            try:
-                connection.executescript(TABLES)
-                connection.execute("INSERT INTO fact VALUES ('format', ?)", (FORMAT,))
-                connection.commit()
-            finally:
-                connection.close()
-            os.replace(new, self.path)
+            with contextlib.closing(sqlite3.connect(":memory:")) as empty:
+                empty.executescript(TABLES)
+                empty.execute("INSERT INTO fact VALUES ('format', ?)", (FORMAT,))
+                empty.commit()
+                content = empty.serialize()
+            with replacing(self.path, FILE_MODE, only_writer=True) as file:
+                file.write(content)
 
     def _damaged(self, reason: str) -> LedgerError:
         return LedgerError(

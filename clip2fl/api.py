@@ -229,9 +229,9 @@ def compare(
     written = write_results(compared, finished, shlex.join(command), failed)
     return Compared(
         compared.folder,
-        written.markdown,
-        json.loads(written.json),
-        written.page,
+        written.results.markdown,
+        json.loads(written.results.json),
+        written.report,
         failed,
     )
 

@@ -236,9 +236,8 @@ def compare(
         command = shlex.join(["clip2fl", *sys.argv[1:]])
         console.tell("Drawing the reports of all runs")
         written = write_results(compared, finished, command, failed)
-        answer = written.json if as_json else written.markdown
-        console.out.print(answer, soft_wrap=True)
-        console.tell(f"Report: {written.page}")
+        console.out.print(written.results.answer(as_json), soft_wrap=True)
+        console.tell(f"Report: {written.report}")
     else:
         console.tell("no run has completed, so there is nothing to report")
     for run in failed:
@@ -294,7 +293,11 @@ def partition(
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="A complete run's folder, or a comparison's.")
+        Path,
+        typer.Argument(
+            help="A complete run's folder, or a comparison's; or the .csv table that a "
+            "comparison has left."
+        ),
     ],
     against: Annotated[
         Path | None,
@@ -302,11 +305,17 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html, with its pictures also as PNG and SVG, into the folder."""
+    """Write report.html, with its pictures also as PNG and SVG, into the folder.
+
+    Of a comparison's table, print the page that the comparison has left.
+    """
     from clip2fl_cli.report import write_run_report
-    from clip2fl_cli.results import SUMMARY_FILE, rewrite_report
+    from clip2fl_cli.results import SUMMARY_FILE, redraw, rewrite_report
     from clip2fl_cli.runs import FinishedRun
 
+    if folder.suffix == ".csv" and not folder.is_dir():
+        console.out.print(redraw(folder).answer(as_json), soft_wrap=True)
+        return
     if os.path.lexists(folder / SUMMARY_FILE):
         page = rewrite_report(folder)
     else:
@@ -364,7 +373,7 @@ def export(
     """Write a delivered model as safetensors and ONNX, and say what it costs."""
     from clip2fl_cli import exporting
     from clip2fl_cli.prediction import model_file
-    from server_app.foreign_files import short
+    from clip2fl_common.shown import short
 
     file = model_file(model)
     # What is wrong is found before anything is written.

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip2fl_common.config_files import complete_config, merge_run_config
+from clip2fl_common.config.files import complete_config, merge_run_config
 from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 
@@ -40,7 +40,7 @@ def checked_run_config(
     file = None if run_config is None else experiment(run_config)
     merged = merge_run_config(app, file, overrides, resume)
     if _is_own(app):
-        config = complete_config(app, merged)
+        config = complete_config(merged)
         # torch and flwr take two seconds, for which a wrong key need not wait.
         from strategy.registry import method_named
 

@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 
 from clip2fl_cli.run_schema import MAX_COUNT
-from clip2fl_common.shown import shown
-from server_app.foreign_files import ForeignFileError, short
+from clip2fl_common.shown import short, shown
+from server_app.foreign_files import ForeignFileError
+from server_app.run_folder import CLIENTS, CONFUSION, FEATURES
 from server_app.tensor_files import Declared, TensorFile
 
-CLIENTS = "clients_by_class"
-CONFUSION = "confusion."
-FEATURES = "features"
 PROTOTYPES = "text_features"
 REAL = (torch.float32, torch.float16, torch.bfloat16)
 # Two confusion matrices of 8,000 classes; drawing larger ones takes more memory than

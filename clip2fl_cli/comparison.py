@@ -13,25 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from client_app.shared_training import FOLDER_VARIABLE
-from clip2fl_cli.configuration import (
-    as_file,
-    defaults,
-    flat_settings,
-    read_toml,
-    resolve,
-)
+from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
 from clip2fl_cli.run_schema import MAX_RUNS, MAX_VARIANTS, Seed, component_problem
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.config.same_run import differences
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 from server_app.checkpoints import load_newest
-from server_app.foreign_files import ForeignFileError, check, short
+from server_app.foreign_files import ForeignFileError, check
 
-# Where a run goes and what watches it do not change its outcome.
-WITHOUT_INFLUENCE = ("run.dir", "run.name", "run.trackers", "run.resume")
 # A reason is a cell of a table; the log has the rest.
 MAX_REASON = 300
 
@@ -43,7 +36,7 @@ class ComparisonError(ValueError):
     """A comparison's file or folder is not as it should be; says what to do."""
 
 
-class _File(BaseModel):
+class ComparisonFile(BaseModel):
     """The TOML file of a comparison."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -156,13 +149,13 @@ class Comparison:
         folder = runs.resolve() / file.stem
         where = shown(file)
         # Checked first: what is wrong there is no variant's fault.
-        flat_settings(content.settings, f"{where}: settings")
+        general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
             named = f"{where}: variants.{shown(variant)}"
-            # A variant's group of keys, such as client, takes the place of the general.
-            tables = {**content.settings, **_without(table, "seeds")}
-            own = flat_settings(tables, named)
+            # Key by key: client.epochs for all stays where a variant sets another key
+            # of client.
+            own = {**general, **flat_settings(_without(table, "seeds"), named)}
             try:
                 config = resolve(file.parent / content.experiment, overrides, own)
             except ConfigError as error:
@@ -279,9 +272,9 @@ def _begin(run: PlannedRun, output: TextIO) -> RunResult:
         return simulate(run_config=file, output=output)
 
 
-def _parse(file: Path) -> _File:
+def _parse(file: Path) -> ComparisonFile:
     try:
-        content = check(read_toml(file), _File, shown(file))
+        content = check(read_toml(file), ComparisonFile, shown(file))
     except ForeignFileError as error:
         raise ComparisonError(
             f"cannot read the comparison {error}; see conf/demo-compare.toml"
@@ -339,15 +332,13 @@ def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_same(run: PlannedRun) -> None:
-    # A key that is newer than the run had its default.
-    found = {**defaults(), **FinishedRun.read(run.folder).config}
-    for key, wanted in run.config.to_flat().items():
-        if key not in WITHOUT_INFLUENCE and found[key] != wanted:
-            raise ComparisonError(
-                f"{shown(run.folder)} was made with {key} = {short(found[key])}, but "
-                f"the comparison now wants {short(wanted)}: choose another folder with "
-                "--runs, or remove that one"
-            )
+    there = FinishedRun.read(run.folder).config
+    for key, then, now in differences(there, run.config.to_flat()):
+        raise ComparisonError(
+            f"{shown(run.folder)} was made with {key} = {short(then)}, but the "
+            f"comparison now wants {short(now)}: choose another folder with --runs, or "
+            "remove that one"
+        )
 
 
 def _can_go_on(run: PlannedRun) -> bool:
@@ -357,12 +348,8 @@ def _can_go_on(run: PlannedRun) -> bool:
     # There is none, or what there is was not written by this program.
     except (ValueError, KeyError, TypeError, OSError, SafetensorError):
         return False
-    wanted = run.config.to_flat()
-    return newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE) and all(
-        newest.config.get(key) == value
-        for key, value in wanted.items()
-        if key not in WITHOUT_INFLUENCE
-    )
+    same_code = newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE)
+    return same_code and not differences(newest.config, run.config.to_flat())
 
 
 def _set_aside(folder: Path) -> None:

@@ -5,14 +5,13 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from clip2fl_common.config import ConfigError, RunConfig, Scalar
-from clip2fl_common.config_files import parse_overrides
-from clip2fl_common.dotted_keys import flatten
-from clip2fl_common.project import experiment, metadata
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, defaults
+from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import parse_overrides
+from clip2fl_common.project import experiment
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -24,13 +23,6 @@ from strategy.registry import method_named
 MAX_TOML_BYTES = MEGABYTE
 # Tables in tables; the parser takes time that grows with the square of a key's depth.
 MAX_DOTS = 1000
-
-
-@cache
-def defaults() -> Mapping[str, Scalar]:
-    """Return every dotted key with its default in pyproject.toml."""
-    config = metadata()["tool"]["flwr"]["app"]["config"]
-    return cast(dict[str, Scalar], flatten(config))
 
 
 def read_toml(file: Path) -> dict[str, Any]:

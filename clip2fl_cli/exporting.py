@@ -13,14 +13,14 @@ from torch.utils.benchmark import Timer
 
 from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.run_schema import Facts
-from clip2fl_cli.runs import DAMAGED, FACTS_FILE, MAX_FACTS_BYTES, RunError
+from clip2fl_cli.runs import DAMAGED, MAX_FACTS_BYTES, RunError
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import ImageClassifier
 from clip2fl_common.teacher import DEMO, Teacher, load_teacher
 from server_app.delivery import ModelCard, load_model
 from server_app.foreign_files import ForeignFileError, opened, read_json
+from server_app.run_folder import CONFIG, MODEL
 
-SAFETENSORS_FILE = "model.safetensors"
 ONNX_FILE = "model.onnx"
 # Seconds of measurement for each latency.
 MEASURED_SECONDS = 2.0
@@ -123,11 +123,11 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
     onnx.checker.check_model(exported)
     content = exported.SerializeToString()
     with OutputFolder.open(folder) as place:
-        if not _is_same_file(model, folder / SAFETENSORS_FILE):
-            with opened(model) as source, place.replacing(SAFETENSORS_FILE) as copy:
+        if not _is_same_file(model, folder / MODEL):
+            with opened(model) as source, place.replacing(MODEL) as copy:
                 shutil.copyfileobj(source, copy)
         place.write(ONNX_FILE, content)
-    return folder / SAFETENSORS_FILE, folder / ONNX_FILE
+    return folder / MODEL, folder / ONNX_FILE
 
 
 def _is_same_file(model: Path, target: Path) -> bool:
@@ -234,7 +234,7 @@ def run_teacher(model: Path) -> RunTeacher | None:
     RunError
         If the run's ``config.json`` is not as a run writes it.
     """
-    file = model.parent / FACTS_FILE
+    file = model.parent / CONFIG
     if not os.path.lexists(file):
         return None
     try:

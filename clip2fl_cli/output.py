@@ -1,25 +1,20 @@
 """Files that the command writes: whole or not at all, and never through a link.
 
-Each is written under a new name in the very folder and then renamed. Where a link
-lies in its place, the link is replaced and what it leads to stays as it is. Two
-commands that write the same file at once both succeed; the later one's stays.
+`clip2fl_common.files.replacing` writes each of them into the very folder that was
+opened. Two commands that write the same file at once both succeed; the later one's
+stays.
 """
 
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from clip2fl_common.files import OPEN_FOLDER, replacing
 from clip2fl_common.shown import shown
-
-_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-# O_EXCL follows no link, and never opens what is there.
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 class OutputError(OSError):
@@ -62,7 +57,7 @@ class OutputFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, _FOLDER)
+            descriptor = os.open(path, OPEN_FOLDER)
         except OSError as error:
             raise _error(path, error, "no folder to write into") from None
         try:
@@ -92,7 +87,9 @@ class OutputFolder:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=self.descriptor)
-            descriptor = os.open(name, _FOLDER | _NO_LINK, dir_fd=self.descriptor)
+            descriptor = os.open(
+                name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.descriptor
+            )
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise OutputError(
@@ -128,24 +125,12 @@ class OutputFolder:
         OutputError
             If it cannot be written; then what was there stays.
         """
-        place, temporary = self.descriptor, f".{secrets.token_hex(8)}.incomplete"
+        path = self.path / name
         try:
-            # The default permissions: the umask decides.
-            new = os.open(temporary, _NEW_FILE, 0o666, dir_fd=place)
-        except OSError as error:
-            raise _error(self.path / name, error) from None
-        try:
-            with os.fdopen(new, "wb") as file:
+            with replacing(path, folder=self.descriptor) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, name, src_dir_fd=place, dst_dir_fd=place)
-            os.fsync(place)
         except OSError as error:
-            raise _error(self.path / name, error) from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=place)
+            raise _error(path, error) from None
 
 
 def write_file(path: Path, content: bytes) -> None:

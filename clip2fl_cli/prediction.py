@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from clip2fl_cli.runs import MODEL_FILE, RunError
+from clip2fl_cli.runs import RunError
 from clip2fl_common.data.image_reading import (
     UnreadableImageError,
     read_image,
@@ -23,6 +23,7 @@ from clip2fl_common.shown import shown
 from server_app.delivery import ModelCard
 from server_app.delivery import load_model as load_delivered
 from server_app.foreign_files import refuse_unless_regular
+from server_app.run_folder import MODEL
 
 # Images in one forward pass: fewer of large ones, whose activations take the memory.
 BATCH = 64
@@ -175,12 +176,11 @@ def model_file(path: Path) -> Path:
     RunError
         If there is none.
     """
-    file = path / MODEL_FILE if path.is_dir() else path
+    file = path / MODEL if path.is_dir() else path
     # What is there but is no file is told by reading it.
     if not os.path.lexists(file):
         raise RunError(
-            f"{shown(file)} does not exist; give a {MODEL_FILE} or a complete run's "
-            "folder"
+            f"{shown(file)} does not exist; give a {MODEL} or a complete run's folder"
         )
     return file
 

@@ -20,7 +20,7 @@ from clip2fl_cli.comparison import PlannedRun
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.shown import shown
 
-# What the server prints at the end of each round (server_app/run_folder.py).
+# What the server prints at the end of each round (server_app/console.py).
 ROUND = re.compile(r"round (\d+)/\d+: .*")
 
 

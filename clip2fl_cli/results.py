@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: table, summary and reports."""
+"""What a comparison leaves in its folder: page, table of rounds, summary, reports."""
 
 import dataclasses
 import json
@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip2fl_cli.comparison import Comparison
+from clip2fl_cli.comparison_table import (
+    MAX_SUMMARY_BYTES,
+    Compared,
+    read_compared,
+    recorded_facts,
+    rounds_csv,
+)
 from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.report import write_comparison_report, write_run_report
 from clip2fl_cli.run_schema import Summary
@@ -14,25 +21,67 @@ from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
 from clip2fl_cli.summary import (
     CONFIDENCE,
     Failure,
+    Origin,
     markdown,
     refuse_unlike,
     summarise,
     teachers,
 )
-from server_app.foreign_files import MEGABYTE, read_json
+from server_app.foreign_files import read_json
 
 SUMMARY_FILE = "comparison.json"
-TABLE_FILE = "comparison.md"
-MAX_SUMMARY_BYTES = 32 * MEGABYTE
+MARKDOWN_FILE = "comparison.md"
+TABLE_FILE = "comparison.csv"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A comparison's table as Markdown and JSON, and the report's page."""
+    """A comparison's page as Markdown, and its numbers as JSON."""
 
     markdown: str
     json: str
-    page: Path
+
+    @classmethod
+    def of(cls, compared: Compared) -> "Results":
+        """Draw them.
+
+        Raises
+        ------
+        RunError
+            If runs cannot be compared.
+        """
+        runs, baseline = compared.runs, compared.baseline
+        refuse_unlike(runs)
+        title = f"Comparison {compared.name}"
+        page = markdown(runs, baseline, title, compared.origin, compared.failures)
+        summary = {
+            "name": compared.name,
+            "baseline": baseline,
+            **dataclasses.asdict(compared.origin),
+            "last_rounds": LAST_ROUNDS,
+            "confidence": CONFIDENCE,
+            "rows": [dataclasses.asdict(row) for row in summarise(runs, baseline)],
+            "teachers": teachers(runs),
+            "runs": {
+                variant: [run.folder.name for run in group]
+                for variant, group in runs.items()
+            },
+            "failed": [dataclasses.asdict(failure) for failure in compared.failures],
+            **recorded_facts(runs),
+        }
+        return cls(page, json.dumps(summary, indent=2))
+
+    def answer(self, as_json: bool) -> str:
+        """Return what the command prints: the numbers as JSON, or the page."""
+        return self.json if as_json else self.markdown
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a comparison has left, and the report's page."""
+
+    results: Results
+    report: Path
 
 
 def write_results(
@@ -40,8 +89,8 @@ def write_results(
     runs: Mapping[str, Sequence[FinishedRun]],
     command: str,
     failures: Sequence[Failure] = (),
-) -> Results:
-    """Write a comparison's table, summary, report and the report of every run.
+) -> Written:
+    """Write a comparison's page, table, summary, report and the report of every run.
 
     Parameters
     ----------
@@ -56,7 +105,7 @@ def write_results(
 
     Returns
     -------
-    Results
+    Written
 
     Raises
     ------
@@ -65,33 +114,40 @@ def write_results(
     OutputError
         If results cannot be written.
     """
-    refuse_unlike(runs)
-    title = f"Comparison {comparison.name}"
-    table = markdown(runs, comparison.baseline, title, command, failures)
-    summary = json.dumps(
-        {
-            "name": comparison.name,
-            "baseline": comparison.baseline,
-            "last_rounds": LAST_ROUNDS,
-            "confidence": CONFIDENCE,
-            "rows": [
-                dataclasses.asdict(row) for row in summarise(runs, comparison.baseline)
-            ],
-            "teachers": teachers(runs),
-            "runs": {
-                variant: [run.folder.name for run in group]
-                for variant, group in runs.items()
-            },
-            "failed": [dataclasses.asdict(failure) for failure in failures],
-        },
-        indent=2,
+    origin = Origin.here(command)
+    results = Results.of(
+        Compared(comparison.name, comparison.baseline, runs, failures, origin)
     )
     with OutputFolder.open(comparison.folder) as folder:
-        folder.write(TABLE_FILE, table.encode())
-        folder.write(SUMMARY_FILE, f"{summary}\n".encode())
+        folder.write(MARKDOWN_FILE, results.markdown.encode())
+        folder.write(TABLE_FILE, rounds_csv(runs).encode())
+        folder.write(SUMMARY_FILE, f"{results.json}\n".encode())
     for run in (run for group in runs.values() for run in group):
         write_run_report(run, _baseline_run(run, runs.get(comparison.baseline, [])))
-    return Results(table, summary, rewrite_report(comparison.folder))
+    return Written(results, rewrite_report(comparison.folder))
+
+
+def redraw(table: Path) -> Results:
+    """Draw a comparison's page again, without the folders of its runs.
+
+    Parameters
+    ----------
+    table : Path
+        A comparison's table of rounds, with the JSON file of the same name beside it.
+
+    Returns
+    -------
+    Results
+        The same as when the comparison wrote the two files.
+
+    Raises
+    ------
+    ForeignFileError
+        If one of them is not as a comparison writes it.
+    RunError
+        If runs cannot be compared.
+    """
+    return Results.of(read_compared(table))
 
 
 def rewrite_report(folder: Path) -> Path:

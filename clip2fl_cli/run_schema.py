@@ -162,6 +162,8 @@ class Round(BaseModel):
     model_config = _strict
 
     round: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+    # Runs of early versions did not write it.
+    test_images: Count | None = None
     # Empty where no site has evaluated.
     accuracy: Annotated[dict[Name, Accuracy], Field(max_length=20)]
     losses: Annotated[dict[Name, Loss], Field(max_length=100)]
@@ -200,6 +202,35 @@ class Summary(BaseModel):
             for name in names:
                 if problem := component_problem(name):
                     raise ValueError(f"runs.{variant}: {name!r:.60} {problem}")
+        return self
+
+
+class SomeFacts(BaseModel):
+    """Some fields of ``config.json``; put together with others, they are checked."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    config: dict[Name, Value] = {}
+
+
+class Recorded(Summary):
+    """``comparison.json``, as far as the table beside it needs it to draw a page."""
+
+    command: Text
+    date: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    hardware: Name
+    heads: dict[Name, Annotated[list[Name], Field(min_length=1, max_length=20)]]
+    shared_facts: SomeFacts
+    facts: dict[Name, SomeFacts]
+
+    @model_validator(mode="after")
+    def _nothing_is_missing(self) -> "Recorded":
+        for variant, names in self.runs.items():
+            if variant not in self.heads:
+                raise ValueError(f"heads has no entry for {variant!r:.60}")
+            for name in names:
+                if name not in self.facts:
+                    raise ValueError(f"facts has no entry for {name!r:.60}")
         return self
 
 

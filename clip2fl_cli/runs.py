@@ -21,14 +21,11 @@ from server_app.foreign_files import (
     read_text,
     refuse_unless_regular,
 )
+from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 
 # Rounds vary by some points; the mean of the last ones is compared.
 LAST_ROUNDS = 5
 COLUMNS = ("top1", "balanced", "many", "medium", "few")
-FACTS_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
-ARTIFACTS_FILE = "artifacts.safetensors"
-MODEL_FILE = "model.safetensors"
 # A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
 MAX_FACTS_BYTES = 32 * MEGABYTE
 MAX_METRICS_BYTES = 256 * MEGABYTE
@@ -74,19 +71,19 @@ class FinishedRun:
             not as a run writes it; names the file and the field.
         """
         # What is there but is no file is told by reading it.
-        if not os.path.lexists(folder / FACTS_FILE):
+        if not os.path.lexists(folder / CONFIG):
             raise RunError(
-                f"{shown(folder)} is no run's folder: it has no {FACTS_FILE}; give the "
+                f"{shown(folder)} is no run's folder: it has no {CONFIG}; give the "
                 "folder that a run names in its last line"
             )
-        if not os.path.lexists(folder / MODEL_FILE):
+        if not os.path.lexists(folder / MODEL):
             raise RunError(
-                f"{shown(folder)} holds a run that did not end: it has no {MODEL_FILE}"
+                f"{shown(folder)} holds a run that did not end: it has no {MODEL}"
             )
         try:
-            refuse_unless_regular(folder / MODEL_FILE)
-            facts = read_json(folder / FACTS_FILE, Facts, MAX_FACTS_BYTES)
-            return cls(folder, facts, _read_rounds(folder / METRICS_FILE, facts))
+            refuse_unless_regular(folder / MODEL)
+            facts = read_json(folder / CONFIG, Facts, MAX_FACTS_BYTES)
+            return cls(folder, facts, _read_rounds(folder / METRICS, facts))
         except ForeignFileError as error:
             raise RunError(f"{error}; {DAMAGED}") from None
 
@@ -151,7 +148,7 @@ class FinishedRun:
         RunError
             If the file is not as a run writes it.
         """
-        file = self.folder / ARTIFACTS_FILE
+        file = self.folder / ARTIFACTS
         if not os.path.lexists(file):
             return {}
         try:
@@ -195,7 +192,7 @@ class FinishedRun:
 
 def is_complete(folder: Path) -> bool:
     """Tell whether a run came to its end: the model is what it writes last."""
-    return (folder / MODEL_FILE).is_file()
+    return (folder / MODEL).is_file()
 
 
 def refuse_other_classes(runs: Sequence[FinishedRun]) -> None:
@@ -238,13 +235,13 @@ def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             if len(accuracy["per_class"]) != classes:
                 raise ForeignFileError(
                     f"{where}: line {number}: accuracy.{shown(head)}.per_class has "
-                    f"{len(accuracy['per_class'])} entries, but {FACTS_FILE} has "
+                    f"{len(accuracy['per_class'])} entries, but {CONFIG} has "
                     f"{classes} class_names"
                 )
         rounds.append(line)
     if len(rounds) != expected:
         raise ForeignFileError(
-            f"{where} has {len(rounds)} rounds, but {FACTS_FILE} says "
+            f"{where} has {len(rounds)} rounds, but {CONFIG} says "
             f"federation.rounds = {expected}"
         )
     if not any(line["accuracy"] for line in rounds):

@@ -121,6 +121,31 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a comparison's page comes from.
+
+    Attributes
+    ----------
+    command : str
+        That made it.
+    date : str
+        When, as YYYY-MM-DD.
+    hardware : str
+        On what, in words.
+    """
+
+    command: str
+    date: str
+    hardware: str
+
+    @classmethod
+    def here(cls, command: str) -> "Origin":
+        """Return that of a page that is made now, on this machine."""
+        hardware = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+        return cls(command, date.today().isoformat(), hardware)
+
+
 def failed_runs(failures: Sequence[Failure]) -> dict[str, str]:
     """Return the text for each variant of which a run failed.
 
@@ -246,7 +271,7 @@ def markdown(
     runs: Mapping[str, Sequence[FinishedRun]],
     baseline: str,
     title: str,
-    command: str,
+    origin: Origin,
     failures: Sequence[Failure] = (),
 ) -> str:
     """Return the dated Markdown page of a comparison, to be kept with the results.
@@ -257,8 +282,10 @@ def markdown(
         Each variant's runs.
     baseline : str
         Variant that the others are set against.
-    title, command : str
-        Heading, and the command that made it.
+    title : str
+        Heading.
+    origin : Origin
+        By which command, when and where the page was made.
     failures : sequence of Failure
         Runs that did not complete.
 
@@ -277,9 +304,9 @@ def markdown(
     codes = plain(", ".join(sorted({run.facts["code"] for run in every})))
     return f"""# {plain(title)}
 
-Date: {date.today().isoformat()}. Command:
+Date: {origin.date}. Command:
 
-    {shown(command)}
+    {shown(origin.command)}
 
 Accuracy in percent on {_test_images(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
@@ -294,7 +321,7 @@ Per class:
 
 {class_table(runs)}
 
-Hardware: {os.cpu_count()} cores, {platform.machine()}, {platform.system()}.
+Hardware: {plain(origin.hardware)}.
 Versions: {versions}. Client code: {codes}.
 Minutes a run, not comparable where other work shared the machine: {minutes}.
 """

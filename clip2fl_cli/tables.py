@@ -139,18 +139,19 @@ def cost_values(line: Mapping[str, Any]) -> dict[str, Any]:
         **{f"s {phase}": seconds for phase, seconds in line["seconds"].items()},
         "bytes down": line["bytes"]["down"],
         "bytes up": line["bytes"]["up"],
-        "bytes of class gradients": _gradient_bytes(line),
+        "bytes of class gradients": gradient_bytes(line),
     }
 
 
-def _gradient_bytes(line: Mapping[str, Any]) -> int:
+def gradient_bytes(line: Mapping[str, Any]) -> int:
+    """Return the bytes of class gradients that all clients sent in a round."""
     return sum(line["bytes"].get("class_gradients", []))
 
 
 def mean_bytes(runs: Sequence[FinishedRun], name: str) -> float:
     """Return the mean over rounds and runs."""
     return statistics.fmean(
-        _gradient_bytes(line) if name == "class_gradients" else line["bytes"][name]
+        gradient_bytes(line) if name == "class_gradients" else line["bytes"][name]
         for run in runs
         for line in run.rounds
     )

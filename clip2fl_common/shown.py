@@ -1,10 +1,17 @@
-"""Names from a disk as text that is safe to print, to log and to send.
+"""Text from elsewhere, made safe to print, to log and to send.
 
-A file's name may hold any byte: line breaks and colour codes that forge a log, marks
-that reverse the text around them, bytes that are no UTF-8 and cannot be printed.
+A file's name may hold any byte, and so may what a stranger sends: line breaks and
+colour codes that forge a log, marks that reverse the text around them, bytes that are
+no UTF-8 and cannot be printed.
 """
 
+import reprlib
 from collections.abc import Iterable
+
+# Characters of a text from elsewhere that are shown.
+LONGEST_TEXT = 300
+# Characters of a refused name that are shown.
+LONGEST_NAME = 80
 
 
 def shown(name: object) -> str:
@@ -38,10 +45,6 @@ def _escaped(code: int) -> str:
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
-# Characters of a text from elsewhere that are shown.
-LONGEST_TEXT = 300
-
-
 def plain(text: object) -> str:
     """Return a text from elsewhere as one line that is safe to print.
 
@@ -61,3 +64,38 @@ def plain(text: object) -> str:
     escaped = shown(whole[:LONGEST_TEXT])
     cut = len(whole) > LONGEST_TEXT or len(escaped) > LONGEST_TEXT
     return escaped[:LONGEST_TEXT] + ("..." if cut else "")
+
+
+def quoted(name: object) -> str:
+    r"""Return a refused name in quotes, so that look-alikes of letters are seen.
+
+    Parameters
+    ----------
+    name : object
+        Anything that a stranger may have sent.
+
+    Returns
+    -------
+    str
+        One line of at most about `LONGEST_NAME` ASCII characters, without control
+        characters.
+
+    Examples
+    --------
+    >>> quoted("s\u0456te-a")
+    "'s\\u0456te-a'"
+    """
+    # A long text is cut first: writing out all of it takes memory, too.
+    text = ascii(name[:LONGEST_NAME] if isinstance(name, str) else name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+
+
+def short(value: object) -> str:
+    """Return a value as it is written into a message: on one line, and not long."""
+    return shown(_SHORT.repr(value))
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlong = 30
+_SHORT.maxlevel = 2

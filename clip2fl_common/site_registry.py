@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from clip2fl_common.site_names import NAME_RULE, clashing, is_site_name, shown
+from clip2fl_common.shown import quoted
+from clip2fl_common.site_names import NAME_RULE, clashing, is_site_name
 
 FORMAT = 1
 # Far above what thousands of sites need.
@@ -92,7 +93,7 @@ class SiteRegistry:
         for site in self.sites:
             if not is_site_name(site.name):
                 raise RegistryError(
-                    f"{shown(site.name)} is no name of a site; expected {NAME_RULE}"
+                    f"{quoted(site.name)} is no name of a site; expected {NAME_RULE}"
                 )
             other = names.setdefault(clashing(site.name), site)
             if other is not site:

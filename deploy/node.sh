@@ -25,14 +25,11 @@ fi
 export SITE DATA_PATH POLICY TRUSTED_ENTITIES
 node_config=$(python deploy/node_config.py)
 
-if [ -n "$RUN_CONFIG" ]; then
-    set -- --data-path "$DATA_PATH" --run-config "$RUN_CONFIG" \
-        --superlink "$SUPERLINK" --root-certificates "$CA" --private-key "$KEYS/$SITE"
-    [ -z "$POLICY" ] || set -- "$@" --policy "$POLICY"
-    python -m client_app.doctor "$@"
-else
-    python deploy/check_connection.py "$SUPERLINK" "$CA" "$KEYS/$SITE"
-fi
+set -- --data-path "$DATA_PATH" \
+    --superlink "$SUPERLINK" --root-certificates "$CA" --private-key "$KEYS/$SITE"
+[ -z "$RUN_CONFIG" ] || set -- "$@" --run-config "$RUN_CONFIG"
+[ -z "$POLICY" ] || set -- "$@" --policy "$POLICY"
+python -m client_app.doctor "$@"
 
 set -- --superlink "$SUPERLINK" --root-certificates "$CA" \
     --auth-supernode-private-key "$KEYS/$SITE" --node-config "$node_config"

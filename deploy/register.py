@@ -31,13 +31,15 @@ from cryptography.hazmat.primitives.serialization import (
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clip2fl_common.files import replacing
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
-from server_app.durable import replaced_whole
 
 PROFILE = "server"
 # A public key has a few hundred bytes.
 LARGEST_KEY = 16 * 1024
 REMOVED = "unregistered"
+# Flower's code of the error "Public key already in use".
+KEY_IN_USE = "[code: 23]"
 
 
 class RegistrationError(ValueError):
@@ -74,7 +76,7 @@ class Flower:
         answer = self._ask("register", str(half), PROFILE, "--name", name)
         if answer.get("success"):
             return int(answer["node-id"])
-        if "already" in _reason(answer).lower():
+        if KEY_IN_USE in _reason(answer):
             return None
         raise RegistrationError(f"{name} is not registered: {_reason(answer)}")
 
@@ -190,9 +192,8 @@ def opened(path: Path) -> Iterator[SiteRegistry]:
 
 def write(registry: SiteRegistry, path: Path) -> None:
     """Write a registry, whole or not at all; the ServerApp may be another user."""
-    with replaced_whole(path) as temporary:
-        temporary.write_text(registry.text(), "utf-8")
-        temporary.chmod(0o644)
+    with replacing(path, 0o644, only_writer=True) as file:
+        file.write(registry.text().encode())
 
 
 def register(

@@ -7,7 +7,8 @@ and then answers 500. One such answer, on a slow disk or a busy machine, ends th
 SuperExec and with it the run, or leaves a node running that never asks for work again.
 """
 
-from flwr.superlink.cli import flower_superlink
+from importlib.metadata import entry_points
+
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
@@ -28,6 +29,12 @@ def wait_for_locks(
     cursor.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run Flower's command of the name flower-superlink, as its own script does."""
     event.listen(Pool, "checkout", wait_for_locks)
-    flower_superlink()
+    (command,) = entry_points(group="console_scripts", name="flower-superlink")
+    command.load()()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""Train the demo teacher, a tiny CLIP, on drawn shapes and write its data file.
+"""Train the demo teacher, a tiny CLIP, on drawn shapes and write its data files.
 
-Run from the repository's root, without arguments for the file that is shipped::
+Run from the repository's root, without arguments for the files that are shipped::
 
     python -m scripts.train_demo_teacher
 """
@@ -9,10 +9,10 @@ import argparse
 import base64
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -34,6 +34,7 @@ from clip2fl_common.data.demo import (
     demo_split,
     sample_scenes,
 )
+from clip2fl_common.files import replacing
 from clip2fl_common.teacher.demo import (
     DATA_FORMAT,
     DATA_PATH,
@@ -41,6 +42,7 @@ from clip2fl_common.teacher.demo import (
     Tokenizer,
     build_demo_model,
     load_demo_model,
+    weight_paths,
 )
 
 MODEL_CONFIG: Final[dict[str, Any]] = {
@@ -310,8 +312,8 @@ def zero_shot(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     return report
 
 
-def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """Turn a model's weights into text.
+def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
+    """Turn a model's weights into bytes.
 
     Parameters
     ----------
@@ -324,9 +326,8 @@ def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], str]:
     -------
     token_ids : list of int
         Tokens that occur in captions, in the order of their rows of the stored table.
-    tensors : str
-        Base64 of a safetensors file of the model's state, floats as float16 but for
-        scalars.
+    tensors : bytes
+        A safetensors file of the model's state, floats as float16 but for scalars.
     """
     names = (*CLASS_NAMES, *COLOUR_NAMES, *SIZE_NAMES)
     words = {word for text in (*TEMPLATES, *names) for word in text.split()}
@@ -337,22 +338,35 @@ def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], str]:
         for name, tensor in model.state_dict().items()
     }
     state[TOKEN_EMBEDDING] = state[TOKEN_EMBEDDING][token_ids].contiguous()
-    return token_ids, base64.b64encode(safetensors.torch.save(state)).decode()
+    return token_ids, safetensors.torch.save(state)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-    ) as file:
-        file.write(text)
-    # A temporary file is private; this one is to be read by everyone.
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+def write_model(path: Path, document: dict[str, Any], tensors: bytes) -> None:
+    """Write a model's weights, and then the file that describes it.
+
+    Parameters
+    ----------
+    path : Path
+        The description; the files of `weight_paths` get the weights.
+    document : dict
+        The description without the checksum of the weights.
+    tensors : bytes
+        What `pack` returns.
+    """
+    text = base64.b64encode(tensors).decode()
+    paths = weight_paths(path)
+    length = math.ceil(len(text) / len(paths))
+    for number, part in enumerate(paths):
+        piece = text[number * length : (number + 1) * length]
+        with replacing(part, 0o644) as file:
+            file.write(f"{json.dumps(piece)}\n".encode())
+    described = document | {"sha256": hashlib.sha256(tensors).hexdigest()}
+    with replacing(path, 0o644) as file:
+        file.write(f"{json.dumps(described, indent=1)}\n".encode())
 
 
 def main() -> None:
-    """Train, pack, measure what was packed, and write the data file."""
+    """Train, pack, measure what was packed, and write the data files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -382,12 +396,11 @@ def main() -> None:
         },
         "classes": CLASS_NAMES,
         "token_ids": token_ids,
-        "tensors": tensors,
     }
     # The accuracy reported is that of the rounded weights, as the program loads them.
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / DATA_PATH.name
-        packed.write_text(json.dumps(document), encoding="utf-8")
+        write_model(packed, document, tensors)
         accuracy = zero_shot(*load_demo_model(packed)[:2])
     document["training"] = {
         "command": " ".join(("python -m scripts.train_demo_teacher", *sys.argv[1:])),
@@ -403,10 +416,10 @@ def main() -> None:
         },
         "zero_shot": accuracy,
     }
-    write_atomically(arguments.output, json.dumps(document, indent=1) + "\n")
+    write_model(arguments.output, document, tensors)
     print(json.dumps(accuracy, indent=1))
-    size = arguments.output.stat().st_size
-    print(f"{arguments.output}: {size} bytes")
+    for file in (arguments.output, *weight_paths(arguments.output)):
+        print(f"{file}: {file.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What runs at the server around the strategy: evaluation and reporting."""
+"""What runs at the server around the strategy: a run from start to its model."""
 
 import os
 

@@ -24,32 +24,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip2fl_common.config import Scalar
-from server_app.durable import remove, replaced_whole
+from clip2fl_common.config.same_run import NOTHING, differences
+from clip2fl_common.files import remove, replacing_folder
+from server_app.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    checkpoint_path,
+    rounds_with_checkpoint,
+)
 
 logger = getLogger(__name__)
 
 FORMAT = 1
 
-FOLDER = "checkpoints"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-METRICS = "metrics.jsonl"
 SUMS = "SHA256SUMS"
 
 MODEL_PREFIX = "model."
 STRATEGY_PREFIX = "strategy."
-
-# Keys that decide where results and the site registry lie, how long is waited and what
-# is kept, but not what comes out: they may differ when a run goes on.
-FREE_KEYS = (
-    "run.dir",
-    "run.name",
-    "run.resume",
-    "federation.round-timeout",
-    "federation.site-registry",
-    "checkpoint.every",
-    "checkpoint.keep",
-)
 
 
 class ResumeError(ValueError):
@@ -114,17 +107,6 @@ class Checkpoint:
     strategy: Mapping[str, torch.Tensor]
 
 
-def checkpoint_path(run_folder: Path, server_round: int) -> Path:
-    """Return where the checkpoint of a round lies."""
-    return run_folder / FOLDER / f"round-{server_round:06d}"
-
-
-def rounds_with_checkpoint(run_folder: Path) -> list[int]:
-    """Return the rounds that have a checkpoint, whole or damaged, ascending."""
-    names = [path.name for path in (run_folder / FOLDER).glob("round-??????")]
-    return sorted(int(name.removeprefix("round-")) for name in names)
-
-
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into a run's folder; on disk when this returns.
 
@@ -153,8 +135,7 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
     named |= {f"{STRATEGY_PREFIX}{n}": t for n, t in checkpoint.strategy.items()}
     place = checkpoint_path(run_folder, checkpoint.round)
     place.parent.mkdir(exist_ok=True)
-    with replaced_whole(place) as folder:
-        folder.mkdir()
+    with replacing_folder(place) as folder:
         save_file(
             {
                 name: tensor.detach().cpu().contiguous()
@@ -256,13 +237,13 @@ def load_newest(run_folder: Path) -> Checkpoint:
         return checkpoint
     if damaged:
         raise ResumeError(
-            f"every checkpoint in {run_folder / FOLDER} is damaged ("
+            f"every checkpoint in {run_folder / CHECKPOINTS} is damaged ("
             + "; ".join(f"round {r}: {reason}" for r, reason in damaged.items())
             + "): restore one from a backup, or start the run anew in another folder"
         )
     raise ResumeError(
-        f"{run_folder / FOLDER} holds no checkpoint, so there is nothing to resume: "
-        "start the run without run.resume"
+        f"{run_folder / CHECKPOINTS} holds no checkpoint, so there is nothing to "
+        "resume: start the run without run.resume"
     )
 
 
@@ -302,7 +283,7 @@ def refuse_differences(
     checkpoint : Checkpoint
         Where the run is to go on.
     config : Mapping
-        The configuration it is to go on with; `FREE_KEYS` may differ.
+        The configuration it is to go on with.
     made_with : Mapping
         Fingerprints of the code, data and teacher at hand.
 
@@ -311,19 +292,14 @@ def refuse_differences(
     ResumeError
         Names every difference, with both values.
     """
-    nothing = "nothing"
-    keys = sorted(checkpoint.config.keys() | config.keys())
-    differences = [
-        f"{key}: the run has {checkpoint.config.get(key, nothing)!r}, now it is "
-        f"{config.get(key, nothing)!r}"
-        for key in keys
-        if key not in FREE_KEYS and checkpoint.config.get(key) != config.get(key)
-    ]
-    if differences:
+    if found := differences(checkpoint.config, config):
         raise ResumeError(
             "the configuration is not the run's, so that it cannot go on from round "
             f"{checkpoint.round}:\n"
-            + "\n".join(f"  - {line}" for line in differences)
+            + "\n".join(
+                f"  - {key}: the run has {then!r}, now it is {now!r}"
+                for key, then, now in found
+            )
             + "\nTake the run's own values, or start another run."
         )
     remedies = {
@@ -333,7 +309,7 @@ def refuse_differences(
     }
     for name, remedy in remedies.items():
         then, now = (
-            found.get(name, nothing) for found in (checkpoint.made_with, made_with)
+            made.get(name, NOTHING) for made in (checkpoint.made_with, made_with)
         )
         if then != now:
             raise ResumeError(

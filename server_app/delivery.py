@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import nn
 
 from clip2fl_common.data.datasets import Normalization
@@ -21,9 +20,8 @@ from clip2fl_common.limits import (
 )
 from clip2fl_common.models import MODELS, ImageClassifier, build_model
 from clip2fl_common.shown import shown
-from server_app.durable import replaced_whole
 from server_app.foreign_files import ForeignFileError, check, parse_json
-from server_app.tensor_files import Declared, TensorFile
+from server_app.tensor_files import Declared, TensorFile, save_tensors
 
 
 @dataclass(frozen=True)
@@ -73,34 +71,6 @@ def save_model(
     state = dict(model.state_dict())
     state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
     save_tensors(path, state, {"card": json.dumps(asdict(card))})
-
-
-def save_tensors(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file so that it is there whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        File to write; one that is there is replaced.
-    tensors : mapping of str to Tensor
-        Its content.
-    metadata : mapping of str to str or None
-        Goes along with it.
-    """
-    with replaced_whole(path) as temporary:
-        # Readable for whom other files are: safetensors leaves it to the owner alone.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata=None if metadata is None else dict(metadata),
-        )
-        temporary.chmod(mode)
 
 
 def _known_architecture(name: str) -> str:

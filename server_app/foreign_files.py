@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import short, shown
 
 MEGABYTE = 2**20
 # Longer numbers are no counts, and Python takes time that grows with their square.
@@ -226,17 +225,6 @@ def check(content: Mapping[str, Any], schema: type[Schema], where: str) -> Schem
         problems = error.errors(include_url=False, include_context=False)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise ForeignFileError(f"{where}: {_explain(dict(problems[0]))}{more}")
-
-
-def short(value: object) -> str:
-    """Return a value as it is written into a message: on one line, and not long."""
-    return shown(_SHORT.repr(value))
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-_SHORT.maxlong = 30
-_SHORT.maxlevel = 2
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

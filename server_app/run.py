@@ -1,69 +1,41 @@
 """One run at the server: what is prepared, evaluated each round and left behind."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from logging import getLogger
 from platform import python_version
 from time import perf_counter
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from clip2fl_common.config import SITES, RunConfig
-from clip2fl_common.data.datasets import ImageDataset, load_dataset, partition_indices
+from clip2fl_common.config import RunConfig
 from clip2fl_common.devices import resolve_device
-from clip2fl_common.messages import model_to_arrays
 from clip2fl_common.metrics import (
     FEDAVG_HEAD,
     RETRAINED_HEAD,
     TEACHER_HEAD,
     AccuracyReport,
-    listed_groups,
     median_site_reports,
     recall_report,
-    shot_groups,
 )
 from clip2fl_common.models import ImageClassifier, build_model
-from clip2fl_common.partition import class_counts
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
-from server_app.checkpoints import (
-    BestRound,
-    Checkpoint,
-    DamagedCheckpointError,
-    load_checkpoint,
-    load_newest,
-    prune,
-    refuse_differences,
-    rounds_with_checkpoint,
-    save_checkpoint,
-)
+from server_app.console import Progress, final_table
 from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
-from server_app.run_folder import (
-    BEST_MODEL,
-    MODEL,
-    Progress,
-    RunFolder,
-    accuracy_fields,
-    accuracy_from_fields,
-    final_table,
-)
+from server_app.metrics_line import accuracy_fields, accuracy_from_fields, metrics_line
+from server_app.run_data import RunData
+from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
+from server_app.run_state import RunState
 from server_app.tracking import open_trackers, scalars
-from strategy.base import PartitionedTraining
-from strategy.recovery import Earlier
+from strategy.base import Method
 from strategy.registry import method_named
-from strategy.round_record import RoundRecord
-
-logger = getLogger(__name__)
 
 TEACHER_ROW = "teacher zero-shot"
 
@@ -72,8 +44,8 @@ class StorageError(OSError):
     """A round's results could not be written; says what is safe and what to do."""
 
 
-class Session:
-    """Data, initial model, teacher and run folder of one run.
+class ServerRun:
+    """One run: data, initial model, teacher and folder; opened, its rounds closed.
 
     Parameters
     ----------
@@ -86,24 +58,11 @@ class Session:
     def __init__(self, config: RunConfig, run_id: int) -> None:
         self.config = config
         self.device = resolve_device(config.device)
-        self.dataset: ImageDataset = load_dataset(config.dataset)
-        partition = config.partition
-        classes = len(self.dataset.class_names)
-        # Sites tell nobody how many images of a class they have.
-        self._parts: tuple[npt.NDArray[np.int64], ...] = ()
-        self._held: npt.NDArray[np.int64] | None = None
-        groups = listed_groups(classes)
-        if config.dataset.name != SITES:
-            self._parts = partition_indices(
-                config.dataset, partition.clients, partition.alpha, config.seed
-            )
-            self._held = class_counts(self._parts, self.dataset.train.labels, classes)
-            groups = shot_groups(self._held.sum(axis=0).tolist())
-        self.images_per_client = tuple(len(part) for part in self._parts)
-        self.model = _initial_model(config, classes)
+        self.data = RunData.load(config)
+        self.model = _initial_model(config, len(self.data.class_names))
         self.evaluator = Evaluator(
-            self.dataset,
-            groups,
+            self.data.dataset,
+            self.data.groups,
             config.evaluation.max_images,
             config.evaluation.batch_size,
             self.device,
@@ -112,13 +71,18 @@ class Session:
         self.teacher = self._load_teacher()
         self._progress = Progress(config.federation.rounds)
         self._teacher_row: dict[str, AccuracyReport] = {}
-        self._best: BestRound | None = None
-        self._resumed_after: tuple[int, ...] = ()
         self.folder = RunFolder(config, run_id)
+        self.state = RunState(
+            config,
+            self.folder,
+            self.model,
+            self._made_with(),
+            {"device": self.device.type, **_versions()},
+        )
         self._trackers = open_trackers(config, self.folder.path)
 
     def __enter__(self) -> Self:
-        """Return the session, whose folder is its alone until the end."""
+        """Return the run, whose folder is its alone until the end."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,12 +101,12 @@ class Session:
             batch_size=teacher.batch_size,
         )
 
-    def open(self, strategy: PartitionedTraining) -> int:
+    def open(self, strategy: Method) -> int:
         """Begin the run or take it up again; say where it goes.
 
         Parameters
         ----------
-        strategy : PartitionedTraining
+        strategy : Method
             Gets the state of the last round, where there was one, and the way back to
             earlier ones.
 
@@ -156,13 +120,13 @@ class Session:
         ResumeError
             If the run in the folder is another, or cannot be read.
         """
-        strategy.earlier = self._earlier
+        strategy.earlier = self.state.earlier
         done = self._resume(strategy) if self.config.run.resume else 0
         facts = self._facts()
         with self._storing("the run's beginning"):
             self.folder.write_config(self.config, facts)
             if not self.config.run.resume:
-                self._write_checkpoint(0, strategy)
+                self.state.write(0, strategy)
                 self.folder.begin_metrics("")
         print(f"run folder: {self.folder.path}", flush=True)
         if done:
@@ -172,100 +136,46 @@ class Session:
     def _facts(self) -> dict[str, Any]:
         """Return what ``config.json`` says besides the configuration."""
         facts: dict[str, Any] = {
-            "class_names": self.dataset.class_names,
-            "test_images": len(self.dataset.test.labels),
-            "shot_groups": vars(self.evaluator.groups),
+            "class_names": self.data.class_names,
+            "test_images": len(self.data.dataset.test.labels),
+            "shot_groups": vars(self.data.groups),
             "code": code_fingerprint(),
             "versions": _versions(),
+            **self.data.counts(),
         }
-        if self._held is not None:
-            facts["train_images_per_class"] = self._held.sum(axis=0).tolist()
-            facts["train_images_per_client"] = self.images_per_client
-        if self._resumed_after:
-            facts["resumed_after_rounds"] = self._resumed_after
+        if self.state.resumed_after:
+            facts["resumed_after_rounds"] = self.state.resumed_after
         if self.teacher:
             facts["teacher"] = {
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
             }
-        if self.teacher and len(self.dataset.test.labels):
+        if self.teacher and len(self.data.dataset.test.labels):
             print("teacher: zero-shot accuracy on the test images ...", flush=True)
             report = self.evaluator.teacher_accuracy(self.teacher)
             self._teacher_row = {TEACHER_ROW: report}
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
         return facts
 
-    def _resume(self, strategy: PartitionedTraining) -> int:
+    def _resume(self, strategy: Method) -> int:
         """Take up the state of the newest whole checkpoint; return its round."""
-        folder = self.folder.path
-        newest = load_newest(folder)
-        refuse_differences(newest, self.config.to_flat(), self._made_with())
-        for name, now in self._environment().items():
-            then = newest.environment.get(name)
-            if then != now:
-                logger.warning(
-                    "%s was %s before round %d and is %s now: the run goes on, but not "
-                    "to the last bit as it would have",
-                    name,
-                    then,
-                    newest.round + 1,
-                    now,
-                )
-        if newest.best:
-            self._restore_best(newest.best, strategy)
-        self._take(newest, strategy)
-        self._best = newest.best
-        self._resumed_after = (*newest.resumed_after, newest.round)
+        newest = self.state.find()
+        if best := self.state.find_best():
+            # Written again, in case a later round's model replaced it.
+            self.state.take(best, strategy)
+            self._save_model(BEST_MODEL, best.round, strategy)
+        self.state.take(newest, strategy)
         self.folder.begin_metrics(newest.metrics)
         return newest.round
 
-    def _earlier(self, before: int) -> Earlier | None:
-        """Return the run's state after the last round before a given one."""
-        for server_round in reversed(rounds_with_checkpoint(self.folder.path)):
-            if server_round >= before:
-                continue
-            try:
-                found = load_checkpoint(self.folder.path, server_round)
-            except DamagedCheckpointError as error:
-                logger.warning(
-                    "the checkpoint of round %d is damaged (%s); looking for an "
-                    "earlier one",
-                    server_round,
-                    error,
-                )
-                continue
-            self.model.load_state_dict(found.model)
-            return Earlier(model_to_arrays(self.model), found.strategy)
-        return None
-
-    def _take(self, checkpoint: Checkpoint, strategy: PartitionedTraining) -> None:
-        self.model.load_state_dict(checkpoint.model)
-        strategy.load_state(checkpoint.strategy)
-
-    def _restore_best(self, best: BestRound, strategy: PartitionedTraining) -> None:
-        """Write the best model again, in case a later round's replaced it."""
-        try:
-            checkpoint = load_checkpoint(self.folder.path, best.round)
-        except DamagedCheckpointError as error:
-            logger.warning(
-                "the checkpoint of the best round %d is damaged (%s); %s stays as it "
-                "is until a better round",
-                best.round,
-                error,
-                BEST_MODEL,
-            )
-            return
-        self._take(checkpoint, strategy)
-        self._save_model(BEST_MODEL, best.round, strategy)
-
-    def close_round(self, server_round: int, strategy: PartitionedTraining) -> None:
+    def close_round(self, server_round: int, strategy: Method) -> None:
         """Evaluate the global model, keep the round's results, print its line.
 
         Parameters
         ----------
         server_round : int
             Round, from 1; the last one is evaluated on all test images.
-        strategy : PartitionedTraining
+        strategy : Method
             With the round's record.
 
         Raises
@@ -274,48 +184,39 @@ class Session:
             If the results cannot be written.
         """
         started = perf_counter()
-        config = self.config
-        final = server_round == config.federation.rounds
-        recalls = strategy.round.recalls
-        medians = {
-            head: report
-            for head, report in median_site_reports(
-                strategy.round.site_recalls, self.evaluator.groups
-            ).items()
-            if head != TEACHER_HEAD
-        }
+        final = server_round == self.config.federation.rounds
+        record, groups = strategy.round, self.data.groups
+        medians = median_site_reports(record.site_recalls, groups)
+        medians.pop(TEACHER_HEAD, None)
         reports = (
             self.evaluator.evaluate(*self._delivered(strategy), final)
-            if recalls is None
-            else self._site_reports(recalls)
+            if record.recalls is None
+            else self._site_reports(record.recalls)
         )
-        seconds = {**strategy.round.seconds, "evaluation": perf_counter() - started}
-        line = self._metrics_line(server_round, strategy.round, reports, seconds)
-        if medians:
-            line["accuracy_median_site"] = {
-                head: accuracy_fields(report) for head, report in medians.items()
-            }
+        seconds = {**record.seconds, "evaluation": perf_counter() - started}
+        line = metrics_line(
+            server_round, record, reports, medians, self.evaluator, seconds, final
+        )
         with self._storing(f"round {server_round}"):
             self.folder.append_metrics(line)
             if final:
                 self.folder.write_artifacts(
-                    strategy.artifacts(), self.evaluator.confusion, self._held
+                    strategy.artifacts(), self.evaluator.confusion, self.data.held
                 )
-            if final or server_round % config.checkpoint.every == 0:
-                self._keep_round(
-                    server_round,
-                    strategy,
-                    next(iter((medians or reports).values()), None),
-                )
+            if final or server_round % self.config.checkpoint.every == 0:
+                delivered = next(iter((medians or reports).values()), None)
+                if self.state.keep(server_round, strategy, delivered):
+                    self._save_model(BEST_MODEL, server_round, strategy)
+                self.state.prune()
         for tracker in self._trackers:
             tracker.log(server_round, scalars(line))
         print(
             self._progress.line(
                 server_round,
                 reports,
-                strategy.round.losses.get("client"),
-                participation=strategy.round.participation,
-                went_back_to=strategy.round.went_back_to,
+                record.losses.get("client"),
+                participation=record.participation,
+                went_back_to=record.went_back_to,
                 medians=medians,
             ),
             flush=True,
@@ -326,7 +227,7 @@ class Session:
     ) -> dict[str, AccuracyReport]:
         """Return the heads' accuracy at the sites; note the teacher's as a row."""
         reports = {
-            name: recall_report(recall, self.evaluator.groups)
+            name: recall_report(recall, self.data.groups)
             for name, recall in recalls.items()
             if any(value is not None for value in recall)
         }
@@ -334,7 +235,7 @@ class Session:
             self._teacher_row = {TEACHER_ROW: reports.pop(TEACHER_HEAD)}
         return reports
 
-    def close(self, strategy: PartitionedTraining) -> None:
+    def close(self, strategy: Method) -> None:
         """Write the final model and print the table, after all that Flower prints."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
@@ -347,8 +248,8 @@ class Session:
         }
         table = final_table(
             students | self._teacher_row,
-            self.evaluator.groups,
-            self.dataset.class_names,
+            self.data.groups,
+            self.data.class_names,
         )
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 
@@ -365,7 +266,7 @@ class Session:
             ) from error
 
     def _delivered(
-        self, strategy: PartitionedTraining
+        self, strategy: Method
     ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
         """Return the delivered model and its classifiers by name, its own last."""
         model = strategy.delivered_model(self.model)
@@ -373,101 +274,17 @@ class Session:
         heads = {} if retrained is None else {RETRAINED_HEAD: retrained}
         return model, {**heads, FEDAVG_HEAD: model.classifier}
 
-    def _metrics_line(
-        self,
-        server_round: int,
-        record: RoundRecord,
-        reports: Mapping[str, AccuracyReport],
-        seconds: Mapping[str, float],
-    ) -> dict[str, Any]:
-        final = server_round == self.config.federation.rounds
-        return {
-            "round": server_round,
-            "clients": record.clients,
-            "dropped_replies": record.dropped,
-            "kept_model": record.kept_model,
-            "went_back_to": record.went_back_to,
-            "left_out": record.left_out,
-            "shortened": {
-                "updates": record.shortened_updates,
-                "class_gradients": record.shortened_gradients,
-            },
-            "accuracy": {n: accuracy_fields(r) for n, r in reports.items()},
-            "test_images": len(self.evaluator.indices(final)),
-            "losses": record.losses,
-            "privacy": record.privacy,
-            "unreadable_images": {
-                "train": record.unreadable,
-                "test": self.evaluator.unreadable,
-            },
-            "bytes": {
-                "down": record.bytes_down,
-                "up": sum(record.upload_bytes),
-                "per_client": record.upload_bytes,
-                "class_gradients": record.gradient_bytes,
-            },
-            "seconds": {name: round(s, 4) for name, s in seconds.items()},
-        }
-
-    def _keep_round(
-        self,
-        server_round: int,
-        strategy: PartitionedTraining,
-        report: AccuracyReport | None,
-    ) -> None:
-        """Write a round's checkpoint, and its model if it is the best so far."""
-        value = getattr(report, self.config.checkpoint.best_metric, None)
-        best = self._best
-        if value is not None and (not best or value > best.value):
-            self._best = BestRound(server_round, value)
-        self._write_checkpoint(server_round, strategy)
-        if self._best is not best:
-            self._save_model(BEST_MODEL, server_round, strategy)
-        prune(self.folder.path, self.config.checkpoint.keep)
-
-    def _write_checkpoint(
-        self, server_round: int, strategy: PartitionedTraining
-    ) -> None:
-        save_checkpoint(
-            self.folder.path,
-            Checkpoint(
-                round=server_round,
-                config=self.config.to_flat(),
-                made_with=self._made_with(),
-                environment=self._environment(),
-                best=self._best,
-                resumed_after=self._resumed_after,
-                metrics=self.folder.metrics,
-                model=self.model.state_dict(),
-                strategy=strategy.state(),
-            ),
-        )
-
     def _made_with(self) -> dict[str, str]:
         """Return the fingerprints of what decides the outcome besides the keys."""
         made_with = {
             "code": code_fingerprint(packages=ALL_CODE),
-            "data": self._data_fingerprint(),
+            "data": self.data.fingerprint(),
         }
         if self.teacher:
             made_with["teacher"] = self.teacher.fingerprint
         return made_with
 
-    def _data_fingerprint(self) -> str:
-        """Return a hash of class names, labels and partition; no image is read."""
-        digest = hashlib.sha256(json.dumps(self.dataset.class_names).encode())
-        for labels in (self.dataset.train.labels, self.dataset.test.labels):
-            digest.update(labels.astype("<i8").tobytes())
-        for part in self._parts:
-            digest.update(part.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def _environment(self) -> dict[str, str]:
-        return {"device": self.device.type, **_versions()}
-
-    def _save_model(
-        self, name: str, server_round: int, strategy: PartitionedTraining
-    ) -> None:
+    def _save_model(self, name: str, server_round: int, strategy: Method) -> None:
         config = self.config
         model, heads = self._delivered(strategy)
         save_model(
@@ -477,12 +294,12 @@ class Session:
             ModelCard(
                 architecture=config.model.name,
                 feature_dim=config.model.feature_dim,
-                class_names=self.dataset.class_names,
-                image_size=self.dataset.image_size,
-                normalization=self.dataset.normalization,
+                class_names=self.data.class_names,
+                image_size=self.data.dataset.image_size,
+                normalization=self.data.dataset.normalization,
                 provenance={
                     "method": config.method,
-                    "dataset": self.dataset.name,
+                    "dataset": self.data.dataset.name,
                     "seed": config.seed,
                     "round": server_round,
                     "rounds": config.federation.rounds,

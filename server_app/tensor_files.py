@@ -1,5 +1,6 @@
-"""safetensors files that somebody else may have made: looked at before they are read.
+"""safetensors files: written whole; looked at before they are read.
 
+Somebody else may have made a file that is read.
 The header at the front of a file says which tensors it holds. Types and shapes are
 compared with what they must be before a byte of a tensor is read, so that a file of
 ten gigabytes that is no model of ours is refused as fast as a small one.
@@ -14,14 +15,15 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from clip2fl_common.shown import shown
+from clip2fl_common.files import replacing
+from clip2fl_common.shown import short, shown
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
     opened,
     parse_json,
-    short,
 )
 
 # A model of 32,768 classes with long names has ten megabytes.
@@ -216,3 +218,27 @@ class TensorFile:
                     "finite numbers"
                 )
         return found
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File that nobody else writes meanwhile; one that is there is replaced.
+    tensors : mapping of str to Tensor
+        Its content.
+    metadata : mapping of str to str or None
+        Goes along with it.
+    """
+    content = save(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        None if metadata is None else dict(metadata),
+    )
+    with replacing(path, only_writer=True) as file:
+        file.write(content)

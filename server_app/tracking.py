@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from clip2fl_common.config import ConfigError, RunConfig
+from server_app.run_folder import TENSORBOARD
 
 
 class Tracker(Protocol):
@@ -36,7 +37,7 @@ class TensorBoard:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+        self._writer = module.SummaryWriter(str(folder / TENSORBOARD))
         lines = [f"    {key} = {value!r}" for key, value in config.to_flat().items()]
         self._writer.add_text("configuration", "\n".join(lines), 0)
 
@@ -125,15 +126,9 @@ def open_trackers(config: RunConfig, folder: Path) -> list[Tracker]:
     Raises
     ------
     ConfigError
-        If one is unknown or not installed.
+        If one is not installed.
     """
-    names = config.run.trackers.split()
-    if unknown := [name for name in names if name not in TRACKERS]:
-        raise ConfigError(
-            f"run.trackers = {config.run.trackers!r}: {unknown[0]!r} is not known; "
-            f"name some of {', '.join(TRACKERS)}, separated by spaces"
-        )
-    return [TRACKERS[name](config, folder) for name in names]
+    return [TRACKERS[name](config, folder) for name in config.run.trackers.split()]
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

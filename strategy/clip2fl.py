@@ -2,18 +2,16 @@
 
 from collections.abc import Iterable
 from logging import INFO, WARNING
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.config import Distillation
-from strategy.base import ClientPlan, Setting
-from strategy.clients import SitePlan
 from strategy.creff import CReFF
+from strategy.log import log
+from strategy.setting import Setting
 
 
 class CLIP2FL(CReFF):
@@ -23,18 +21,12 @@ class CLIP2FL(CReFF):
     federated features near the teacher's text features by a prototype contrastive
     loss (Eq. 9-10).
 
-    Parameters
+    Attributes
     ----------
-    plan : ClientPlan or SitePlan
-        Who trains when and where.
-    text_features : Tensor, shape [C, d]
-        Unit text features of the teacher.
     teacher_fingerprint : str
         The teacher that clients must have.
     distillation : Distillation
         Settings of the distillation.
-    **creff_settings : Any
-        Settings of `CReFF`.
 
     Raises
     ------
@@ -44,25 +36,19 @@ class CLIP2FL(CReFF):
 
     needs_teacher: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        plan: ClientPlan | SitePlan,
-        *,
-        text_features: torch.Tensor,
-        teacher_fingerprint: str,
-        distillation: Distillation,
-        **creff_settings: Any,
-    ) -> None:
-        super().__init__(plan, **creff_settings)
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        assert setting.teacher is not None
+        text_features = setting.teacher.text_features(setting.class_names)
         if text_features.shape[1] != self.shape[2]:
             raise ValueError(
                 f"model.feature-dim = {self.shape[2]}, but the teacher's embedding has "
                 f"{text_features.shape[1]} dimensions; set model.feature-dim to that"
             )
         self._text_features = text_features.to(self.device)
-        self.teacher_fingerprint = teacher_fingerprint
-        self.distillation = distillation
-        if distillation.weight == 0:
+        self.teacher_fingerprint = setting.teacher.fingerprint
+        self.distillation = setting.config.distillation
+        if self.distillation.weight == 0:
             log(
                 WARNING,
                 "distillation.weight = 0: clients do not distil from the teacher; only "
@@ -74,17 +60,6 @@ class CLIP2FL(CReFF):
                 "synthesis.contrast-weight = 0: the text prototypes are not used; only "
                 "the distillation at the clients is left of CLIP2FL",
             )
-
-    @staticmethod
-    def settings(setting: Setting) -> dict[str, Any]:
-        """Return the keyword arguments that a run's configuration decides."""
-        assert setting.teacher is not None
-        return {
-            "text_features": setting.teacher.text_features(setting.class_names),
-            "teacher_fingerprint": setting.teacher.fingerprint,
-            "distillation": setting.config.distillation,
-            **CReFF.settings(setting),
-        }
 
     @property
     def text_features(self) -> torch.Tensor | None:

@@ -1,8 +1,5 @@
 """CLIP2FL with server momentum (Hsu et al. 2019), an extension of ours."""
 
-from typing import Any
-
-from strategy.base import Setting
 from strategy.clip2fl import CLIP2FL
 from strategy.fedavgm import FedAvgM
 
@@ -14,8 +11,3 @@ class CLIP2FLM(CLIP2FL, FedAvgM):
     in FedAvgM. With momentum beta a constant direction is gone 1 / (1 - beta) times as
     far, which tells where the number of rounds is what limits a run.
     """
-
-    @staticmethod
-    def settings(setting: Setting) -> dict[str, Any]:
-        """Return the keyword arguments that a run's configuration decides."""
-        return {**CLIP2FL.settings(setting), **FedAvgM.settings(setting)}

@@ -1,25 +1,24 @@
 """CReFF: classifier re-training with federated features (Shang et al., IJCAI 2022)."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
-from flwr.app import Message, MessageType, RecordDict
-from flwr.common.logger import log
+from flwr.app import RecordDict
 from torch import nn
 
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import CodedGradient
-from clip2fl_common.config import Retraining, Synthesis, Upload
+from clip2fl_common.messages import GradientFormat, TrainReply
 from clip2fl_common.randomness import generator
 from clip2fl_common.schedule import step_size
-from strategy.base import ClientPlan, Setting
-from strategy.clients import SitePlan
 from strategy.fedavg import FedAvg
+from strategy.log import log
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.robust import combine_class_gradients, shorten_gradient
+from strategy.setting import Setting
 from strategy.synthesis import (
     gradient_matching_loss,
     prototype_contrastive_loss,
@@ -38,88 +37,39 @@ class CReFF(FedAvg):
     hold. The server moves the federated features until their class gradients match
     the clients' mean (Eq. 6) and trains a new linear classifier on them (Eq. 8).
 
-    Parameters
+    Attributes
     ----------
-    plan : ClientPlan or SitePlan
-        Who trains when and where.
-    num_classes : int
-        Number of classes C.
-    feature_dim : int
-        Width d of the student's features.
     synthesis : Synthesis
         Settings of the federated features.
     retraining : Retraining
         Settings of the re-training.
-    upload : Upload
-        How clients send their class gradients.
-    device : torch.device
-        Where both are computed.
-    rounds : int
-        Rounds of the run, over which a schedule of the features' step size goes.
-    **common_settings : Any
-        Settings of `PartitionedTraining`.
-
-    Attributes
-    ----------
     features : Tensor, shape [C, m, d]
         Federated features, kept from round to round.
     classifier : torch.nn.Linear
         Re-trained classifier of the last round; freshly initialised before round 1.
     """
 
-    asks_class_gradients: ClassVar[bool] = True
+    reply_fields: ClassVar[tuple[str, ...]] = (messages.GRADIENTS,)
     classifier: nn.Linear
 
-    def __init__(
-        self,
-        plan: ClientPlan | SitePlan,
-        *,
-        num_classes: int,
-        feature_dim: int,
-        synthesis: Synthesis,
-        retraining: Retraining,
-        upload: Upload,
-        device: torch.device,
-        rounds: int,
-        **common_settings: Any,
-    ) -> None:
-        super().__init__(plan, **common_settings)
-        self.synthesis = synthesis
-        self.rounds = rounds
-        self.retraining = retraining
-        self.gradient_format: messages.GradientFormat = messages.GradientFormat(
-            num_classes, feature_dim, upload
-        )
-        self.device = device
-        self.features = torch.randn(
-            num_classes,
-            synthesis.features_per_class,
-            feature_dim,
-            generator=generator(plan.seed, "features"),
-        ).to(device)
-        self.classifier = new_classifier(
-            feature_dim, num_classes, generator(plan.seed, "classifier")
-        ).to(device)
-
-    @classmethod
-    def build(cls, setting: Setting) -> Self:
-        """Return the method as a run's configuration wants it."""
-        return cls(setting.plan, **cls.settings(setting))
-
-    @staticmethod
-    def settings(setting: Setting) -> dict[str, Any]:
-        """Return the keyword arguments that a run's configuration decides."""
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         config = setting.config
-        return {
-            "num_classes": len(setting.class_names),
-            "feature_dim": config.model.feature_dim,
-            "synthesis": config.synthesis,
-            "retraining": config.retraining,
-            "upload": config.upload,
-            "device": setting.device,
-            "rounds": config.federation.rounds,
-            **setting.safeguards,
-        }
+        self.synthesis = config.synthesis
+        self.retraining = config.retraining
+        self.rounds = config.federation.rounds
+        self.device = setting.device
+        self._format = GradientFormat.of(config, setting.num_classes)
+        dim = config.model.feature_dim
+        self.features = torch.randn(
+            setting.num_classes,
+            self.synthesis.features_per_class,
+            dim,
+            generator=generator(self.clients.seed, "features"),
+        ).to(self.device)
+        self.classifier = new_classifier(
+            dim, setting.num_classes, generator(self.clients.seed, "classifier")
+        ).to(self.device)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return federated features and re-trained classifier by name."""
@@ -157,7 +107,7 @@ class CReFF(FedAvg):
 
     def summary(self) -> None:
         """Log the settings of synthesis and re-training."""
-        upload = self.gradient_format.upload
+        upload = self._format.upload
         log(INFO, "\t├──> Uploaded class gradients:")
         log(
             INFO,
@@ -191,21 +141,18 @@ class CReFF(FedAvg):
         classes, per_class, dim = self.features.shape
         return classes, per_class, dim
 
-    def _construct_messages(
-        self, record: RecordDict, node_ids: list[int], message_type: str
-    ) -> Iterable[Message]:
-        """Send the re-trained classifier along."""
-        training = message_type == MessageType.TRAIN
-        classifier = self.classifier if training else self.delivered_classifier
-        assert classifier is not None
-        record[messages.CLASSIFIER] = messages.model_to_arrays(classifier)
-        return super()._construct_messages(record, node_ids, message_type)
+    def content(self, training: bool) -> RecordDict:
+        """Send the re-trained classifier along, whose gradients are wanted."""
+        content = super().content(training)
+        if training:
+            content[messages.CLASSIFIER] = messages.model_to_arrays(self.classifier)
+        return content
 
-    def use_replies(self, server_round: int, replies: Sequence[Message]) -> None:
+    def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
         """Synthesise federated features and re-train the classifier on them."""
         classes = len(self.features)
         gradients = combine_class_gradients(
-            map(self._gradients_of, replies), self.aggregation
+            self._gradients_of(replies), self.aggregation
         )
         if absent := sorted(set(range(classes)) - set(gradients)):
             log(
@@ -229,17 +176,17 @@ class CReFF(FedAvg):
             temperature=self.synthesis.contrast_temperature,
         )
         self.round.losses = self._synthesis_losses(gradients, weight, bias)
-        self._book("synthesis", started)
+        self.book("synthesis", started)
         started = time.perf_counter()
         self.classifier = retrain_classifier(
             self.features,
             epochs=self.retraining.epochs,
             batch_size=self.retraining.batch_size,
             learning_rate=self.retraining.learning_rate,
-            generator=generator(self.plan.seed, "retraining", server_round),
+            generator=generator(self.clients.seed, "retraining", server_round),
             initial=self.classifier if self.retraining.init == "warm" else None,
         )
-        self._book("retraining", started)
+        self.book("retraining", started)
 
     def _step_size(self, server_round: int) -> float:
         return step_size(
@@ -249,20 +196,20 @@ class CReFF(FedAvg):
             self.rounds,
         )
 
-    def _gradients_of(self, reply: Message) -> dict[int, CodedGradient]:
-        """Take the class gradients out of a reply, none longer than allowed."""
-        gradients = messages.gradients_from_arrays(
-            # Popped, because Flower's FedAvg averages every array in a reply.
-            reply.content.array_records.pop(messages.GRADIENTS),
-            self.gradient_format,
-        )
-        if limit := self.aggregation.max_gradient_norm:
-            for c, gradient in gradients.items():
-                shorter = shorten_gradient(gradient, limit)
-                if shorter is not None:
-                    gradients[c] = shorter
-                    self.round.shortened_gradients += 1
-        return gradients
+    def _gradients_of(
+        self, replies: Sequence[TrainReply]
+    ) -> Iterator[Mapping[int, CodedGradient]]:
+        """Yield each client's class gradients, none longer than allowed."""
+        limit = self.aggregation.max_gradient_norm
+        for reply in replies:
+            gradients = reply.field(self._format)
+            if limit == 0:
+                yield gradients
+                continue
+            bounded = {c: shorten_gradient(g, limit) for c, g in gradients.items()}
+            shortened = {c: g for c, g in bounded.items() if g is not None}
+            self.round.shortened_gradients += len(shortened)
+            yield {**gradients, **shortened}
 
     def _synthesis_losses(
         self,

@@ -1,7 +1,7 @@
-"""FedAvg (McMahan et al. 2017): Flower's own, on seeded partitions."""
+"""FedAvg (McMahan et al. 2017)."""
 
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 
 
-class FedAvg(PartitionedTraining):
+class FedAvg(Method):
     """Federated averaging weighted by number of images; no teacher, one classifier."""

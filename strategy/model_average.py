@@ -7,6 +7,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from strategy.robust import Arrays
+
+# Names of weights in the average over rounds.
+MODEL_WEIGHTS, CLASSIFIER_WEIGHTS = "model.", "classifier."
+
 # Names in a strategy's state.
 ROUNDS = "average-rounds"
 MEAN = "average."
@@ -58,6 +63,29 @@ class ModelAverage:
             name: torch.lerp(self._mean.get(name, tensor), tensor, share)
             for name, tensor in weights.items()
         }
+
+    def add_round(self, model: Arrays, classifier: nn.Linear | None) -> None:
+        """Take a round's global model, and its re-trained classifier, into the mean.
+
+        Parameters
+        ----------
+        model : mapping of str to ndarray
+            Values of the global model.
+        classifier : torch.nn.Linear or None
+            In methods that have one.
+        """
+        named = {
+            f"{MODEL_WEIGHTS}{name}": torch.from_numpy(values)
+            for name, values in model.items()
+        }
+        retrained = classifier.state_dict() if classifier else {}
+        self.add(
+            named
+            | {
+                f"{CLASSIFIER_WEIGHTS}{name}": tensor.detach().cpu()
+                for name, tensor in retrained.items()
+            }
+        )
 
     def mean(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the mean of the weights whose names begin so, without the prefix."""

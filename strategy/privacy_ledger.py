@@ -17,8 +17,8 @@ from flwr.serverapp import (
     NeighboringRelation,
     PrivacyConfig,
     RdpAccountant,
+    SamplingMethod,
 )
-from flwr.supercore.privacy_accounting import SamplingMethod
 
 from clip2fl_common.config import Privacy
 

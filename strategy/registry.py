@@ -3,7 +3,7 @@
 import difflib
 
 from clip2fl_common.config import ConfigError
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
@@ -11,7 +11,7 @@ from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
 
-METHODS: dict[str, type[PartitionedTraining]] = {
+METHODS: dict[str, type[Method]] = {
     "clip2fl": CLIP2FL,
     "clip2flm": CLIP2FLM,
     "creff": CReFF,
@@ -21,8 +21,8 @@ METHODS: dict[str, type[PartitionedTraining]] = {
 }
 
 
-def method_named(name: str) -> type[PartitionedTraining]:
-    """Return a method's strategy.
+def method_named(name: str) -> type[Method]:
+    """Return the class of a method.
 
     Parameters
     ----------

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
 from clip2fl_common import messages
+from clip2fl_common.messages import GradientFormat, ReplyField, TrainReply
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -24,10 +24,10 @@ class Verdicts:
 
     Attributes
     ----------
-    good : dict of int to Message
-        Replies that may be used, by client, ascending.
+    good : list of TrainReply
+        Replies that may be used, in ascending order of their clients.
     sizes : dict of int to ReplySize
-        How large each of them is.
+        How large each of them is, by client.
     dropped : list of tuple of Message and str
         The others, and why.
     diverged : int
@@ -36,7 +36,7 @@ class Verdicts:
         What a client says of images that it cannot read; empty if none does.
     """
 
-    good: dict[int, Message] = field(default_factory=dict)
+    good: list[TrainReply] = field(default_factory=list)
     sizes: dict[int, ReplySize] = field(default_factory=dict)
     dropped: list[tuple[Message, str]] = field(default_factory=list)
     diverged: int = 0
@@ -47,6 +47,10 @@ class Verdicts:
         """Whether most clients diverged: then the model that was sent is at fault."""
         return self.diverged > len(self.good)
 
+    def reasons(self, name: Callable[[Message], str]) -> list[str]:
+        """Return a line for each dropped reply, with the name of its sender."""
+        return [f"{name(reply)}: {reason}" for reply, reason in self.dropped]
+
 
 @dataclass(frozen=True)
 class ReplyCheck:
@@ -54,31 +58,22 @@ class ReplyCheck:
 
     Attributes
     ----------
-    sent : ArrayRecord
+    sent : mapping of str to ndarray
         The global model that was sent.
     asked : mapping of int to mapping of int to int
         For each node the clients that it was asked for, with the most images that
         they can have.
-    gradients : GradientFormat or None
-        What class gradients look like, where they are asked for.
-    noisy : bool
-        Whether clients add noise to class gradients, so that these may be anything.
-    lengths : LengthRule
-        Drops what is far too long.
+    fields : sequence of ReplyField
+        What replies hold besides model and metrics.
     """
 
-    sent: ArrayRecord
+    sent: Arrays
     asked: Mapping[int, Mapping[int, int]]
-    gradients: messages.GradientFormat | None
-    noisy: bool
-    lengths: LengthRule
+    fields: Sequence[ReplyField[object]]
 
-    @cached_property
-    def _sent_values(self) -> Arrays:
-        """The global model's values, decoded once for all replies."""
-        return messages.arrays_to_numpy(self.sent)
-
-    def judge(self, replies: Sequence[Message]) -> Verdicts:
+    def judge(
+        self, replies: Sequence[Message], lengths: LengthRule, *, noisy: bool
+    ) -> Verdicts:
         """Tell the good replies from the others, in the order of their clients.
 
         Replies arrive in any order, and sums of floating-point numbers depend on it.
@@ -89,67 +84,69 @@ class ReplyCheck:
         ----------
         replies : sequence of Message
             As they arrived.
+        lengths : LengthRule
+            Drops what is far too long.
+        noisy : bool
+            Whether clients add noise to class gradients, so that these may be
+            anything.
 
         Returns
         -------
         Verdicts
         """
         verdicts = Verdicts()
-        found: defaultdict[int, list[tuple[Message, ReplySize]]] = defaultdict(list)
-        for reply in replies:
-            if reply.has_error():
-                reason = messages.plain(reply.error.reason)
-                verdicts.dropped.append((reply, reason))
-                verdicts.diverged += reply.error.code == messages.DIVERGED
-                if reply.error.code == messages.DATA_ERROR:
+        measured = lengths.ratio > 0 and not noisy
+        found: defaultdict[int, list[tuple[Message, TrainReply, ReplySize]]]
+        found = defaultdict(list)
+        for message in replies:
+            if message.has_error():
+                reason = messages.plain(message.error.reason)
+                verdicts.dropped.append((message, reason))
+                verdicts.diverged += message.error.code == messages.DIVERGED
+                if message.error.code == messages.DATA_ERROR:
                     verdicts.unreadable = reason
                 continue
             try:
-                size = self._size(reply)
+                reply, size = self._accept(message, measured)
             except messages.ReplyError as error:
-                verdicts.dropped.append((reply, str(error)))
+                verdicts.dropped.append((message, str(error)))
                 verdicts.diverged += isinstance(error, messages.NotFiniteError)
             else:
-                found[messages.partition_of(reply)].append((reply, size))
-        for client, answers in sorted(found.items()):
+                found[reply.client].append((message, reply, size))
+        for client, answers in list(found.items()):
             if len(answers) > 1:
                 reason = f"{len(answers)} replies for partition {client}"
-                verdicts.dropped += [(reply, reason) for reply, _ in answers]
+                verdicts.dropped += [(message, reason) for message, _, _ in answers]
+                del found[client]
+        sizes = {client: size for client, [(_, _, size)] in sorted(found.items())}
+        too_long = lengths.too_long(sizes, self.sent)
+        for client, [(message, reply, size)] in sorted(found.items()):
+            if client in too_long:
+                verdicts.dropped.append((message, too_long[client]))
             else:
-                verdicts.good[client], verdicts.sizes[client] = answers[0]
-        too_long = self.lengths.too_long(verdicts.sizes, self._sent_values)
-        for client, reason in too_long.items():
-            verdicts.dropped.append((verdicts.good.pop(client), reason))
-            del verdicts.sizes[client]
+                verdicts.good.append(reply)
+                verdicts.sizes[client] = size
         return verdicts
 
-    def _size(self, reply: Message) -> ReplySize:
-        """Check a reply and measure it.
+    def _accept(self, message: Message, measured: bool) -> tuple[TrainReply, ReplySize]:
+        """Return a reply that may be used, and its size.
 
         Raises
         ------
         ReplyError
             If it must not be used.
         """
-        gradients = messages.check_reply(
-            reply,
-            self.sent,
-            self.gradients,
-            self.asked.get(reply.metadata.src_node_id, {}),
-        )
-        features = None
-        if gradients and self.lengths.ratio > 0 and not self.noisy:
-            if reason := impossible_gradient(gradients):
-                raise messages.ReplyError(reason)
-            features = feature_scale(gradients)
-        return reply_size(
-            messages.arrays_to_numpy(reply.content.array_records[messages.ARRAYS]),
-            self._sent_values,
-            messages.images_of(reply),
-            features,
-        )
+        asked = self.asked.get(message.metadata.src_node_id, {})
+        reply = TrainReply.parse(message, self.sent, self.fields, asked)
+        scale = self._scale(reply) if measured else None
+        return reply, reply_size(reply.model, self.sent, reply.images, scale)
 
-
-def reasons(verdicts: Verdicts, name: Callable[[Message], str]) -> list[str]:
-    """Return a line for each dropped reply, with the name of its sender."""
-    return [f"{name(reply)}: {reason}" for reply, reason in verdicts.dropped]
+    def _scale(self, reply: TrainReply) -> float | None:
+        """Return the length of features that class gradients speak of, if any."""
+        for declared in self.fields:
+            if isinstance(declared, GradientFormat):
+                gradients = reply.field(declared)
+                if reason := impossible_gradient(gradients):
+                    raise messages.ReplyError(reason)
+                return feature_scale(gradients) if gradients else None
+        return None

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg
-from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, LowRankGradient
 from clip2fl_common.config import Aggregation
@@ -23,21 +21,24 @@ from strategy.gradient_mean import mean_class_gradients
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def flower_aggregator(aggregation: Aggregation, **settings: Any) -> FedAvg:
-    """Return the Flower strategy whose ``aggregate_train`` follows the rule.
+def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
+    """Return the mean along the first axis without the extremes.
 
     Parameters
     ----------
-    aggregation : Aggregation
-        Settings of the aggregation.
-    **settings : Any
-        Of any Flower strategy.
+    values : ndarray, shape [n, ...]
+        One entry a client.
+    trim : float
+        Share of the n values that is cut off at each end, in [0, 0.5).
+
+    Returns
+    -------
+    ndarray, shape [...]
     """
-    if aggregation.rule == "median":
-        return FedMedian(**settings)
-    if aggregation.rule == "trimmed-mean":
-        return FedTrimmedAvg(beta=aggregation.trim, **settings)
-    return FedAvg(**settings)
+    cut = int(trim * len(values))
+    kept = len(values) - cut
+    ordered = np.partition(values, (cut, kept - 1), axis=0)
+    return np.asarray(np.mean(ordered[cut:kept], axis=0))
 
 
 def shorten_update(
@@ -130,7 +131,7 @@ def combine_class_gradients(
         combined = (
             np.median(stacked, axis=0)
             if aggregation.rule == "median"
-            else trim_mean(stacked, aggregation.trim)
+            else trimmed_mean(stacked, aggregation.trim)
         )
         return torch.from_numpy(np.asarray(combined, dtype=np.float32))
 

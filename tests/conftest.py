@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
+
+from tests.flower_private import act_as_flower_process
 
 # The tensors are small: more threads cost time, and sums then depend on the machine.
 torch.set_num_threads(1)
@@ -22,8 +23,7 @@ settings.load_profile("clip2fl")
 def be_flower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache; be what Flower takes for one of its processes."""
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(cache))
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)  # a Flower process sets them
+    act_as_flower_process(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -1,20 +1,15 @@
-"""The run configuration's defaults, as they stand in pyproject.toml."""
+"""Run configurations for tests: the defaults, and small runs."""
 
-import tomllib
 from pathlib import Path
-from typing import Any
 
-from clip2fl_common.config import RunConfig, Scalar
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config import RunConfig, Scalar, defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def default_config() -> dict[str, Scalar]:
     """Return dotted keys and their defaults."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    flat: dict[str, Any] = flatten(project["tool"]["flwr"]["app"]["config"])
-    return flat
+    return defaults()
 
 
 def run_config(**changes: Scalar) -> RunConfig:

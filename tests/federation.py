@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 from clip2fl_common.config import Scalar
 from server_app.app import main
 from tests.defaults import run_config
-from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+from tests.in_process_grid import InProcessGrid, Tamper
 
 
 def federate(
@@ -28,7 +28,7 @@ def federate(
     )
     grid = InProcessGrid(config, nodes, order_seed=nodes, tamper=tamper)
     context = Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat()))
-    main(as_grid(grid), context)
+    main(grid, context)
     return grid
 
 

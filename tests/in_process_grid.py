@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 
 from client_app.app import app
 from clip2fl_common.config import RunConfig
+from clip2fl_common.messages import METRICS, PARTITION
+from tests.flower_private import give_id
+from tests.stand_in_grid import StandInGrid
 
 Tamper = Callable[[Message, Message], Message]
 
 
-class InProcessGrid:
+class InProcessGrid(StandInGrid):
     """Calls the real ClientApp for every message; replies arrive in any order.
 
     Parameters
@@ -98,7 +100,7 @@ class InProcessGrid:
         """Have the messages answered, and return their ids."""
         requests = list(messages)
         for request in requests:
-            request.metadata.__dict__["_message_id"] = f"request-{next(self._numbers)}"
+            give_id(request, f"request-{next(self._numbers)}")
         for reply in self.send_and_receive(requests):
             self._waiting[reply.metadata.reply_to_message_id] = reply
         return [request.metadata.message_id for request in requests]
@@ -109,6 +111,6 @@ class InProcessGrid:
         return [reply for reply in found if reply is not None]
 
 
-def as_grid(grid: InProcessGrid) -> Grid:
-    """Return the grid under Flower's type."""
-    return cast(Grid, grid)
+def client_of(reply: Message) -> int:
+    """Return the client that a reply speaks of, unchecked."""
+    return cast(int, reply.content.metric_records[METRICS][PARTITION])

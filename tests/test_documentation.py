@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from clip2fl_common.config_files import merge_run_config
+from clip2fl_common.config.files import merge_run_config
 from tests.defaults import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = re.compile(
     r"(?:\.venv/bin/)?(python|flwr|flower-supernode|make|deploy/[\w.-]+|clip2fl|ray|"
     r"tensorboard|docker|cp|chown|systemctl)\b"

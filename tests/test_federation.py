@@ -17,13 +17,13 @@ from clip2fl_common.data.datasets import DatasetError, load_dataset, partition_i
 from clip2fl_common.models import ImageClassifier
 from server_app.checkpoints import load_checkpoint
 from server_app.delivery import ModelCard, load_model
-from strategy.base import NoRepliesError
 from strategy.creff import CLASSIFIER
 from strategy.privacy_ledger import epsilon
 from strategy.registry import METHODS
+from strategy.safeguards import NoRepliesError
 from tests.defaults import run_config
 from tests.federation import federate, metrics
-from tests.in_process_grid import Tamper
+from tests.in_process_grid import Tamper, client_of
 
 pytestmark = pytest.mark.usefixtures("federation_process")
 
@@ -313,7 +313,7 @@ def test_protected_gradients_are_accounted_for(tmp_path: Path) -> None:
     assert len(replies) == sum(asked.values())
     sent = 0
     for reply in replies:
-        counts = np.bincount(labels[parts[messages.partition_of(reply)]])
+        counts = np.bincount(labels[parts[client_of(reply)]])
         arrays = reply.content.array_records[messages.GRADIENTS]
         assert (
             arrays["classes"].numpy().tolist() == np.flatnonzero(counts >= 6).tolist()

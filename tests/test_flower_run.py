@@ -19,6 +19,8 @@ import pytest
 
 from clip2fl_cli.processes import run_processes
 from clip2fl_cli.simulation import RunResult, simulate
+from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
+from tests.checkout import copy_of_checkout
 from tests.defaults import ROOT
 from tests.federation import metrics
 
@@ -175,20 +177,19 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
 
 
 def test_bundle_is_small_and_holds_the_application_only(tmp_path: Path) -> None:
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    app = tmp_path / "app"  # Flower takes only names of letters, digits and hyphens
-    for name in names:
-        (app / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, app / name)
+    app = copy_of_checkout(tmp_path)
     flwr = Path(sys.executable).with_name("flwr")
     built = subprocess.run([flwr, "build"], cwd=app, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (bundle,) = app.glob("*.fab")
     assert bundle.stat().st_size < 3_000_000
     with zipfile.ZipFile(bundle) as archive:
-        tops = {name.split("/")[0] for name in archive.namelist()}
-    packages = {"client_app", "server_app", "strategy", "clip2fl_common"}
-    files = {"LICENSE", "README.md", "pyproject.toml", ".info"}
-    assert packages <= tops <= packages | files
+        names = archive.namelist()
+    modules = {
+        str(file.relative_to(app))
+        for package in ("client_app", "server_app", "strategy", "clip2fl_common")
+        for file in (app / package).rglob("*.py")
+    }
+    teacher = {str(file.relative_to(ROOT)) for file in (DATA_PATH, *weight_paths())}
+    files = {"LICENSE", "README.md", "pyproject.toml", ".info/CONTENT"}
+    assert sorted(names) == sorted(modules | teacher | files)

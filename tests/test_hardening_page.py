@@ -39,7 +39,7 @@ def test_tests_that_the_page_names_exist() -> None:
     sources = "".join(
         path.read_text("utf-8") for path in Path(ROOT / "tests").rglob("*.py")
     )
-    rows = section("Seen before, and now")
+    rows = section("Faults found and fixed")
     assert len(rows) >= 16
     for row in rows:
         names = quoted(row[3])

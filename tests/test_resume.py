@@ -19,18 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from clip2fl_common import provenance
+from clip2fl_common import files, provenance
 from clip2fl_common.config import Scalar
-from server_app import checkpoints, durable
+from server_app import checkpoints
 from server_app import run as run_module
-from server_app.checkpoints import ResumeError, checkpoint_path, rounds_with_checkpoint
+from server_app.checkpoints import ResumeError
 from server_app.delivery import load_model
 from server_app.run import StorageError
+from server_app.run_folder import checkpoint_path, rounds_with_checkpoint
 from strategy.registry import METHODS
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.federation import federate, metrics
 from tests.in_process_grid import Tamper
+from tests.tools import cannot_run, need_root
 
 pytestmark = pytest.mark.usefixtures("federation_process")
 
@@ -178,8 +180,8 @@ def moments(folder: Path, begin: Callable[[], None]) -> list[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", before(os.fsync))
-        patch.setattr(Path, "replace", before(Path.replace))
-        patch.setattr("server_app.checkpoints.remove", before(durable.remove))
+        patch.setattr(os, "replace", before(os.replace))
+        patch.setattr("server_app.checkpoints.remove", before(files.remove))
         begin()
     return copies
 
@@ -275,8 +277,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if os.name != "posix" or os.geteuid() or subprocess.call(mount):
-        pytest.skip("may not mount a file system")
+    need_root("mount a file system")
+    if subprocess.call(mount):
+        cannot_run("no file system can be mounted")
     yield place
     subprocess.check_call(["umount", str(place)])
 
@@ -343,9 +346,9 @@ def test_other_surroundings_are_refused(
 ) -> None:
     with pytest.raises(Stop):
         run(tmp_path / "run", stop_in(2))
-    own = run_module.Session._made_with
+    own = run_module.ServerRun._made_with
     monkeypatch.setattr(
-        run_module.Session, "_made_with", lambda self: {**own(self), name: "another"}
+        run_module.ServerRun, "_made_with", lambda self: {**own(self), name: "another"}
     )
     with pytest.raises(ResumeError, match=f"the {name} is not the run's"):
         go_on(tmp_path / "run")
@@ -382,8 +385,8 @@ def test_data_are_told_by_classes_labels_and_partition(tmp_path: Path) -> None:
             "run__dir": str(tmp_path),
             "run__name": str(number),
         }
-        with run_module.Session(run_config(**place, **change), 1) as opened:
-            made.append(opened._data_fingerprint())
+        with run_module.ServerRun(run_config(**place, **change), 1) as opened:
+            made.append(opened.data.fingerprint())
     assert made[0] == made[1]
     assert len(set(made)) == 4
 

@@ -8,7 +8,7 @@ from flwr.app import Context, RecordDict
 
 from server_app.app import main
 from tests.conftest import be_flower
-from tests.in_process_grid import InProcessGrid, as_grid
+from tests.in_process_grid import InProcessGrid
 from tests.site_folders import write_site
 from tests.site_node import site_run
 from tests.test_sites import metrics
@@ -20,8 +20,8 @@ NAMES = ("north", "east", "west")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache, and do not wait."""
     be_flower(tmp_path / "cache", monkeypatch)
-    for name in ("POLL_S", "WAIT_S", "ASK_AGAIN_S"):
-        monkeypatch.setattr(f"strategy.clients.{name}", 0.0)
+    for name in ("grid.POLL_S", "site_clients.WAIT_S", "site_clients.ASK_AGAIN_S"):
+        monkeypatch.setattr(f"strategy.{name}", 0.0)
 
 
 def run_with(tmp_path: Path, rules: dict[str, Any], name: str) -> set[str]:
@@ -40,7 +40,7 @@ def run_with(tmp_path: Path, rules: dict[str, Any], name: str) -> set[str]:
         run__dir=str(tmp_path), run__name=name, federation__clients_per_round=2
     )
     grid = InProcessGrid(config, len(nodes), node_configs=nodes)
-    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+    main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
     lines = metrics(tmp_path / name)
     assert len(lines) == 2
     return {client for line in lines for client in line["clients"]}

@@ -10,9 +10,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.server.superlink.linkstate.utils import (
-    create_message_error_unavailable_res_message,
-)
 from PIL import Image
 
 from clip2fl_cli.report import write_run_report
@@ -21,14 +18,16 @@ from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import open_site
 from clip2fl_common.data.demo import CLASS_NAMES
+from clip2fl_common.messages import TEACHER_FINGERPRINT
 from clip2fl_common.models import build_model
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.delivery import load_model
-from strategy.clients import client_number
+from strategy.site_clients import client_number
 from tests.conftest import be_flower
 from tests.defaults import run_config
-from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+from tests.flower_private import lost_node_error, wire_bytes
+from tests.in_process_grid import InProcessGrid, Tamper
 from tests.site_folders import write_site
 
 CLASSES = ", ".join(CLASS_NAMES)
@@ -48,9 +47,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategy.clients.POLL_S", 0.0)
-    monkeypatch.setattr("strategy.clients.WAIT_S", 0.0)
-    monkeypatch.setattr("strategy.clients.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 0.0)
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def federate(
         ],
     )
     grid.away = away if away is not None else set()
-    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+    main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
     return grid
 
 
@@ -221,16 +220,10 @@ def test_only_what_was_agreed_leaves_a_site(
                 "seconds-gradients",
                 "seconds-training",
             }
-        wire = _wire(reply)
+        wire = wire_bytes(reply)
         for private in (b"private-", str(tmp_path).encode(), b".png"):
             assert private not in wire
     assert kinds == {"query", "train", "evaluate"}
-
-
-def _wire(reply: Message) -> bytes:
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-
-    return b"".join(part.deflate() for part in get_all_nested_objects(reply).values())
 
 
 @pytest.mark.parametrize(
@@ -411,9 +404,9 @@ def test_site_with_another_teacher_is_left_out_by_name(
                 settings = request.content.config_records.get("config", {})
                 if (
                     request.metadata.dst_node_id == self._ids[1]
-                    and messages.TEACHER_FINGERPRINT in settings
+                    and TEACHER_FINGERPRINT in settings
                 ):
-                    settings[messages.TEACHER_FINGERPRINT] = "f00ba5" * 10
+                    settings[TEACHER_FINGERPRINT] = "f00ba5" * 10
             return super().send_and_receive(requests, timeout=timeout)
 
     grid = federate(
@@ -440,12 +433,9 @@ def test_lost_node_is_named_though_the_superlink_signs_its_error(
             for i, reply in enumerate(replies):
                 meta = reply.metadata
                 if meta.src_node_id == self._ids[0] and meta.message_type == "train":
-                    error = create_message_error_unavailable_res_message(
-                        self.requests[0].metadata, "node_unavail"
+                    replies[i] = lost_node_error(
+                        self.requests[0], meta.reply_to_message_id
                     )
-                    lost = error.metadata.__dict__
-                    lost["_reply_to_message_id"] = meta.reply_to_message_id
-                    replies[i] = error
             return replies
 
     grid = federate(

@@ -21,10 +21,11 @@ from flwr.app import (
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from server_app import checkpoints as resume
-from server_app.app import find_nodes, main
+from server_app.app import main
+from strategy.clients import find_nodes
 from tests.defaults import run_config
 from tests.federation import metrics
-from tests.in_process_grid import InProcessGrid, Tamper, as_grid
+from tests.in_process_grid import InProcessGrid, Tamper
 
 pytestmark = pytest.mark.usefixtures("federation_process")
 
@@ -45,7 +46,7 @@ def run(
     }
     config = run_config(**{**settings, **TRAIN, **there, **changes})
     grid = InProcessGrid(config, 4, 1, tamper)
-    main(as_grid(grid), Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+    main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
 
 
 def partition(request: Message) -> int:
@@ -221,7 +222,7 @@ def test_malformed_answers_to_queries_are_passed_over(
             first, *rest = list(messages)
             return [Message(answer, reply_to=first), *super().send_and_receive(rest)]
 
-    nodes = find_nodes(as_grid(Grid(run_config(), 3)))
+    nodes = find_nodes(Grid(run_config(), 3))
     assert len(nodes) == 2
 
     class Alone(InProcessGrid):
@@ -229,7 +230,7 @@ def test_malformed_answers_to_queries_are_passed_over(
             return [Message(answer, reply_to=m) for m in messages]
 
     with pytest.raises(RuntimeError) as caught:
-        find_nodes(as_grid(Alone(run_config(), 2)))
+        find_nodes(Alone(run_config(), 2))
     text = str(caught.value)
     assert text.isprintable() and len(text) < 1000
 

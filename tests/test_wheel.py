@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from clip2fl_common import project
 from tests.defaults import ROOT
 
 TINY = (
@@ -134,7 +135,7 @@ def test_wheel_works_where_there_is_no_checkout(installed: Installed) -> None:
         "                clip2fl_common):\n"
         "    print(package.__file__)\n"
     ).splitlines()
-    version = importlib.metadata.version("clip2fl")
+    version = project.version()
     assert found[0] == f"{version} None"
     assert all(file.startswith(str(installed.bin.parent)) for file in found[1:])
     assert installed.clip2fl("--version") == f"clip2fl {version}\n"

@@ -8,8 +8,6 @@ set of images; the operating system holds in memory what is used.
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from clip2fl_common.files import (
     FOLDER_MODE,
     cache_dir,
     private_folder,
-    replacing,
+    replacing_folder,
+    replacing_private,
 )
 
 logger = getLogger(__name__)
@@ -149,7 +148,7 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     if passing:
         return digests
     try:
-        with replacing(place) as file:
+        with replacing_private(place) as file:
             np.save(file, digests)
     except OSError as error:
         logger.warning(
@@ -248,13 +247,11 @@ def _map(
 
 
 def _store(place: Path, decode: Iterator[DecodedImage]) -> None:
-    """Write a folder of the cache under another name, then rename it."""
-    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix="incomplete-"))
-    try:
-        temporary.chmod(FOLDER_MODE)  # mkdtemp takes the umask away
+    """Write a folder of the cache, whole or not at all."""
+    with replacing_folder(place, FOLDER_MODE) as folder:
         refused: dict[int, str] = {}
         # Written, not mapped: a full disk is then an error and not a signal.
-        with replacing(temporary / PIXELS) as file:
+        with replacing_private(folder / PIXELS) as file:
             for position, decoded in enumerate(decode):
                 if not isinstance(decoded, Refusal):
                     file.write(np.ascontiguousarray(decoded).tobytes())
@@ -262,9 +259,5 @@ def _store(place: Path, decode: Iterator[DecodedImage]) -> None:
                 if not decoded.lasting:
                     raise _PassingError
                 refused[position] = decoded.reason
-        with replacing(temporary / REFUSED) as file:
+        with replacing_private(folder / REFUSED) as file:
             file.write(json.dumps(refused).encode())
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

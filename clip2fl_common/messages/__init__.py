@@ -10,21 +10,6 @@ from clip2fl_common.messages.arrays import (
     arrays_to_numpy as arrays_to_numpy,
 )
 from clip2fl_common.messages.arrays import (
-    check_values as check_values,
-)
-from clip2fl_common.messages.arrays import (
-    checked as checked,
-)
-from clip2fl_common.messages.arrays import (
-    decode as decode,
-)
-from clip2fl_common.messages.arrays import (
-    gradient_bytes as gradient_bytes,
-)
-from clip2fl_common.messages.arrays import (
-    header as header,
-)
-from clip2fl_common.messages.arrays import (
     load_arrays as load_arrays,
 )
 from clip2fl_common.messages.arrays import (
@@ -40,7 +25,13 @@ from clip2fl_common.messages.arrays import (
     payload_bytes as payload_bytes,
 )
 from clip2fl_common.messages.arrays import (
+    record_bytes as record_bytes,
+)
+from clip2fl_common.messages.arrays import (
     state_to_arrays as state_to_arrays,
+)
+from clip2fl_common.messages.class_gradients import (
+    ClassGradients as ClassGradients,
 )
 from clip2fl_common.messages.class_gradients import (
     GradientFormat as GradientFormat,
@@ -50,6 +41,21 @@ from clip2fl_common.messages.class_gradients import (
 )
 from clip2fl_common.messages.class_gradients import (
     gradients_to_arrays as gradients_to_arrays,
+)
+from clip2fl_common.messages.fields import (
+    ArrayFields as ArrayFields,
+)
+from clip2fl_common.messages.fields import (
+    Declaration as Declaration,
+)
+from clip2fl_common.messages.fields import (
+    ReplyField as ReplyField,
+)
+from clip2fl_common.messages.fields import (
+    array_fields as array_fields,
+)
+from clip2fl_common.messages.fields import (
+    reply_field as reply_field,
 )
 from clip2fl_common.messages.names import (
     ARRAYS as ARRAYS,
@@ -80,6 +86,9 @@ from clip2fl_common.messages.names import (
 )
 from clip2fl_common.messages.names import (
     DIVERGED as DIVERGED,
+)
+from clip2fl_common.messages.names import (
+    FIELDS as FIELDS,
 )
 from clip2fl_common.messages.names import (
     GRADIENTS as GRADIENTS,
@@ -148,16 +157,10 @@ from clip2fl_common.messages.sites import (
     site_reply as site_reply,
 )
 from clip2fl_common.messages.training import (
+    TrainReply as TrainReply,
+)
+from clip2fl_common.messages.training import (
     TrainRequest as TrainRequest,
-)
-from clip2fl_common.messages.training import (
-    check_reply as check_reply,
-)
-from clip2fl_common.messages.training import (
-    images_of as images_of,
-)
-from clip2fl_common.messages.training import (
-    partition_of as partition_of,
 )
 from clip2fl_common.shown import LONGEST_TEXT as LONGEST_TEXT
 from clip2fl_common.shown import plain as plain

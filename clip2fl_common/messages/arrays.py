@@ -1,7 +1,9 @@
 """Arrays in messages: to and from torch, checked before anything uses them."""
 
 import io
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,11 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import nn
 
-from clip2fl_common.messages.names import GRADIENTS, LARGEST_VALUE, LONGEST_HEADER
+from clip2fl_common.messages.names import LARGEST_VALUE, LONGEST_HEADER
 from clip2fl_common.shown import plain
+
+# How Flower calls numpy's own format.
+NUMPY = "numpy.ndarray"
 
 
 class ReplyError(ValueError):
@@ -77,16 +82,38 @@ def numpy_to_arrays(values: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
 def checked(
     name: str, array: Array, shape: tuple[int, ...], dtype: npt.DTypeLike
 ) -> npt.NDArray[Any]:
-    """Return an array that is finite and has this shape and type."""
+    """Return an array that is finite and has this shape and type.
+
+    Parameters
+    ----------
+    name : str
+        What errors call it.
+    array : Array
+        As it arrived.
+    shape : tuple of int
+        The shape that it must have.
+    dtype : dtype
+        The type that it must have.
+
+    Returns
+    -------
+    ndarray
+        Read-only; its memory is the message's.
+
+    Raises
+    ------
+    ReplyError
+        If it is anything else.
+    """
+    header = read_header(name, array)
     wanted = np.dtype(dtype)
-    found_shape, found = header(name, array)
-    if found_shape != shape:
-        raise ReplyError(f"array {name} has shape {found_shape}, expected {shape}")
-    if found != wanted:
-        raise ReplyError(f"array {name} has type {found}, expected {wanted}")
-    decoded = decode(name, array)
-    check_values(name, decoded)
-    return decoded
+    if header.shape != shape:
+        raise ReplyError(f"array {name} has shape {header.shape}, expected {shape}")
+    if header.dtype != wanted:
+        raise ReplyError(f"array {name} has type {header.dtype}, expected {wanted}")
+    values = decode(name, array, header)
+    check_values(name, values)
+    return values
 
 
 def check_values(name: str, values: npt.NDArray[Any]) -> None:
@@ -106,34 +133,85 @@ def check_values(name: str, values: npt.NDArray[Any]) -> None:
         )
 
 
-def header(name: str, array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return shape and type as the array's bytes have them, and numpy will make it.
+@dataclass(frozen=True)
+class Header:
+    """What numpy's format says before an array's values.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the array.
+    fortran : bool
+        Whether the first axis varies fastest.
+    dtype : dtype
+        Of its values.
+    length : int
+        Bytes of the header itself.
+    """
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    length: int
+
+
+def read_header(name: str, array: Array) -> Header:
+    """Return shape and type as the array's bytes have them.
 
     Read first, so that no memory is taken for what is not expected anyway.
+
+    Raises
+    ------
+    ReplyError
+        If there is no header that numpy can read.
     """
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise ValueError(f"format version is {version}, expected (1, 0)")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if array.stype != NUMPY:
+            raise ValueError(f"it is serialised as {array.stype!r}")
     # A sender may put any bytes here, and numpy answers them with many exceptions.
     except Exception as error:
         raise _undecodable(name, error) from None
-    return shape, dtype
+    return Header(shape, fortran, dtype, stream.tell())
 
 
-def decode(name: str, array: Array) -> npt.NDArray[Any]:
-    """Return an array's values; raise ReplyError where numpy cannot read them."""
+def decode(name: str, array: Array, header: Header) -> npt.NDArray[Any]:
+    """Return an array's values without copying them.
+
+    Parameters
+    ----------
+    name : str
+        What errors call it.
+    array : Array
+        As it arrived.
+    header : Header
+        What `read_header` returned; a type without Python objects.
+
+    Returns
+    -------
+    ndarray
+        Read-only.
+
+    Raises
+    ------
+    ReplyError
+        If there are fewer bytes than the values take, or many more.
+    """
+    assert not header.dtype.hasobject
+    count = math.prod(header.shape)
     try:
-        values = array.numpy()
+        values = np.frombuffer(array.data, header.dtype, count, header.length)
     except Exception as error:
         raise _undecodable(name, error) from None
     # Numpy passes over what follows the values, of whatever size.
     surplus = len(array.data) - values.nbytes
     if surplus > LONGEST_HEADER:
         raise ReplyError(f"array {name} has {surplus} bytes besides its values")
-    return values
+    return values.reshape(header.shape, order="F" if header.fortran else "C")
 
 
 def _undecodable(name: str, error: Exception) -> ReplyError:
@@ -142,7 +220,7 @@ def _undecodable(name: str, error: Exception) -> ReplyError:
 
 def payload_bytes(content: RecordDict) -> int:
     """Return the size of a message's arrays in bytes: what is worth counting."""
-    return sum(map(_record_bytes, content.array_records.values()))
+    return sum(map(record_bytes, content.array_records.values()))
 
 
 def message_bytes(content: RecordDict) -> int:
@@ -157,10 +235,6 @@ def message_bytes(content: RecordDict) -> int:
     )
 
 
-def gradient_bytes(content: RecordDict) -> int:
-    """Return the size of the class gradients among a reply's arrays, in bytes."""
-    return _record_bytes(content.array_records.get(GRADIENTS, ArrayRecord()))
-
-
-def _record_bytes(record: ArrayRecord) -> int:
+def record_bytes(record: ArrayRecord) -> int:
+    """Return the size of some arrays in bytes."""
     return sum(len(array.data) for array in record.values())

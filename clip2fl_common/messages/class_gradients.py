@@ -1,9 +1,13 @@
 """Class gradients in a reply: stacked arrays, dense and low-rank ones apart."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord
 
@@ -14,15 +18,21 @@ from clip2fl_common.class_gradients import (
     Precision,
     max_rank,
 )
-from clip2fl_common.config import Upload
+from clip2fl_common.config import RunConfig, Upload
 from clip2fl_common.messages.arrays import (
     ReplyError,
     check_values,
     checked,
     decode,
-    header,
+    read_header,
 )
-from clip2fl_common.messages.names import LARGEST_VALUE
+from clip2fl_common.messages.names import GRADIENTS, LARGEST_VALUE
+
+WireArray = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+_WIRE: dict[Precision, type[np.float32] | type[np.uint16]] = {
+    "half": np.uint16,
+    "full": np.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,25 @@ class GradientFormat:
         if self.upload.min_cosine == 1:
             return 0
         return max_rank(self.num_classes, self.feature_dim)
+
+    @property
+    def name(self) -> str:
+        """Name of the record in a reply."""
+        return GRADIENTS
+
+    @classmethod
+    def of(cls, config: RunConfig, num_classes: int) -> Self:
+        """Return the format of a run."""
+        return cls(num_classes, config.model.feature_dim, config.upload)
+
+    def encode(self, gradients: Mapping[int, CodedGradient]) -> ArrayRecord:
+        """Return a client's class gradients as arrays."""
+        shape = (self.num_classes, self.feature_dim)
+        return gradients_to_arrays(gradients, self.upload.precision, shape)
+
+    def decode(self, arrays: ArrayRecord) -> ClassGradients:
+        """Return the class gradients in arrays, checked (`gradients_from_arrays`)."""
+        return gradients_from_arrays(arrays, self)
 
 
 def gradients_to_arrays(
@@ -105,9 +134,61 @@ def _gradient_shape(gradient: CodedGradient) -> tuple[int, int]:
     return len(gradient.bias), gradient.weight.shape[1]
 
 
+class ClassGradients(Mapping[int, CodedGradient]):
+    """The class gradients of one reply, checked and decoded once.
+
+    The arrays are those of the message. One class at a time becomes float32 when it
+    is asked for, so that a round never holds all classes of all clients in float32.
+
+    Parameters
+    ----------
+    classes : sequence of int
+        The K classes held, in the order of the arrays.
+    ranks : ndarray of int64, shape [K]
+        Rank of each class; 0: dense.
+    weight, left, right, bias : ndarray of float32 or uint16
+        As `gradients_to_arrays` makes them.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[int],
+        ranks: npt.NDArray[np.int64],
+        weight: WireArray,
+        left: WireArray,
+        right: WireArray,
+        bias: WireArray,
+    ) -> None:
+        self._weight, self._left, self._right, self._bias = weight, left, right, bias
+        ends = ranks.cumsum().tolist()
+        dense = (ranks == 0).cumsum().tolist()
+        # By class: place, rows of the factors, place among the dense.
+        self._places = {
+            c: (k, slice(ends[k] - int(ranks[k]), ends[k]), dense[k] - 1)
+            for k, c in enumerate(classes)
+        }
+
+    def __getitem__(self, c: int) -> CodedGradient:
+        """Return one class's gradient in float32."""
+        place, rows, dense = self._places[c]
+        bias = _to_float(self._bias[place])
+        if rows.start == rows.stop:
+            return ClassGradient(_to_float(self._weight[dense]), bias)
+        left, right = _to_float(self._left[rows]), _to_float(self._right[rows])
+        return LowRankGradient(left.T, right, bias)
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the classes, in the order of the reply."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return the number of classes K."""
+        return len(self._places)
+
+
 def gradients_from_arrays(
     arrays: ArrayRecord, expected: GradientFormat
-) -> dict[int, CodedGradient]:
+) -> ClassGradients:
     """Return the class gradients of a reply, checked.
 
     Parameters
@@ -119,8 +200,8 @@ def gradients_from_arrays(
 
     Returns
     -------
-    dict of int to ClassGradient or LowRankGradient
-        In float32.
+    ClassGradients
+        ClassGradient or LowRankGradient by class, in float32.
 
     Raises
     ------
@@ -155,34 +236,27 @@ def gradients_from_arrays(
         for name, shape in shapes.items()
     )
     if len(left):
-        largest = left.abs().max().double() * right.abs().max() * expected.max_rank
+        largest = _to_float(left).abs().max().double() * _to_float(right).abs().max()
+        largest *= expected.max_rank
         if largest > LARGEST_VALUE:
             raise ReplyError(
                 "arrays class-gradients.left and class-gradients.right have a product "
                 f"that may reach {float(largest):.1e}, expected {LARGEST_VALUE:.0e} at "
                 "most"
             )
-    dense = iter(weight)
-    factors = zip(left.split(ranks.tolist()), right.split(ranks.tolist()), strict=True)
-    return {
-        c: LowRankGradient(own_left.T, own_right, own_bias)
-        if len(own_right)
-        else ClassGradient(next(dense), own_bias)
-        for c, (own_left, own_right), own_bias in zip(
-            classes, factors, bias, strict=True
-        )
-    }
+    return ClassGradients(classes, ranks, weight, left, right, bias)
 
 
 def _held_classes(array: Array, num_classes: int) -> list[int]:
     name = "class-gradients.classes"
-    shape, dtype = header(name, array)
-    if dtype != np.int64 or len(shape) != 1 or shape[0] > num_classes:
+    header = read_header(name, array)
+    shape = header.shape
+    if header.dtype != np.int64 or len(shape) != 1 or shape[0] > num_classes:
         raise ReplyError(
-            f"array {name} has type {dtype} and shape {shape}, expected int64 and "
-            f"({num_classes},) at most"
+            f"array {name} has type {header.dtype} and shape {shape}, expected int64 "
+            f"and ({num_classes},) at most"
         )
-    listed: list[int] = decode(name, array).tolist()
+    listed: list[int] = decode(name, array, header).tolist()
     if len(set(listed)) < len(listed) or not all(0 <= c < num_classes for c in listed):
         raise ReplyError(
             f"class gradients for classes {listed}; they must differ and be from 0 to "
@@ -199,11 +273,18 @@ def _to_wire(tensor: torch.Tensor, precision: Precision) -> Array:
 
 def _from_wire(
     name: str, array: Array, shape: tuple[int, ...], precision: Precision
-) -> torch.Tensor:
-    dtype = np.uint16 if precision == "half" else np.float32
-    tensor = torch.from_numpy(checked(name, array, shape, dtype))
-    if precision == "full":
-        return tensor
-    values = tensor.view(torch.bfloat16).float()
-    check_values(name, values.numpy())
+) -> WireArray:
+    """Return values as they were sent, checked."""
+    values = checked(name, array, shape, _WIRE[precision])
+    if precision == "half":
+        for part in values:  # all at once would take twice the memory
+            check_values(name, _to_float(part).numpy())
     return values
+
+
+def _to_float(values: WireArray) -> torch.Tensor:
+    """Return values from the wire in float32, in memory of their own."""
+    tensor = torch.from_numpy(values.copy())
+    if tensor.dtype == torch.uint16:
+        return tensor.view(torch.bfloat16).float()
+    return tensor

@@ -16,6 +16,7 @@ DISTILLATION_WEIGHT = "distillation-weight"
 DISTILLATION_TEMPERATURE = "distillation-temperature"
 TEACHER_FINGERPRINT = "teacher-fingerprint"
 CODE_FINGERPRINT = "code-fingerprint"
+FIELDS = "reply-fields"
 
 # Codes of Flower's errors that clients return; Flower's own are below 1000.
 # This client's images cannot be read.

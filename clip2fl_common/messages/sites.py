@@ -21,8 +21,8 @@ from clip2fl_common.messages.names import (
     RECALL_STEP,
     SITE,
 )
+from clip2fl_common.shown import quoted
 from clip2fl_common.site_names import NAME_RULE, is_site_name
-from clip2fl_common.site_names import shown as shown_name
 
 
 def site_reply(name: str) -> RecordDict:
@@ -51,9 +51,7 @@ def site_of(reply: Message) -> str:
     name = reply.content.config_records.get(CONFIG, ConfigRecord()).get(SITE)
     if name == "" or is_site_name(name):
         return name
-    raise ReplyError(
-        f"its answer names no site ({shown_name(name)}); expected {NAME_RULE}"
-    )
+    raise ReplyError(f"its answer names no site ({quoted(name)}); expected {NAME_RULE}")
 
 
 def simulated_partition(answer: Message) -> int:

@@ -2,24 +2,28 @@
 
 Train request: ``arrays`` (global model), ``retrained-classifier`` (weight, bias; only
 where class gradients are wanted), ``config`` (round, seeds, what to switch on).
-Train reply: ``arrays`` (local model), ``class-gradients`` (the classes held and, for
-each, weight and bias gradient, dense or low-rank), ``metrics``.
+Train reply: ``arrays`` (local model), ``metrics``, and a record for each declared field
+that the request asks for: ``class-gradients`` (the classes held and, for each, weight
+and bias gradient, dense or low-rank).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Self, TypeVar, cast
 
+import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from clip2fl_common.class_gradients import CodedGradient
-from clip2fl_common.messages.arrays import NotFiniteError, ReplyError, checked
-from clip2fl_common.messages.class_gradients import (
-    GradientFormat,
-    gradients_from_arrays,
+from clip2fl_common.messages.arrays import (
+    NotFiniteError,
+    ReplyError,
+    checked,
+    payload_bytes,
+    record_bytes,
 )
+from clip2fl_common.messages.fields import ReplyField
 from clip2fl_common.messages.names import (
     ARRAYS,
     AVERAGED_METRICS,
@@ -28,6 +32,7 @@ from clip2fl_common.messages.names import (
     CONFIG,
     DISTILLATION_TEMPERATURE,
     DISTILLATION_WEIGHT,
+    FIELDS,
     GRADIENTS,
     LARGEST_VALUE,
     METRICS,
@@ -40,6 +45,8 @@ from clip2fl_common.messages.names import (
     TEACHER_FINGERPRINT,
     VARIANCE,
 )
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class TrainRequest:
         Of the server's code (see `clip2fl_common.provenance`).
     teacher_fingerprint : str
         Of the teacher to distil from; empty without distillation.
+    fields : tuple of str
+        Declared fields that the reply must hold (`REPLY_FIELDS`).
     distillation_weight, distillation_temperature, proximal_mu : float
         Terms of the local loss; a weight of 0 leaves its term out.
     """
@@ -73,6 +82,7 @@ class TrainRequest:
     classifier: tuple[torch.Tensor, torch.Tensor] | None
     code_fingerprint: str
     teacher_fingerprint: str
+    fields: tuple[str, ...]
     distillation_weight: float
     distillation_temperature: float
     proximal_mu: float
@@ -82,6 +92,8 @@ class TrainRequest:
         """Read the content of a train message."""
         config = content.config_records[CONFIG]
         classifier = content.array_records.get(CLASSIFIER)
+        # A classifier asks for its gradients, where nothing else is said.
+        implied = [] if classifier is None else [GRADIENTS]
         return cls(
             server_round=cast(int, config[ROUND]),
             partition=cast(int, config[PARTITION]),
@@ -92,6 +104,7 @@ class TrainRequest:
             classifier=None if classifier is None else _linear(classifier),
             code_fingerprint=cast(str, config[CODE_FINGERPRINT]),
             teacher_fingerprint=cast(str, config.get(TEACHER_FINGERPRINT, "")),
+            fields=tuple(cast(list[str], config.get(FIELDS, implied))),
             distillation_weight=cast(float, config.get(DISTILLATION_WEIGHT, 0.0)),
             distillation_temperature=cast(
                 float, config.get(DISTILLATION_TEMPERATURE, 1.0)
@@ -105,55 +118,119 @@ def _linear(arrays: ArrayRecord) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(weight.copy()), torch.from_numpy(bias.copy())
 
 
-def check_reply(
-    reply: Message,
-    reference: ArrayRecord,
-    gradients: GradientFormat | None,
-    asked: Mapping[int, int],
-) -> dict[int, CodedGradient]:
-    """Check a train reply before it touches any state.
+@dataclass(frozen=True)
+class TrainReply:
+    """A train reply that has been checked, decoded once.
 
-    Parameters
+    Attributes
     ----------
-    reply : Message
-        A reply with content.
-    reference : ArrayRecord
-        The global model that was sent out.
-    gradients : GradientFormat or None
-        What is expected of class gradients, where they belong into the reply.
-    asked : mapping of int to int
-        Partitions that the sender was asked for, each with its number of images.
-
-    Returns
-    -------
-    dict of int to ClassGradient or LowRankGradient
-        The class gradients; empty where none are expected.
-
-    Raises
-    ------
-    ReplyError
-        Names what is missing, of the wrong shape or type, or not finite.
+    node : int
+        Flower's id of the node that sent it.
+    client : int
+        The simulated partition, or the site's number.
+    images : int
+        Training images that it claims.
+    model : mapping of str to ndarray
+        The local model's values.
+    metrics : mapping of str to float
+        Losses, seconds and counts (`AVERAGED_METRICS`, `SUMMED_METRICS`).
+    upload_bytes, field_bytes : int
+        Size of all arrays, and of those besides the model.
+    fields : mapping of str to object
+        Content of the declared fields, by name; read them with `field`.
     """
-    content = reply.content
-    expected = {ARRAYS, METRICS} | ({GRADIENTS} if gradients else set())
-    if set(content) != expected:
-        raise ReplyError(f"records are {sorted(content)}, expected {sorted(expected)}")
-    if set(content.array_records) != expected - {METRICS} or set(
-        content.metric_records
-    ) != {METRICS}:
-        raise ReplyError("a record is not of the type it should be")
-    arrays = content.array_records[ARRAYS]
-    if set(arrays) != set(reference):
-        difference = sorted(set(arrays) ^ set(reference))
+
+    node: int
+    client: int
+    images: int
+    model: Mapping[str, npt.NDArray[Any]]
+    metrics: Mapping[str, float]
+    upload_bytes: int
+    field_bytes: int
+    fields: Mapping[str, object]
+
+    def field(self, declared: ReplyField[Content]) -> Content:
+        """Return the content of a declared field.
+
+        Parameters
+        ----------
+        declared : ReplyField
+            The declaration by which the reply was checked.
+        """
+        return cast(Content, self.fields[declared.name])
+
+    @classmethod
+    def parse(
+        cls,
+        reply: Message,
+        sent: Mapping[str, npt.NDArray[Any]],
+        declared: Sequence[ReplyField[object]],
+        asked: Mapping[int, int],
+    ) -> Self:
+        """Check a train reply before it touches any state.
+
+        Parameters
+        ----------
+        reply : Message
+            A reply with content.
+        sent : mapping of str to ndarray
+            The global model that was sent out.
+        declared : sequence of ReplyField
+            What the reply holds besides model and metrics.
+        asked : mapping of int to int
+            Clients that the sender was asked for, each with its number of images.
+
+        Raises
+        ------
+        ReplyError
+            Names what is missing, of the wrong shape or type, or not finite.
+        """
+        content = reply.content
+        extra = {field.name for field in declared}
+        expected = {ARRAYS, METRICS} | extra
+        if set(content) != expected:
+            raise ReplyError(
+                f"records are {sorted(content)}, expected {sorted(expected)}"
+            )
+        if set(content.array_records) != {ARRAYS} | extra or set(
+            content.metric_records
+        ) != {METRICS}:
+            raise ReplyError("a record is not of the type it should be")
+        model = _checked_model(content.array_records[ARRAYS], sent)
+        metrics = content.metric_records[METRICS]
+        _check_metrics(metrics, asked)
+        return cls(
+            node=reply.metadata.src_node_id,
+            client=cast(int, metrics[PARTITION]),
+            images=cast(int, metrics[NUM_EXAMPLES]),
+            model=model,
+            metrics={
+                name: cast(float, metrics[name])
+                for name in (*AVERAGED_METRICS, *SUMMED_METRICS)
+            },
+            upload_bytes=payload_bytes(content),
+            field_bytes=sum(
+                record_bytes(content.array_records[name]) for name in extra
+            ),
+            fields={
+                field.name: field.decode(content.array_records[field.name])
+                for field in declared
+            },
+        )
+
+
+def _checked_model(
+    arrays: ArrayRecord, sent: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    if set(arrays) != set(sent):
+        difference = sorted(set(arrays) ^ set(sent))
         raise ReplyError(f"model arrays missing or unknown: {', '.join(difference)}")
-    for name, sent in reference.items():
-        values = checked(name, arrays[name], tuple(sent.shape), sent.dtype)
-        if name.endswith(VARIANCE) and values.min(initial=0) < 0:
+    model = {}
+    for name, values in sent.items():
+        model[name] = checked(name, arrays[name], values.shape, values.dtype)
+        if name.endswith(VARIANCE) and model[name].min(initial=0) < 0:
             raise ReplyError(f"array {name} is a variance, but has negative values")
-    _check_metrics(content.metric_records[METRICS], asked)
-    if gradients is None:
-        return {}
-    return gradients_from_arrays(content.array_records[GRADIENTS], gradients)
+    return model
 
 
 def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
@@ -187,13 +264,3 @@ def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
             f"{NUM_EXAMPLES} = {examples} and {unreadable} unreadable images, but "
             f"partition {partition} has {asked[partition]} images"
         )
-
-
-def partition_of(reply: Message) -> int:
-    """Return which simulated partition a reply that has been checked comes from."""
-    return cast(int, reply.content.metric_records[METRICS][PARTITION])
-
-
-def images_of(reply: Message) -> int:
-    """Return the training images that a reply that has been checked claims."""
-    return cast(int, reply.content.metric_records[METRICS][NUM_EXAMPLES])

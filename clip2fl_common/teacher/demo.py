@@ -1,14 +1,16 @@
-"""The teacher of the built-in data set: a small open_clip model shipped as JSON.
+"""The teacher of the built-in data set: a small open_clip model in three JSON files.
 
 The model is a CLIP like any other (open_clip's own classes, its tokenizer, trained
 by contrast between images and captions), only tiny and trained on drawn shapes. It
-knows no words beyond those of its captions: the file holds the token embeddings of
+knows no words beyond those of its captions: the files hold the token embeddings of
 these alone, and any other word embeds as zeros.
 
-``scripts/train_demo_teacher.py`` makes the file.
+One file describes the model, two hold its weights: Flower publishes no file of more
+than 1 MiB, and only text. ``scripts/train_demo_teacher.py`` makes them.
 """
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,27 @@ import torch
 from torch import nn
 
 DATA_PATH: Final = Path(__file__).with_name("demo_teacher.json")
-DATA_FORMAT: Final = "clip2fl-demo-teacher-1"
+DATA_FORMAT: Final = "clip2fl-demo-teacher-2"
 TOKEN_EMBEDDING: Final = "token_embedding.weight"
 
 Tokenizer = Callable[[str | list[str]], torch.Tensor]
+
+
+def weight_paths(path: Path = DATA_PATH) -> list[Path]:
+    """Return the files that hold the weights of the model that a file describes.
+
+    Parameters
+    ----------
+    path : Path
+        The description.
+
+    Returns
+    -------
+    list of Path
+        JSON files of one string each. Joined, the strings are the base64 of a
+        safetensors file.
+    """
+    return [path.with_stem(f"{path.stem}_{number}") for number in (1, 2)]
 
 
 def build_demo_model(model_config: dict[str, Any]) -> tuple[nn.Module, Tokenizer]:
@@ -49,12 +68,14 @@ def build_demo_model(model_config: dict[str, Any]) -> tuple[nn.Module, Tokenizer
     return model, tokenizer
 
 
-def _unpack(document: dict[str, Any]) -> tuple[nn.Module, Tokenizer]:
+def _unpack(document: dict[str, Any], text: str) -> tuple[nn.Module, Tokenizer]:
     import safetensors.torch
 
     if document["format"] != DATA_FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {DATA_FORMAT!r}")
-    data = base64.b64decode(document["tensors"], validate=True)
+    data = base64.b64decode(text, validate=True)
+    if hashlib.sha256(data).hexdigest() != document["sha256"]:
+        raise ValueError("its weights are other ones than it describes")
     tensors = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in safetensors.torch.load(data).items()
@@ -76,7 +97,8 @@ def load_demo_model(
     Parameters
     ----------
     path : Path
-        Data file, by default the one that comes with the program.
+        Description of the model, by default the one that comes with the program. The
+        files of `weight_paths` are beside it.
 
     Returns
     -------
@@ -92,13 +114,15 @@ def load_demo_model(
     Raises
     ------
     ValueError
-        If the data file is missing or damaged; the message names it and the remedy.
+        If a file is missing or damaged; the message names the description and the
+        remedy.
     """
     from safetensors import SafetensorError
 
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        model, tokenizer = _unpack(document)
+        parts = [json.loads(part.read_text("utf-8")) for part in weight_paths(path)]
+        model, tokenizer = _unpack(document, "".join(parts))
         preprocess_config = dict(document["open_clip_config"]["preprocess_cfg"])
     except (
         OSError,
@@ -111,7 +135,7 @@ def load_demo_model(
     ) as error:
         raise ValueError(
             f"cannot load the demo teacher from {path}: it is missing or damaged "
-            f"({type(error).__name__}: {error}). Restore the file from the "
-            "distribution, or make it anew: python -m scripts.train_demo_teacher"
+            f"({type(error).__name__}: {error}). Restore the files from the "
+            "distribution, or make them anew: python -m scripts.train_demo_teacher"
         ) from error
     return model.eval().requires_grad_(False), tokenizer, preprocess_config

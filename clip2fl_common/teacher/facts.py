@@ -14,7 +14,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from clip2fl_common.files import cache_dir, replacing
+from clip2fl_common.files import cache_dir, replacing_private
 
 logger = getLogger(__name__)
 
@@ -39,7 +39,7 @@ class TeacherFacts:
     logit_scale: float
 
 
-def recall_facts(model: str, pretrained: str) -> TeacherFacts | None:
+def known_facts(model: str, pretrained: str) -> TeacherFacts | None:
     """Return what was noted of a teacher whose files are still the same.
 
     Parameters
@@ -70,7 +70,7 @@ def note_facts(
     place = _place(model, pretrained)
     document = {"files": [_state(path) for path in files], "facts": asdict(facts)}
     try:
-        with replacing(place) as file:
+        with replacing_private(place) as file:
             file.write(json.dumps(document).encode())
     except OSError as error:
         logger.warning(

@@ -72,7 +72,7 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
     ]
 
 
-class FeatureStore:
+class FeatureCache:
     """The features of one teacher, by content key.
 
     A cache that cannot be read or written costs time, never a run: the features are
@@ -117,7 +117,7 @@ class FeatureStore:
         Returns
         -------
         dict of bytes to Tensor of float32, shape [d]
-            Without the keys that are not in the store.
+            Without the keys that are not in the cache.
         """
         found: dict[bytes, torch.Tensor] = {}
         damaged: list[bytes] = []

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model
-from clip2fl_common.teacher.facts import TeacherFacts, note_facts, recall_facts
-from clip2fl_common.teacher.feature_cache import FeatureStore, content_keys, text_keys
+from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model, weight_paths
+from clip2fl_common.teacher.facts import TeacherFacts, known_facts, note_facts
+from clip2fl_common.teacher.feature_cache import FeatureCache, content_keys, text_keys
 
 LOCAL_PREFIX = "local-dir:"
 HUB_PREFIX = "hf-hub:"
@@ -106,7 +106,7 @@ class Teacher:
         self.prompt = prompt
         self.batch_size = batch_size
         self._facts = facts or self.network.facts
-        self._store = FeatureStore(self.fingerprint)
+        self._feature_cache = FeatureCache(self.fingerprint)
 
     @property
     def fingerprint(self) -> str:
@@ -217,11 +217,11 @@ class Teacher:
         self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
     ) -> torch.Tensor:
         """Return features [N, d] from disk; compute and keep those at other places."""
-        known = self._store.get(keys)
+        known = self._feature_cache.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             computed = compute(missing)
-            self._store.put([keys[i] for i in missing], computed)
+            self._feature_cache.put([keys[i] for i in missing], computed)
             known |= {keys[i]: v for i, v in zip(missing, computed, strict=True)}
         return torch.stack([known[key] for key in keys])
 
@@ -298,7 +298,7 @@ def load_teacher(
         looked for and what the ways out are.
     """
     name = f"{model} ({pretrained})" if pretrained else model
-    facts = recall_facts(model, pretrained)
+    facts = known_facts(model, pretrained)
     teacher = Teacher(
         lambda: _load_network(model, pretrained),
         name,
@@ -333,7 +333,7 @@ def _files(model: str, pretrained: str) -> list[Path]:
     None where they cannot be told; then the teacher is loaded each time.
     """
     if model == DEMO:
-        return [DATA_PATH]
+        return [DATA_PATH, *weight_paths()]
     if model.startswith(LOCAL_PREFIX):
         folder = Path(model.removeprefix(LOCAL_PREFIX)).expanduser()
         return sorted(path for path in folder.iterdir() if path.is_file())

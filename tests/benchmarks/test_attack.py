@@ -11,10 +11,10 @@ from flwr.app import Message
 from benchmarks import attack
 from benchmarks.attack import ATTACKER, CLIENTS, Observer
 from clip2fl_common import messages
-from strategy.base import NoRepliesError
+from strategy.safeguards import NoRepliesError
 from tests.defaults import run_config
 from tests.federation import federate
-from tests.in_process_grid import Tamper
+from tests.in_process_grid import Tamper, client_of
 
 pytestmark = pytest.mark.usefixtures("federation_process")
 
@@ -31,7 +31,7 @@ def test_attacker_flips_and_scales_what_it_sends(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def compare(request: Message, reply: Message) -> Message:
-        partition = messages.partition_of(reply)
+        partition = client_of(reply)
         seen.append(partition)
         arrays = reply.content.array_records
         sent = messages.arrays_to_numpy(request.content.array_records[messages.ARRAYS])

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from client_app.app import _teacher, app
+from client_app.app import app
 from client_app.gradients import class_gradients
 from client_app.images import training_images
+from client_app.round import _teacher
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import LowRankGradient, row_cosines
 from clip2fl_common.config import RunConfig
@@ -24,7 +24,9 @@ from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
+from tests.conftest import be_flower
 from tests.defaults import ROOT, run_config
+from tests.in_process_grid import client_of
 
 # One un-augmented draw of all images, so that class gradients can be computed slowly;
 # and several steps an epoch, since the first has no proximal gradient.
@@ -42,9 +44,7 @@ FORMAT = messages.GradientFormat(CLASSES, DIM, CONFIG.upload)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep out of the user's cache; be what Flower takes for one of its processes."""
-    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    be_flower(tmp_path / "cache", monkeypatch)
 
 
 def student() -> ImageClassifier:
@@ -120,7 +120,7 @@ def array_bytes(reply: Message) -> dict[str, dict[str, bytes]]:
 def test_query_says_which_partition_the_node_simulates() -> None:
     reply = answer(Message(RecordDict(), 42, "query"), place=2)
     assert set(reply.content) == {messages.METRICS}
-    assert messages.partition_of(reply) == 2
+    assert client_of(reply) == 2
 
 
 @pytest.mark.parametrize("partition", [0, 1, 2])
@@ -130,9 +130,14 @@ def test_reply_keeps_the_contract(partition: int) -> None:
     reply = answer(message, place=0)
     sent = message.content.array_records[messages.ARRAYS]
     images, labels = images_of(partition)
-    messages.check_reply(reply, sent, FORMAT, {partition: len(labels)})
+    messages.TrainReply.parse(
+        reply,
+        messages.arrays_to_numpy(sent),
+        [FORMAT],
+        {partition: len(labels)},
+    )
     values = reply.content.metric_records[messages.METRICS]
-    assert messages.partition_of(reply) == partition
+    assert client_of(reply) == partition
     assert values[messages.NUM_EXAMPLES] == len(images)
     assert values["unreadable-images"] == 0
     assert values["distillation-loss"] == 0
@@ -237,7 +242,7 @@ def test_two_clients_draw_their_own_batches_and_augmentation(
     def same_images(config: RunConfig, site: None, partition: int) -> Any:
         return training_images(config, site, 0)
 
-    monkeypatch.setattr("client_app.app.training_images", same_images)
+    monkeypatch.setattr("client_app.round.training_images", same_images)
     augmented = run_config(upload__precision="full")
     first, again, other = (
         answer(request(partition=partition, with_classifier=True), config=augmented)
@@ -354,8 +359,8 @@ def test_second_message_imports_nothing_slow(tmp_path: Path) -> None:
     program = (
         "import pickle, sys; from pathlib import Path\n"
         "from flwr.app import Context, RecordDict\n"
-        "from flwr.supercore.task_identity import TaskIdentity\n"
-        "TaskIdentity._run_id = TaskIdentity._task_id = TaskIdentity._node_id = 1\n"
+        "from tests.flower_private import act_as_flower_process\n"
+        "act_as_flower_process()\n"
         "from client_app.app import app\n"
         "message, config = (pickle.loads(Path(p).read_bytes()) for p in sys.argv[1:])\n"
         "context = Context(1, 1, {'partition-id': 0}, RecordDict(), config)\n"

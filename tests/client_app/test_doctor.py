@@ -334,7 +334,11 @@ def test_wrong_usage_names_the_file(
 ) -> None:
     picture(tmp_path / "data" / "cat" / "a.png")
     bad = run_config(tmp_path, dataset__image_size=3)
-    for path in (bad, tmp_path / "absent.toml"):
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + bad.read_bytes())
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)  # nobody writes to it: opening it must not wait
+    for path in (bad, tmp_path / "absent.toml", marked, pipe, tmp_path):
         status, text = doctor_says(
             capsys, "--data-path", tmp_path / "data", "--run-config", path
         )

@@ -1,6 +1,7 @@
 """What one image can change in a class gradient, and the noise that hides it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from client_app.app import _noise_source
 from client_app.gradients import class_gradients, coded_class_gradients
 from client_app.noise import GradientProtection, gradient_protection
 from client_app.own_site import OwnSite
+from client_app.part import ClientRound
 from client_app.site_ledger import SiteLedger
 from client_app.site_policy import SitePolicy
 from client_app.training import augmented_features
@@ -209,14 +210,19 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated(
         stream=1,
         code_fingerprint="",
         teacher_fingerprint="",
+        fields=(),
         distillation_weight=0.0,
         distillation_temperature=1.0,
         proximal_mu=0.0,
     )
     site = OwnSite(tmp_path, SitePolicy(), SiteLedger(tmp_path))
+    unused = ("dataset", "loaded", "images", "labels", "model")
+    nothing: dict[str, Any] = dict.fromkeys(unused)
 
     def drawn(place: OwnSite | None) -> list[float]:
-        source = _noise_source(run_config(), request, place)
+        source = ClientRound(
+            config=run_config(), request=request, site=place, **nothing
+        ).noise_source()
         numbers: list[float] = torch.randn(4, generator=source).tolist()
         return numbers
 

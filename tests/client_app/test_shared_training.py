@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client_app import shared_training
-from client_app.shared_training import FOLDER_VARIABLE, train_or_recall
+from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.models import ImageClassifier, build_model
@@ -71,8 +71,8 @@ def test_recalled_model_and_losses_are_the_trained_ones(
 ) -> None:
     plain, first, again = slim(), slim(), slim()
     losses = training(plain)()
-    assert train_or_recall(training(first)) == losses
-    assert train_or_recall(training(again)) == losses
+    assert train_or_reuse(training(first)) == losses
+    assert train_or_reuse(training(again)) == losses
     assert len(trained) == 1
     for other in (first, again):
         for name, tensor in plain.state_dict().items():
@@ -104,30 +104,30 @@ OTHERS: dict[str, Any] = {
 def test_another_argument_is_another_training(
     folder: Path, trained: list[str], name: str
 ) -> None:
-    train_or_recall(training(slim()))
-    train_or_recall(training(slim(), **{name: OTHERS[name]}))
+    train_or_reuse(training(slim()))
+    train_or_reuse(training(slim(), **{name: OTHERS[name]}))
     assert len(trained) == 2
 
 
 def test_another_model_code_or_number_of_threads_is_another_training(
     folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_or_recall(training(slim()))
-    train_or_recall(training(slim(seed=1)))
+    train_or_reuse(training(slim()))
+    train_or_reuse(training(slim(seed=1)))
     assert len(trained) == 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    train_or_recall(training(slim()))
+    train_or_reuse(training(slim()))
     assert len(trained) == 3
     monkeypatch.setattr(shared_training, "code_fingerprint", lambda: "other")
-    train_or_recall(training(slim()))
+    train_or_reuse(training(slim()))
     assert len(trained) == 4
 
 
 def test_damaged_file_is_trained_again(folder: Path, trained: list[str]) -> None:
-    losses = train_or_recall(training(slim()))
+    losses = train_or_reuse(training(slim()))
     for file in folder.rglob("output.pkl"):
         file.write_bytes(file.read_bytes()[:100])
-    assert train_or_recall(training(slim())) == losses
+    assert train_or_reuse(training(slim())) == losses
     assert len(trained) == 2
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_kept_where_no_folder_is_named(
 ) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    train_or_recall(training(slim()))
+    train_or_reuse(training(slim()))
     assert trained == []
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from client_app import app as client
+from client_app import round as client
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import FileSource, open_site

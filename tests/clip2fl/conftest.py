@@ -9,10 +9,10 @@ from flwr.app import Context, RecordDict
 
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import RunConfig
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.dotted_keys import flatten
 from server_app.app import main
 from tests.conftest import be_flower
-from tests.in_process_grid import InProcessGrid, as_grid
+from tests.in_process_grid import InProcessGrid
 
 RUN_ID = 4711
 
@@ -29,7 +29,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         flat: Any = flatten(tomllib.loads(run_config.read_text("utf-8")))
         grid = InProcessGrid(RunConfig.from_run_config(flat), 2)
         context = Context(RUN_ID, 0, {}, RecordDict(), cast(Any, flat))
-        main(as_grid(grid), context)
+        main(grid, context)
         return RunResult("finished:completed", "", "", RUN_ID)
 
     monkeypatch.setattr("clip2fl_cli.simulation.simulate", simulate)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip2fl_cli.runs import MODEL_FILE, FinishedRun
+from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.config import Scalar
+from server_app.run_folder import MODEL
 from tests.defaults import default_config
 
 
@@ -55,5 +56,5 @@ def write_run(
         for n, value in enumerate(values, start=1)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / MODEL_FILE).touch()
+    (folder / MODEL).touch()
     return FinishedRun.read(folder)

@@ -21,7 +21,7 @@ from clip2fl_cli import exporting, results
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.signals import Interrupted
-from clip2fl_common.config_files import merge_run_config
+from clip2fl_common.config.files import merge_run_config
 from clip2fl_common.data.datasets import load_dataset
 from clip2fl_common.project import experiment
 from tests.clip2fl_cli.commands import refused, run
@@ -196,6 +196,8 @@ def test_comparison_leaves_table_summary_and_reports(
     assert "| plain | fedavg | 1, 2 | 55.0 ± 0.0 |" in captured.out
     folder = runs / "x"
     assert captured.out.strip() == (folder / "comparison.md").read_text().strip()
+    assert run(monkeypatch, "report", folder / "comparison.csv") == 0
+    assert capsys.readouterr().out == captured.out
     assert (folder / "report.html").is_file()
     assert (folder / "plain-seed1" / "report.html").is_file()
 
@@ -327,7 +329,7 @@ def test_installed_command_and_module_are_the_same() -> None:
 
 def documented() -> list[str]:
     """Return the commands in the README and in docs/, each on one line."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(page.read_text("utf-8") for page in pages).replace("\\\n", " ")
     return sorted(set(re.findall(r"\.venv/bin/clip2fl ([^`\n]+)", text)))
 

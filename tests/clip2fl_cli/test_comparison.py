@@ -122,6 +122,18 @@ def test_settings_of_file_variant_and_command_line(file: Path) -> None:
     assert {run.config.federation.rounds for run in found.plan} == {9}
 
 
+def test_variant_keeps_what_is_set_for_all_in_the_same_group(file: Path) -> None:
+    """client.epochs for all, client.logit-adjustment for one: it has both."""
+    for for_all in ("client.epochs = 4", "client = {epochs = 4}"):
+        own = FILE.replace("client.epochs = 4", for_all).replace(
+            "client.epochs = 6", ""
+        )
+        file.write_text(own)
+        found = {run.variant: run.config.client for run in read(file).plan}
+        assert found["adjusted"].logit_adjustment == 1.5
+        assert (found["plain"].epochs, found["adjusted"].epochs) == (4, 4)
+
+
 def test_seeds_of_the_command_line_win(file: Path) -> None:
     found = [(run.variant, run.seed) for run in read(file, seeds=(5, 6)).plan]
     assert found == [

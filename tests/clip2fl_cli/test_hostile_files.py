@@ -18,7 +18,8 @@ from PIL import Image
 from clip2fl_cli import exporting
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import build_model
-from server_app.delivery import ModelCard, save_model, save_tensors
+from server_app.delivery import ModelCard, save_model
+from server_app.tensor_files import save_tensors
 from tests.clip2fl_cli.commands import refused, run, tree
 from tests.clip2fl_cli.made_up import write_run
 

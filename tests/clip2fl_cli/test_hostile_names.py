@@ -28,7 +28,7 @@ from clip2fl_cli.holdings import Holdings
 from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.report import write_comparison_report, write_run_report
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_cli.summary import class_table, main_table, markdown
+from clip2fl_cli.summary import Origin, class_table, main_table, markdown
 from clip2fl_common.config import RunConfig
 from tests.clip2fl_cli.commands import run
 from tests.clip2fl_cli.html_page import Page
@@ -176,7 +176,7 @@ def test_markdown_shows_names_and_nothing_else(tmp_path: Path, name: str) -> Non
     for table, width in ((main_table(runs, name), 10), (class_table(runs), 4)):
         rows = table.split("\n")
         assert [len(cells(row)) for row in rows] == [width] * len(rows)
-    text = markdown(runs, name, name, "command")
+    text = markdown(runs, name, name, Origin.here("command"))
     assert all(line.isprintable() for line in text.split("\n"))
     # Without what a backslash makes text of, there is neither a tag nor a link.
     bare = re.sub(r"\\.", "", text)

@@ -147,7 +147,8 @@ def test_comparisons_results_replace_links(folder: Path, precious: Path) -> None
     finished = write_run(place / "plain-seed1", [50.0])
     (finished.folder / "figures").mkdir()
     links = [
-        *(place / name for name in ("comparison.json", "comparison.md", "report.html")),
+        *(place / f"comparison.{ending}" for ending in ("csv", "json", "md")),
+        place / "report.html",
         *(finished.folder / name for name in ("report.html", "figures/costs.svg")),
     ]
     for link in links:

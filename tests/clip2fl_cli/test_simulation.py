@@ -17,7 +17,7 @@ import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
 from clip2fl_cli.simulation import shared_gpus, simulate
 from clip2fl_common.config import ConfigError
-from clip2fl_common.config_files import merge_run_config, parse_overrides
+from clip2fl_common.config.files import merge_run_config, parse_overrides
 from clip2fl_common.project import PROJECT
 from tests.clip2fl_cli.commands import refused
 from tests.defaults import ROOT, default_config
@@ -30,12 +30,12 @@ name = "toy"
 version = "0.1.0"
 description = "One round trip."
 license = { file = "LICENSE" }
-dependencies = ["flwr[simulation]>=1.41,<1.42"]
+dependencies = ["flwr[simulation]>=1.42,<1.43"]
 
 [tool.flwr.app]
 publisher = "toy"
 fab-format-version = 1
-flwr-version-target = "1.41.0"
+flwr-version-target = "1.42.0"
 fab-include = ["LICENSE", "toy.py"]
 
 [tool.flwr.app.components]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.summary import (
+    Origin,
     class_table,
     main_table,
     markdown,
@@ -101,7 +102,7 @@ def test_classes_stand_in_order_of_frequency(
 
 
 def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> None:
-    page = markdown(runs, "plain", "Title", "the command")
+    page = markdown(runs, "plain", "Title", Origin.here("the command"))
     assert page.startswith("# Title\n")
     assert "    the command\n" in page
     assert "Teacher: tiny." in page
@@ -121,4 +122,6 @@ def test_page_says_how_many_images_were_tested(
     tmp_path: Path, most: int, said: str
 ) -> None:
     run = write_run(tmp_path / "a", [50.0], evaluation__max_images=most)
-    assert said in markdown({"plain": [run]}, "plain", "Title", "the command")
+    assert said in markdown(
+        {"plain": [run]}, "plain", "Title", Origin.here("the command")
+    )

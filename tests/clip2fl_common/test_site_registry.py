@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from clip2fl_common.site_names import is_site_name, shown
+from clip2fl_common.shown import quoted
+from clip2fl_common.site_names import is_site_name
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 
 KEYS = [f"ecdsa-sha2-nistp384 AAAA{i}=" for i in range(4)]
@@ -42,12 +43,12 @@ def test_names_that_a_site_may_have(name: str) -> None:
 )
 def test_names_that_no_site_may_have(name: Any) -> None:
     assert not is_site_name(name)
-    line = shown(name)
+    line = quoted(name)
     assert line.isascii() and line.isprintable() and len(line) < 90
 
 
 def test_long_strangers_are_cut() -> None:
-    assert len(shown("\U0001f600" * 10**6)) < 90
+    assert len(quoted("\U0001f600" * 10**6)) < 90
 
 
 def test_registry_is_read_as_it_was_written(tmp_path: Path) -> None:

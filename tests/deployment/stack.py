@@ -20,22 +20,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.defaults import ROOT
+from tests.tools import cannot_run, find_tool, needed_tool
 
 SERVER_IP = "10.77.0.1"
 PORT = 9092
 BIN = Path(sys.executable).parent
-NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 
 
 def missing() -> str:
     """Return why such a federation cannot be started here; empty: it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for tool in ("ip", "openssl", "ssh-keygen"):
-        if shutil.which(tool) is None:
+    for tool in ("ip", "nginx", "openssl", "ssh-keygen"):
+        if find_tool(tool) is None:
             return f"{tool} is not installed"
-    if not Path(NGINX).exists():
-        return "nginx is not installed"
     name = f"c2f{os.getpid()}-try"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True)
     if made.returncode:
@@ -217,7 +215,7 @@ class Stack:
         config = f"user root;\n{config}"
         (server.folder / "nginx.conf").write_text(config, "utf-8")
         server.start(
-            *("nginx", NGINX, "-c", server.folder / "nginx.conf"),
+            *("nginx", needed_tool("nginx"), "-c", server.folder / "nginx.conf"),
             *("-e", "stderr", "-g", "daemon off;"),
         )
 
@@ -225,7 +223,7 @@ class Stack:
         """Start the SuperLink on its own loopback, and wait until it answers."""
         superlink = self.keys / "superlink"
         self.server.start(
-            *("superlink", sys.executable, ROOT / "scripts" / "superlink.py"),
+            *("superlink", sys.executable, ROOT / "deploy" / "superlink.py"),
             *("--ssl-ca-certfile", self.ca),
             *("--ssl-certfile", superlink / "server.crt"),
             *("--ssl-keyfile", superlink / "server.key"),
@@ -338,7 +336,12 @@ class Stack:
 
 @contextlib.contextmanager
 def stack(folder: Path) -> Iterator[Stack]:
-    """Make a stack and remove it afterwards, whatever happens."""
+    """Make a stack and remove it afterwards, whatever happens.
+
+    Where it cannot be started, the running test skips, or fails under CI.
+    """
+    if reason := missing():
+        cannot_run(reason)
     made = Stack(folder)
     try:
         yield made

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.stack import BIN, PORT, SERVER_IP, Stack, missing, stack, wait_for
-
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "can be run")
+from tests.deployment.stack import BIN, PORT, SERVER_IP, Stack, stack, wait_for
 
 # Status of each path, by a client that trusts the server's certificate; 0: no answer.
 PROBE = """
@@ -181,7 +179,6 @@ def test_body_that_no_node_sends_is_refused_unread(behind_proxy: Stack) -> None:
     assert guest_runs(behind_proxy, CLAIM, 33 * 2**20).strip() == "413"
 
 
-@pytest.mark.slow
 def test_nodes_reach_the_fleet_api_only(server: Stack) -> None:
     guest = server.add_node("guest", register=False)
     open_paths = probe(server, PORT, "/health", "/v1/fleet/pull-messages")
@@ -215,7 +212,6 @@ def test_nodes_reach_the_fleet_api_only(server: Stack) -> None:
     )
 
 
-@pytest.mark.slow
 def test_unregistered_key_and_wrong_ca_are_refused_with_the_reason(
     server: Stack, tmp_path: Path
 ) -> None:
@@ -238,7 +234,6 @@ def test_unregistered_key_and_wrong_ca_are_refused_with_the_reason(
     assert len(states) == 1 and "online" not in states  # the one that is registered
 
 
-@pytest.mark.slow
 def test_second_registration_says_so(server: Stack) -> None:
     server.add_node("twin")
     assert "twin: was registered before, node " in server.register("twin")

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from clip2fl_common.config import RunConfig
-from clip2fl_common.dotted_keys import flatten
+from clip2fl_common.config.dotted_keys import flatten
 from deploy.register import fingerprint, public_key
 from scripts.draw_sites import draw_sites
 from tests.defaults import ROOT, default_config
+from tests.tools import needed_tool
 
 DEPLOY = ROOT / "deploy"
 
@@ -227,6 +228,8 @@ def test_scripts_are_executable_and_parse(file: Path) -> None:
 
 def make_keys(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run make-keys.sh."""
+    for tool in ("openssl", "ssh-keygen"):
+        needed_tool(tool)
     return subprocess.run(
         [DEPLOY / "make-keys.sh", *map(str, arguments)], capture_output=True, text=True
     )

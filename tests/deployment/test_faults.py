@@ -11,12 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.deployment.conftest import COUNTS, TINY
-from tests.deployment.stack import Stack, missing, wait_for
+from tests.deployment.stack import Stack, wait_for
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=missing() or "can be run"),
-]
+pytestmark = pytest.mark.slow
 ALL = sorted(COUNTS)
 # A round takes half a minute on two idle cores; others may use them.
 ROUND_S = 300.0

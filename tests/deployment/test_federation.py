@@ -9,9 +9,7 @@ import torch
 from clip2fl_common.site_registry import SiteRegistry
 from server_app.delivery import load_model
 from tests.deployment.conftest import TINY
-from tests.deployment.stack import Stack, missing, wait_for
-
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "can be run")
+from tests.deployment.stack import Stack, wait_for
 
 
 @pytest.mark.slow

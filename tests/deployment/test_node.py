@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.common.config import parse_config_args
 
 from deploy.node_config import node_config
 from tests.defaults import ROOT
+from tests.flower_private import parse_node_config
 
 # Notes what it was called with; python runs all but the doctor.
 STAND_IN = """#!{python}
 import json, os, sys
 name = os.path.basename(sys.argv[0])
-script = os.path.basename(sys.argv[1]) if len(sys.argv) > 1 else ""
-checks = sys.argv[1:3] == ["-m", "client_app.doctor"] or script == "check_connection.py"
+checks = sys.argv[1:3] == ["-m", "client_app.doctor"]
 if name == "python" and not checks:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with open({log!r}, "a") as file:
@@ -70,16 +69,21 @@ def after(option: str, command: list[str]) -> str:
     return command[command.index(option) + 1]
 
 
-def test_node_without_a_runs_file_checks_its_connection_only(
+def test_node_without_a_runs_file_is_checked_without_a_run(
     tmp_path: Path, keys: Path
 ) -> None:
     (check, node), _ = start(tmp_path)
     key, ca = str(keys / "site-a"), str(keys / "ca.crt")
-    assert check == ["python", "deploy/check_connection.py", "proxy:9092", ca, key]
+    assert check[:3] == ["python", "-m", "client_app.doctor"]
+    assert after("--data-path", check) == "/data"
+    assert after("--superlink", check) == "proxy:9092"
+    assert after("--root-certificates", check) == ca
+    assert after("--private-key", check) == key
+    assert "--run-config" not in check and "--policy" not in check
     assert after("--superlink", node) == "proxy:9092"
     assert after("--root-certificates", node) == ca
     assert after("--auth-supernode-private-key", node) == key
-    assert parse_config_args([after("--node-config", node)]) == {
+    assert parse_node_config(after("--node-config", node)) == {
         "data-path": "/data",
         "site": "site-a",
     }
@@ -107,10 +111,10 @@ def test_policy_beside_the_key_is_passed_to_doctor_and_node(
     (check, node), _ = start(tmp_path, RUN_CONFIG="conf/mine.toml")
     policy = str(keys / "policy.toml")
     assert after("--policy", check) == policy
-    assert parse_config_args([after("--node-config", node)])["policy"] == policy
+    assert parse_node_config(after("--node-config", node))["policy"] == policy
     (tmp_path / "other.toml").write_text("")
     (_, node), _ = start(tmp_path, POLICY=str(tmp_path / "other.toml"))
-    config = parse_config_args([after("--node-config", node)])
+    config = parse_node_config(after("--node-config", node))
     assert config["policy"] == str(tmp_path / "other.toml")
 
 
@@ -158,9 +162,9 @@ def test_only_trusted_code_runs_where_somebody_is_trusted(
 def test_every_path_arrives_as_it_is(tmp_path: Path, keys: Path, path: str) -> None:
     expected: dict[str, Any] = {"data-path": path, "site": "site-a"}
     text = node_config({"DATA_PATH": path, "SITE": "site-a"})
-    assert parse_config_args([text]) == expected
+    assert parse_node_config(text) == expected
     (_, node), _ = start(tmp_path, DATA_PATH=path)
-    assert parse_config_args([after("--node-config", node)]) == expected
+    assert parse_node_config(after("--node-config", node)) == expected
 
 
 @pytest.mark.parametrize(
@@ -173,13 +177,17 @@ def test_paths_that_flower_cannot_use_are_refused(
     assert not called and said.startswith("node.sh: DATA_PATH = ") and reason in said
 
 
-def test_connection_alone_is_checked(tmp_path: Path, keys: Path) -> None:
-    """The real check, of what is not there."""
+def test_real_check_without_a_runs_file_finds_what_is_not_there(
+    tmp_path: Path, keys: Path
+) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "deploy" / "check_connection.py"),
-            *("127.0.0.1:9", keys / "ca.crt", keys / "site-a"),
+            *(sys.executable, "-m", "client_app.doctor", "--data-path", tmp_path),
+            *("--superlink", "127.0.0.1:9", "--root-certificates", keys / "ca.crt"),
+            *("--private-key", keys / "site-a"),
         ],
+        cwd=ROOT,
+        env={**os.environ, "CLIP2FL_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )

@@ -11,10 +11,11 @@ from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 from deploy import register
 from deploy.register import RegistrationError, fingerprint, main, public_key
 from tests.defaults import ROOT
+from tests.tools import needed_tool
 
 
 class FakeSuperLink(register.Flower):
-    """Stands for `flwr supernode`, as version 1.41 answers."""
+    """Stands for `flwr supernode`, as version 1.42 answers."""
 
     def __init__(self, first: int = 2**63) -> None:
         self.first = first
@@ -55,7 +56,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def make_key(path: Path, *kind: str) -> Path:
     """Make a key pair."""
     kind = kind or ("-t", "ecdsa", "-b", "384")
-    command = ["ssh-keygen", "-q", "-N", "", *kind, "-f", str(path)]
+    command = [needed_tool("ssh-keygen"), "-q", "-N", "", *kind, "-f", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return path.with_suffix(".pub")
 

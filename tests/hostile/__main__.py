@@ -24,13 +24,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
-import strategy.clients
+import strategy.grid
+import strategy.site_clients
 from client_app.app import app
 from clip2fl_common.config import RunConfig
 from server_app.app import main as server_main
 from tests.defaults import run_config
+from tests.flower_private import act_as_flower_process
 from tests.hostile.configurations import hostile_configurations
 from tests.hostile.folders import honest_folder, hostile_folders
 from tests.hostile.guard import (
@@ -41,7 +42,7 @@ from tests.hostile.guard import (
     own_temporary_folder,
 )
 from tests.hostile.replies import Change, hostile_answers, hostile_replies
-from tests.in_process_grid import InProcessGrid, as_grid
+from tests.in_process_grid import InProcessGrid
 
 SECRET = "the-content-of-a-private-key"
 HIDDEN = "name-of-a-private-folder"
@@ -132,7 +133,7 @@ def serve(grid: Grid, flat: Mapping[str, Any]) -> str:
     """Run the ServerApp; return what is wrong with how it ended, if anything."""
     context = Context(1, 0, {}, RecordDict(), cast(Any, dict(flat)))
     try:
-        server_main(as_grid(grid), context)
+        server_main(grid, context)
     except Exception as error:
         return _judged(error)
     return ""
@@ -319,10 +320,10 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in ("_run_id", "_task_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)  # a Flower process sets them
-    for name in ("POLL_S", "WAIT_S", "ASK_AGAIN_S"):
-        setattr(strategy.clients, name, 0.0)
+    act_as_flower_process()
+    strategy.grid.POLL_S = 0.0
+    for name in ("WAIT_S", "ASK_AGAIN_S"):
+        setattr(strategy.site_clients, name, 0.0)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     folder = own_temporary_folder()

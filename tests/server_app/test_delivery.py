@@ -3,7 +3,7 @@
 import dataclasses
 import errno
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.limits import MAX_FEATURE_DIM, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from clip2fl_common.models import ImageClassifier, build_model
-from server_app import delivery as checkpoint
 from server_app.delivery import ModelCard, load_model, save_model
 from server_app.foreign_files import ForeignFileError
+from server_app.tensor_files import save_tensors
 
 CLASSES, DIM = 3, 16
 
@@ -94,14 +94,9 @@ def test_file_needs_no_code_of_ours(tmp_path: Path) -> None:
     assert torch.equal(weight, classifier.weight)
 
 
-def disk_full(written: bytes) -> Callable[..., None]:
-    """Return a ``save_file`` that runs out of space half-way."""
-
-    def save_file(tensors: Any, filename: Path, metadata: Any = None) -> None:
-        filename.write_bytes(written)
-        raise OSError(errno.ENOSPC, "No space left on device", str(filename))
-
-    return save_file
+def disk_full(_: int) -> None:
+    """Stand for ``os.fsync`` where the file is written and has no room."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("there_before", [True, False])
@@ -113,7 +108,7 @@ def test_full_disk_leaves_what_was_there(
     if there_before:
         save_model(path, trained(seed=1), classifier, card())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr(checkpoint, "save_file", disk_full(b"half of a model"))
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left on device"):
         save_model(path, trained(seed=2), classifier, card())
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -134,7 +129,7 @@ def test_later_model_replaces_the_earlier(tmp_path: Path) -> None:
 
 def test_model_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
-    checkpoint.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     modes = {(tmp_path / n).stat().st_mode for n in ("other", "x.safetensors")}
     assert len(modes) == 1
 

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
-from server_app.run import Session
-from strategy.base import ClientPlan, PartitionedTraining, Setting
+from server_app.run import ServerRun
+from strategy.base import Method
+from strategy.clients import SimulatedClients
 from strategy.registry import method_named
 from strategy.round_record import RoundRecord
+from strategy.setting import Setting
 from tests.defaults import run_config
 
 
@@ -23,22 +25,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def session(folder: Path, **changes: Scalar) -> Session:
-    """Return the session of a tiny run."""
+def tiny_run(folder: Path, **changes: Scalar) -> ServerRun:
+    """Return a tiny run."""
     place: dict[str, Scalar] = {
         "run__dir": str(folder.parent),
         "run__name": folder.name,
     }
-    return Session(run_config(**{**place, **changes}), 1)
+    return ServerRun(run_config(**{**place, **changes}), 1)
 
 
-def strategy(run: Session) -> PartitionedTraining:
+def strategy(run: ServerRun) -> Method:
     """Return a strategy that has just closed a round."""
-    made = method_named(run.config.method).build(
+    made = method_named(run.config.method)(
         Setting(
-            ClientPlan((1,), 3, 2, 7, (20, 20, 20)),
+            SimulatedClients((1,), 3, 2, 7, (20, 20, 20)),
             run.config,
-            run.dataset.class_names,
+            run.data.class_names,
             torch.device("cpu"),
             run.teacher,
         )
@@ -59,7 +61,7 @@ def strategy(run: Session) -> PartitionedTraining:
 
 
 def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
-    run = session(tmp_path / "run")
+    run = tiny_run(tmp_path / "run")
     run.open(strategy(run))
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     config = run_config()
@@ -85,7 +87,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
 def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
     """So that a teacher which cannot be had does not stop the others."""
-    run = session(tmp_path / "run", method=method, teacher__model="no-such-model")
+    run = tiny_run(tmp_path / "run", method=method, teacher__model="no-such-model")
     run.open(strategy(run))
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     assert run.teacher is None
@@ -98,7 +100,7 @@ def test_initial_model_comes_from_the_seed(tmp_path: Path) -> None:
     for name, global_seed, seed in (("a", 1, 7), ("b", 2, 7), ("c", 1, 8)):
         torch.manual_seed(global_seed)
         state = torch.random.get_rng_state()
-        run = session(tmp_path / name, method="fedavg", seed=seed)
+        run = tiny_run(tmp_path / name, method="fedavg", seed=seed)
         assert torch.equal(state, torch.random.get_rng_state())
         models.append(run.model.classifier.weight)
     assert torch.equal(models[0], models[1])
@@ -108,7 +110,7 @@ def test_initial_model_comes_from_the_seed(tmp_path: Path) -> None:
 def test_round_is_written_with_all_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    run = tiny_run(tmp_path / "run", method="creff", evaluation__max_images=10)
     creff = strategy(run)
     run.open(creff)
     capsys.readouterr()
@@ -154,7 +156,7 @@ def test_artifacts_are_what_a_report_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Confusion agrees with accuracy, clients with the partition; features are few."""
-    run = session(tmp_path / "run", method="creff", evaluation__max_images=10)
+    run = tiny_run(tmp_path / "run", method="creff", evaluation__max_images=10)
     features = torch.arange(10 * 300 * 2).reshape(10, 300, 2) / 7
     own = {"features": features, "text_features": torch.ones(10, 2)}
     creff = strategy(run)

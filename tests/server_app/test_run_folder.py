@@ -1,4 +1,4 @@
-"""A run's folder, its progress lines and the table at its end."""
+"""A run's folder."""
 
 import json
 import os
@@ -6,34 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import platformdirs
 import pytest
 
 from clip2fl_common.config import ConfigError, RunConfig, known_keys
-from clip2fl_common.metrics import AccuracyReport, ShotGroups
-from server_app import run_folder as report
-from server_app.run_folder import (
-    Progress,
-    RunFolder,
-    RunInUseError,
-    accuracy_fields,
-    accuracy_from_fields,
-    final_table,
-)
+from server_app.run_folder import RunFolder, RunInUseError
 from tests.defaults import ROOT, run_config
 
-GOOD = AccuracyReport(
-    top1=200 / 3,
-    balanced=61.25,
-    many=90.0,
-    medium=None,
-    few=33.3333333,
-    per_class=(100.0, None, 100 / 7),
-)
-POOR = AccuracyReport(5.0, 4.96, 0.0, 0.04, 100.0, (0.0, 1.0, 2.0))
-GROUPS = ShotGroups("count", many=(0,), medium=(1,), few=(2,))
 NAMES = ("circle", "square", "star")
 
 
@@ -171,66 +151,3 @@ def test_config_is_resolved(tmp_path: Path) -> None:
     assert content["config"]["seed"] == 12
     assert RunConfig.from_run_config(content["config"]) == config
     assert {file.name for file in run.path.iterdir()} == {".lock", "config.json"}
-
-
-def test_accuracies_are_rounded_and_holes_kept() -> None:
-    fields = accuracy_fields(GOOD)
-    assert fields == {
-        "top1": 66.6667,
-        "balanced": 61.25,
-        "many": 90.0,
-        "medium": None,
-        "few": 33.3333,
-        "per_class": [100.0, None, 14.2857],
-    }
-    assert json.loads(json.dumps(fields)) == fields
-    again = accuracy_from_fields(json.loads(json.dumps(fields)))
-    assert accuracy_fields(again) == fields
-    assert isinstance(again.per_class, tuple)
-
-
-def test_progress_tells_accuracy_loss_and_time_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The time left comes from all rounds but the first, which starts the workers."""
-    now = iter([100.0, 140.0, 150.0, 170.0, 185.0])
-    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    progress = Progress(rounds=300)
-    assert progress.line(1, {"fedavg": POOR}, 2.34567) == (
-        "round 1/300: fedavg balanced 5.0 % (0/0/100); loss 2.346; 40.0 s, "
-        "3:19:20 left"  # 299 times 40 s
-    )
-    assert progress.line(2, {"retrained": GOOD, "fedavg": POOR}, 0.5) == (
-        "round 2/300: retrained balanced 61.2 % (90/-/33); "
-        "fedavg balanced 5.0 % (0/0/100); loss 0.500; 10.0 s, "
-        "0:49:40 left"  # 298 times 10 s
-    )
-    assert progress.line(3, {"fedavg": POOR}, 0.5).endswith(
-        "20.0 s, 1:14:15 left"  # 297 times the mean of 10 s and 20 s
-    )
-    kept = progress.line(300, {"fedavg": POOR}, None)
-    assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
-
-
-def test_final_table() -> None:
-    table = final_table(
-        {"clip2fl, retrained head": GOOD, "teacher": POOR}, GROUPS, NAMES
-    )
-    assert table.splitlines() == [
-        "Accuracy on the test images, %",
-        "                            top-1  balanced      many    medium       few",
-        "clip2fl, retrained head      66.7      61.2      90.0         -      33.3",
-        "teacher                       5.0       5.0       0.0       0.0     100.0",
-        "Groups: more than 100 / 20 to 100 / fewer than 20 training images",
-        "        (many circle; medium square; few star)",
-    ]
-
-
-def test_table_names_the_rule_by_rank_and_shortens_long_groups() -> None:
-    groups = ShotGroups("rank", many=(7,), medium=(5, 6), few=(0, 1, 2, 3, 4, 8, 9))
-    names = [f"c{i}" for i in range(10)]
-    last = final_table({"fedavg": POOR}, groups, names).splitlines()[-2:]
-    assert last == [
-        "Groups: by frequency rank, 30/40/30 % of the classes",
-        "        (many c7; medium c5, c6; few c0, c1, c2, c3, c4 and 2 more)",
-    ]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip2fl_common import config_types
 from clip2fl_common.config import ConfigError
+from clip2fl_common.config import types as config_types
 from server_app.tracking import TRACKERS, open_trackers, scalars
 from tests.defaults import run_config
 from tests.server_app import test_run
-from tests.server_app.test_run import session, strategy
+from tests.server_app.test_run import strategy, tiny_run
 
 own_cache = test_run.own_cache
 
@@ -42,7 +42,7 @@ def test_scalars_are_the_numbers_by_their_path() -> None:
 
 def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
     """Read back by TensorBoard itself, also before the run has ended."""
-    run = session(tmp_path / "run", method="creff", run__trackers="tensorboard")
+    run = tiny_run(tmp_path / "run", method="creff", run__trackers="tensorboard")
     creff = strategy(run)
     run.open(creff)
     for server_round in (1, 2):
@@ -90,7 +90,7 @@ def test_hosted_trackers_are_told_configuration_and_metrics(
 ) -> None:
     package = Recorder(name)
     monkeypatch.setitem(sys.modules, name, package)
-    run = session(tmp_path / "run", method="fedavg", run__trackers=name)
+    run = tiny_run(tmp_path / "run", method="fedavg", run__trackers=name)
     fedavg = strategy(run)
     run.open(fedavg)
     run.close_round(2, fedavg)

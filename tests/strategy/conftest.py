@@ -1,11 +1,11 @@
 """What tests of strategies need of Flower."""
 
 import pytest
-from flwr.supercore.task_identity import TaskIdentity
+
+from tests.flower_private import act_as_flower_process
 
 
 @pytest.fixture(autouse=True)
 def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be what Flower takes for one of its processes, which messages ask for."""
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    act_as_flower_process(monkeypatch.setattr)

@@ -3,7 +3,8 @@
 import copy
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +18,26 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid
 from torch import nn
 
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, Precision
 from clip2fl_common.config import Scalar
-from strategy.base import ClientPlan, PartitionedTraining
+from clip2fl_common.teacher import Teacher
+from strategy.base import Method
+from strategy.clients import Clients, SimulatedClients
+from strategy.setting import Setting
 from tests.defaults import run_config
+from tests.stand_in_grid import StandInGrid
+
+M = TypeVar("M", bound=Method)
 
 NODES = (71, 13)
 # Of each partition.
 IMAGES = 1000
 
 
-class FakeGrid:
+class FakeGrid(StandInGrid):
     """Nodes that exist; messages are handed to and fro by the tests."""
 
     def __init__(self, nodes: Sequence[int] = NODES) -> None:
@@ -41,35 +47,81 @@ class FakeGrid:
         """Return the nodes' ids."""
         return self._nodes
 
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Return no reply."""
+        return []
+
 
 def client_plan(
     clients: int = 4,
     per_round: int = 3,
     seed: int = 7,
     nodes: tuple[int, ...] = NODES,
-) -> ClientPlan:
+) -> SimulatedClients:
     """Return a small plan."""
-    return ClientPlan(nodes, clients, per_round, seed, (IMAGES,) * clients)
+    return SimulatedClients(nodes, clients, per_round, seed, (IMAGES,) * clients)
 
 
-def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Any]:
-    """Return the settings that every strategy has: the mean, unless changed.
+def safeguards(min_replies: int = 1, **settings: Scalar) -> dict[str, Scalar]:
+    """Return changes of the configuration that concern every method.
 
     Of ``privacy`` or ``ema`` where they begin with it, else of ``aggregation``.
     """
-    keys = {
-        name
-        if name.startswith(("privacy__", "ema__"))
-        else f"aggregation__{name}": value
-        for name, value in settings.items()
-    }
-    config = run_config(**keys)
     return {
-        "aggregation": config.aggregation,
-        "min_replies": min_replies,
-        "privacy": config.privacy,
-        "ema": config.ema,
+        "federation__min_replies": min_replies,
+        **{
+            name
+            if name.startswith(("privacy__", "ema__"))
+            else f"aggregation__{name}": value
+            for name, value in settings.items()
+        },
     }
+
+
+@dataclass(frozen=True)
+class FakeTeacher:
+    """What methods ask of a teacher."""
+
+    prototypes: torch.Tensor
+    fingerprint: str = "fingerprint-of-the-teacher"
+
+    def text_features(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the prototypes."""
+        return self.prototypes
+
+
+def setting(
+    clients: Clients,
+    shape: tuple[int, int] = (3, 512),
+    prototypes: torch.Tensor | None = None,
+    /,
+    **changes: Scalar,
+) -> Setting:
+    """Return a setting of small classifiers: C and d, prototypes [C, d]."""
+    changed: dict[str, Scalar] = {
+        "model__feature_dim": shape[1],
+        "partition__clients": max(2, clients.clients_per_round),
+        "federation__clients_per_round": clients.clients_per_round,
+        **changes,
+    }
+    config = run_config(**changed)
+    names = tuple(f"class-{c}" for c in range(shape[0]))
+    teacher = None if prototypes is None else cast(Teacher, FakeTeacher(prototypes))
+    return Setting(clients, config, names, torch.device("cpu"), teacher)
+
+
+def made(
+    method: type[M],
+    clients: Clients,
+    shape: tuple[int, int] = (3, 512),
+    prototypes: torch.Tensor | None = None,
+    /,
+    **changes: Scalar,
+) -> M:
+    """Return a method of a small run; see `setting`."""
+    return method(setting(clients, shape, prototypes, **changes))
 
 
 def global_model() -> ArrayRecord:
@@ -80,11 +132,11 @@ def global_model() -> ArrayRecord:
 
 
 def configure(
-    strategy: PartitionedTraining, arrays: ArrayRecord, server_round: int = 1
+    strategy: Method, arrays: ArrayRecord, server_round: int = 1
 ) -> list[Message]:
     """Return a round's requests, as they arrive: without shared state."""
-    assert isinstance(strategy.plan, ClientPlan)
-    grid = cast(Grid, FakeGrid(strategy.plan.nodes))
+    assert isinstance(strategy.clients, SimulatedClients)
+    grid = FakeGrid(strategy.clients.nodes)
     requests = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     return [copy.deepcopy(request) for request in requests]
 

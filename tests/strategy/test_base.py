@@ -12,13 +12,14 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from clip2fl_common import messages
 from clip2fl_common.data.datasets import DatasetError
 from clip2fl_common.provenance import code_fingerprint
-from strategy.base import NoRepliesError
 from strategy.fedavg import FedAvg
+from strategy.safeguards import NoRepliesError
 from tests.strategy.messages import (
     client_plan,
     configure,
     error_reply,
     global_model,
+    made,
     random_model,
     safeguards,
     train_reply,
@@ -66,7 +67,7 @@ def test_requests_name_partition_code_and_round(nodes: tuple[int, ...]) -> None:
     """Two nodes, or five, simulate ten clients: a node gets a message for each."""
     plan = client_plan(clients=10, per_round=10, nodes=nodes)
     arrays = global_model()
-    requests = configure(FedAvg(plan, **safeguards()), arrays, server_round=4)
+    requests = configure(made(FedAvg, plan, **safeguards()), arrays, server_round=4)
     configs = [r.content.config_records[messages.CONFIG] for r in requests]
     assert [c[messages.PARTITION] for c in configs] == list(range(10))
     assert {c[messages.ROUND] for c in configs} == {4}
@@ -82,7 +83,9 @@ def test_requests_name_partition_code_and_round(nodes: tuple[int, ...]) -> None:
 
 
 def test_fedavg_asks_for_nothing_more() -> None:
-    for request in configure(FedAvg(client_plan(), **safeguards()), global_model()):
+    for request in configure(
+        made(FedAvg, client_plan(), **safeguards()), global_model()
+    ):
         assert set(request.content) == {messages.ARRAYS, messages.CONFIG}
         assert set(request.content.config_records[messages.CONFIG]) == {
             messages.PARTITION,
@@ -119,7 +122,7 @@ def slow_mean(
 def test_aggregation_is_the_weighted_mean() -> None:
     """BatchNorm's running mean and variance are averaged like the weights."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(), **safeguards())
+    strategy = made(FedAvg, client_plan(), **safeguards())
     result, _ = strategy.aggregate_train(
         1, good_replies(configure(strategy, arrays), arrays)
     )
@@ -135,13 +138,13 @@ def test_order_of_replies_changes_no_bit() -> None:
     arrays = global_model()
 
     def outcome(order: tuple[int, ...], sort: bool) -> tuple[dict[str, bytes], object]:
-        strategy = FedAvg(client_plan(clients=4, per_round=4), **safeguards())
+        strategy = made(FedAvg, client_plan(clients=4, per_round=4), **safeguards())
         replies = good_replies(configure(strategy, arrays), arrays)
         shuffled = [replies[i] for i in order]
         if sort:
             result, metrics = strategy.aggregate_train(1, shuffled)
         else:
-            result, metrics = FlowerFedAvg.aggregate_train(strategy, 1, shuffled)
+            result, metrics = FlowerFedAvg().aggregate_train(1, shuffled)
         assert result is not None
         return {name: array.data for name, array in result.items()}, metrics
 
@@ -255,8 +258,8 @@ def test_bad_reply_is_dropped_and_the_rest_used(
     reason: str,
 ) -> None:
     arrays = global_model()
-    strategy = FedAvg(
-        client_plan(clients=3, per_round=3, nodes=(71, 13, 5)), **safeguards()
+    strategy = made(
+        FedAvg, client_plan(clients=3, per_round=3, nodes=(71, 13, 5)), **safeguards()
     )
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
@@ -284,7 +287,7 @@ def test_reply_for_another_nodes_partition_is_dropped(
 ) -> None:
     """Even where that partition was asked for, of another node."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+    strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
     first, second = configure(strategy, arrays)
     replies = good_replies([first, second], arrays)
     _set("partition-id", 1)(replies[0])
@@ -301,7 +304,7 @@ def test_of_two_replies_for_one_partition_none_is_used(
     arrays = global_model()
     for order in itertools.permutations(range(3)):
         flower_log.clear()
-        strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+        strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
         requests = configure(strategy, arrays)
         replies = [
             *good_replies(requests, arrays),
@@ -320,13 +323,13 @@ def test_round_with_too_few_good_replies_keeps_the_model(
     flower_log: pytest.LogCaptureFixture, needed: int, kept: bool
 ) -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan(), **safeguards(min_replies=needed))
+    strategy = made(FedAvg, client_plan(), **safeguards(min_replies=needed))
     replies = good_replies(configure(strategy, arrays), arrays)
     _no_images(replies[0])
     result, metrics = strategy.aggregate_train(4, replies)
     assert (result is None) == (metrics is None) == kept
     assert strategy.round.kept_model == kept
-    assert strategy.round.clients == ([] if kept else strategy.plan.sample(1)[1:])
+    assert strategy.round.clients == ([] if kept else strategy.clients.sample(1)[1:])
     assert strategy.round.dropped == 1
     said = "round 4: 2 good replies, fewer than federation.min-replies = 3; the model"
     assert any(m.startswith(said) for m in flower_log.messages) == kept
@@ -334,7 +337,7 @@ def test_round_with_too_few_good_replies_keeps_the_model(
 
 def test_no_usable_reply_stops_with_every_reason() -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+    strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     _no_images(replies[1])
@@ -348,7 +351,7 @@ def test_no_usable_reply_stops_with_every_reason() -> None:
 
 
 def test_no_reply_at_all_stops() -> None:
-    strategy = FedAvg(client_plan(), **safeguards())
+    strategy = made(FedAvg, client_plan(), **safeguards())
     configure(strategy, global_model())
     with pytest.raises(
         NoRepliesError,
@@ -361,7 +364,7 @@ def test_no_reply_at_all_stops() -> None:
 def test_unreadable_images_at_a_client_stop_the_run() -> None:
     """Though the other replies are good. The error's code says so, not its text."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(), **safeguards())
+    strategy = made(FedAvg, client_plan(), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     replies[1] = error_reply(requests[1], "DatasetError: DatasetError")
@@ -378,7 +381,7 @@ def test_unreadable_images_at_a_client_stop_the_run() -> None:
 def test_bytes_are_those_on_the_wire() -> None:
     """All requests count downwards, the replies that were used upwards."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(), **safeguards())
+    strategy = made(FedAvg, client_plan(), **safeguards())
     requests = configure(strategy, arrays)
     replies = good_replies(requests, arrays)
     _no_images(replies[0])
@@ -392,7 +395,7 @@ def test_bytes_are_those_on_the_wire() -> None:
 def test_metrics_are_averaged_or_summed() -> None:
     """Losses weigh by images; images and seconds are totals."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients=2, per_round=2), **safeguards())
+    strategy = made(FedAvg, client_plan(clients=2, per_round=2), **safeguards())
     first, second = configure(strategy, arrays)
     model = random_model(arrays, 0)
     replies = [
@@ -445,7 +448,7 @@ def test_metrics_are_averaged_or_summed() -> None:
 
 def test_a_round_starts_with_a_clean_record() -> None:
     arrays = global_model()
-    strategy = FedAvg(client_plan(), **safeguards())
+    strategy = made(FedAvg, client_plan(), **safeguards())
     replies = good_replies(configure(strategy, arrays), arrays)
     _no_images(replies[0])
     strategy.aggregate_train(1, replies)
@@ -453,11 +456,13 @@ def test_a_round_starts_with_a_clean_record() -> None:
     requests = configure(strategy, arrays, server_round=2)
     strategy.aggregate_train(2, good_replies(requests, arrays))
     assert strategy.round.dropped == 0
-    assert strategy.round.clients == strategy.plan.sample(2)
+    assert strategy.round.clients == strategy.clients.sample(2)
 
 
 def test_summary_says_who_trains(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedAvg(client_plan(clients=10, per_round=5, seed=3), **safeguards()).summary()
+        made(
+            FedAvg, client_plan(clients=10, per_round=5, seed=3), **safeguards()
+        ).summary()
     assert "Drawn each round: 5 of 10 (seed 3)" in flower_log.text
     assert "Simulated by 2 nodes" in flower_log.text

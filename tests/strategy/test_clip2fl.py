@@ -22,6 +22,7 @@ from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     random_gradients,
     random_model,
     safeguards,
@@ -46,35 +47,11 @@ def strategies(
         "distillation__temperature": 2.5,
         "upload__precision": "full",
     }
-    config = run_config(**{**settings, **changes})
+    changed: dict[str, Scalar] = {**settings, **changes, **safeguards()}
     plan = client_plan(clients=2, per_round=2)
-    device = torch.device("cpu")
-    creff = CReFF(
-        plan,
-        num_classes=CLASSES,
-        feature_dim=DIM,
-        synthesis=config.synthesis,
-        retraining=config.retraining,
-        upload=config.upload,
-        device=device,
-        rounds=1,
-        **safeguards(),
-    )
-    clip2fl = CLIP2FL(
-        plan,
-        num_classes=CLASSES,
-        feature_dim=DIM,
-        synthesis=config.synthesis,
-        retraining=config.retraining,
-        upload=config.upload,
-        device=device,
-        rounds=1,
-        text_features=text_features,
-        teacher_fingerprint="fingerprint-of-the-teacher",
-        distillation=config.distillation,
-        **safeguards(),
-    )
-    return clip2fl, creff
+    shape = (CLASSES, DIM)
+    clip2fl = made(CLIP2FL, plan, shape, text_features, **changed)
+    return clip2fl, made(CReFF, plan, shape, **changed)
 
 
 def one_round(strategy: CReFF, classes: list[int]) -> None:

@@ -14,7 +14,7 @@ from clip2fl_common.class_gradients import (
     Precision,
     encode_gradients,
 )
-from clip2fl_common.config import Upload
+from clip2fl_common.config import Scalar
 from clip2fl_common.randomness import generator
 from strategy.creff import CReFF
 from strategy.retraining import retrain_classifier
@@ -23,11 +23,11 @@ from strategy.synthesis import (
     mean_class_gradients,
     synthesize,
 )
-from tests.defaults import run_config
 from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     random_gradients,
     random_model,
     safeguards,
@@ -43,11 +43,15 @@ HELD = {0: [0, 1, 2], 1: [1], 2: [2, 1]}
 def creff(
     seed: int = 7,
     init: Literal["fresh", "warm"] = "fresh",
-    upload: Upload | None = None,
+    upload: dict[str, Scalar] | None = None,
     final_step: float = 0.0,
 ) -> CReFF:
     """Return a small CReFF."""
-    config = run_config(
+    uploads: dict[str, Scalar] = {"upload__precision": "full", **(upload or {})}
+    return made(
+        CReFF,
+        client_plan(clients=3, per_round=3, seed=seed),
+        (CLASSES, DIM),
         synthesis__features_per_class=PER_CLASS,
         synthesis__steps=7,
         synthesis__learning_rate=0.2,
@@ -56,17 +60,8 @@ def creff(
         retraining__epochs=4,
         retraining__batch_size=5,
         retraining__learning_rate=0.05,
-        upload__precision="full",
-    )
-    return CReFF(
-        client_plan(clients=3, per_round=3, seed=seed),
-        num_classes=CLASSES,
-        feature_dim=DIM,
-        synthesis=config.synthesis,
-        retraining=config.retraining,
-        upload=upload or config.upload,
-        device=torch.device("cpu"),
-        rounds=2,
+        federation__rounds=2,
+        **uploads,
         **safeguards(),
     )
 
@@ -177,19 +172,16 @@ def test_coded_gradients_are_used_as_the_clients_encoded_them(
     precision: Precision,
 ) -> None:
     """Class 0 has one direction at each client and is low-rank, the others dense."""
-    upload = run_config(upload__precision=precision, upload__min_cosine=0.99).upload
-    strategy = creff(upload=upload)
+    strategy = creff(
+        upload={"upload__precision": precision, "upload__min_cosine": 0.99}
+    )
     arrays = global_model()
     encoded = []
     replies = []
     for seed, request in enumerate(configure(strategy, arrays)):
         own = random_gradients([0, 1, 2], (CLASSES, DIM), seed)
         own[0] = ClassGradient(torch.outer(own[1].bias, own[1].weight[0]), own[0].bias)
-        encoded.append(
-            encode_gradients(
-                own, min_cosine=upload.min_cosine, precision=upload.precision
-            )
-        )
+        encoded.append(encode_gradients(own, min_cosine=0.99, precision=precision))
         assert [isinstance(g, LowRankGradient) for g in encoded[-1].values()] == [
             True,
             False,
@@ -222,7 +214,7 @@ def test_gradients_that_were_not_asked_for_are_dropped(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
     """Here: of another precision than the run's."""
-    strategy = creff(upload=run_config(upload__precision="half").upload)
+    strategy = creff(upload={"upload__precision": "half"})
     replies = round_of(strategy, HELD)
     request = configure(strategy, global_model())[1]
     model = random_model(global_model(), 1)

@@ -7,14 +7,14 @@ import numpy.typing as npt
 import pytest
 from flwr.app import ArrayRecord
 
-from clip2fl_common.config import ConfigError
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     random_model,
     safeguards,
     train_reply,
@@ -23,7 +23,7 @@ from tests.strategy.messages import (
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def rounds_of(strategy: PartitionedTraining, numbers: Sequence[int]) -> list[Arrays]:
+def rounds_of(strategy: Method, numbers: Sequence[int]) -> list[Arrays]:
     """Return the global model after each round; clients answer with random models."""
     arrays = global_model()
     results = []
@@ -46,9 +46,15 @@ def test_weights_follow_the_rule_and_statistics_the_average(
 ) -> None:
     """Momentum v = m v + (w - average), w = w - rate v; none for statistics."""
     numbers = (1, 2, 3, 4)
-    averages = rounds_of(FedAvg(client_plan(), **safeguards()), numbers)
+    averages = rounds_of(made(FedAvg, client_plan(), **safeguards()), numbers)
     found = rounds_of(
-        FedAvgM(client_plan(), momentum=momentum, learning_rate=rate, **safeguards()),
+        made(
+            FedAvgM,
+            client_plan(),
+            fedavgm__momentum=momentum,
+            fedavgm__learning_rate=rate,
+            **safeguards(),
+        ),
         numbers,
     )
     weights = {name: a.numpy() for name, a in global_model().items()}
@@ -64,10 +70,16 @@ def test_weights_follow_the_rule_and_statistics_the_average(
 def test_neither_momentum_nor_rate_is_fedavg_and_warns(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:
-    strategy = FedAvgM(client_plan(), momentum=0.0, learning_rate=1.0, **safeguards())
+    strategy = made(
+        FedAvgM,
+        client_plan(),
+        fedavgm__momentum=0.0,
+        fedavgm__learning_rate=1.0,
+        **safeguards(),
+    )
     assert "equivalent to one without server momentum" in flower_log.text
     for plain, result in zip(
-        rounds_of(FedAvg(client_plan(), **safeguards()), (1, 2)),
+        rounds_of(made(FedAvg, client_plan(), **safeguards()), (1, 2)),
         rounds_of(strategy, (1, 2)),
         strict=True,
     ):
@@ -77,19 +89,12 @@ def test_neither_momentum_nor_rate_is_fedavg_and_warns(
 
 def test_summary_names_the_settings(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedAvgM(
-            client_plan(), momentum=0.9, learning_rate=0.5, **safeguards()
-        ).summary()
-    assert "Server Momentum: 0.9" in flower_log.text
-    assert "Server learning rate: 0.5" in flower_log.text
-    assert "Drawn each round: 3 of 4" in flower_log.text
-
-
-def test_other_rules_than_the_mean_are_refused() -> None:
-    with pytest.raises(ConfigError, match="aggregation.rule = 'median'.*'mean'"):
-        FedAvgM(
+        made(
+            FedAvgM,
             client_plan(),
-            momentum=0.9,
-            learning_rate=1.0,
-            **safeguards(rule="median"),
-        )
+            fedavgm__momentum=0.9,
+            fedavgm__learning_rate=0.5,
+            **safeguards(),
+        ).summary()
+    assert "Momentum 0.9, learning rate 0.5" in flower_log.text
+    assert "Drawn each round: 3 of 4" in flower_log.text

@@ -9,6 +9,7 @@ from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     safeguards,
 )
 
@@ -16,8 +17,8 @@ from tests.strategy.messages import (
 def test_requests_carry_the_proximal_weight() -> None:
     plan = client_plan()
     arrays = global_model()
-    requests = configure(FedProx(plan, proximal_mu=0.25, **safeguards()), arrays)
-    plain = configure(FedAvg(plan, **safeguards()), arrays)
+    requests = configure(made(FedProx, plan, fedprox__mu=0.25, **safeguards()), arrays)
+    plain = configure(made(FedAvg, plan, **safeguards()), arrays)
     assert len(requests) == len(plain) == 3
     for request, other in zip(requests, plain, strict=True):
         assert request.metadata.dst_node_id == other.metadata.dst_node_id
@@ -33,12 +34,12 @@ def test_requests_carry_the_proximal_weight() -> None:
 
 
 def test_weight_zero_warns(flower_log: pytest.LogCaptureFixture) -> None:
-    FedProx(client_plan(), proximal_mu=0.0, **safeguards())
+    made(FedProx, client_plan(), fedprox__mu=0.0, **safeguards())
     assert "makes the strategy equivalent to FedAvg" in flower_log.text
 
 
 def test_summary_names_the_weight(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedProx(client_plan(), proximal_mu=0.25, **safeguards()).summary()
+        made(FedProx, client_plan(), fedprox__mu=0.25, **safeguards()).summary()
     assert "Proximal mu: 0.25" in flower_log.text
     assert "Drawn each round: 3 of 4" in flower_log.text

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip2fl_common import messages
-from strategy.base import PartitionedTraining
+from strategy.base import Method
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
-from tests.defaults import run_config
 from tests.strategy.messages import (
     IMAGES,
     client_plan,
     configure,
     error_reply,
     global_model,
+    made,
     random_gradients,
     random_model,
     safeguards,
@@ -156,34 +156,27 @@ def aggregations(draw: Draw) -> dict[str, Any]:
     return {"rule": rule, "trim": 0.34, "max_update_norm": bound}
 
 
-def make(method: str, aggregation: dict[str, Any]) -> PartitionedTraining:
+def make(method: str, aggregation: dict[str, Any]) -> Method:
     """Return a small strategy."""
     plan = client_plan(clients=3, per_round=3, nodes=NODES)
     common = safeguards(**aggregation)
     if method == "fedavg":
-        return FedAvg(plan, **common)
-    config = run_config(
+        return made(FedAvg, plan, **common)
+    return made(
+        CReFF,
+        plan,
+        (CLASSES, DIM),
         synthesis__features_per_class=2,
         synthesis__steps=2,
         retraining__epochs=1,
         upload__precision="full",
         upload__min_cosine=0.5,
-    )
-    return CReFF(
-        plan,
-        num_classes=CLASSES,
-        feature_dim=DIM,
-        synthesis=config.synthesis,
-        retraining=config.retraining,
-        upload=config.upload,
-        device=torch.device("cpu"),
-        rounds=1,
         **common,
     )
 
 
 def replies_of(
-    strategy: PartitionedTraining, arrays: ArrayRecord
+    strategy: Method, arrays: ArrayRecord
 ) -> tuple[list[Message], list[Message]]:
     """Return the requests and good replies of a round."""
     requests = configure(strategy, arrays)

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from benchmarks.privacy import NOISE, RELEASES
 from clip2fl_common import messages
 from clip2fl_common.config import ConfigError
-from strategy.base import ClientPlan
-from strategy.clients import SitePlan
+from strategy.clients import SimulatedClients
 from strategy.fedavg import FedAvg
 from strategy.privacy_ledger import PrivacyLedger, epsilon
+from strategy.site_clients import SiteClients
 from tests.defaults import ROOT, run_config
 from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     random_model,
     safeguards,
     train_reply,
@@ -109,7 +110,8 @@ def test_noise_on_the_mean_update() -> None:
     arrays = global_model()
 
     def aggregated(noise: float, examples: tuple[int, ...]) -> dict[str, np.ndarray]:
-        strategy = FedAvg(
+        strategy = made(
+            FedAvg,
             client_plan(4, 4),
             **safeguards(max_update_norm=0.5, privacy__update_noise_multiplier=noise),
         )
@@ -152,11 +154,11 @@ def test_noise_on_the_mean_update() -> None:
 
 
 def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
-    def drawn(plan: ClientPlan | SitePlan) -> list[float]:
+    def drawn(plan: SimulatedClients | SiteClients) -> list[float]:
         numbers: list[float] = torch.randn(3, generator=plan.noise_source(3)).tolist()
         return numbers
 
-    simulated, sites = client_plan(), SitePlan(3, 2, 7, 100)
+    simulated, sites = client_plan(), SiteClients(2, 7, 100)
     assert drawn(simulated) == drawn(simulated)
     assert drawn(sites) != drawn(sites)
 

@@ -1,24 +1,20 @@
 """Methods by name, and the how-to that adds one."""
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
-from strategy.base import PartitionedTraining, Setting
+from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
-from tests.defaults import ROOT, run_config
-from tests.federation import federate
+from strategy.setting import Setting
+from tests.defaults import run_config
 from tests.strategy.messages import client_plan
 
 pytestmark = pytest.mark.usefixtures("federation_process")
@@ -51,20 +47,20 @@ def setting(method: str) -> Setting:
     ],
 )
 def test_method_takes_its_settings_from_the_configuration(
-    name: str, expected: type[PartitionedTraining]
+    name: str, expected: type[Method]
 ) -> None:
     chosen = setting(name)
     method = registry.method_named(name)
     assert method is expected
     assert method.needs_teacher == (name in TEACHER_METHODS)
-    strategy = method.build(chosen)
-    assert strategy.plan is chosen.plan
+    strategy = method(chosen)
+    assert strategy.clients is chosen.clients
     assert strategy.average.decay == 0.6
     if isinstance(strategy, FedProx):
         assert strategy.proximal_mu == 0.3
     if isinstance(strategy, FedAvgM):
-        assert strategy.server_momentum == 0.8
-        assert strategy.server_learning_rate == 0.7
+        assert strategy.momentum == 0.8
+        assert strategy.learning_rate == 0.7
     if isinstance(strategy, CReFF):
         assert strategy.shape == (3, 4, 512)
         assert strategy.synthesis is chosen.config.synthesis
@@ -76,7 +72,7 @@ def test_method_takes_its_settings_from_the_configuration(
         assert strategy.text_features is not None
         assert torch.equal(strategy.text_features, prototypes)
     # What a report shows of it; only methods with features of their own have some.
-    wanted = {
+    wanted: dict[type[Method], set[str]] = {
         CLIP2FL: {"features", "text_features"},
         CLIP2FLM: {"features", "text_features"},
         CReFF: {"features"},
@@ -91,33 +87,3 @@ def test_unknown_method_is_named_with_those_there_are() -> None:
         r"fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")
-
-
-def test_example_of_the_how_to_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The page's code, added to the registry as the page says, trains to its end."""
-    page = (ROOT / "docs" / "new-method.md").read_text("utf-8")
-    file, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
-    (name, class_name) = re.findall(r'"(\w+)": (\w+),', line)[0]
-    (tmp_path / "example_method.py").write_text(file)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = __import__("example_method")
-    monkeypatch.setitem(registry.METHODS, name, getattr(module, class_name))
-
-    for method in (name, "fedavg"):
-        federate(tmp_path / method, method, federation__rounds=3)
-    rounds = {
-        method: [
-            json.loads(line)
-            for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()
-        ]
-        for method in (name, "fedavg")
-    }
-    assert [line["round"] for line in rounds[name]] == [1, 2, 3]
-    # Only from the second round on does it differ from FedAvg.
-    for n, same in ((0, True), (1, False), (2, False)):
-        losses = [run[n]["losses"]["client"] for run in rounds.values()]
-        assert (losses[0] == losses[1]) == (same or n == 1)
-        accuracies = [run[n]["accuracy"] for run in rounds.values()]
-        assert accuracies[0] == accuracies[1] or not same

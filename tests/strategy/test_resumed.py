@@ -1,12 +1,12 @@
 """Each hook of a continued run gets the number that its round has in the whole run."""
 
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from strategy.resumed import Continuation
+from tests.stand_in_grid import StandInGrid
 
 HOOKS = ("configure_train", "aggregate_train", "configure_evaluate")
 DONE = 4
@@ -37,7 +37,10 @@ class Recorder(Strategy):
         """Say nothing."""
 
 
-class _NoNodes:
+class _NoNodes(StandInGrid):
+    def get_node_ids(self) -> list[int]:
+        return []
+
     def send_and_receive(self, messages: Any, *, timeout: Any = None) -> list[Any]:
         return list(messages)
 
@@ -46,7 +49,7 @@ def test_every_hook_and_the_evaluation_count_from_the_rounds_that_are_over() -> 
     recorder = Recorder()
     evaluated: list[int] = []
     Continuation(recorder, DONE).start(
-        cast(Grid, _NoNodes()),
+        _NoNodes(),
         ArrayRecord(),
         num_rounds=2,
         train_config=ConfigRecord(),

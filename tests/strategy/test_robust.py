@@ -21,10 +21,12 @@ from strategy.robust import (
     shorten_gradient,
     shorten_update,
 )
+from tests.defaults import run_config
 from tests.strategy.messages import (
     client_plan,
     configure,
     global_model,
+    made,
     random_gradients,
     random_model,
     safeguards,
@@ -37,14 +39,13 @@ EXAMPLES = [10, 3, 25, 7, 9]
 
 def aggregation(**settings: Any) -> Aggregation:
     """Return the settings of an aggregation."""
-    made: Aggregation = safeguards(**settings)["aggregation"]
-    return made
+    return run_config(**safeguards(**settings)).aggregation
 
 
 def aggregated(clients: int = 5, **settings: Any) -> tuple[FedAvg, ArrayRecord]:
     """Return a strategy after a round of clients with random models, and its model."""
     arrays = global_model()
-    strategy = FedAvg(client_plan(clients, clients), **safeguards(**settings))
+    strategy = made(FedAvg, client_plan(clients, clients), **safeguards(**settings))
     replies = [
         train_reply(request, random_model(arrays, seed), EXAMPLES[seed])
         for seed, request in enumerate(configure(strategy, arrays))
@@ -153,8 +154,10 @@ def test_model_that_did_not_move_is_no_obstacle() -> None:
 def test_one_client_moves_the_mean_no_further_than_its_share_of_the_bound() -> None:
     arrays = global_model()
     bound, far = 0.5, 1e6
-    strategy = FedAvg(
-        client_plan(4, 4), **safeguards(max_update_norm=bound, max_length_ratio=0.0)
+    strategy = made(
+        FedAvg,
+        client_plan(4, 4),
+        **safeguards(max_update_norm=bound, max_length_ratio=0.0),
     )
     requests = configure(strategy, arrays)
     sent = {name: array.numpy() for name, array in arrays.items()}
@@ -208,7 +211,8 @@ def test_gradient_of_zero_is_no_obstacle() -> None:
 
 def test_summary_names_rule_and_bounds(flower_log: pytest.LogCaptureFixture) -> None:
     with flower_log.at_level("INFO", logger="flwr"):
-        FedAvg(
+        made(
+            FedAvg,
             client_plan(),
             **safeguards(2, rule="median", max_update_norm=3.5, max_gradient_norm=0.5),
         ).summary()
@@ -222,7 +226,7 @@ def test_trimmed_mean_that_trims_nobody_warns(
     flower_log: pytest.LogCaptureFixture, clients: int, warns: bool
 ) -> None:
     settings = safeguards(rule="trimmed-mean", trim=0.2)
-    FedAvg(client_plan(clients, clients), **settings).summary()
+    made(FedAvg, client_plan(clients, clients), **settings).summary()
     said = "aggregation.trim = 0.2 of 4 clients a round cuts nobody off"
     assert (said in flower_log.text) == warns
 
@@ -232,7 +236,7 @@ def test_order_of_replies_changes_no_bit() -> None:
     for rule in ("median", "trimmed-mean"):
         outcomes = set()
         for order in itertools.permutations(range(3)):
-            strategy = FedAvg(client_plan(3, 3), **safeguards(rule=rule))
+            strategy = made(FedAvg, client_plan(3, 3), **safeguards(rule=rule))
             requests = configure(strategy, arrays)
             replies = [
                 train_reply(requests[i], random_model(arrays, i), 10) for i in order

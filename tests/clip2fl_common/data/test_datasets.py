@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clip2fl_common.config import Dataset, Scalar
-from clip2fl_common.data import image_cache, sources
+from clip2fl_common.data import sources
 from clip2fl_common.data.datasets import (
     DatasetError,
     FileSource,
@@ -155,11 +155,11 @@ def test_full_disk_costs_time_only(
     def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(image_cache, "replacing", full)
+    monkeypatch.setattr(os, "fsync", full)
     expected = folder_source.load(np.arange(5))
     assert same(folder_source.open(np.arange(5)), expected)
     assert "No space left" in caplog.text and "CLIP2FL_CACHE_DIR" in caplog.text
-    assert not list((tmp_path / "cache" / "images").glob("incomplete-*"))
+    assert not list((tmp_path / "cache").rglob("*incomplete*"))
 
 
 def test_opened_images_leave_unreadable_ones_out(

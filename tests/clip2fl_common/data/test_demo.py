@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from clip2fl_common.data.demo import CLASS_NAMES, Split, demo_split, draw_images
-from clip2fl_common.teacher.demo import DATA_PATH, Tokenizer, load_demo_model
+from clip2fl_common.teacher.demo import (
+    DATA_PATH,
+    Tokenizer,
+    load_demo_model,
+    weight_paths,
+)
 
 Teacher = tuple[Any, Tokenizer, dict[str, Any]]
 SPLITS: tuple[Split, ...] = ("train", "test", "teacher")
@@ -80,7 +85,8 @@ def test_split_refuses_a_wrong_number_of_classes() -> None:
 
 def test_teacher_file_fits_the_bundle() -> None:
     """A Flower bundle is limited in size."""
-    assert DATA_PATH.stat().st_size < 2_000_000
+    for file in (DATA_PATH, *weight_paths()):
+        assert file.stat().st_size < 2**20  # Flower publishes no larger ones
 
 
 def test_teacher_is_a_frozen_open_clip_model(teacher: Teacher) -> None:
@@ -119,7 +125,16 @@ def test_teacher_knows_the_shapes_by_their_names(teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["missing", "cut", "not json", "other format", "bits"]
+    "change",
+    [
+        "missing",
+        "cut",
+        "not json",
+        "other format",
+        "no weights",
+        "bits",
+        "other weights",
+    ],
 )
 def test_damaged_teacher_file_is_named(tmp_path: Path, change: str) -> None:
     """The error tells which file, and how to make it anew."""
@@ -129,10 +144,17 @@ def test_damaged_teacher_file_is_named(tmp_path: Path, change: str) -> None:
         "cut": text[: len(text) // 2],
         "not json": "teacher",
         "other format": '{"format": "another"}',
-        "bits": text.replace('"tensors": "', '"tensors": "AAAA'),
     }
-    if change in broken:
-        path.write_text(broken[change], encoding="utf-8")
+    if change != "missing":
+        path.write_text(broken.get(change, text), encoding="utf-8")
+    if change != "no weights":
+        first, second = (part.read_text("utf-8") for part in weight_paths())
+        first = {
+            "bits": first.replace('"', '"AAAA', 1),
+            "other weights": first[:-200] + "A" * 198 + first[-2:],
+        }.get(change, first)
+        for part, content in zip(weight_paths(path), (first, second), strict=True):
+            part.write_text(content, "utf-8")
     with pytest.raises(ValueError, match="train_demo_teacher") as raised:
         load_demo_model(path)
     assert str(path) in str(raised.value)

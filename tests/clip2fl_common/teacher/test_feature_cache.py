@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip2fl_common.teacher.feature_cache import TABLE, FeatureStore
+from clip2fl_common.teacher.feature_cache import TABLE, FeatureCache
 
 KEYS = [bytes([i]) * 16 for i in range(40)]
 
@@ -18,34 +18,34 @@ def features(keys: Sequence[bytes]) -> torch.Tensor:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    """Return a store that holds all keys."""
-    made = FeatureStore("fingerprint", tmp_path)
+def cache(tmp_path: Path) -> FeatureCache:
+    """Return a cache that holds all keys."""
+    made = FeatureCache("fingerprint", tmp_path)
     made.put(KEYS, features(KEYS))
     return made
 
 
-def holds(store: FeatureStore, keys: Sequence[bytes]) -> bool:
+def holds(cache: FeatureCache, keys: Sequence[bytes]) -> bool:
     """Tell whether exactly these keys are there, with their exact features."""
-    found = store.get(KEYS)
+    found = cache.get(KEYS)
     return sorted(found) == sorted(keys) and all(
         torch.equal(found[key], features([key])[0]) for key in keys
     )
 
 
-def test_features_come_back(store: FeatureStore) -> None:
-    assert holds(store, KEYS)
-    assert store.get([b"unknown" + bytes(9)]) == {}
+def test_features_come_back(cache: FeatureCache) -> None:
+    assert holds(cache, KEYS)
+    assert cache.get([b"unknown" + bytes(9)]) == {}
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "text"])
 def test_damaged_file_is_replaced_once(
-    store: FeatureStore, caplog: pytest.LogCaptureFixture, damage: str
+    cache: FeatureCache, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     """The first access says so and clears the way; then all is as before."""
-    content = store.path.read_bytes()
+    content = cache.path.read_bytes()
     assert len(content) > 8192
-    store.path.write_bytes(
+    cache.path.write_bytes(
         {
             "garbage": content[:4096] + bytes(range(256)) * (len(content) // 256 - 16),
             "truncated": content[: len(content) // 2 // 4096 * 4096],
@@ -53,29 +53,29 @@ def test_damaged_file_is_replaced_once(
             "text": b"this is no database at all" * 400,
         }[damage]
     )
-    assert store.get(KEYS) == {}
+    assert cache.get(KEYS) == {}
     warnings = [m for m in caplog.messages if "the file is removed" in m]
     assert len(warnings) == (damage != "empty")
-    assert all(str(store.path) in m for m in warnings)
+    assert all(str(cache.path) in m for m in warnings)
     caplog.clear()
-    store.put(KEYS[:5], features(KEYS[:5]))
-    assert holds(store, KEYS[:5])
+    cache.put(KEYS[:5], features(KEYS[:5]))
+    assert holds(cache, KEYS[:5])
     assert not caplog.messages
 
 
 def test_damage_found_when_writing_is_taken_out_too(
-    store: FeatureStore, caplog: pytest.LogCaptureFixture
+    cache: FeatureCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.path.write_bytes(b"this is no database at all" * 400)
-    store.put(KEYS[:2], features(KEYS[:2]))
+    cache.path.write_bytes(b"this is no database at all" * 400)
+    cache.put(KEYS[:2], features(KEYS[:2]))
     assert "the file is removed" in caplog.text
-    store.put(KEYS[:2], features(KEYS[:2]))
-    assert holds(store, KEYS[:2])
+    cache.put(KEYS[:2], features(KEYS[:2]))
+    assert holds(cache, KEYS[:2])
 
 
 @pytest.mark.parametrize("kind", ["flipped", "short", "of another key"])
 def test_damaged_row_is_computed_again(
-    store: FeatureStore, caplog: pytest.LogCaptureFixture, kind: str
+    cache: FeatureCache, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     bad = KEYS[3]
     value = features([bad])[0].numpy().tobytes()
@@ -84,27 +84,27 @@ def test_damaged_row_is_computed_again(
         "short": value[:-3],
         "of another key": features([KEYS[4]])[0].numpy().tobytes(),
     }[kind]
-    with sqlite3.connect(store.path) as connection:
+    with sqlite3.connect(cache.path) as connection:
         connection.execute(f"UPDATE {TABLE} SET value=? WHERE key=?", (changed, bad))
     connection.close()
-    assert holds(store, [key for key in KEYS if key != bad])
+    assert holds(cache, [key for key in KEYS if key != bad])
     assert "1 of the teacher's cached features" in caplog.text
-    store.put([bad], features([bad]))
-    assert holds(store, KEYS)
+    cache.put([bad], features([bad]))
+    assert holds(cache, KEYS)
 
 
-def test_file_that_another_process_renewed_stays(store: FeatureStore) -> None:
+def test_file_that_another_process_renewed_stays(cache: FeatureCache) -> None:
     """The damage was seen before, the lock is held after the renewal."""
-    store._remove_damaged(sqlite3.DatabaseError("seen before"))
-    assert holds(store, KEYS)
+    cache._remove_damaged(sqlite3.DatabaseError("seen before"))
+    assert holds(cache, KEYS)
 
 
 def test_cache_that_cannot_be_written_costs_time_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    store = FeatureStore("fingerprint", tmp_path / "file")
-    store.put(KEYS, features(KEYS))
-    assert store.get(KEYS) == {}
+    cache = FeatureCache("fingerprint", tmp_path / "file")
+    cache.put(KEYS, features(KEYS))
+    assert cache.get(KEYS) == {}
     assert "cannot write the teacher's cached features" in caplog.text
     assert "cannot read the teacher's cached features" in caplog.text

@@ -14,15 +14,15 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from client_app.app import _check_code, _check_teacher
-from clip2fl_common import teacher as teachers
+from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
 from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
-from clip2fl_common.teacher.demo import DATA_PATH
-from clip2fl_common.teacher.facts import note_facts, recall_facts
-from clip2fl_common.teacher.feature_cache import TABLE, FeatureStore, content_keys
+from clip2fl_common.teacher import teacher as teachers
+from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
+from clip2fl_common.teacher.facts import known_facts, note_facts
+from clip2fl_common.teacher.feature_cache import TABLE, FeatureCache, content_keys
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_teacher_is_known_by_its_fingerprint_alone(
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
     facts = load_teacher("demo").network.facts
     other = replace(facts, logit_scale=_next(facts.logit_scale))
-    note_facts("demo", "", [DATA_PATH], other)
+    note_facts("demo", "", [DATA_PATH, *weight_paths()], other)
     teacher = load_teacher("demo")
     assert teacher.logit_scale == other.logit_scale != facts.logit_scale
     # Loads the network, which computes the facts again, here.
@@ -150,7 +150,7 @@ def test_damaged_cache_costs_time_not_the_run(
 ) -> None:
     batch = images(2)
     expected = teacher.image_features(batch)
-    path = FeatureStore(teacher.fingerprint).path
+    path = FeatureCache(teacher.fingerprint).path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"not a database" * 100)
     assert torch.equal(teacher.cached_image_features(batch), expected)
@@ -158,7 +158,7 @@ def test_damaged_cache_costs_time_not_the_run(
 
 
 def test_store_keeps_the_first_value_and_teachers_apart(tmp_path: Path) -> None:
-    store, other = FeatureStore("a" * 64, tmp_path), FeatureStore("b" * 64, tmp_path)
+    store, other = FeatureCache("a" * 64, tmp_path), FeatureCache("b" * 64, tmp_path)
     keys = content_keys(images(2))
     store.put(keys, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     store.put(keys[:1], torch.tensor([[9.0, 9.0]]))
@@ -247,12 +247,12 @@ def test_changed_file_is_another_teacher(own_folder: Path, change: str) -> None:
     """Also where size and time of change are set back: then the inode's tells."""
     name = f"local-dir:{own_folder}"
     first = load_teacher(name)
-    assert recall_facts(name, "") == first.network.facts
+    assert known_facts(name, "") == first.network.facts
     before = (own_folder / "weights").stat()
     (own_folder / "weights").write_text("1")
     if change == "time":
         os.utime(own_folder / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert recall_facts(name, "") is None
+    assert known_facts(name, "") is None
     assert load_teacher(name).fingerprint != first.fingerprint
 
 
@@ -268,9 +268,9 @@ def test_teacher_that_changes_while_in_use_is_refused(own_folder: Path) -> None:
 def test_damaged_facts_are_noted_again(teacher: Teacher, text: str) -> None:
     (place,) = (cache_dir() / "teachers").iterdir()
     place.write_text(text)
-    assert recall_facts("demo", "") is None
+    assert known_facts("demo", "") is None
     assert load_teacher("demo").fingerprint == teacher.fingerprint
-    assert recall_facts("demo", "") == teacher.network.facts
+    assert known_facts("demo", "") == teacher.network.facts
 
 
 def test_client_of_another_checkout_refuses() -> None:

@@ -1,0 +1,283 @@
+"""One client's round as named steps: images, teacher, declared fields, training."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
+
+import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+
+from client_app.images import (
+    OtherCodeError,
+    training_images,
+    validation_images,
+)
+from client_app.own_site import OwnSite
+from client_app.part import ClientRound
+from client_app.registry import part_for
+from client_app.shared_training import train_or_reuse
+from client_app.site_evaluation import recalls
+from client_app.training import (
+    LocalObjective,
+    PixelImages,
+    TrainingLosses,
+    logit_offsets,
+    train_locally,
+)
+from clip2fl_common import messages
+from clip2fl_common.config import RunConfig, TeacherConfig
+from clip2fl_common.data.datasets import ImageDataset
+from clip2fl_common.devices import resolve_device, to_device_if_small
+from clip2fl_common.messages import TrainRequest
+from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD, TEACHER_HEAD
+from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
+from clip2fl_common.schedule import step_size
+from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
+
+
+def train_round(
+    config: RunConfig, request: TrainRequest, site: OwnSite | None
+) -> RecordDict:
+    """Compute the declared fields and train the global model on this client's images.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration, as this client follows it.
+    request : TrainRequest
+        What the server asks for.
+    site : OwnSite or None
+        This node, if it has images of its own.
+
+    Returns
+    -------
+    RecordDict
+        The reply's content.
+
+    Raises
+    ------
+    DatasetError
+        If the images are not where, or not what, they should be.
+    FloatingPointError
+        If the training diverges.
+    OtherCodeError, OtherTeacherError
+        If code or teacher are not the server's.
+    """
+    _check_code(request.code_fingerprint)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "data"):
+        client = _prepare(config, request, site)
+        teacher_logits = _distilled_logits(client)
+    content = RecordDict()
+    parts = [part_for(name) for name in request.fields]
+    with _timed(seconds, "gradients"):
+        _add(content, {part.field: part.before_training(client) for part in parts})
+    with _timed(seconds, "training"):
+        losses = _train(client, teacher_logits)
+    _add(content, {part.field: part.after_training(client) for part in parts})
+    content[messages.ARRAYS] = messages.model_to_arrays(client.model)
+    content[messages.METRICS] = _metrics(client, losses, seconds)
+    return content
+
+
+def evaluate_round(
+    config: RunConfig, request: TrainRequest, site: OwnSite | None
+) -> RecordDict:
+    """Say how well each classifier does on a site's validation images.
+
+    Parameters and errors are those of `train_round`.
+    """
+    _check_code(request.code_fingerprint)
+    device = resolve_device(config.device)
+    dataset, loaded = validation_images(config, site)
+    model = _global_model(config, dataset, request, device)
+    own = model.classifier
+    classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+        FEDAVG_HEAD: (own.weight, own.bias)
+    }
+    if request.classifier is not None:
+        weight, bias = (tensor.to(device) for tensor in request.classifier)
+        classifiers[RETRAINED_HEAD] = (weight, bias)
+    teacher_logits = {}
+    if request.teacher_fingerprint:
+        teacher_logits[TEACHER_HEAD] = _teacher_logits(
+            config, dataset, loaded.images, request, device, site
+        )
+    found = recalls(
+        model,
+        PixelImages(loaded.images, dataset.normalization, device),
+        loaded.labels,
+        classifiers,
+        teacher_logits,
+        config.evaluation.batch_size,
+    )
+    return messages.recall_reply(len(loaded.labels), found)
+
+
+def _prepare(
+    config: RunConfig, request: TrainRequest, site: OwnSite | None
+) -> ClientRound:
+    """Load this client's images and the global model."""
+    device = resolve_device(config.device)
+    dataset, loaded = training_images(config, site, request.partition)
+    images = PixelImages(
+        to_device_if_small(loaded.images, device), dataset.normalization, device
+    )
+    return ClientRound(
+        config=config,
+        request=request,
+        site=site,
+        dataset=dataset,
+        loaded=loaded,
+        images=images,
+        labels=loaded.labels.to(device),
+        model=_global_model(config, dataset, request, device),
+    )
+
+
+def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
+    """Return the teacher's logits [N, C], where the request distils from it."""
+    if client.request.distillation_weight == 0:
+        return None
+    device = client.images.device
+    return _teacher_logits(
+        client.config,
+        client.dataset,
+        client.loaded.images,
+        client.request,
+        device,
+        client.site,
+    ).to(device)
+
+
+def _add(content: RecordDict, computed: Mapping[str, ArrayRecord | None]) -> None:
+    """Add the fields that were computed to a reply."""
+    for field, arrays in computed.items():
+        if arrays is not None:
+            content[field] = arrays
+
+
+def _train(client: ClientRound, teacher_logits: torch.Tensor | None) -> TrainingLosses:
+    """Train the model in place, or take the same training's outcome from before."""
+    settings, request = client.config.client, client.request
+    strength = settings.logit_adjustment
+    objective = LocalObjective(
+        distillation_weight=request.distillation_weight,
+        distillation_temperature=request.distillation_temperature,
+        proximal_mu=request.proximal_mu,
+    )
+    return train_or_reuse(
+        partial(
+            train_locally,
+            client.model,
+            client.images,
+            client.labels,
+            teacher_logits,
+            objective,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            learning_rate=step_size(
+                settings.learning_rate,
+                settings.learning_rate_final,
+                request.server_round,
+                client.config.federation.rounds,
+            ),
+            crop_padding=settings.crop_padding,
+            generator=client.random("batches"),
+            offsets=(
+                logit_offsets(client.labels, client.num_classes, strength)
+                if strength > 0
+                else None
+            ),
+            augment_per_image=settings.augment_per == "image",
+            precision=client.precision,
+        )
+    )
+
+
+def _metrics(
+    client: ClientRound, losses: TrainingLosses, seconds: Mapping[str, float]
+) -> MetricRecord:
+    return MetricRecord(
+        {
+            messages.PARTITION: client.request.partition,
+            messages.NUM_EXAMPLES: len(client.labels),
+            "loss": losses.total,
+            "distillation-loss": losses.distillation,
+            "unreadable-images": len(client.loaded.unreadable),
+            **{f"seconds-{name}": value for name, value in seconds.items()},
+        }
+    )
+
+
+def _global_model(
+    config: RunConfig,
+    dataset: ImageDataset,
+    request: TrainRequest,
+    device: torch.device,
+) -> ImageClassifier:
+    model = build_model(
+        config.model.name, len(dataset.class_names), config.model.feature_dim
+    )
+    messages.load_arrays(model, request.model)
+    model.to(device)
+    return model
+
+
+def _teacher_logits(
+    config: RunConfig,
+    dataset: ImageDataset,
+    images: torch.Tensor,
+    request: TrainRequest,
+    device: torch.device,
+    site: OwnSite | None,
+) -> torch.Tensor:
+    """Return the teacher's logits [N, C] of un-augmented images, on the CPU."""
+    if site is not None:
+        site.check_teacher(config.teacher, request.teacher_fingerprint)
+    teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
+    _check_teacher(teacher, request.teacher_fingerprint)
+    features = teacher.cached_image_features(images)
+    return teacher.logit_scale * features @ prototypes.T
+
+
+@lru_cache(maxsize=1)
+def _teacher(
+    config: TeacherConfig, class_names: tuple[str, ...], device: torch.device
+) -> tuple[Teacher, torch.Tensor]:
+    """Return the teacher and its class prototypes [C, d], once a process."""
+    teacher = load_teacher(
+        config.model,
+        config.pretrained,
+        device,
+        prompt=config.prompt,
+        batch_size=config.batch_size,
+    )
+    return teacher, teacher.text_features(class_names)
+
+
+def _check_teacher(teacher: Teacher, expected: str) -> None:
+    if teacher.fingerprint != expected:
+        raise OtherTeacherError(
+            f"teacher {teacher.name} has the fingerprint {teacher.fingerprint[:12]} "
+            f"here, but {expected[:12]} at the server: install the same weights on both"
+        )
+
+
+def _check_code(expected: str) -> None:
+    if code_fingerprint() != expected:
+        raise OtherCodeError(
+            f"the client code in {PACKAGE_ROOT} is not the server's. Flower's local "
+            "SuperLink was started in another folder and imports its code: stop it "
+            "and run again, or use clip2fl run, which starts one of its own"
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note under a name how long the block takes."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

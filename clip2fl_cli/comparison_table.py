@@ -1,0 +1,422 @@
+"""A comparison as data: a CSV table, one row a run and round, and a JSON file.
+
+The table holds what changes from round to round; its columns are named as the fields
+of ``metrics.jsonl``, with dots: ``accuracy.retrained.balanced``,
+``accuracy.retrained.per_class.0``, ``losses.client``, ``seconds.clients``,
+``bytes.up``. An empty cell is a value that a round does not have. The JSON file beside
+it holds the rest: the settings that all runs share, and each run's own.
+
+Both files together are enough to draw the comparison's page again.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip2fl_cli.run_schema import Facts, Recorded, Round
+from clip2fl_cli.runs import COLUMNS, FinishedRun
+from clip2fl_cli.summary import Failure, Origin
+from clip2fl_cli.tables import gradient_bytes
+from clip2fl_common.shown import short, shown
+from server_app.foreign_files import (
+    MEGABYTE,
+    ForeignFileError,
+    check,
+    read_json,
+    read_text,
+)
+
+# A comparison of 12 runs, 1,000 classes and 200 rounds has 30 megabytes.
+MAX_TABLE_BYTES = 256 * MEGABYTE
+# A row becomes a list, whose items take more memory than their text.
+MAX_LINE = 16 * MEGABYTE
+MAX_SUMMARY_BYTES = 32 * MEGABYTE
+KEY = ("variant", "seed", "round")
+# Groups of columns after the key, in their order.
+GROUPS = ("test_images", "accuracy", "losses", "seconds", "bytes", "privacy")
+# Integers beyond 20 digits are no counts; Python writes no float with more digits.
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,25})?(e[-+]?[0-9]{1,3})?")
+
+_Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All that a comparison's page is drawn from.
+
+    Attributes
+    ----------
+    name : str
+        Of the comparison.
+    baseline : str
+        Variant that the others are set against.
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's complete runs.
+    failures : sequence of Failure
+        Runs that did not complete.
+    origin : Origin
+        By which command, when and where the page was made.
+    """
+
+    name: str
+    baseline: str
+    runs: Mapping[str, Sequence[FinishedRun]]
+    failures: Sequence[Failure]
+    origin: Origin
+
+
+def rounds_csv(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
+    """Return the table of all rounds of all runs.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's runs.
+
+    Returns
+    -------
+    str
+        CSV: a header, then one row a run and round, in order. Numbers are written so
+        that reading them gives the same numbers.
+    """
+    rows = [
+        {
+            "variant": shown(variant),
+            "seed": run.seed,
+            "round": line["round"],
+            **_cells_of(line),
+        }
+        for variant, group in runs.items()
+        for run in group
+        for line in run.rounds
+    ]
+    found = dict.fromkeys(column for row in rows for column in row)
+    order = (*KEY, *GROUPS)
+    columns = sorted(found, key=lambda column: order.index(column.split(".")[0]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval=None, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
+    """Return what the table of rounds does not hold, each shared value once.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of FinishedRun
+        Each variant's runs.
+
+    Returns
+    -------
+    dict
+        ``heads``: classifiers of each variant, the delivered one first;
+        ``shared_facts``: fields of ``config.json`` that are the same in all runs;
+        ``facts``: each run's other fields, by the name of its folder. Where a run
+        lay and what watched it are left out.
+    """
+    every = [run for group in runs.values() for run in group]
+    configs = [
+        {key: v for key, v in run.config.items() if not key.startswith("run.")}
+        for run in every
+    ]
+    others = [
+        {key: v for key, v in run.facts.items() if key != "config"} for run in every
+    ]
+    shared_config, shared = _shared(configs), _shared(others)
+    return {
+        "heads": {variant: group[0].heads for variant, group in runs.items()},
+        "shared_facts": {"config": shared_config, **shared},
+        "facts": {
+            run.folder.name: {
+                "config": _without(config, shared_config),
+                **_without(other, shared),
+            }
+            for run, config, other in zip(every, configs, others, strict=True)
+        },
+    }
+
+
+def read_compared(table: Path) -> Compared:
+    """Read a comparison from its table and the JSON file of the same name beside it.
+
+    Parameters
+    ----------
+    table : Path
+        CSV, as `rounds_csv` makes it.
+
+    Returns
+    -------
+    Compared
+
+    Raises
+    ------
+    ForeignFileError
+        If a file is not as a comparison writes it, or the two do not belong together;
+        names the file and the field or the line.
+    """
+    beside = table.with_suffix(".json")
+    recorded = read_json(beside, Recorded, MAX_SUMMARY_BYTES)
+    lines = _Lines(table)
+    runs = {
+        variant: [_read_run(variant, name, recorded, beside, lines) for name in names]
+        for variant, names in recorded["runs"].items()
+    }
+    lines.refuse_more()
+    return Compared(
+        recorded["name"],
+        recorded["baseline"],
+        runs,
+        [
+            Failure(failed["variant"], failed["seed"], failed["reason"])
+            for failed in recorded.get("failed", [])
+        ],
+        Origin(recorded["command"], recorded["date"], recorded["hardware"]),
+    )
+
+
+class _Lines:
+    """The table's rows, one after the other.
+
+    Attributes
+    ----------
+    where : str
+        Names the file in errors.
+    header : list of str
+        Names of the columns.
+    classes : dict of str to int
+        How many per-class columns each classifier has.
+    """
+
+    def __init__(self, table: Path) -> None:
+        self.where = shown(table)
+        lines = read_text(table, MAX_TABLE_BYTES).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        self._numbered = enumerate(lines, start=1)
+        self.header = self._next("a header")
+        if tuple(self.header[: len(KEY)]) != KEY:
+            raise ForeignFileError(
+                f"{self.where}: the first columns must be {', '.join(KEY)}, but are "
+                f"{short(self.header[: len(KEY)])}"
+            )
+        if len(set(self.header)) < len(self.header):
+            raise ForeignFileError(f"{self.where}: a column comes twice")
+        self._paths = [_path(column) for column in self.header]
+        self.classes = _class_columns(self.header, self._paths, self.where)
+
+    def line(self, key: Sequence[str], heads: Mapping[str, str]) -> dict[str, Any]:
+        """Return the next row as a line of ``metrics.jsonl``.
+
+        Parameters
+        ----------
+        key : sequence of str
+            Variant, seed and round that it must be of.
+        heads : mapping of str to str
+            Classifiers of the variant as columns name them, to their names.
+        """
+        wanted = ", ".join(key)
+        cells = self._next(wanted)
+        where = f"{self.where}: line {self._number}"
+        if len(cells) != len(self.header):
+            raise ForeignFileError(
+                f"{where} has {len(cells)} cells, but the header has {len(self.header)}"
+            )
+        if cells[: len(KEY)] != list(key):
+            found = short(", ".join(cells[: len(KEY)]))
+            raise ForeignFileError(
+                f"{where} is of {found}, but by the JSON file it must be of {wanted}"
+            )
+        content: dict[str, Any] = {
+            "round": int(key[-1]),
+            **{group: {} for group in GROUPS if group != "test_images"},
+        }
+        accuracies: dict[str, dict[str, Any]] = {}
+        for path, column, cell in zip(self._paths, self.header, cells, strict=True):
+            if not path:
+                continue
+            value = _value(cell, column, where)
+            if path[0] == "accuracy":
+                accuracy = accuracies.setdefault(path[1], {"per_class": []})
+                if path[2] == "per_class":
+                    accuracy["per_class"].append(value)
+                else:
+                    accuracy[path[2]] = value
+            elif path == ("bytes", "class_gradients"):
+                content["bytes"]["class_gradients"] = [] if value is None else [value]
+            elif value is not None:
+                inner = content
+                for part in path[:-1]:
+                    inner = inner.setdefault(part, {})
+                inner[path[-1]] = value
+        known = {head: a for head, a in accuracies.items() if not _is_empty(a)}
+        if stray := known.keys() - heads.keys():
+            raise ForeignFileError(
+                f"{where} has an accuracy of {short(min(stray))}, which the JSON file "
+                f"does not list among the heads of {key[0]}"
+            )
+        content["accuracy"] = {
+            name: known[head] for head, name in heads.items() if head in known
+        }
+        check(content, Round, where)
+        return content
+
+    def refuse_more(self) -> None:
+        """Refuse rows that belong to no run."""
+        for number, _ in self._numbered:
+            raise ForeignFileError(
+                f"{self.where}: line {number} belongs to no run of the JSON file"
+            )
+
+    def _next(self, wanted: str) -> list[str]:
+        self._number, line = next(self._numbered, (0, None))
+        if line is None:
+            raise ForeignFileError(
+                f"{self.where} ends before {shown(wanted)[:200]} comes"
+            )
+        where = f"{self.where}: line {self._number}"
+        if len(line) > MAX_LINE:
+            raise ForeignFileError(
+                f"{where} has more than {MAX_LINE:,} characters, which is too long"
+            )
+        try:
+            return next(csv.reader([line], strict=True))
+        except csv.Error as error:
+            raise ForeignFileError(f"{where} is not CSV: {shown(error)}") from None
+
+
+def _read_run(
+    variant: str, name: str, recorded: Mapping[str, Any], beside: Path, lines: _Lines
+) -> FinishedRun:
+    facts = _read_facts(name, recorded, shown(beside))
+    heads = {shown(head): head for head in recorded["heads"][variant]}
+    classes = len(facts["class_names"])
+    for head in heads:
+        if lines.classes.get(head) != classes:
+            raise ForeignFileError(
+                f"{lines.where} has {lines.classes.get(head, 0)} columns of "
+                f"accuracy.{head}.per_class, but {shown(beside)} has {classes} "
+                f"class_names of {shown(name)}"
+            )
+    seed = str(facts["config"]["seed"])
+    rounds = [
+        lines.line((shown(variant), seed, str(number)), heads)
+        for number in range(1, facts["config"]["federation.rounds"] + 1)
+    ]
+    run = FinishedRun(beside.parent / name, facts, rounds)
+    if not run.evaluated or len(run.heads) < len(heads):
+        raise ForeignFileError(
+            f"{lines.where}: the last evaluated round of {shown(name)} must have an "
+            f"accuracy of {', '.join(heads)}"
+        )
+    return run
+
+
+def _read_facts(name: str, recorded: Mapping[str, Any], where: str) -> dict[str, Any]:
+    shared, own = recorded["shared_facts"], recorded["facts"][name]
+    facts = {
+        **shared,
+        **own,
+        "config": {**shared.get("config", {}), **own.get("config", {})},
+    }
+    check(facts, Facts, f"{where}: shared_facts with facts.{shown(name)}")
+    return facts
+
+
+def _cells_of(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return a round's values by column; names are shown, so they have no breaks."""
+    cells: dict[str, float | None] = {"test_images": line.get("test_images")}
+    for head, accuracy in line["accuracy"].items():
+        prefix = f"accuracy.{shown(head)}"
+        cells |= {f"{prefix}.{column}": accuracy[column] for column in COLUMNS}
+        cells |= {
+            f"{prefix}.per_class.{c}": v for c, v in enumerate(accuracy["per_class"])
+        }
+    for group in ("losses", "seconds"):
+        cells |= {f"{group}.{shown(name)}": v for name, v in line[group].items()}
+    cells |= {
+        "bytes.down": line["bytes"]["down"],
+        "bytes.up": line["bytes"]["up"],
+        "bytes.class_gradients": gradient_bytes(line),
+    }
+    for mechanism, spent in line.get("privacy", {}).items():
+        cells |= {
+            f"privacy.{mechanism}.{field}": spent[field]
+            for field in ("epsilon_round", "epsilon_total", "delta")
+        }
+    return cells
+
+
+def _path(column: str) -> _Path:
+    """Return where a column stands in a line of ``metrics.jsonl``; () if nowhere."""
+    group, _, rest = column.partition(".")
+    if column == "test_images":
+        return (column,)
+    if group == "accuracy":
+        head, _, field = rest.rpartition(".")
+        if head.endswith(".per_class"):
+            return group, head.removesuffix(".per_class"), "per_class"
+        return group, head, field
+    if group == "privacy":
+        mechanism, _, field = rest.partition(".")
+        return group, mechanism, field
+    if group in ("losses", "seconds", "bytes"):
+        return group, rest
+    return ()
+
+
+def _class_columns(
+    header: Sequence[str], paths: Sequence[_Path], where: str
+) -> dict[str, int]:
+    """Return how many per-class columns each classifier has; they must be in order."""
+    found: dict[str, int] = {}
+    for column, path in zip(header, paths, strict=True):
+        if path[:1] == ("accuracy",) and path[2] == "per_class":
+            number = found.get(path[1], 0)
+            if not column.endswith(f".{number}"):
+                raise ForeignFileError(
+                    f"{where}: columns of accuracy.{shown(path[1])[:200]}.per_class "
+                    "must be numbered from 0"
+                )
+            found[path[1]] = number + 1
+    return found
+
+
+def _value(cell: str, column: str, where: str) -> float | None:
+    if not cell:
+        return None
+    if _NUMBER.fullmatch(cell) is None:
+        raise ForeignFileError(
+            f"{where}: {shown(column)[:200]} = {short(cell)}, but it must be a number"
+        )
+    return int(cell) if cell.removeprefix("-").isdigit() else float(cell)
+
+
+def _is_empty(accuracy: Mapping[str, Any]) -> bool:
+    columns = (value for key, value in accuracy.items() if key != "per_class")
+    return all(value is None for value in (*columns, *accuracy["per_class"]))
+
+
+def _shared(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entries that all have."""
+    first, *rest = tables
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in table and _same(table[key], value) for table in rest)
+    }
+
+
+def _same(one: object, other: object) -> bool:
+    # As JSON, because Python takes 1, 1.0 and True for equal.
+    return json.dumps(one) == json.dumps(other)
+
+
+def _without(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in keys}

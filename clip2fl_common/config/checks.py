@@ -1,0 +1,285 @@
+"""Contradictions between keys of the run configuration that are each in range."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip2fl_common.config.messages import shown
+from clip2fl_common.config.types import MOMENTUM_METHODS, listed_names, path_fits
+from clip2fl_common.partition import long_tail_counts
+
+if TYPE_CHECKING:  # the schema calls these checks
+    from clip2fl_common.config.schema import Dataset, RunConfig
+
+# dataset.name of a federation whose nodes have images of their own.
+SITES = "sites"
+# Classes of each data set, and training images of each class where they are known.
+CLASSES = {"demo": 10, "cifar10": 10, "cifar100": 100, "imagenet-lt": 1000}
+CIFAR_IMAGES = {"cifar10": 5000, "cifar100": 500}
+NEEDED_PATHS = {
+    "cifar10": ["root"],
+    "cifar100": ["root"],
+    "image-folder": ["root"],
+    "imagenet-lt": ["root", "train_list", "test_list"],
+}
+LARGEST_ARRAY_BYTES = 2**36
+"""Each key in range may still be too much beside another. No machine that such runs
+are made for holds an array of 64 GiB, of which computing needs several."""
+MOST_CLASSES = 10_000
+"""As many as iNaturalist 2021 has."""
+CLASS_NAME_CHARACTERS = 100
+CLASS_NAME_BYTES = 255
+"""A folder's name, on Linux."""
+JOINERS = "\u200c\u200d"
+"""Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with."""
+
+
+def contradictions(config: "RunConfig") -> list[str]:
+    """Return what is wrong between keys that are each in range.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Each of its keys is in range.
+
+    Returns
+    -------
+    list of str
+        One line a problem: keys, values and what to do.
+    """
+    problems = [
+        *_federation_problems(config),
+        *_method_problems(config),
+        *_privacy_problems(config),
+    ]
+    if "{class}" not in config.teacher.prompt:
+        problems.append(
+            f"teacher.prompt = {shown(config.teacher.prompt)} has no {{class}} where "
+            "the class name goes, so every class would get the same text"
+        )
+    if not config.simulated:
+        problems += _site_problems(config.dataset)
+    else:
+        problems += _partition_problems(config)
+    if config.client.crop_padding > config.dataset.image_size:
+        problems.append(
+            f"client.crop-padding = {config.client.crop_padding} is more than "
+            f"dataset.image-size = {config.dataset.image_size}: a crop could show "
+            "nothing of the image; lower the first"
+        )
+    return [*problems, *_memory_problems(config), *_path_problems(config)]
+
+
+def _federation_problems(config: "RunConfig") -> Iterator[str]:
+    sampled, clients = config.federation.clients_per_round, config.partition.clients
+    if sampled > clients and config.simulated:
+        yield (
+            f"federation.clients-per-round = {sampled} is more than partition.clients "
+            f"= {clients}; lower the first or raise the second"
+        )
+    if config.federation.min_replies > sampled:
+        yield (
+            f"federation.min-replies = {config.federation.min_replies} is more than "
+            f"federation.clients-per-round = {sampled}: no round could succeed; lower "
+            "the first or raise the second"
+        )
+
+
+def _method_problems(config: "RunConfig") -> Iterator[str]:
+    rule = config.aggregation.rule
+    if config.method in MOMENTUM_METHODS and rule != "mean":
+        yield (
+            f"aggregation.rule = {rule!r}, but with method = {config.method!r} the "
+            "server's momentum steps from the clients' mean; set aggregation.rule = "
+            "'mean' or choose another method"
+        )
+
+
+def _path_problems(config: "RunConfig") -> Iterator[str]:
+    for leaf in NEEDED_PATHS.get(config.dataset.name, []):
+        key, value = f"dataset.{leaf.replace('_', '-')}", getattr(config.dataset, leaf)
+        if value:
+            yield from _not_absolute(key, value)
+        else:
+            yield (
+                f"{key} is empty, but dataset.name = {config.dataset.name!r} needs it: "
+                "give an absolute path"
+            )
+    for key, path in (
+        ("run.dir", config.run.dir),
+        ("run.resume", config.run.resume),
+        ("federation.site-registry", config.federation.site_registry),
+    ):
+        if path:
+            yield from _not_absolute(key, path)
+    prefix = "local-dir:"
+    if config.teacher.model.startswith(prefix):
+        folder = config.teacher.model.removeprefix(prefix)
+        yield from _not_absolute("teacher.model", folder)
+        if not path_fits(folder):
+            yield f"teacher.model = {shown(folder)} is longer than a path can be"
+
+
+def _not_absolute(key: str, value: str) -> Iterator[str]:
+    try:
+        absolute = Path(value).expanduser().is_absolute()
+    except RuntimeError:
+        yield f"{key} = {shown(value)} begins with a user who has no home folder here"
+    else:
+        if not absolute:
+            yield (
+                f"{key} = {shown(value)} is relative; server and clients run in "
+                "folders of their own, so give an absolute path"
+            )
+
+
+def _privacy_problems(config: "RunConfig") -> Iterator[str]:
+    privacy, aggregation = config.privacy, config.aggregation
+    if privacy.gradient_noise_multiplier > 0 and privacy.gradient_clip_norm == 0:
+        yield (
+            "privacy.gradient-noise-multiplier = "
+            f"{privacy.gradient_noise_multiplier}, but privacy.gradient-clip-norm = 0 "
+            "does not bound what one image can change; set it, for example to 1.0"
+        )
+    if privacy.update_noise_multiplier > 0 and (
+        aggregation.rule != "mean" or aggregation.max_update_norm == 0
+    ):
+        yield (
+            f"privacy.update-noise-multiplier = {privacy.update_noise_multiplier} "
+            "needs aggregation.rule = 'mean' and aggregation.max-update-norm above 0, "
+            "which bound what one client can change"
+        )
+    drawn = config.class_gradients.samples_per_class
+    if privacy.min_class_samples > drawn:
+        yield (
+            f"privacy.min-class-samples = {privacy.min_class_samples} is more than "
+            f"class-gradients.samples-per-class = {drawn}, the images of a class that "
+            "enter one draw: no gradient would be of as many images as it promises; "
+            "lower the first or raise the second"
+        )
+
+
+def _site_problems(dataset: "Dataset") -> Iterator[str]:
+    names = listed_names(dataset.class_names)
+    # Names that look the same would be told apart by nobody.
+    seen = Counter(name.translate(dict.fromkeys(map(ord, JOINERS))) for name in names)
+    twice = [name for name, count in seen.items() if count > 1]
+    if len(seen) < 2 or twice or "" in seen:
+        found = f" ({shown(twice[0])} is there twice)" if twice else ""
+        yield (
+            f"dataset.class-names = {shown(dataset.class_names)}, but dataset.name = "
+            "'sites' needs at least two different names, separated by commas, and none "
+            f"empty{found}"
+        )
+    if len(names) > MOST_CLASSES:
+        yield (
+            f"dataset.class-names has {len(names):,} names, but at most "
+            f"{MOST_CLASSES:,} classes are supported"
+        )
+    for name in names:
+        if not _can_be_folder(name):
+            yield (
+                f"dataset.class-names has {shown(name)}, which can be no folder's "
+                f"name: at most {CLASS_NAME_CHARACTERS} characters, none a slash or "
+                "invisible, and no dot first"
+            )
+            break
+    if dataset.validation_share == 0:
+        yield (
+            "dataset.validation-share = 0.0, but with dataset.name = 'sites' the "
+            "server has no test images: let the sites keep some, for example 0.2"
+        )
+
+
+def _can_be_folder(name: str) -> bool:
+    invisible = [
+        character
+        for character in name
+        if unicodedata.category(character) == "Cf" and character not in JOINERS
+    ]
+    return (
+        len(name) <= CLASS_NAME_CHARACTERS
+        and len(name.encode("utf-8")) <= CLASS_NAME_BYTES
+        and "/" not in name
+        and not name.startswith(".")
+        and not invisible
+    )
+
+
+def _long_tail(dataset: "Dataset") -> list[int] | None:
+    """Return the training images of each class, where the configuration tells them."""
+    largest = {"demo": dataset.demo_train_per_class, **CIFAR_IMAGES}.get(dataset.name)
+    if largest is None:
+        return None
+    return long_tail_counts(largest, CLASSES[dataset.name], dataset.imbalance_factor)
+
+
+def _partition_problems(config: "RunConfig") -> Iterator[str]:
+    dataset, clients = config.dataset, config.partition.clients
+    counts = _long_tail(dataset)
+    if counts is None:
+        return
+    largest = f"the most frequent one has {counts[0]}"
+    if dataset.name == "demo":
+        largest += f" (dataset.demo-train-per-class = {counts[0]})"
+    if counts[-1] == 0:
+        yield (
+            f"dataset.imbalance-factor = {dataset.imbalance_factor:g} leaves no image "
+            f"of the rarest class, since {largest}; use a smaller imbalance factor or "
+            "more images"
+        )
+    elif sum(counts) < clients:
+        yield (
+            f"partition.clients = {clients}, but all classes together have only "
+            f"{sum(counts)} training images, since {largest} and "
+            f"dataset.imbalance-factor = {dataset.imbalance_factor:g}; a client would "
+            "have none: use fewer clients or a smaller imbalance factor"
+        )
+
+
+def _memory_problems(config: "RunConfig") -> Iterator[str]:
+    """Name products of keys that fit no machine's memory."""
+    dataset, synthesis = config.dataset, config.synthesis
+    gradients, width = config.class_gradients, config.model.feature_dim
+    classes = (
+        len(listed_names(dataset.class_names))
+        if dataset.name == SITES
+        else CLASSES.get(dataset.name, 2)  # an image-folder's are not known here
+    )
+    image = 3 * dataset.image_size**2
+    padded = 3 * (dataset.image_size + 2 * config.client.crop_padding) ** 2
+    arrays = {
+        f"synthesis.features-per-class = {synthesis.features_per_class}, "
+        f"{classes} classes and model.feature-dim = {width}": (
+            4 * classes * synthesis.features_per_class * width
+        ),
+        f"class-gradients.draws = {gradients.draws}, "
+        f"class-gradients.samples-per-class = {gradients.samples_per_class} and "
+        f"model.feature-dim = {width}": (
+            4 * gradients.draws * gradients.samples_per_class * width
+        ),
+    }
+    with_size = f"and dataset.image-size = {dataset.image_size}"
+    batches = {
+        "client": (config.client.batch_size, padded),
+        "teacher": (config.teacher.batch_size, image),
+        "evaluation": (config.evaluation.batch_size, image),
+    }
+    for group, (batch, pixels) in batches.items():
+        arrays[f"{group}.batch-size = {batch} {with_size}"] = 4 * batch * pixels
+    if dataset.name == "demo":
+        train, test = sum(_long_tail(dataset) or ()), dataset.demo_test_per_class
+        arrays[
+            f"dataset.demo-train-per-class = {dataset.demo_train_per_class} {with_size}"
+        ] = train * image
+        arrays[f"dataset.demo-test-per-class = {test} {with_size}"] = (
+            classes * test * image
+        )
+    for keys, size in arrays.items():
+        if size > LARGEST_ARRAY_BYTES:
+            yield (
+                f"{keys} make one array of {size:,} bytes, but at most "
+                f"{LARGEST_ARRAY_BYTES:,} are allowed; lower one of them"
+            )

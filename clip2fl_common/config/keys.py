@@ -1,0 +1,111 @@
+"""What the schema says of a key besides its type: who reads it, when it may change."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from clip2fl_common.config.types import METHODS, Scalar
+
+
+class ReadBy:
+    """Marks a key, or a group of keys, that only some methods read.
+
+    Parameters
+    ----------
+    *methods : str
+        Names of those methods. What a field says wins over what its group says.
+    """
+
+    def __init__(self, *methods: str) -> None:
+        self.methods = methods
+
+
+class MayChange:
+    """Marks a key, or a group of keys, that may change when a run goes on.
+
+    Such a key decides where results lie, how long the server waits or what it keeps,
+    but not what comes out.
+    """
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the run configuration.
+
+    Attributes
+    ----------
+    name : str
+        With dots and hyphens, as Flower's run configuration has it.
+    default : bool, int, float or str
+        Its default.
+    sentence : str
+        What it means, on one line.
+    field : FieldInfo
+        Its type and bounds.
+    methods : tuple of str
+        Those among `METHODS` that read it.
+    may_change : bool
+        Whether it may change when a run goes on.
+    """
+
+    name: str
+    default: Scalar
+    sentence: str
+    field: FieldInfo
+    methods: tuple[str, ...]
+    may_change: bool
+
+
+def kebab(name: str) -> str:
+    """Return a field's name as a key spells it."""
+    return name.replace("_", "-")
+
+
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """Return the fields of one of the schema's classes by name."""
+    assert is_pydantic_dataclass(cls)
+    return cls.__pydantic_fields__
+
+
+def keys_of(
+    cls: type,
+    prefix: str = "",
+    methods: tuple[str, ...] = METHODS,
+    may_change: bool = False,
+) -> Iterator[Key]:
+    """Yield the keys that a class of the schema declares, groups included, in order.
+
+    Parameters
+    ----------
+    cls : type
+        A pydantic dataclass. Each field has a default and, unless it is a group, a
+        docstring.
+    prefix : str
+        Goes before each name.
+    methods : tuple of str
+        Methods that read its keys, where a field does not say otherwise.
+    may_change : bool
+        Whether its keys may change when a run goes on, whatever a field says.
+
+    Yields
+    ------
+    Key
+    """
+    for name, field in fields_of(cls).items():
+        readers = methods
+        changes = may_change
+        for mark in field.metadata:
+            if isinstance(mark, ReadBy):
+                readers = mark.methods
+            elif isinstance(mark, MayChange):
+                changes = True
+        key = f"{prefix}{kebab(name)}"
+        if dataclasses.is_dataclass(field.annotation):
+            assert isinstance(field.annotation, type)
+            yield from keys_of(field.annotation, f"{key}.", readers, changes)
+        else:
+            sentence = " ".join((field.description or "").split())
+            yield Key(key, field.default, sentence, field, readers, changes)

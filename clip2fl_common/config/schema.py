@@ -1,0 +1,469 @@
+"""The run configuration: every key with its default, its bounds and its meaning.
+
+Each key is one field here: the dotted key ``synthesis.learning-rate`` is
+``config.synthesis.learning_rate``. A field has the key's type (with the range that it
+may have), its default and, below it, what the key means. `ReadBy` and `MayChange` say
+which methods read it and whether it may change when a run goes on. From this file come
+the block in pyproject.toml that Flower reads, docs/configuration.md and the JSON
+schemas from which editors complete keys: ``make docs`` writes them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from clip2fl_common.config.checks import SITES, contradictions
+from clip2fl_common.config.keys import (
+    Key,
+    MayChange,
+    ReadBy,
+    kebab,
+    keys_of,
+)
+from clip2fl_common.config.messages import (
+    explain,
+    key_problems,
+    listed,
+    scalar_problem,
+)
+from clip2fl_common.config.types import (
+    GRADIENT_METHODS,
+    MOMENTUM_METHODS,
+    TEACHER_METHODS,
+    Concentration,
+    ConfigError,
+    Cosine,
+    Delta,
+    Device,
+    DrawnImages,
+    Draws,
+    FeatureDim,
+    FeaturesPerClass,
+    FinalStepSize,
+    FolderName,
+    ImageLimit,
+    Images,
+    ImageSize,
+    LengthRatio,
+    MethodName,
+    NameList,
+    Padding,
+    PathText,
+    Positive,
+    Ratio,
+    Replies,
+    Scalar,
+    Seconds,
+    Share,
+    StepSize,
+    Temperature,
+    Text,
+    TrackerNames,
+    Weight,
+)
+from clip2fl_common.precision import Precision
+
+_strict = ConfigDict(
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+    alias_generator=kebab,
+    use_attribute_docstrings=True,
+)
+
+
+@dataclass(frozen=True, config=_strict)
+class Run:
+    """Where a run leaves its results."""
+
+    dir: PathText = ""
+    """Absolute folder that receives one folder a run; empty: the user's data folder."""
+    name: FolderName = ""
+    """Name of the run's folder; empty: made from method, data set, seed and run id."""
+    resume: PathText = ""
+    """Absolute folder of an interrupted run, which goes on there; empty: a new run."""
+    trackers: TrackerNames = ""
+    """Experiment trackers, separated by spaces: tensorboard, mlflow, wandb; empty:
+    none."""
+
+
+@dataclass(frozen=True, config=_strict)
+class CheckpointConfig:
+    """What of a run is kept, to go on from and to deliver."""
+
+    every: Annotated[Positive, MayChange()] = 1
+    """Rounds from one checkpoint to the next; the last round has one anyway."""
+    keep: Annotated[Positive, MayChange()] = 2
+    """Last checkpoints that stay, besides the best one; two stay anyway, since the
+    newest model proves itself in the next round."""
+    best_metric: Literal["top1", "balanced", "many", "medium", "few"] = "balanced"
+    """Accuracy that decides which round is best: top1, balanced, many, medium or
+    few."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Dataset:
+    """Which images, and how long their tail is."""
+
+    name: Literal[
+        "demo", "cifar10", "cifar100", "imagenet-lt", "image-folder", "sites"
+    ] = "demo"
+    """demo (drawn, no download), cifar10, cifar100, imagenet-lt, image-folder, or sites
+    (each node trains on images of its own: docs/own-images.md)."""
+    root: PathText = ""
+    """Absolute folder of the images; cifar10 and cifar100 are downloaded there."""
+    train_list: PathText = ""
+    """imagenet-lt: absolute path of the list of training images, one `path label` a
+    line."""
+    test_list: PathText = ""
+    """imagenet-lt: absolute path of the list of test images."""
+    class_names: NameList = ""
+    """sites: names of the classes, separated by commas, from the most frequent to the
+    rarest as far as is known; many/medium/few are 30/40/30 % of this order."""
+    validation_share: Share = 0.2
+    """sites: share of each site's images, by their content, that evaluate the model
+    there."""
+    image_size: ImageSize = 32
+    """Side in pixels to which images are brought."""
+    imbalance_factor: Ratio = 100.0
+    """Most frequent over least frequent class (IF >= 1); 1 keeps every sample."""
+    demo_train_per_class: DrawnImages = 600
+    """demo: drawn images of the most frequent class."""
+    demo_test_per_class: DrawnImages = 200
+    """demo: drawn test images of each class."""
+    skip_unreadable: bool = False
+    """Leave unreadable images out, and count them, instead of stopping."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Partition:
+    """How the training images are divided among clients."""
+
+    clients: Positive = 10
+    """Number of clients; any number of nodes can simulate them (sites: each node is
+    one)."""
+    alpha: Concentration = 0.5
+    """Concentration of the Dirichlet distribution (> 0); smaller is more uneven."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Federation:
+    """How the rounds go."""
+
+    rounds: Positive = 30
+    """Number of rounds."""
+    clients_per_round: Positive = 5
+    """Clients drawn without replacement each round; a run with sites waits for as many
+    at its start, and goes on with those that are there."""
+    round_timeout: Annotated[Seconds, MayChange()] = 3600.0
+    """Seconds to wait for a round's replies."""
+    min_replies: Replies = 0
+    """Good replies that a round needs; with fewer the model stays as it is. 0: one, and
+    with sites more than half of those seen in the run."""
+    site_registry: Annotated[PathText, MayChange()] = ""
+    """Absolute path, at the server, of the file that binds sites' names to their keys
+    (deploy/register.sh writes it); empty: a node may call itself any site."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Aggregation:
+    """How what clients send becomes one model, and how much one of them can move it."""
+
+    rule: Literal["mean", "median", "trimmed-mean"] = "mean"
+    """Mean of the clients' models (weighted by images) and class gradients: mean, or
+    coordinate by coordinate median or trimmed-mean (neither is weighted)."""
+    trim: Annotated[
+        float, Field(ge=0, lt=0.5), ReadBy("clip2fl", "creff", "fedavg", "fedprox")
+    ] = 0.2
+    """trimmed-mean: share of the values cut off at each end, below 0.5."""
+    max_length_ratio: LengthRatio = 10.0
+    """Drops a reply whose update is so many times longer than the round's median update
+    (or whose class gradients are out of all proportion); 0: none."""
+    max_update_norm: Weight = 0.0
+    """Longer updates of a client's model are shortened to this norm; 0: no bound."""
+    max_gradient_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
+    """The same for each of its class gradients; 0: no bound."""
+    max_site_images: Images = 1000000
+    """sites: the most training images, its weight in the mean, that one may claim."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Model:
+    """The student."""
+
+    name: Literal["resnet8", "resnet8-slim", "resnet18", "resnet50"] = "resnet8-slim"
+    """Student: resnet8 (4x width, the paper's), resnet8-slim, resnet18 or resnet50."""
+    feature_dim: FeatureDim = 512
+    """Width of its features; must equal the teacher's embedding width."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Client:
+    """Local training."""
+
+    epochs: Positive = 5
+    """Passes over a client's images each round."""
+    batch_size: Positive = 32
+    """Mini-batch size of local training."""
+    learning_rate: StepSize = 0.1
+    """Step size of local training (plain SGD)."""
+    learning_rate_final: FinalStepSize = 0.0
+    """Step size of the last round, geometric in between; 0: the same in all rounds."""
+    crop_padding: Padding = 4
+    """Zero pixels around an image before its random crop; 0: no crop."""
+    augment_per: Literal["batch", "image"] = "batch"
+    """Place of the crop and flip are drawn per batch (the released code) or per
+    image."""
+    logit_adjustment: Weight = 0.0
+    """tau: logit-adjusted loss by the client's own class frequencies; 0: plain loss."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (mixed precision: faster on GPUs, slower on most CPUs)."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Distillation:
+    """Knowledge distillation from the teacher."""
+
+    weight: Weight = 1.0
+    """alpha: weight of the distillation loss; 0 switches distillation off."""
+    temperature: Temperature = 3.0
+    """T: distillation temperature of teacher and student."""
+
+
+@dataclass(frozen=True, config=_strict)
+class FedProx:
+    """The proximal term."""
+
+    mu: Weight = 0.01
+    """Weight of the proximal term."""
+
+
+@dataclass(frozen=True, config=_strict)
+class FedAvgM:
+    """Momentum at the server."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of the server's steps."""
+    learning_rate: Annotated[float, Field(ge=1e-06, le=1)] = 1.0
+    """Step size of the server; 1 goes all the way to the clients' average."""
+
+
+@dataclass(frozen=True, config=_strict)
+class EMA:
+    """Exponential moving average of the rounds' models, evaluated and delivered."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """What is evaluated and delivered: an exponential moving average of the rounds'
+    models, in which a round counts decay times as much as the next; 0: the last model
+    by itself."""
+
+
+@dataclass(frozen=True, config=_strict)
+class ClassGradients:
+    """Class gradients of the re-trained classifier."""
+
+    draws: Draws = 5
+    """Augmented draws over which a class gradient is averaged."""
+    samples_per_class: Positive = 32
+    """Images of a class in one draw, at most."""
+    augment: bool = True
+    """Differentiable Siamese augmentation of each draw."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Upload:
+    """How class gradients travel to the server."""
+
+    precision: Precision = "half"
+    """Values of uploaded class gradients: half (bfloat16: float32's range, 8 bits of
+    precision) or full (float32)."""
+    min_cosine: Cosine = 1.0
+    """Smallest cosine of a class gradient's row with what is uploaded for it: 1 uploads
+    all rows; below 1, e.g. 0.99, as few directions as keep the bound."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Privacy:
+    """What class gradients and models may give away (docs/privacy.md)."""
+
+    min_class_samples: Annotated[Positive, ReadBy(*GRADIENT_METHODS)] = 1
+    """Images below which a client sends no gradient of a class: that of a single image
+    reveals its feature (docs/privacy.md)."""
+    gradient_clip_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
+    """Norm to which each image's part of a class gradient is shortened; 0: no bound."""
+    gradient_noise_multiplier: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
+    """Gaussian noise that clients add to class gradients, in units of what one image
+    can change; 0: none."""
+    update_noise_multiplier: Weight = 0.0
+    """Gaussian noise that the server adds to the mean update, in units of what one
+    client can change, which aggregation.max-update-norm bounds; 0: none."""
+    delta: Delta = 1e-05
+    """delta of the (epsilon, delta) that is accounted for."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Synthesis:
+    """Federated features."""
+
+    features_per_class: FeaturesPerClass = 100
+    """m: federated features of each class."""
+    steps: Positive = 100
+    """Descent steps on the federated features each round."""
+    learning_rate: StepSize = 0.1
+    """Step size on the federated features."""
+    learning_rate_final: FinalStepSize = 0.0
+    """Step size of the last round, geometric in between; 0: the same in all rounds."""
+    contrast_weight: Annotated[Weight, ReadBy(*TEACHER_METHODS)] = 0.001
+    """eta: weight of the prototype contrastive loss; 0 switches it off."""
+    contrast_temperature: Annotated[Temperature, ReadBy(*TEACHER_METHODS)] = 0.1
+    """tau: temperature of the prototype contrastive loss."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Retraining:
+    """The balanced classifier."""
+
+    init: Literal["fresh", "warm"] = "fresh"
+    """Start of re-training: fresh (the released code) or warm (last round's
+    classifier)."""
+    epochs: Positive = 300
+    """Passes over the federated features when the classifier is re-trained."""
+    batch_size: Positive = 32
+    """Mini-batch size of re-training."""
+    learning_rate: StepSize = 0.01
+    """Step size of re-training (plain SGD)."""
+
+
+@dataclass(frozen=True, config=_strict)
+class TeacherConfig:
+    """The frozen vision-language model."""
+
+    model: Text = "demo"
+    """Teacher: an open_clip name (ViT-B-32), local-dir:PATH, hf-hub:NAME, or demo."""
+    pretrained: Text = ""
+    """open_clip tag of the weights (openai, laion2b_s34b_b79k, ...) for a model by
+    name."""
+    prompt: Text = "a photo of a {class}"
+    """Text of a class; {class} stands for its name."""
+    batch_size: Positive = 64
+    """Images in one forward pass of the teacher."""
+
+
+@dataclass(frozen=True, config=_strict)
+class Evaluation:
+    """Central evaluation at the server."""
+
+    max_images: ImageLimit = 0
+    """Test images in all rounds but the last, which uses all; 0: always all."""
+    batch_size: Positive = 32
+    """Images in one forward pass without gradients; 32 suits a CPU's cache, 512 a
+    GPU."""
+
+
+@dataclass(frozen=True, config=_strict)
+class RunConfig:
+    """Everything that decides a run's outcome."""
+
+    method: MethodName = "clip2fl"
+    """Algorithm: clip2fl, clip2flm (with momentum at the server), creff (no teacher),
+    fedavg, fedprox or fedavgm."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+    """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""
+    device: Device = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    run: Annotated[Run, MayChange()] = Run()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dataset: Dataset = Dataset()
+    partition: Partition = Partition()
+    federation: Federation = Federation()
+    aggregation: Aggregation = Aggregation()
+    model: Model = Model()
+    client: Client = Client()
+    distillation: Annotated[Distillation, ReadBy(*TEACHER_METHODS)] = Distillation()
+    fedprox: Annotated[FedProx, ReadBy("fedprox")] = FedProx()
+    fedavgm: Annotated[FedAvgM, ReadBy(*MOMENTUM_METHODS)] = FedAvgM()
+    ema: EMA = EMA()
+    class_gradients: Annotated[ClassGradients, ReadBy(*GRADIENT_METHODS)] = (
+        ClassGradients()
+    )
+    upload: Annotated[Upload, ReadBy(*GRADIENT_METHODS)] = Upload()
+    privacy: Privacy = Privacy()
+    synthesis: Annotated[Synthesis, ReadBy(*GRADIENT_METHODS)] = Synthesis()
+    retraining: Annotated[Retraining, ReadBy(*GRADIENT_METHODS)] = Retraining()
+    teacher: Annotated[TeacherConfig, ReadBy(*TEACHER_METHODS)] = TeacherConfig()
+    evaluation: Evaluation = Evaluation()
+
+    @classmethod
+    def from_run_config(cls, flat: Mapping[str, Scalar]) -> "RunConfig":
+        """Parse and check Flower's flat run configuration.
+
+        Parameters
+        ----------
+        flat : mapping
+            Dotted kebab-case keys to scalars, as in ``context.run_config``.
+
+        Returns
+        -------
+        RunConfig
+
+        Raises
+        ------
+        ConfigError
+            Names each offending key, what was found and what is allowed.
+        """
+        problems = list(key_problems(flat, known_keys()))
+        nested: dict[str, Any] = {}
+        for key in KEYS:
+            if key in flat and scalar_problem(flat[key]) is None:
+                group, dot, leaf = key.partition(".")
+                if dot:
+                    nested.setdefault(group, {})[leaf] = flat[key]
+                else:
+                    nested[key] = flat[key]
+        try:
+            # Only JSON input lets strict types and nested dataclasses go together.
+            config = _adapter.validate_json(json.dumps(nested))
+        except ValidationError as error:
+            problems += [explain(dict(problem)) for problem in error.errors()]
+        if not problems:
+            problems = contradictions(config)
+        if problems:
+            raise ConfigError(listed(problems))
+        return config
+
+    @property
+    def simulated(self) -> bool:
+        """Whether nodes simulate the clients; else they are sites with own images."""
+        return self.dataset.name != SITES
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return the configuration as dotted kebab-case keys, sorted."""
+        flat: dict[str, Scalar] = {}
+        for key, value in dataclasses.asdict(self).items():
+            if isinstance(value, dict):
+                for leaf, scalar in value.items():
+                    flat[f"{kebab(key)}.{kebab(leaf)}"] = scalar
+            else:
+                flat[kebab(key)] = value
+        return dict(sorted(flat.items()))
+
+
+_adapter: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+KEYS: Mapping[str, Key] = {key.name: key for key in keys_of(RunConfig)}
+"""Every key by name, in the order in which the schema declares them."""
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key that a run configuration has, sorted."""
+    return sorted(KEYS)
+
+
+def defaults() -> dict[str, Scalar]:
+    """Return every dotted key with its default, in the order of `KEYS`."""
+    return {name: key.default for name, key in KEYS.items()}

@@ -1,0 +1,33 @@
+"""Changed keys that a run's method does not read."""
+
+from clip2fl_common.config.schema import KEYS, RunConfig
+from clip2fl_common.config.types import METHODS
+
+
+def unread_warning(config: RunConfig) -> str | None:
+    """Return a warning of keys whose values change nothing in a run.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+
+    Returns
+    -------
+    str or None
+        One line with the method and the keys; None where the method reads every key
+        that differs from its default, or is not among those that the schema knows.
+    """
+    if config.method not in METHODS:
+        return None
+    unread = [
+        f"{name} = {value!r}"
+        for name, value in config.to_flat().items()
+        if config.method not in KEYS[name].methods and value != KEYS[name].default
+    ]
+    if not unread:
+        return None
+    return (
+        f"method = {config.method!r} does not read {', '.join(unread)}: the run is the "
+        "same as with the defaults"
+    )

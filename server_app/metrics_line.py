@@ -1,0 +1,92 @@
+"""A line of ``metrics.jsonl``: all numbers of one round, as JSON fields."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clip2fl_common.metrics import AccuracyReport
+from server_app.evaluation import Evaluator
+from strategy.round_record import RoundRecord
+
+
+def metrics_line(
+    server_round: int,
+    record: RoundRecord,
+    reports: Mapping[str, AccuracyReport],
+    medians: Mapping[str, AccuracyReport],
+    evaluator: Evaluator,
+    seconds: Mapping[str, float],
+    final: bool,
+) -> dict[str, Any]:
+    """Return a round's numbers.
+
+    Parameters
+    ----------
+    server_round : int
+        The round.
+    record : RoundRecord
+        What the strategy has recorded of it.
+    reports : mapping of str to AccuracyReport
+        Accuracy by head.
+    medians : mapping of str to AccuracyReport
+        What the median site says of each head, if there are sites.
+    evaluator : Evaluator
+        Has evaluated the round, and counted the test images it could not read.
+    seconds : mapping of str to float
+        Duration of each phase.
+    final : bool
+        The round is the last one.
+
+    Returns
+    -------
+    dict
+        Fields for JSON.
+    """
+    line = {
+        "round": server_round,
+        "clients": record.clients,
+        "dropped_replies": record.dropped,
+        "kept_model": record.kept_model,
+        "went_back_to": record.went_back_to,
+        "left_out": record.left_out,
+        "shortened": {
+            "updates": record.shortened_updates,
+            "class_gradients": record.shortened_gradients,
+        },
+        "accuracy": {name: accuracy_fields(report) for name, report in reports.items()},
+        "test_images": len(evaluator.indices(final)),
+        "losses": record.losses,
+        "privacy": record.privacy,
+        "unreadable_images": {
+            "train": record.unreadable,
+            "test": evaluator.unreadable,
+        },
+        "bytes": {
+            "down": record.bytes_down,
+            "up": sum(record.upload_bytes),
+            "per_client": record.upload_bytes,
+            "class_gradients": record.gradient_bytes,
+        },
+        "seconds": {name: round(s, 4) for name, s in seconds.items()},
+    }
+    if medians:
+        line["accuracy_median_site"] = {
+            name: accuracy_fields(report) for name, report in medians.items()
+        }
+    return line
+
+
+def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:
+    """Return an accuracy report as JSON fields, percent to four decimals."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [rounded(entry) for entry in value]
+        return None if value is None else round(value, 4)
+
+    return {name: rounded(v) for name, v in dataclasses.asdict(report).items()}
+
+
+def accuracy_from_fields(fields: Mapping[str, Any]) -> AccuracyReport:
+    """Return the accuracy report that `accuracy_fields` wrote, to four decimals."""
+    return AccuracyReport(**{**fields, "per_class": tuple(fields["per_class"])})

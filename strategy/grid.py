@@ -1,0 +1,108 @@
+"""Flower's grid, with what a federation of sites needs besides."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+# Seconds between two looks for replies.
+POLL_S = 1.0
+
+
+class DelegatingGrid(Grid):
+    """Hands every call on to another grid; subclasses change some of them.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    # Flower's class for a run has no public name.
+    def set_run(self, run: Any) -> None:
+        """Set the run of the grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Return the run of the grid."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message to a node."""
+        return self._grid.create_message(
+            content, message_type, dst_node_id, group_id, ttl
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages, and return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have arrived."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages, and return the replies that arrive in time."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+class AttentiveGrid(DelegatingGrid):
+    """Looks for replies often, and says which node is lost.
+
+    A node that was killed may be connected again seconds after the SuperLink counted
+    it as offline. Its message is lost then, and only a server that looks in between
+    learns of it. Flower's grid looks every three seconds, and its errors of lost nodes
+    name the SuperLink as their source.
+    """
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send requests, and return the replies that arrive in time.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            One or more for each node.
+        timeout : float or None
+            Seconds to wait; None waits for all.
+
+        Returns
+        -------
+        list of Message
+            Replies and errors, each from the node that was asked.
+        """
+        requests = list(messages)
+        identifiers = list(self._grid.push_messages(requests))
+        waiting = dict(zip(identifiers, requests, strict=True))
+        end = None if timeout is None else time.monotonic() + timeout
+        replies = []
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                request = waiting.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    reply = Message(reply.error, reply_to=request)
+                replies.append(reply)
+            if not waiting or (end is not None and time.monotonic() > end):
+                break
+            time.sleep(POLL_S)
+        return replies

@@ -1,0 +1,308 @@
+"""Nodes with images of their own: each is one client, and may come and go."""
+
+import hashlib
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from clip2fl_common import messages
+from clip2fl_common.randomness import generator, secret_generator
+from clip2fl_common.site_names import clashing
+from clip2fl_common.site_registry import RegistryError, SiteRegistry
+from strategy.log import log
+
+# Seconds within which nodes must say which site they are.
+QUERY_TIMEOUT_S = 120.0
+# Seconds between two looks at who is connected while too few sites are.
+WAIT_S = 3.0
+# Seconds after which a node that refused to take part is asked again.
+ASK_AGAIN_S = 30.0
+# Bits of a site's number below those that number its random streams.
+_MORE_BITS = 31
+
+
+@dataclass
+class SiteClients:
+    """Which sites train in which round: drawn from those that are connected then.
+
+    A site is known by its name, so a seed repeats who trains and with which random
+    numbers, whatever Flower's node ids are, as long as the same sites are there.
+
+    Attributes
+    ----------
+    clients_per_round : int
+        Sites drawn without replacement each round. The first round waits until as
+        many are connected; later ones take those that are.
+    seed : int
+        The run's seed.
+    max_images : int
+        More training images than this are believed of no site.
+    registry : Path or None
+        File that binds names to nodes' keys; None: each node says its name.
+
+    Raises
+    ------
+    RegistryError
+        If the registry cannot be used.
+    """
+
+    come_and_go: ClassVar[bool] = True
+
+    clients_per_round: int
+    seed: int
+    max_images: int
+    registry: Path | None = None
+    _bound: SiteRegistry | None = None
+    _names: dict[int, str] = field(default_factory=dict)
+    # All that have taken part, by number, connected or not, and the images on which
+    # each has trained last.
+    _seen: dict[int, str] = field(default_factory=dict)
+    _images: dict[int, int] = field(default_factory=dict)
+    _refused: dict[int, float] = field(default_factory=dict)
+    _started: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the registry, if there is one."""
+        if self.registry is not None:
+            self._bound = SiteRegistry.read(self.registry)
+        else:
+            log(
+                WARNING,
+                "federation.site-registry is empty: names of sites are free, and any "
+                "registered node may call itself any site",
+            )
+
+    def __str__(self) -> str:
+        """Return a line for the strategy's summary."""
+        return f"{self.clients_per_round} of the sites connected (seed {self.seed})"
+
+    def refresh(self, grid: Grid) -> None:
+        """Find out who is connected, and wait while too few are.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's.
+        """
+        while True:
+            self._meet(grid)
+            needed = 1 if self._started else self.clients_per_round
+            if len(self._names) >= needed:
+                break
+            log(
+                INFO,
+                "waiting for sites: %d of %d connected (%s)",
+                len(self._names),
+                needed,
+                ", ".join(sorted(self._names.values())) or "none",
+            )
+            time.sleep(WAIT_S)
+        self._started = True
+
+    def available(self) -> list[int]:
+        """Return the numbers of the sites that are connected."""
+        return self.connected()
+
+    def evaluating(self) -> list[int]:
+        """Return the numbers of the sites that evaluate: all that are connected."""
+        return self.connected()
+
+    def sample(self, server_round: int, left_out: Collection[int] = ()) -> list[int]:
+        """Return the numbers of the sites that train in a round, ascending.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        left_out : collection of int
+            Sites that do not; others train in their place.
+        """
+        clients = self.connected()
+        order = torch.randperm(
+            len(clients), generator=generator(self.seed, "sampling", server_round)
+        )
+        drawn = [clients[i] for i in order if clients[i] not in left_out]
+        return sorted(drawn[: self.clients_per_round])
+
+    def replies_needed(self, configured: int) -> int:
+        """Return the good replies that a round needs.
+
+        Parameters
+        ----------
+        configured : int
+            ``federation.min-replies``. 0: more than half of the sites that have been
+            seen in the run (of those drawn, where fewer are drawn each round). What is
+            left when most are away is not what the federation knows, however good the
+            replies are.
+        """
+        if configured:
+            return configured
+        return min(self.clients_per_round, len(self._seen)) // 2 + 1
+
+    def participation(self, trained: Mapping[int, int]) -> str:
+        """Return who took part in a round.
+
+        Parameters
+        ----------
+        trained : mapping of int to int
+            Training images of each site whose reply was good.
+
+        Returns
+        -------
+        str
+            Such as ``2 of 3 sites, 345 of 438 images``.
+        """
+        self._images |= trained
+        return (
+            f"{len(trained)} of {len(self._seen)} sites, {sum(trained.values()):,} of "
+            f"{sum(self._images.values()):,} images"
+        )
+
+    def connected(self) -> list[int]:
+        """Return the numbers of all known sites, in the order of their names."""
+        return [client_number(name) for name in sorted(self._names.values())]
+
+    def node_of(self, client: int) -> int:
+        """Return a site's node."""
+        return {client_number(name): n for n, name in self._names.items()}[client]
+
+    def noise_source(self, server_round: int) -> torch.Generator:
+        """Return random numbers for a round's noise, which no seed repeats."""
+        return secret_generator()
+
+    def stream_of(self, client: int) -> int:
+        """Return the number of a site's random streams."""
+        return client >> _MORE_BITS
+
+    def images_of(self, client: int) -> int:
+        """Return the most images that a site may say it has trained on."""
+        return self.max_images
+
+    def label(self, client: int) -> str:
+        """Return the name of a site that is or was connected."""
+        return self._seen.get(client, f"site number {client}")
+
+    def _meet(self, grid: Grid) -> None:
+        """Forget the sites that have left, and ask new nodes which they are."""
+        connected = set(grid.get_node_ids())
+        for node in sorted(self._names.keys() - connected):
+            log(
+                WARNING,
+                "site %s (node %d) is not connected: it is left out until it is back",
+                self._names.pop(node),
+                node,
+            )
+        self._read_registry()
+        now = time.monotonic()
+        asked = [
+            node
+            for node in sorted(connected - self._names.keys())
+            if now - self._refused.get(node, -ASK_AGAIN_S) >= ASK_AGAIN_S
+        ]
+        if not asked:
+            return
+        answers = grid.send_and_receive(
+            [Message(RecordDict(), node, MessageType.QUERY) for node in asked],
+            timeout=QUERY_TIMEOUT_S,
+        )
+        reasons = dict.fromkeys(asked, f"no answer in {QUERY_TIMEOUT_S:.0f} s")
+        # By node, so that equal names do not depend on the order of the answers.
+        for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
+            node = answer.metadata.src_node_id
+            if answer.has_error():
+                reasons[node] = messages.plain(answer.error.reason)
+                continue
+            try:
+                self._welcome(node, self._name_of(node, messages.site_of(answer)))
+            except messages.ReplyError as error:
+                reasons[node] = str(error)
+                continue
+            del reasons[node]
+            self._refused.pop(node, None)
+        for node, reason in reasons.items():
+            self._refused[node] = now
+            log(WARNING, "node %d does not take part: %s", node, reason)
+
+    def _read_registry(self) -> None:
+        """Read the registry again, and forget the sites that are in it no more."""
+        if self.registry is None:
+            return
+        try:
+            self._bound = SiteRegistry.read(self.registry)
+        except RegistryError as error:
+            log(WARNING, "%s. What it said before goes on to hold", error)
+        assert self._bound is not None
+        for node, name in list(self._names.items()):
+            if self._bound.name_of(node) != name:
+                del self._names[node]
+                log(
+                    WARNING,
+                    "site %s (node %d) is no longer in the site registry: it is left "
+                    "out",
+                    name,
+                    node,
+                )
+
+    def _name_of(self, node: int, given: str) -> str:
+        """Return a node's name: the registry's, or else the one that it gives."""
+        if self._bound is None:
+            return given or f"node-{node}"
+        name = self._bound.name_of(node)
+        if name is None:
+            raise messages.ReplyError(
+                f"it calls itself {given or 'nothing'}, but its key is not in "
+                f"{self.registry}: register it there with deploy/register.sh"
+            )
+        if given not in ("", name):
+            raise messages.ReplyError(
+                f"it calls itself {given}, but its key is registered for {name}: "
+                f"--node-config 'site=\"{name}\"' at the node"
+            )
+        return name
+
+    def _welcome(self, node: int, name: str) -> None:
+        taken = {clashing(known) for known in self._names.values()}
+        if clashing(name) in taken:
+            log(
+                WARNING,
+                "node %d calls itself %s, as another node does (case does not count); "
+                "give each site a name of its own: --node-config 'site=\"...\"'",
+                node,
+                name,
+            )
+            name = f"{name}-{node}"
+        if clashing(name) in taken or client_number(name) in self.connected():
+            raise messages.ReplyError(
+                f"it would be called {name}, which stands for another site; give each "
+                "site a name of its own: --node-config 'site=\"...\"'"
+            )
+        self._names[node] = name
+        self._seen[client_number(name)] = name
+        log(INFO, "site %s (node %d) takes part", name, node)
+
+
+def client_number(name: str) -> int:
+    """Return the number that stands for a site in requests, replies and sums.
+
+    Parameters
+    ----------
+    name : str
+        The site's name.
+
+    Returns
+    -------
+    int
+        63 bits, as Flower's metrics hold no more. The upper 32 alone order the sites
+        and number their random streams; with so few, the names of strangers would
+        soon have a number in common, and one of two sites would be shut out.
+    """
+    upper = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    more = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    return int.from_bytes(upper, "little") << _MORE_BITS | more >> 1

@@ -1,0 +1,138 @@
+"""Every bad key is refused by name, with what was found and the way out."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.config.dotted_keys import flatten
+from tests.defaults import ROOT, default_config
+
+
+def test_round_trip() -> None:
+    flat = default_config()
+    assert RunConfig.from_run_config(flat).to_flat() == flat
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeed": 3}, "seeed is not a key .* did you mean seed"),
+        ({"synthesis.stepz": 3}, r"did you mean synthesis\.steps"),
+        ({"seed": "7"}, "seed = '7'.*integer"),
+        ({"seed": -1}, "seed = -1.*greater than or equal to 0"),
+        ({"client.epochs": True}, r"client\.epochs = True.*integer"),
+        ({"federation.rounds": 1.5}, r"federation\.rounds = 1\.5.*integer"),
+        ({"dataset.imbalance-factor": 0.5}, r"imbalance-factor = 0\.5.*equal to 1"),
+        ({"partition.alpha": 0.0}, r"partition\.alpha = 0\.0.*or equal to 0\.001"),
+        ({"distillation.temperature": 0.0}, r"temperature = 0\.0.*or equal to 0\.001"),
+        ({"synthesis.contrast-temperature": -1.0}, r"= -1\.0.*or equal to 0\.001"),
+        ({"client.learning-rate": float("nan")}, "learning-rate = nan.*finite"),
+        ({"client.logit-adjustment": -1.0}, r"logit-adjustment = -1\.0.*0 or ≥ 1e-9"),
+        ({"fedavgm.momentum": 1.0}, r"fedavgm\.momentum = 1\.0.*less than 1"),
+        ({"fedavgm.learning-rate": 1.5}, r"learning-rate = 1\.5.*than or equal to 1"),
+        ({"synthesis.learning-rate-final": -1.0}, r"rate-final = -1\.0.*0 or ≥ 1e-9"),
+        ({"upload.precision": "quarter"}, r"precision = 'quarter'.*'half' or 'full'"),
+        ({"upload.min-cosine": 0.0}, r"min-cosine = 0\.0.*equal to 0\.01"),
+        ({"upload.min-cosine": 1.01}, r"min-cosine = 1\.01.*less than or equal to 1"),
+        (
+            {"method": "fedavgm", "aggregation.rule": "median"},
+            "aggregation.rule = 'median', .*'fedavgm'.*the clients' mean; set .*'mean'",
+        ),
+        (
+            {"method": "clip2flm", "aggregation.rule": "trimmed-mean"},
+            "aggregation.rule = 'trimmed-mean', .*'clip2flm'.*'mean'",
+        ),
+        ({"partition.clients": 3}, "clients-per-round = 5 is more than .* = 3"),
+        (
+            {"federation.min-replies": 6},
+            "min-replies = 6 is more than .* = 5: no round",
+        ),
+        ({"aggregation.rule": "krum"}, r"aggregation\.rule = 'krum'.*'median'"),
+        ({"aggregation.trim": 0.5}, r"aggregation\.trim = 0\.5.*less than 0\.5"),
+        ({"aggregation.max-update-norm": -1.0}, r"max-update-norm = -1\.0"),
+        ({"dataset.name": "cifar10"}, r"dataset\.root is empty"),
+        ({"dataset.name": "mnist"}, r"dataset\.name = 'mnist'.*'cifar10'"),
+        (
+            {"dataset.name": "image-folder", "dataset.root": "data"},
+            r"dataset\.root = 'data' is relative",
+        ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "cat"},
+            r"class-names = 'cat'.*at least two different names",
+        ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "big cat, dog, big_cat"},
+            "at least two different names",
+        ),
+        (
+            {"dataset.name": "sites", "dataset.class-names": "cat,,dog"},
+            "at least two different names",
+        ),
+        (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": "cat, dog",
+                "dataset.validation-share": 0.0,
+            },
+            r"validation-share = 0\.0.*let the sites keep some",
+        ),
+        (
+            {"dataset.validation-share": 1.0},
+            r"share = 1\.0.*less than 1",
+        ),
+        ({"run.dir": "runs"}, r"run\.dir = 'runs' is relative"),
+        ({"run.resume": "runs/a"}, r"run\.resume = 'runs/a' is relative"),
+        ({"checkpoint.keep": 0}, r"checkpoint\.keep = 0.*greater than or equal to 1"),
+        ({"checkpoint.best-metric": "f1"}, r"best-metric = 'f1'.*'balanced'"),
+        ({"teacher.model": "local-dir:t"}, r"teacher\.model = 't' is relative"),
+        ({"teacher.prompt": "a photo"}, r"teacher\.prompt = 'a photo' has no {class}"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Scalar], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_run_config({**default_config(), **change})
+
+
+def test_sites_need_no_partition() -> None:
+    """Each node is a client, so more may be sampled than there are partitions."""
+    changes: dict[str, Scalar] = {
+        "dataset.name": "sites",
+        "dataset.class-names": "cat, dog",
+        "federation.clients-per-round": 50,
+    }
+    RunConfig.from_run_config({**default_config(), **changes})
+
+
+def test_missing_key_is_named() -> None:
+    flat = default_config()
+    del flat["retraining.epochs"]
+    with pytest.raises(ConfigError, match=r"retraining\.epochs is missing"):
+        RunConfig.from_run_config(flat)
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    bad: dict[str, Scalar] = {"seed": -1, "client.epochs": 0, "oops": 1}
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_run_config({**default_config(), **bad})
+    assert all(key in str(error.value) for key in ("seed", "client.epochs", "oops"))
+
+
+def experiments() -> list[Path]:
+    """Return the files in conf/ that are no comparisons."""
+    files = sorted((ROOT / "conf").glob("*.toml"))
+    return [f for f in files if "[variants." not in f.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("file", experiments(), ids=str)
+def test_experiments_parse(file: Path) -> None:
+    paths = {f"dataset.{leaf}": "/x" for leaf in ("root", "train-list", "test-list")}
+    experiment = flatten(tomllib.loads(file.read_text("utf-8")))
+    RunConfig.from_run_config({**default_config(), **paths, **experiment})  # type: ignore[dict-item]
+
+
+def test_demo_experiment_is_the_default() -> None:
+    demo = flatten(tomllib.loads((ROOT / "conf" / "demo.toml").read_text("utf-8")))
+    defaults = default_config()
+    assert {key: defaults[key] for key in demo} == demo
