@@ -35,8 +35,7 @@ $(COMMAND): $(INSTALLED) pyproject.toml
 	@touch $@
 
 demo: install ## Train on drawn images, without any download, and write a report
-	$(BIN)/python clip2fl_cli/simulation.py --run-config conf/demo.toml \
-		--set 'run.dir="$(CURDIR)/runs"'
+	$(COMMAND) run --run-config conf/demo.toml --set 'run.dir="$(CURDIR)/runs"'
 	$(COMMAND) report "$$(ls -td runs/*/ | head -n 1)"
 
 test: install ## Run the tests that take seconds

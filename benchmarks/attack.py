@@ -25,11 +25,12 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from benchmarks.measure import RESULTS, write_results
-from clip2fl_cli.simulation import ROOT, parse_overrides
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.config import RunConfig, Scalar, defaults
 from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import parse_overrides
+from clip2fl_common.project import PROJECT
 from server_app.app import main as server_main
 from server_app.run_folder import rounds_with_checkpoint
 from strategy.robust import gradient_norm
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run_config", type=Path, help="TOML file of the experiment")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--set", nargs="*", default=[], help="key=value pairs")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    parser.add_argument("--runs", type=Path, default=PROJECT / "runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {

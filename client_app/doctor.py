@@ -28,6 +28,7 @@ from clip2fl_common.config import (
 from clip2fl_common.config.dotted_keys import flatten
 from clip2fl_common.config.files import read_toml
 from clip2fl_common.files import cache_dir
+from clip2fl_common.project import experiment
 
 
 def findings(
@@ -70,7 +71,7 @@ def findings(
 
 def _run_config(path: Path) -> RunConfig:
     """Return the configuration: the file's values over the defaults."""
-    flat = {**defaults(), **flatten(read_toml(path))}
+    flat = {**defaults(), **flatten(read_toml(experiment(path)))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
 
 

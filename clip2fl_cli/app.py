@@ -4,58 +4,199 @@ What a subcommand needs is imported when it runs, since torch and matplotlib tak
 seconds.
 """
 
-import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from clip2fl_cli import console
+from clip2fl_cli.options import (
+    MOST_NODES,
+    AsJson,
+    ModelPath,
+    RunConfigFile,
+    Settings,
+    finite,
+    positive,
+)
 from clip2fl_common.shown import shown
 
 app = typer.Typer(
     name="clip2fl",
-    help="Compare, look at and take away what CLIP2FL on Flower has trained.",
+    help="Train with CLIP2FL on Flower; compare, look at and take away the results.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-# Answers go to standard output, everything else to standard error. Names from outside
-# are text: neither markup nor emoji.
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+# What a node does without is missing where clip2fl was installed without these extras.
+OF_EXTRA = {
+    **dict.fromkeys(("psutil", "jinja2", "matplotlib", "scipy", "joblib"), "cli"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
 
-# Longer messages than this hide what they say; values in them may have any length.
-MAX_MESSAGE = 2000
 
-Settings = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="'KEY=VALUE ...'",
-        help="Run configuration keys that win over the file; may be repeated.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-Model = Annotated[
-    Path,
-    typer.Option("--model", help="A run's folder, or its model.safetensors."),
-]
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from clip2fl_common.project import version
+
+        console.out.print(f"clip2fl {version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _general(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Say which it is."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    run_config: RunConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Go on with the interrupted run in this folder, with its settings.",
+        ),
+    ] = None,
+    supernodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_NODES,
+            help="Simulated nodes; one per CPU core, at least 2, if not given.",
+        ),
+    ] = None,
+    cpus_per_client: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_NODES,
+            help="CPU cores that a client occupies and computes with.",
+        ),
+    ] = 1,
+    gpus_per_client: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="GPUs, or the share of one, that a client occupies; what there is, "
+            "but at most 4 clients a GPU, if not given; 0: it sees none.",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Use this running Ray cluster (see docs/simulation.md).",
+        ),
+    ] = None,
+    app_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--app", metavar="DIR", help="Folder of another Flower app to run instead."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(callback=positive, help="Stop the run after so many seconds."),
+    ] = None,
+) -> None:
+    """Train: run the federation in a simulation on this machine.
+
+    The run has a SuperLink of its own, and nothing of it is left when the command
+    ends, even by Ctrl-C. Exit status: 0 the run completed; 1 it did not; 2 wrong
+    usage; 130 or 143 it was interrupted by Ctrl-C or SIGTERM.
+    """
+    from clip2fl_cli.signals import Interrupted
+    from clip2fl_cli.simulation import simulate
+    from clip2fl_common.project import PROJECT
+
+    try:
+        result = simulate(
+            app_folder or PROJECT,
+            run_config=run_config,
+            overrides=settings,
+            resume=resume,
+            supernodes=supernodes,
+            cpus_per_client=cpus_per_client,
+            gpus_per_client=gpus_per_client,
+            ray_address=ray_address,
+            timeout=timeout,
+            output=sys.stdout,
+        )
+    except Interrupted as interruption:
+        console.tell(f"clip2fl: {interruption}")
+        raise typer.Exit(128 + interruption.signum) from None
+    if not result.completed:
+        console.tell_lines(
+            f"clip2fl: the run did not complete ({result.status}): {result.details}"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def federate(
+    root_certificates: Annotated[
+        Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
+    ],
+    superlink: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink."),
+    ] = "127.0.0.1:8000",
+    run_config: RunConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="Seconds for which the SuperLink may be away.",
+        ),
+    ] = 300.0,
+) -> None:
+    """Train: start a run on a SuperLink and follow it to its end.
+
+    Start it at the server: Flower's Control API must not be reachable from elsewhere.
+    Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or 143 it is not
+    followed any more because of Ctrl-C or SIGTERM, but goes on.
+    """
+    from clip2fl_cli import federation
+    from clip2fl_cli.signals import Interrupted, interrupting
+
+    try:
+        with interrupting():
+            status, details = federation.federate(
+                superlink, root_certificates, run_config, settings, patience
+            )
+    except Interrupted as interruption:
+        console.tell(f"clip2fl: {interruption}; a run that has started goes on")
+        raise typer.Exit(128 + interruption.signum) from None
+    console.answer(f"{status} ({details})" if details else status)
+    raise typer.Exit(0 if status == "finished:completed" else 1)
 
 
 @app.command()
 def compare(
     comparison: Annotated[
-        Path, typer.Argument(help="TOML file, such as conf/demo-compare.toml.")
+        Path,
+        typer.Argument(
+            metavar="TOML|NAME",
+            help="File of a comparison, or the name of one that comes with the "
+            "program, such as demo-compare.",
+        ),
     ],
     runs: Annotated[
         Path, typer.Option(help="Folder under which the comparison has its own.")
@@ -75,29 +216,34 @@ def compare(
     from clip2fl_cli import comparison as comparisons
     from clip2fl_cli.progress import ComparisonProgress
     from clip2fl_cli.results import write_results
+    from clip2fl_common.project import experiment
 
-    compared = comparisons.Comparison.read(comparison, runs, settings, seeds)
+    compared = comparisons.Comparison.read(
+        experiment(comparison), runs, settings, seeds
+    )
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
-    _tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
+    console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
     try:
-        with ComparisonProgress(missing, there, err) as progress:
+        with ComparisonProgress(missing, there, console.err) as progress:
             failed = list(comparisons.complete(compared, progress))
     except KeyboardInterrupt as interruption:
         # Between two simulations, Python's own handler raises it.
         signum: int = getattr(interruption, "signum", signal.SIGINT)
-        _tell("interrupted; the same command goes on where this one stopped")
+        console.tell("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(128 + signum) from None
     if finished := compared.finished():
         command = shlex.join(["clip2fl", *sys.argv[1:]])
-        _tell("Drawing the reports of all runs")
+        console.tell("Drawing the reports of all runs")
         written = write_results(compared, finished, command, failed)
-        out.print(written.results.answer(as_json), soft_wrap=True)
-        _tell(f"Report: {written.report}")
+        console.out.print(written.results.answer(as_json), soft_wrap=True)
+        console.tell(f"Report: {written.report}")
     else:
-        _tell("no run has completed, so there is nothing to report")
+        console.tell("no run has completed, so there is nothing to report")
     for run in failed:
-        _tell(f"failed: {run.variant}, seed {run.seed}: {run.reason}", "bold red")
+        console.tell(
+            f"failed: {run.variant}, seed {run.seed}: {run.reason}", "bold red"
+        )
     raise typer.Exit(1 if failed else 0)
 
 
@@ -118,9 +264,7 @@ def doctor(context: typer.Context) -> None:
 
 @app.command()
 def partition(
-    run_config: Annotated[
-        Path | None, typer.Option(help="TOML file of an experiment; none: the demo.")
-    ] = None,
+    run_config: RunConfigFile = None,
     settings: Settings = [],  # noqa: B006
     figure: Annotated[
         Path | None, typer.Option(help="Also draw a heat map here (.png, .svg, .pdf).")
@@ -134,14 +278,16 @@ def partition(
     held = Holdings.of(resolve(run_config, settings))
     if figure is not None:
         held.draw(figure)
-        _tell(f"Heat map: {figure}")
+        console.tell(f"Heat map: {figure}")
     if as_json:
-        _print_json({"classes": held.class_names, "images": held.counts.tolist()})
+        console.print_json(
+            {"classes": held.class_names, "images": held.counts.tolist()}
+        )
         return
     rows = [[str(client), *row, sum(row)] for client, row in enumerate(held.counts)]
     totals = held.counts.sum(axis=0)
     rows.append(["all", *totals, totals.sum()])
-    _print_table(["client", *held.class_names, "all"], rows)
+    console.print_table(["client", *held.class_names, "all"], rows)
 
 
 @app.command()
@@ -168,48 +314,48 @@ def report(
     from clip2fl_cli.runs import FinishedRun
 
     if folder.suffix == ".csv" and not folder.is_dir():
-        out.print(redraw(folder).answer(as_json), soft_wrap=True)
+        console.out.print(redraw(folder).answer(as_json), soft_wrap=True)
         return
     if os.path.lexists(folder / SUMMARY_FILE):
         page = rewrite_report(folder)
     else:
         other = None if against is None else FinishedRun.read(against)
         page = write_run_report(FinishedRun.read(folder), other)
-    _print_json({"report": str(page)}) if as_json else _answer(str(page))
+    console.print_json({"report": str(page)}) if as_json else console.answer(str(page))
 
 
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    model: Model,
+    model: ModelPath,
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say what is on images, by a delivered model."""
-    from clip2fl_cli.prediction import predict as classify
+    from clip2fl_cli.prediction import Model
 
-    found = classify(model, images, top)
+    found = Model.load(model).predict(images, top)
     if as_json:
         answer = [
             {
-                "image": str(prediction.file),
+                "image": str(file),
                 "classes": [
                     {"name": name, "probability": round(probability, 6)}
                     for name, probability in prediction.classes
                 ],
             }
-            for prediction in found
+            for file, prediction in zip(images, found, strict=True)
         ]
-        _print_json(answer)
+        console.print_json(answer)
         return
-    for prediction in found:
+    for file, prediction in zip(images, found, strict=True):
         named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-        _answer(f"{prediction.file}: {named}")
+        console.answer(f"{file}: {named}")
 
 
 @app.command()
 def export(
-    model: Model,
+    model: ModelPath,
     output: Annotated[Path, typer.Option(help="Folder for the files.")],
     costs: Annotated[
         bool, typer.Option(help="Measure size and CPU latency of the model.")
@@ -236,13 +382,13 @@ def export(
     loaded = teacher if teacher and (teacher_cost or teacher.is_built_in) else None
     measured = exporting.costs(file, loaded) if costs else []
     if teacher and not loaded:
-        _tell(
+        console.tell(
             f"the run's teacher, {short(teacher.name)}, is not measured; "
             "--teacher-cost loads and measures it: give it if you trust this run's "
             "configuration"
         )
     if as_json:
-        _print_json(
+        console.print_json(
             {
                 "files": [str(path) for path in written],
                 "costs": [vars(cost) for cost in measured],
@@ -250,9 +396,9 @@ def export(
         )
         return
     for path in written:
-        _answer(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+        console.answer(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
     if measured:
-        _print_table(
+        console.print_table(
             ["model", "parameters", "MB", "ms an image, 1 thread"],
             [
                 [
@@ -269,70 +415,41 @@ def export(
 def main() -> None:
     """Run the command; what a user can mend is one line and exit status 2."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="clip2fl", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
         problem = error.format_message().rstrip(".")
-        _fail(f"{problem}; --help lists what there is", error.exit_code)
+        console.fail(f"{problem}; --help lists what there is", error.exit_code)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        _fail(_message(error), 2)
+        console.fail(_message(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name not in OF_EXTRA:
+            raise
+        extra = OF_EXTRA[error.name]
+        console.fail(f"{error.name} is missing: pip install 'clip2fl[{extra}]'", 1)
     except RuntimeError as error:
-        from clip2fl_cli.simulation import SimulationError
+        from clip2fl_cli.flower_command import SimulationError
         from clip2fl_common.teacher import TeacherError
 
         if not isinstance(error, TeacherError | SimulationError):
             raise
-        _fail(_message(error), 1)
+        console.fail(_message(error), 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _message(error: Exception) -> str:
-    """Return an error's text: one line, but for the list of a configuration's keys."""
+    """Return an error's text: one line, but for lists of keys and ends of logs."""
+    from clip2fl_cli.flower_command import SimulationError
     from clip2fl_common.config import ConfigError
 
     text = str(error)
-    lines = text.split("\n") if isinstance(error, ConfigError) else [text]
+    several = isinstance(error, ConfigError | SimulationError)
+    lines = text.split("\n") if several else [text]
     return "\n".join(map(shown, lines))
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    if len(message) > MAX_MESSAGE:
-        half = MAX_MESSAGE // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    err.print(f"clip2fl: {message}", style="bold red", soft_wrap=True)
-    sys.exit(status)
-
-
-def _answer(text: str) -> None:
-    """Print a line of the answer."""
-    out.print(shown(text), soft_wrap=True)
-
-
-def _tell(text: str, style: str | None = None) -> None:
-    """Print a line that is no part of the answer."""
-    err.print(shown(text), style=style, soft_wrap=True)
-
-
-def _print_json(content: Any) -> None:
-    out.print(json.dumps(content), soft_wrap=True)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table()
-    for number, name in enumerate(header):
-        table.add_column(
-            Text(shown(name)), justify="right" if number else "left", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
-    # A table that is wider than the terminal, or goes to a file, is not cut.
-    unlimited = out.options.update(max_width=100_000)
-    width = out.measure(table, options=unlimited).maximum
-    Console(highlight=False, width=max(width, out.width)).print(table)
 
 
 if __name__ == "__main__":

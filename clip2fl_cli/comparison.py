@@ -1,9 +1,7 @@
 """A comparison: which runs it has, and running those that are not there yet."""
 
-import json
 import os
 import shutil
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from client_app.shared_training import FOLDER_VARIABLE
-from clip2fl_cli.configuration import flat_settings, read_toml, resolve
+from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
 from clip2fl_cli.run_schema import MAX_RUNS, MAX_VARIANTS, Seed, component_problem
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_cli.simulation import RunResult, simulate
@@ -270,13 +268,8 @@ def _local_training_shared(comparison: Comparison) -> Iterator[None]:
 
 
 def _begin(run: PlannedRun, output: TextIO) -> RunResult:
-    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
-        # JSON writes booleans, numbers and strings exactly as TOML does.
-        for key, value in run.config.to_flat().items():
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            file.write(f"{key} = {text}\n")
-        file.flush()
-        return simulate(run_config=Path(file.name), output=output)
+    with as_file(run.config) as file:
+        return simulate(run_config=file, output=output)
 
 
 def _parse(file: Path) -> ComparisonFile:

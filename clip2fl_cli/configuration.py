@@ -1,13 +1,17 @@
 """The run configuration as a run would have it: defaults, file and settings."""
 
+import json
+import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from clip2fl_cli.simulation import parse_overrides
 from clip2fl_common.config import ConfigError, RunConfig, Scalar, defaults
 from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.files import parse_overrides
+from clip2fl_common.project import experiment
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -88,7 +92,8 @@ def resolve(
     Parameters
     ----------
     run_config : Path or None
-        TOML file of run configuration keys.
+        TOML file of run configuration keys, or the name of an experiment that comes
+        with the program.
     overrides : sequence of str
         ``key=value`` pairs that win over the file and over ``own``.
     own : mapping or None
@@ -104,6 +109,7 @@ def resolve(
         If a key or the method does not exist, a value is not allowed, or the file
         cannot be read.
     """
+    run_config = run_config and experiment(run_config)
     of_file = (
         {}
         if run_config is None
@@ -121,3 +127,16 @@ def resolve(
             raise ConfigError(f"{shown(run_config)}: {error}") from None
         raise
     return config
+
+
+@contextmanager
+def as_file(config: RunConfig) -> Iterator[Path]:
+    """Write a configuration to a temporary TOML file, as a run reads it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+        # JSON writes booleans, numbers and strings exactly as TOML does, but for one
+        # character that only TOML forbids.
+        for key, value in config.to_flat().items():
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            file.write(f"{key} = {text}\n")
+        file.flush()
+        yield Path(file.name)

@@ -1,24 +1,38 @@
-"""Classes of image files, by a delivered model."""
+"""Classes of images, by a delivered model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from clip2fl_cli.runs import RunError
-from clip2fl_common.data.image_reading import UnreadableImageError, read_image
+from clip2fl_common.data.image_reading import (
+    UnreadableImageError,
+    read_image,
+    square_pixels,
+)
+from clip2fl_common.data.regular_files import NotReadError
+from clip2fl_common.models import ImageClassifier
 from clip2fl_common.shown import shown
-from server_app.delivery import load_model
+from server_app.delivery import ModelCard
+from server_app.delivery import load_model as load_delivered
 from server_app.foreign_files import refuse_unless_regular
 from server_app.run_folder import MODEL
 
 # Images in one forward pass: fewer of large ones, whose activations take the memory.
 BATCH = 64
 BATCH_PIXELS = 2**20
+
+Picture: TypeAlias = (
+    str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | torch.Tensor
+)
+"""A file; an image of Pillow's; uint8 RGB: an array [H, W, 3] or a tensor [3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +41,131 @@ class Prediction:
 
     Attributes
     ----------
-    file : Path
-        The image.
     classes : tuple of (str, float)
         Class names and their probabilities, the likeliest first.
     """
 
-    file: Path
     classes: tuple[tuple[str, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The likeliest class."""
+        return self.classes[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Probability of the likeliest class, from 0 to 1."""
+        return self.classes[0][1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A delivered model, ready to predict.
+
+    Attributes
+    ----------
+    file : Path
+        Where it comes from.
+    network : ImageClassifier
+        In evaluation mode, on the CPU.
+    card : ModelCard
+        What it is, and how its input is made.
+    """
+
+    file: Path
+    network: ImageClassifier
+    card: ModelCard
+
+    @classmethod
+    def load(cls, path: Path) -> "Model":
+        """Load a ``model.safetensors``, or that in a run's folder.
+
+        Raises
+        ------
+        RunError
+            If it is not there.
+        ForeignFileError
+            If it is no delivered model.
+        """
+        file = model_file(path)
+        return cls(file, *load_delivered(file))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.card.class_names
+
+    def predict(
+        self, images: Iterable[Picture], top: int | None = None
+    ) -> list[Prediction]:
+        """Classify images as evaluation does.
+
+        Parameters
+        ----------
+        images : iterable of Picture
+            Files that Pillow reads, images of Pillow's, arrays of uint8 [H, W, 3] or
+            tensors of uint8 [3, H, W], of any size: the centre square is brought to
+            the model's input size.
+        top : int or None
+            Classes to return for each, at most; None returns all.
+
+        Returns
+        -------
+        list of Prediction
+            One for each image.
+
+        Raises
+        ------
+        TypeError
+            If something is no image, or a single image is given instead of several.
+        RunError
+            If an image cannot be read, or the model's weights give no finite numbers
+            for one.
+        ForeignFileError
+            If a file is no regular one.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image):
+            raise TypeError("predict takes several images: put a single one in a list")
+        images = list(images)
+        for image in images:
+            if isinstance(image, str | os.PathLike):
+                refuse_unless_regular(Path(image))
+        batch = min(BATCH, max(1, BATCH_PIXELS // self.card.image_size**2))
+        found: list[Prediction] = []
+        for start in range(0, len(images), batch):
+            found += self._predict(images[start : start + batch], start, top)
+        return found
+
+    def _predict(
+        self, images: Sequence[Picture], start: int, top: int | None
+    ) -> list[Prediction]:
+        names = [_named(image, n) for n, image in enumerate(images, start)]
+        pixels = np.stack(
+            [
+                _read(image, self.card.image_size, name)
+                for image, name in zip(images, names, strict=True)
+            ]
+        )
+        with torch.inference_mode():
+            logits = self.network(self.card.normalization(torch.from_numpy(pixels)))
+        for name, row in zip(names, logits, strict=True):
+            if not bool(row.isfinite().all()):
+                raise RunError(
+                    f"{shown(self.file)} gives no finite numbers for {name}: its "
+                    "weights are damaged, or training went astray"
+                )
+        wanted = min(top or len(self.class_names), logits.shape[1])
+        likeliest = logits.softmax(1).topk(wanted, dim=1)
+        rows = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+        return [
+            Prediction(
+                tuple(
+                    (self.class_names[c], probability)
+                    for probability, c in zip(values, classes, strict=True)
+                )
+            )
+            for values, classes in rows
+        ]
 
 
 def model_file(path: Path) -> Path:
@@ -54,60 +185,49 @@ def model_file(path: Path) -> Path:
     return file
 
 
-def predict(model: Path, images: Sequence[Path], top: int) -> list[Prediction]:
-    """Classify image files as evaluation does.
-
-    Parameters
-    ----------
-    model : Path
-        A delivered model, or a run's folder.
-    images : sequence of Path
-        Files of any size that Pillow reads: the centre square is brought to the
-        model's input size.
-    top : int
-        Classes to return for each, at most.
-
-    Returns
-    -------
-    list of Prediction
-
-    Raises
-    ------
-    RunError
-        If the model is not there, an image cannot be read, or the model's weights
-        give no finite numbers for one.
-    ForeignFileError
-        If the model is no delivered one, or an image is no file.
-    """
-    network, card = load_model(model_file(model))
-    for file in images:
-        refuse_unless_regular(file)
-    batch = min(BATCH, max(1, BATCH_PIXELS // card.image_size**2))
-    found = []
-    for start in range(0, len(images), batch):
-        files = images[start : start + batch]
-        pixels = np.stack([_read(file, card.image_size) for file in files])
-        with torch.inference_mode():
-            logits = network(card.normalization(torch.from_numpy(pixels)))
-        for file, row in zip(files, logits, strict=True):
-            if not bool(row.isfinite().all()):
-                raise RunError(
-                    f"{shown(model)} gives no finite numbers for {shown(file)}: its "
-                    "weights are damaged, or training went astray"
-                )
-        likeliest = logits.softmax(1).topk(min(top, logits.shape[1]), dim=1)
-        for file, values, classes in zip(
-            files, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
-        ):
-            names = [card.class_names[c] for c in classes]
-            found.append(Prediction(file, tuple(zip(names, values, strict=True))))
-    return found
+def _named(image: Picture, number: int) -> str:
+    """Return how messages call an image."""
+    if isinstance(image, str | os.PathLike):
+        return shown(Path(image))
+    return f"image {number}"
 
 
-def _read(file: Path, size: int) -> npt.NDArray[np.uint8]:
+def _read(image: Picture, size: int, name: str) -> npt.NDArray[np.uint8]:
+    """Return an image's centre square. Shape [3, size, size]."""
     try:
-        return read_image(file, size)
+        if isinstance(image, str | os.PathLike):
+            return read_image(Path(image), size)
+        return square_pixels(_opened(image, name), size)
     except UnreadableImageError as error:
-        raise RunError(
-            f"{shown(file)} cannot be read as an image: {error.reason}"
-        ) from None
+        raise RunError(f"{name} cannot be read as an image: {error.reason}") from None
+    except NotReadError as error:
+        raise RunError(f"{name} cannot be used: {error}") from None
+
+
+def _opened(
+    image: Image.Image | npt.NDArray[np.uint8] | torch.Tensor, name: str
+) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, torch.Tensor):
+        shape, array = "[3, H, W]", image.cpu().numpy()
+        colours = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    else:
+        shape, colours = "[H, W, 3]", image
+    if (
+        not isinstance(colours, np.ndarray)
+        or colours.dtype != np.uint8
+        or colours.ndim != 3
+        or colours.shape[2] != 3
+        or colours.size == 0
+    ):
+        found = (
+            f"{image.dtype} {list(image.shape)}"
+            if isinstance(image, torch.Tensor | np.ndarray)
+            else type(image).__name__
+        )
+        raise TypeError(
+            f"{name} is {found}, but it must be a file, an image of Pillow's or uint8 "
+            f"RGB of shape {shape}"
+        )
+    return Image.fromarray(np.ascontiguousarray(colours))

@@ -76,7 +76,7 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
-        self.path = _place(config, run_id)
+        self.path = folder_of(config, run_id)
         if not config.run.resume:
             self.path.mkdir(parents=True, exist_ok=True)
         elif not self.path.is_dir():
@@ -166,7 +166,8 @@ class RunFolder:
             file.write(text.encode())
 
 
-def _place(config: RunConfig, run_id: int) -> Path:
+def folder_of(config: RunConfig, run_id: int) -> Path:
+    """Return where a run leaves its results; Flower's ``run_id`` may be in its name."""
     if config.run.resume:
         return Path(config.run.resume).expanduser()
     parent = (

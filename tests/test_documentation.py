@@ -5,13 +5,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from clip2fl_cli import federation as federate
-from clip2fl_cli import simulation as simulate
+from clip2fl_common.config.files import merge_run_config
 from tests.defaults import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,34 +38,12 @@ def words(line: str) -> list[str]:
     return shlex.split(line, comments=True)[1:]
 
 
-def check_simulation(arguments: list[str]) -> None:
-    """Options, file and keys of clip2fl_cli/simulation.py."""
-    options = simulate._parse_arguments(arguments)
-    if options.run_config:
-        assert (ROOT / options.run_config).is_file()
-    if not options.resume:
-        simulate.merge_run_config(ROOT, options.run_config, options.set or [])
-
-
-def check_federation(arguments: list[str]) -> None:
-    """Options, file and keys of clip2fl_cli/federation.py."""
-    options = federate.parse(arguments)
-    assert (ROOT / options.run_config).is_file()
-    simulate.merge_run_config(ROOT, options.run_config, options.pairs)
-
-
 def check_python(arguments: list[str]) -> None:
-    """Scripts and modules of this repository."""
-    first, *rest = arguments
-    scripts: dict[str, Callable[[list[str]], None]] = {
-        "clip2fl_cli/simulation.py": check_simulation,
-        "clip2fl_cli/federation.py": check_federation,
-    }
-    if first == "-m":
-        module = ROOT / Path(*rest[0].split("."))
-        assert module.with_suffix(".py").is_file() or module.is_dir()
-    else:
-        scripts[first](rest)
+    """Modules of this repository."""
+    option, name, *_ = arguments
+    assert option == "-m", "the product is the clip2fl command"
+    module = ROOT / Path(*name.split("."))
+    assert module.with_suffix(".py").is_file() or module.is_dir()
 
 
 def check_make(arguments: list[str]) -> None:
@@ -92,7 +68,7 @@ def check_flower(program: str, arguments: list[str]) -> None:
         if argument == "--run-config":
             given = arguments[place + 1]
             if "=" in given:
-                simulate.merge_run_config(ROOT, None, [given])
+                merge_run_config(ROOT, None, [given])
             else:
                 assert (ROOT / given).is_file()
 

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
-from clip2fl_cli.simulation import RunResult, own_processes, simulate
+from clip2fl_cli.processes import run_processes
+from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
 from tests.checkout import copy_of_checkout
 from tests.defaults import ROOT
@@ -85,11 +87,11 @@ def rounds_written(folder: Path) -> int:
 def started(
     arguments: Sequence[str], temporary: Path
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start clip2fl_cli/simulation.py; at the end nothing of it is left."""
+    """Start ``clip2fl run``; at the end nothing of it is left."""
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, str(ROOT / "clip2fl_cli" / "simulation.py"), *arguments]
+    command = [sys.executable, "-m", "clip2fl_cli.app", "run", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             yield process
@@ -101,10 +103,11 @@ def kill_tree(process: subprocess.Popen[str], temporary: Path) -> None:
     """Kill a simulation and all that it started, at once; they can do nothing more."""
     sessions: set[int] = set()
     for directory in temporary.glob("clip2fl-*"):
-        while pids := own_processes(directory, sessions):
-            for pid in [*pids, process.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while own := run_processes(directory / "home", sessions):
+            process.kill()
+            for one in own:
+                with suppress(psutil.Error):
+                    one.kill()
             time.sleep(0.1)
         shutil.rmtree(directory, ignore_errors=True)
     process.kill()
@@ -114,10 +117,10 @@ def kill_tree(process: subprocess.Popen[str], temporary: Path) -> None:
 def kill_server_app(process: subprocess.Popen[str], temporary: Path) -> None:
     """Kill only the process in which the ServerApp runs; the rest ends by itself."""
     (directory,) = temporary.glob("clip2fl-*")
-    for pid in own_processes(directory, set()):
-        with suppress(OSError):
-            if b"flwr-simulation" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    for one in run_processes(directory / "home", set()):
+        with suppress(psutil.Error):
+            if "flwr-simulation" in " ".join(one.cmdline()):
+                one.kill()
     assert process.wait(timeout=200) == 1
 
 
@@ -128,7 +131,6 @@ def terminate(process: subprocess.Popen[str], temporary: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux' /proc")
 def test_killed_run_ends_as_the_uninterrupted(tmp_path: Path) -> None:
     """Killed at ten random moments, whole or in part; asked to end at another."""
     rounds = "federation.rounds=26"

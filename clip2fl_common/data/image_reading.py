@@ -178,16 +178,38 @@ def _read(file: BoundedReader, path: Path, size: int) -> Picture:
         )
         depth = _depth(image, file)
         image.load()
-        orientation = _orientation(image)
         mode = image.mode
-        small = to_rgb(image)
+        pixels = square_pixels(image, size)
+    return Picture(pixels, _kind(mode, depth), depth > 8, several)
+
+
+def square_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """Return a loaded image as RGB, upright, its centre square brought to ``size``.
+
+    Parameters
+    ----------
+    image : Image
+        Of any mode.
+    size : int
+        Side in pixels.
+
+    Returns
+    -------
+    ndarray of uint8, shape [3, size, size]
+
+    Raises
+    ------
+    NotReadError
+        As `to_rgb`, or where its EXIF block is too large.
+    """
+    orientation = _orientation(image)
+    small = to_rgb(image)
     if small.size != (size, size):
         small = ImageOps.fit(small, (size, size), Image.Resampling.BICUBIC)
     # Turned last: the centre square is the same, and a large image is not copied.
     if orientation in _UPRIGHT:
         small = small.transpose(_UPRIGHT[orientation])
-    pixels = np.asarray(small).transpose(2, 0, 1)
-    return Picture(pixels, _kind(mode, depth), depth > 8, several)
+    return np.asarray(small).transpose(2, 0, 1)
 
 
 def _bound_size(image: Image.Image, header: Header) -> None:

@@ -18,14 +18,21 @@ from typer.core import TyperGroup
 from clip2fl_cli import app as module
 from clip2fl_cli import comparison as comparisons
 from clip2fl_cli import exporting, results
+from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_cli.simulation import Interrupted, SimulationError
+from clip2fl_cli.signals import Interrupted
+from clip2fl_common.config.files import merge_run_config
 from clip2fl_common.data.datasets import load_dataset
+from clip2fl_common.project import experiment
 from tests.clip2fl_cli.commands import refused, run
 from tests.clip2fl_cli.made_up import write_run
 from tests.clip2fl_cli.test_comparison import FILE
 from tests.defaults import ROOT, run_config
 
+SUBCOMMANDS = {
+    *("run", "federate", "compare", "doctor", "partition"),
+    *("report", "predict", "export"),
+}
 SMALL = (
     "dataset.demo-train-per-class=20 dataset.imbalance-factor=10.0 "
     "dataset.demo-test-per-class=3 partition.clients=3 federation.clients-per-round=2"
@@ -316,7 +323,7 @@ def test_installed_command_and_module_are_the_same() -> None:
         )
         assert done.returncode == 0, done.stderr
         helps.append(done.stdout.replace("python -m clip2fl_cli.app", "clip2fl"))
-    for name in ("compare", "doctor", "partition", "report", "predict", "export"):
+    for name in SUBCOMMANDS:
         assert all(name in text for text in helps)
 
 
@@ -340,12 +347,14 @@ def test_documented_commands_are_understood(line: str) -> None:
     parsed = subcommand.make_context(name, arguments, parent=context)
     for option in ("run_config", "comparison"):
         if parsed.params.get(option):
-            assert (ROOT / parsed.params[option]).is_file()
+            assert (ROOT / experiment(parsed.params[option])).is_file()
+    if parsed.params.get("settings"):
+        merge_run_config(ROOT, None, parsed.params["settings"])
 
 
 def test_documentation_has_every_subcommand() -> None:
     used = {line.split()[0] for line in documented()}
-    assert used >= {"compare", "doctor", "partition", "report", "predict", "export"}
+    assert used >= SUBCOMMANDS
 
 
 def test_doctor_checks_a_site(
@@ -384,6 +393,40 @@ def test_wrong_usage_is_one_line(
     line = refused(monkeypatch, capsys, *arguments)
     assert said in line
     assert line.endswith("--help lists what there is")
+
+
+def test_shell_completes_subcommands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_CLIP2FL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "clip2fl p")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == ["partition", "predict"]
+    monkeypatch.setenv("_CLIP2FL_COMPLETE", "source_bash")
+    assert run(monkeypatch) == 0
+    assert "_CLIP2FL_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+def test_version_is_that_of_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    name, version = capsys.readouterr().out.split()
+    assert name == "clip2fl"
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.processes", raising=False)
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.superlink", raising=False)
+    monkeypatch.delitem(sys.modules, "clip2fl_cli.simulation", raising=False)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert run(monkeypatch, "run") == 1
+    said = "clip2fl: psutil is missing: pip install 'clip2fl[cli]'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_command_without_arguments_shows_its_help(

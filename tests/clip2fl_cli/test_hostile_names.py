@@ -21,7 +21,7 @@ from matplotlib import rc_context
 from matplotlib.text import Text
 from rich.console import Console
 
-from clip2fl_cli import app as module
+from clip2fl_cli import console as module
 from clip2fl_cli.comparison import PlannedRun
 from clip2fl_cli.figures import STYLE, Curve, bars, by_class, heat_map, over_rounds
 from clip2fl_cli.holdings import Holdings

@@ -9,6 +9,7 @@ from PIL import Image
 
 from clip2fl_cli.prediction import _read
 from clip2fl_cli.runs import RunError
+from clip2fl_common.shown import shown
 
 
 def test_refused_files_say_why(tmp_path: Path) -> None:
@@ -23,5 +24,5 @@ def test_refused_files_say_why(tmp_path: Path) -> None:
         (tmp_path / "absent.png", "cannot be read as an image: No such file"),
     ):
         with pytest.raises(RunError) as caught:
-            _read(path, 8)
+            _read(path, 8, shown(path))
         assert text in str(caught.value)

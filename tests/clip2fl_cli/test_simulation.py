@@ -1,5 +1,6 @@
 """The simulation runs an app by itself, tells how it ended and leaves nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,19 +10,19 @@ import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 
-from clip2fl_cli import simulation as script
-from clip2fl_cli.simulation import (
-    merge_run_config,
-    parse_overrides,
-    shared_gpus,
-    simulate,
-)
+import clip2fl_cli.simulation as module
+from clip2fl_cli.app_folder import checked_run_config
+from clip2fl_cli.simulation import shared_gpus, simulate
 from clip2fl_common.config import ConfigError
+from clip2fl_common.config.files import merge_run_config, parse_overrides
+from clip2fl_common.project import PROJECT
+from tests.clip2fl_cli.commands import refused
 from tests.defaults import ROOT, default_config
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
+COMMAND = [sys.executable, "-m", "clip2fl_cli.app", "run"]
 
 PYPROJECT = """
 [project]
@@ -107,13 +108,11 @@ def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Path:
 def processes_naming(path: Path) -> list[str]:
     """Return the living processes whose command or environment names a path."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(path) + b"/" in text and int(folder.name) != os.getpid():
-            found.append(text.replace(b"\0", b" ").decode(errors="replace"))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = [*process.cmdline(), *process.environ().values()]
+            if any(f"{path}/" in word for word in words) and process.pid != os.getpid():
+                found.append(" ".join(words))
     return found
 
 
@@ -147,8 +146,8 @@ def test_completed_run(
 @pytest.mark.slow
 def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> None:
     """A ServerApp that raises fails the command, which `flwr run` alone does not."""
-    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", 'mode="raise"']
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [*COMMAND, "--app", str(toy), "--set", 'mode="raise"']
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
     assert run.returncode == 1
     assert "mode: raise" in run.stdout
@@ -160,15 +159,8 @@ def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> Non
 @pytest.mark.slow
 def test_interrupt_leaves_nothing(toy: Path, private_tmp: Path) -> None:
     """Ctrl-C in mid-run ends the SuperLink, the ServerApp and Ray."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--app",
-        str(toy),
-        "--set",
-        'mode="forever"',
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    command = [*COMMAND, "--app", str(toy), "--set", 'mode="forever"']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert any(line == "mode: forever\n" for line in run.stdout)
         end = time.monotonic() + 60
@@ -224,8 +216,8 @@ def test_unreadable_pairs_are_refused(text: str) -> None:
 
 def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
     """A wrong key is named before anything is started."""
-    command = [sys.executable, str(SCRIPT), "--app", str(toy), "--set", "group.fctor=1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [*COMMAND, "--app", str(toy), "--set", "group.fctor=1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr
 
@@ -247,53 +239,63 @@ WRONG = {
 def test_wrong_configuration_is_refused_before_anything_starts(
     setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(script, "_private_directory")
-    assert script.main(["--set", setting]) == 2
-    error = capsys.readouterr().err
-    assert WRONG[setting] in error
-    assert len(error.splitlines()) == 1
+    monkeypatch.delattr(module, "private_directory")
+    assert WRONG[setting] in refused(monkeypatch, capsys, "run", "--set", setting)
 
 
 def test_wrong_configuration_of_an_interrupted_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(script, "_private_directory")
+    monkeypatch.delattr(module, "private_directory")
     content = {"config": {**default_config(), "client.epochs": 0}}
     (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
-    assert script.main(["--resume", str(tmp_path)]) == 2
-    assert "client.epochs = 0, but it must be" in capsys.readouterr().err
+    line = refused(monkeypatch, capsys, "run", "--resume", tmp_path)
+    assert "client.epochs = 0, but it must be" in line
 
 
 def test_checks_need_neither_torch_nor_flower() -> None:
     """A wrong setting is refused at once, and not after seconds of imports."""
     code = (
-        "import sys; from clip2fl_cli.simulation import main; "
-        "main(['--set', 'seed=-1']); "
+        "import sys; from clip2fl_cli.app import main\n"
+        "sys.argv = ['clip2fl', 'run', '--set', 'seed=-1']\n"
+        "try:\n    main()\n"
+        "except SystemExit as exit_:\n    assert exit_.code == 2\n"
         "assert not {'torch', 'flwr'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
-    script.refuse_bad_config(toy, merge_run_config(toy, None, ['mode="any thing"']))
+    assert checked_run_config(toy, None, ['mode="any thing"']) == 'mode = "any thing"\n'
     with pytest.raises(ConfigError, match="method = 'no-such'"):
-        script.refuse_bad_config(ROOT, 'method = "no-such"\n')
-    script.refuse_bad_config(ROOT, 'method = "fedprox"\n')
+        checked_run_config(PROJECT, None, ['method="no-such"'])
+    # However its folder is written.
+    with pytest.raises(ConfigError, match="method = 'no-such'"):
+        checked_run_config(PROJECT / "conf" / "..", None, ['method="no-such"'])
+    checked_run_config(PROJECT, None, ['method="fedprox"'])
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "said"),
     [
-        *("--timeout=nan", "--timeout=inf", "--timeout=0", "--gpus-per-client=nan"),
-        *("--gpus-per-client=-1", "--supernodes=1000000000", "--cpus-per-client=0"),
+        ("--timeout=nan", "nan is no finite number"),
+        ("--timeout=inf", "inf is no finite number"),
+        ("--timeout=0", "0 is not above 0"),
+        ("--gpus-per-client=nan", "nan is no finite number"),
+        ("--gpus-per-client=-1", "-1.0 is not in the range"),
+        ("--supernodes=1000000000", "1000000000 is not in the range"),
+        ("--cpus-per-client=0", "0 is not in the range"),
     ],
 )
 def test_odd_numbers_on_the_command_line_are_wrong_usage(
-    option: str, capsys: pytest.CaptureFixture[str]
+    option: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        script.main([option])
-    assert f"argument {option.partition('=')[0]}: must be" in capsys.readouterr().err
+    monkeypatch.delattr(module, "private_directory")
+    line = refused(monkeypatch, capsys, "run", option)
+    assert f"Invalid value for '{option.partition('=')[0]}': {said}" in line
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,8 @@ class Stack:
     def start_run(self, settings: str) -> None:
         """Start a run at the server; it is followed to its end."""
         self.server.start(
-            *("run", sys.executable, ROOT / "clip2fl_cli" / "federation.py"),
+            *("run", "env", f"--chdir={ROOT}"),
+            *(sys.executable, "-m", "clip2fl_cli.app", "federate"),
             *("--root-certificates", self.ca),
             *("--run-config", ROOT / "conf" / "sites.toml", "--set", settings),
             *("--set", f'run.dir="{self.results.parent}" run.name="run"'),

@@ -1,0 +1,312 @@
+"""The functions that `clip2fl` offers: thin, on top of what the command does.
+
+What a function needs is imported when it is called, since torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from clip2fl_cli.holdings import Holdings
+    from clip2fl_cli.prediction import Model
+    from clip2fl_cli.runs import FinishedRun
+    from clip2fl_cli.summary import Failure
+    from clip2fl_common.config import RunConfig, Scalar
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Config: TypeAlias = "PathLike | Mapping[str, object] | RunConfig"
+"""A TOML file or the name of an experiment that comes with the program; keys with
+values, as in docs/configuration.md, dotted or nested; a checked configuration."""
+
+
+class Run:
+    """A complete run, read from its folder when it is asked for.
+
+    Parameters
+    ----------
+    folder : path
+        What the run has left behind.
+
+    Attributes
+    ----------
+    folder : Path
+        The folder.
+    """
+
+    def __init__(self, folder: PathLike) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        """Return how to read it again."""
+        return f"clip2fl.Run({str(self.folder)!r})"
+
+    @cached_property
+    def _read(self) -> FinishedRun:
+        from clip2fl_cli.runs import FinishedRun
+
+        return FinishedRun.read(self.folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every key of the run's configuration with its value."""
+        return self._read.config
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One entry a round, as in ``metrics.jsonl``; accuracies in percent."""
+        return self._read.rounds
+
+    @cached_property
+    def model(self) -> Model:
+        """The delivered model."""
+        return load_model(self.folder)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison has found.
+
+    Attributes
+    ----------
+    folder : Path
+        Where its runs and results lie.
+    table : str
+        One row a variant, in Markdown.
+    summary : dict
+        The same numbers and more: the content of ``comparison.json``.
+    report : Path
+        The page to read.
+    failed : list of Failure
+        Runs that did not complete, with the reasons.
+    """
+
+    folder: Path
+    table: str
+    summary: dict[str, Any]
+    report: Path
+    failed: list[Failure]
+
+
+def run(
+    config: Config | None = None,
+    /,
+    *,
+    supernodes: int | None = None,
+    cpus_per_client: int = 1,
+    gpus_per_client: float | None = None,
+    timeout: float | None = None,
+    quiet: bool = False,
+    **settings: object,
+) -> Run:
+    """Train: run a federation in a simulation on this machine.
+
+    Call it from the main thread. Nothing of the simulation is left when it returns,
+    or when Ctrl-C ends it.
+
+    Parameters
+    ----------
+    config : path, mapping, RunConfig or None
+        A TOML file, the name of an experiment that comes with the program, or keys
+        with values; what it does not name has its default, which is the demo's.
+    supernodes : int or None
+        Number of simulated nodes; None takes one per CPU core, at least 2.
+    cpus_per_client : int
+        CPU cores that a client occupies and computes with.
+    gpus_per_client : float or None
+        GPUs, or the share of one, that a client occupies; None shares what there is.
+    timeout : float or None
+        Seconds after which the run is stopped.
+    quiet : bool
+        Do not print the run's log.
+    **settings
+        Keys that win over ``config``: ``method="fedavg"``, and groups as mappings:
+        ``federation={"rounds": 3, "clients_per_round": 2}``. An underscore stands for
+        the hyphen of a key. Paths may be relative if they are given as `Path`.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ConfigError
+        If a key does not exist or a value is not allowed; names each.
+    SimulationError
+        If the run did not complete; says why.
+    KeyboardInterrupt
+        If a signal ended the run, after all was stopped.
+    """
+    from clip2fl_cli.configuration import as_file
+    from clip2fl_cli.flower_command import SimulationError
+    from clip2fl_cli.simulation import simulate
+    from server_app.run_folder import folder_of
+
+    resolved = _resolved(config, settings)
+    with as_file(resolved) as file:
+        result = simulate(
+            run_config=file,
+            supernodes=supernodes,
+            cpus_per_client=cpus_per_client,
+            gpus_per_client=gpus_per_client,
+            timeout=timeout,
+            output=None if quiet else sys.stdout,
+        )
+    if not result.completed or result.run_id is None:
+        raise SimulationError(
+            f"the run did not complete ({result.status}): {result.details}"
+        )
+    return Run(folder_of(resolved, result.run_id))
+
+
+def compare(
+    file: PathLike,
+    runs: PathLike = "runs",
+    *,
+    seeds: Sequence[int] = (),
+    quiet: bool = False,
+    **settings: object,
+) -> Compared:
+    """Run variants over seeds; write their table and report.
+
+    Runs that are complete are not repeated. Call it from the main thread.
+
+    Parameters
+    ----------
+    file : path
+        TOML file of a comparison, or the name of one that comes with the program.
+    runs : path
+        Folder under which the comparison has its own.
+    seeds : sequence of int
+        Instead of the file's.
+    quiet : bool
+        Do not print how it goes on.
+    **settings
+        Keys for all variants, as `run` takes them.
+
+    Returns
+    -------
+    Compared
+
+    Raises
+    ------
+    ComparisonError, ConfigError
+        If the file or a setting is not allowed.
+    SimulationError
+        If no run has completed.
+    KeyboardInterrupt
+        If a signal ended it; the same call goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from clip2fl_cli.comparison import Comparison, complete
+    from clip2fl_cli.flower_command import SimulationError
+    from clip2fl_cli.progress import ComparisonProgress
+    from clip2fl_cli.results import write_results
+    from clip2fl_common.project import experiment
+
+    pairs = [f"{key}={json.dumps(value)}" for key, value in _flat(settings)]
+    compared = Comparison.read(experiment(Path(file)), Path(runs), pairs, seeds)
+    missing = compared.missing()
+    there = len(compared.plan) - len(missing)
+    with ComparisonProgress(missing, there, Console(stderr=True, quiet=quiet)) as shown:
+        failed = list(complete(compared, shown))
+    finished = compared.finished()
+    if not finished:
+        reasons = "; ".join(sorted({failure.reason for failure in failed}))
+        raise SimulationError(f"no run of {compared.name} has completed: {reasons}")
+    command = ["clip2fl", "compare", str(file), "--runs", str(runs)]
+    command += [word for seed in seeds for word in ("--seed", str(seed))]
+    command += ["--set", " ".join(pairs)] if pairs else []
+    written = write_results(compared, finished, shlex.join(command), failed)
+    return Compared(
+        compared.folder,
+        written.results.markdown,
+        json.loads(written.results.json),
+        written.report,
+        failed,
+    )
+
+
+def partition(config: Config | None = None, /, **settings: object) -> Holdings:
+    """Say which client would hold how many images of which class.
+
+    Parameters
+    ----------
+    config, **settings
+        As `run` takes them.
+
+    Returns
+    -------
+    Holdings
+        ``class_names`` of the C classes and ``counts``, an int64 array [K, C] with one
+        row a client; ``draw(file)`` writes a heat map.
+
+    Raises
+    ------
+    ConfigError
+        As `run`.
+    """
+    from clip2fl_cli.holdings import Holdings
+
+    return Holdings.of(_resolved(config, settings))
+
+
+def load_model(path: PathLike) -> Model:
+    """Load a delivered model, which may come from anywhere.
+
+    Parameters
+    ----------
+    path : path
+        A ``model.safetensors``, or the folder of a complete run.
+
+    Returns
+    -------
+    Model
+        ``predict(images)`` classifies image files, Pillow's images, arrays [H, W, 3]
+        and tensors [3, H, W] of uint8.
+
+    Raises
+    ------
+    RunError, ForeignFileError
+        If it is not there, or no delivered model; names what was found.
+    """
+    from clip2fl_cli.prediction import Model
+
+    return Model.load(Path(path))
+
+
+def _resolved(config: Config | None, settings: Mapping[str, object]) -> RunConfig:
+    """Return the configuration that `run` was asked for, checked."""
+    from clip2fl_cli.configuration import resolve
+    from clip2fl_common.config import RunConfig
+
+    file: Path | None = None
+    own: dict[str, Scalar] = {}
+    if isinstance(config, RunConfig):
+        own = config.to_flat()
+    elif isinstance(config, Mapping):
+        own = dict(_flat(config))
+    elif config is not None:
+        file = Path(config)
+    return resolve(file, (), {**own, **dict(_flat(settings))})
+
+
+def _flat(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested mappings; what they hold is checked later."""
+    for part, value in table.items():
+        key = f"{prefix}{part}".replace("_", "-")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{key}.")
+        elif isinstance(value, os.PathLike):
+            yield key, os.path.abspath(value)
+        else:
+            yield key, value

@@ -1,0 +1,65 @@
+"""What the command prints: answers, and what is no part of them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clip2fl_common.shown import shown
+
+# Answers go to standard output, everything else to standard error. Names from outside
+# are text: neither markup nor emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+# Longer messages than this hide what they say; values in them may have any length.
+MAX_MESSAGE = 2000
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say what went wrong and end with an exit status."""
+    if len(message) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    err.print(f"clip2fl: {message}", style="bold red", soft_wrap=True)
+    sys.exit(status)
+
+
+def answer(text: str) -> None:
+    """Print a line of the answer."""
+    out.print(shown(text), soft_wrap=True)
+
+
+def tell_lines(text: str) -> None:
+    """Print an error of several lines, such as the end of a log."""
+    for line in text.splitlines():
+        tell(line, "bold red")
+
+
+def tell(text: str, style: str | None = None) -> None:
+    """Print a line that is no part of the answer."""
+    err.print(shown(text), style=style, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Print an answer as JSON on one line."""
+    out.print(json.dumps(content), soft_wrap=True)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table whose first column holds names, and the others numbers."""
+    table = Table()
+    for number, name in enumerate(header):
+        table.add_column(
+            Text(shown(name)), justify="right" if number else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    # A table that is wider than the terminal, or goes to a file, is not cut.
+    unlimited = out.options.update(max_width=100_000)
+    width = out.measure(table, options=unlimited).maximum
+    Console(highlight=False, width=max(width, out.width)).print(table)

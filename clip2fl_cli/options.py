@@ -1,0 +1,48 @@
+"""Options that several subcommands have, and what numbers may be."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# A simulated node is an entry in a database; clients, not nodes, decide the result.
+MOST_NODES = 100_000
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse infinity and what is no number."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    """Refuse what is not a finite number above 0."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return finite(value)
+
+
+RunConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-config",
+        metavar="TOML|NAME",
+        help="File of run configuration keys, or the name of an experiment that comes "
+        "with the program, such as demo or paper-cifar10-lt; none: the demo.",
+    ),
+]
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="'KEY=VALUE ...'",
+        help="Run configuration keys that win over the file; may be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+ModelPath = Annotated[
+    Path,
+    typer.Option("--model", help="A run's folder, or its model.safetensors."),
+]

@@ -1,0 +1,84 @@
+"""The processes of one run: found by what they inherited, and ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from clip2fl_cli.signals import NotedSignals
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 15.0
+"""How long processes may take to end by themselves before they are killed."""
+
+
+def run_processes(home: Path, sessions: set[int]) -> list[psutil.Process]:
+    """Find the living processes of one run by what they inherited.
+
+    The SuperLink starts its child in a session of its own, which Ray's processes
+    share; some of those overwrite their environment and outlive their parents, so
+    neither process group, nor parent, nor environment alone names them all.
+
+    Parameters
+    ----------
+    home : Path
+        The run's own ``FLWR_HOME``, which marks its processes.
+    sessions : set[int]
+        Sessions known to be the run's; those found by ``FLWR_HOME`` are added.
+
+    Returns
+    -------
+    list[psutil.Process]
+    """
+    session_of: dict[psutil.Process, int] = {}
+    for process in psutil.process_iter():
+        # Gone meanwhile, or another user's, whose environment nobody else may read.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            session_of[process] = os.getsid(process.pid)
+            if process.environ().get("FLWR_HOME") == str(home):
+                sessions.add(session_of[process])
+    return [process for process, session in session_of.items() if session in sessions]
+
+
+def stop_all(
+    superlink: subprocess.Popen[bytes], home: Path, signals: NotedSignals
+) -> None:
+    """End the SuperLink and all that it started, gently first.
+
+    Parameters
+    ----------
+    superlink : Popen
+        The SuperLink, the first of its session.
+    home : Path
+        As `run_processes` takes it.
+    signals : NotedSignals
+        A second signal means that nobody wants to wait.
+    """
+    sessions = {superlink.pid}
+    others = [
+        process
+        for process in run_processes(home, sessions)
+        if process.pid != superlink.pid
+    ]
+    superlink.terminate()
+    _send(others, signal.SIGTERM)
+    end = time.monotonic() + STOP_SECONDS
+    while superlink.poll() is None or run_processes(home, sessions):
+        if signals.hurry or time.monotonic() > end:
+            superlink.kill()
+            _send(run_processes(home, sessions), signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _send(processes: Iterable[psutil.Process], signum: int) -> None:
+    for process in processes:
+        # Another process that has got its number meanwhile is left alone.
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signum)

@@ -1,0 +1,323 @@
+"""A SuperLink for one run: started from an empty directory and ended with the run."""
+
+import contextlib
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from clip2fl_cli.flower_command import (
+    ANSI,
+    NOISE,
+    SimulationError,
+    environment,
+    executable,
+    listed_run,
+    started_run,
+    write_connection,
+)
+from clip2fl_cli.processes import POLL_SECONDS, STOP_SECONDS, stop_all
+from clip2fl_cli.signals import Interrupted, NotedSignals
+
+CONNECTION = "simulation"
+"""Name of the SuperLink in the private Flower configuration."""
+
+START_SECONDS = 120.0
+"""A cold import of flwr on a slow disk takes tens of seconds."""
+COMMAND_SECONDS = 60.0
+
+RAY_SOCKET_SUFFIX = (
+    "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+)
+UNIX_SOCKET_PATH_MAX = 103
+"""Ray refuses longer socket paths (the smallest limit of its platforms)."""
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink and the means to talk to it.
+
+    Attributes
+    ----------
+    process : Popen
+        The SuperLink.
+    directory : Path
+        The run's own, from `private_directory`.
+    environment : mapping of str to str
+        Of the SuperLink and of all commands.
+    signals : NotedSignals
+        End what takes long.
+    """
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    environment: Mapping[str, str]
+    signals: NotedSignals
+
+    def start(self, app: Path, run_config: Path, federation_config: str) -> str | None:
+        """Start a run.
+
+        Parameters
+        ----------
+        app : Path
+            Folder of the app.
+        run_config : Path
+            TOML file.
+        federation_config : str
+            Pairs for ``flwr run --federation-config``.
+
+        Returns
+        -------
+        str or None
+            The run's id; None if a signal came first.
+
+        Raises
+        ------
+        SimulationError
+            If Flower refuses the app or its configuration.
+        """
+        answer = self._ask(
+            *("run", str(app), CONNECTION, "--format", "json"),
+            *("--federation-config", federation_config),
+            *("--run-config", str(run_config)),
+            seconds=START_SECONDS,
+        )
+        return None if self.signals.first is not None else started_run(answer)
+
+    def follow(self, run: str, output: TextIO | None, deadline: float | None) -> str:
+        """Pass a run's log on until it ends or must be stopped.
+
+        Parameters
+        ----------
+        run : str
+            The run's id.
+        output : TextIO or None
+            Where the log goes, without housekeeping.
+        deadline : float or None
+            Monotonic seconds after which the run is stopped.
+
+        Returns
+        -------
+        str
+            The log without colours.
+        """
+        log: list[str] = []
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with self._flwr("log", run, CONNECTION, "--stream") as client:
+            threading.Thread(target=_read, args=(client, lines), daemon=True).start()
+            try:
+                while (line := _next_line(lines)) is not None:
+                    if line:
+                        plain = ANSI.sub("", line)
+                        log.append(plain)
+                        if output is not None and not NOISE.match(plain):
+                            output.write(line if output.isatty() else plain)
+                            output.flush()
+                    expired = deadline is not None and time.monotonic() > deadline
+                    if expired or self.signals.first or self.process.poll() is not None:
+                        # So that its status says so.
+                        self._ask("stop", run, CONNECTION, seconds=STOP_SECONDS)
+                        break
+            finally:
+                client.kill()
+        return "".join(log)
+
+    def outcome(self, run: str) -> tuple[str, str]:
+        """Ask for a run's final status.
+
+        Returns
+        -------
+        tuple of str
+            Flower's word for it, and the details where there are any.
+        """
+        status, details = "unknown", "the SuperLink does not tell"
+        end = time.monotonic() + STOP_SECONDS
+        while self.process.poll() is None and not self.signals.first:
+            answer = self._ask(
+                *("ls", CONNECTION, "--run-id", run, "--format", "json"),
+                seconds=COMMAND_SECONDS,
+            )
+            # Without an answer the SuperLink is about to end, or too busy just now.
+            status, details = listed_run(answer) or (status, details)
+            if status.startswith("finished") or time.monotonic() > end:
+                break
+        if self.process.poll() is not None:
+            details = f"the SuperLink ended\n{_tail(self.directory / 'superlink.log')}"
+        return status, details
+
+    def _flwr(
+        self, *arguments: str, stderr: int = subprocess.STDOUT
+    ) -> subprocess.Popen[str]:
+        """Start a ``flwr`` command that Ctrl-C in the terminal does not reach."""
+        return subprocess.Popen(
+            [executable("flwr"), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            cwd=self.directory / "work",
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def _ask(self, *arguments: str, seconds: float) -> str:
+        """Return the output of a ``flwr`` command; a second signal cuts it short."""
+        end = time.monotonic() + seconds
+        with self._flwr(*arguments, stderr=subprocess.PIPE) as client:
+            while time.monotonic() < end and not self.signals.hurry:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    out, errors = client.communicate(timeout=POLL_SECONDS)
+                    return out or ANSI.sub("", errors)
+            client.kill()
+        return ""
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[Path]:
+    """Make a temporary directory for one run and remove it afterwards."""
+    parent = tempfile.gettempdir()
+    name_length = len("/clip2fl-") + 8
+    if len(parent) + name_length + len(RAY_SOCKET_SUFFIX) > UNIX_SOCKET_PATH_MAX:
+        parent = "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="clip2fl-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def own_superlink(
+    directory: Path, signals: NotedSignals, ray_address: str | None
+) -> Iterator[SuperLink]:
+    """Run a SuperLink from an empty directory.
+
+    At the end no process that it started is left.
+
+    Parameters
+    ----------
+    directory : Path
+        From `private_directory`.
+    signals : NotedSignals
+        End the start, and hurry the end.
+    ray_address : str or None
+        ``HOST:PORT`` of a running Ray cluster; None lets Ray start a private one.
+
+    Raises
+    ------
+    SimulationError
+        If it does not start.
+    Interrupted
+        If a signal arrived before it was up.
+    """
+    home = directory / "home"
+    for folder in (home, directory / "work", directory / "tmp"):
+        folder.mkdir()
+    variables = _variables(directory, ray_address)
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # Another process may take the free port first: then choose again.
+        for _ in range(3):
+            port = _free_port()
+            write_connection(
+                home, CONNECTION, address=f"127.0.0.1:{port}", insecure=True
+            )
+            process = _start(directory, port, variables)
+            end = time.monotonic() + START_SECONDS
+            while process.poll() is None and time.monotonic() < end:
+                if signals.first is not None:
+                    raise Interrupted(signals.first)
+                if _is_up(directory):
+                    yield SuperLink(process, directory, variables, signals)
+                    return
+                time.sleep(POLL_SECONDS)
+        raise SimulationError(
+            f"flower-superlink did not start:\n{_tail(directory / 'superlink.log')}"
+        )
+    finally:
+        if process is not None:
+            stop_all(process, home, signals)
+
+
+def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
+    """Return the caller's environment with what keeps this run to itself."""
+    variables = environment(directory / "home")
+    # Ray would use the cluster at this address, meant or left over.
+    variables.pop("RAY_ADDRESS", None)
+    if ray_address is not None:
+        variables["RAY_ADDRESS"] = ray_address
+    variables.update(
+        # What torch and others leave there goes with the run.
+        TMPDIR=str(directory / "tmp"),
+        RAY_TMPDIR=str(directory),
+        RAY_USAGE_STATS_ENABLED="0",
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        PYTHONUNBUFFERED="1",
+    )
+    return variables
+
+
+def _start(
+    directory: Path, port: int, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    with (directory / "superlink.log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                *(executable("flower-superlink"), "--insecure", "--simulation"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                "--disable-runtime-dependency-installation",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=directory / "work",
+            env=variables,
+            start_new_session=True,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_up(directory: Path) -> bool:
+    """Tell whether the SuperLink listens.
+
+    Its own log is read rather than its port probed: another program that took the
+    port would answer a probe too.
+    """
+    return "Uvicorn running on" in (directory / "superlink.log").read_text("utf-8")
+
+
+def _read(client: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    assert client.stdout is not None
+    with contextlib.suppress(ValueError):  # closed by the main thread after a stop
+        for line in client.stdout:
+            lines.put(line)
+    lines.put(None)
+
+
+def _next_line(lines: queue.SimpleQueue[str | None]) -> str | None:
+    """Return the next line, an empty string if none came in time, None at the end."""
+    try:
+        return lines.get(timeout=POLL_SECONDS)
+    except queue.Empty:
+        return ""
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(ANSI.sub("", path.read_text("utf-8")).splitlines()[-20:])
