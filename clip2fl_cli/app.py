@@ -33,12 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What a node does without is missing where clip2fl was installed without these extras.
-OF_EXTRA = {
-    **dict.fromkeys(("psutil", "jinja2", "matplotlib", "scipy", "joblib"), "cli"),
-    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
-}
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -426,11 +420,6 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         console.fail(_message(error), 2)
-    except ModuleNotFoundError as error:
-        if error.name not in OF_EXTRA:
-            raise
-        extra = OF_EXTRA[error.name]
-        console.fail(f"{error.name} is missing: pip install 'clip2fl[{extra}]'", 1)
     except RuntimeError as error:
         from clip2fl_cli.flower_command import SimulationError
         from clip2fl_common.teacher import TeacherError

@@ -417,18 +417,6 @@ def test_version_is_that_of_the_project(
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def test_missing_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(sys.modules, "clip2fl_cli.processes", raising=False)
-    monkeypatch.delitem(sys.modules, "clip2fl_cli.superlink", raising=False)
-    monkeypatch.delitem(sys.modules, "clip2fl_cli.simulation", raising=False)
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    assert run(monkeypatch, "run") == 1
-    said = "clip2fl: psutil is missing: pip install 'clip2fl[cli]'\n"
-    assert capsys.readouterr().err == said
-
-
 def test_command_without_arguments_shows_its_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
