@@ -189,7 +189,7 @@ class SitePolicy:
     ) -> Iterator[str]:
         """Yield each reason not to load or use a teacher.
 
-        The reasons do not depend on whether a path exists, so that they do not tell.
+        The reasons do not depend on whether a path exists, so they do not reveal it.
 
         Parameters
         ----------

@@ -179,7 +179,7 @@ def _sample_long_tail(
     for c, (indices, count) in enumerate(zip(members, counts, strict=True)):
         if min(count, len(indices)) == 0:
             raise PartitionError(
-                f"class {c} would be held by nobody: it has {len(indices)} samples "
+                f"no client would hold class {c}: it has {len(indices)} samples "
                 f"and keeps {count} at dataset.imbalance-factor = {imbalance_factor}; "
                 "use a smaller imbalance factor or add samples"
             )

@@ -48,7 +48,7 @@ class Method(Strategy):
     Parameters
     ----------
     setting : Setting
-        What a method is built from, the run's configuration included.
+        Inputs from which the method is built, the run's configuration included.
 
     Attributes
     ----------

@@ -174,20 +174,20 @@ class Safeguards:
         origin = int(state.strategy[ORIGIN]) if state else 0
         if state is None or self._recovery.returns[origin] == MOST_RETURNS:
             if self._clients.come_and_go and self._recovery.succeeded:
-                log(WARNING, "%s; there is none to go back to, so it stays", found)
+                log(WARNING, "%s; there is no earlier model, so it stays", found)
                 return None
             raise NoRepliesError(
                 f"{found} ("
                 + "; ".join(verdicts.reasons(name))
-                + "), and there is none to go back to; lower client.learning-rate, or "
+                + "), and there is no earlier model; lower client.learning-rate, or "
                 "keep more models (checkpoint.every, checkpoint.keep)"
             )
         culprits = self._recovery.leave_out(server_round)
         self._recovery.returns[origin] += 1
         log(
             WARNING,
-            "%s; the run goes on with that of round %d and leaves out for some rounds "
-            "the clients that made the bad one: %s",
+            "%s; the run goes on with the model of round %d. The clients that made the "
+            "bad model are left out for some rounds: %s",
             found,
             origin,
             ", ".join(str(self._clients.label(client)) for client in culprits),

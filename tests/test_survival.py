@@ -118,7 +118,7 @@ def test_poisoned_round_is_undone_and_its_makers_are_left_out(
     # What round 3 evaluates and keeps is round 1's model again.
     assert rounds[2]["accuracy"] == rounds[0]["accuracy"]
     assert any(
-        "the model of round 2 is at fault; the run goes on with that of round 1" in m
+        "round 2 is at fault; the run goes on with the model of round 1" in m
         for m in flower_log.messages
     )
 

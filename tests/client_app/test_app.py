@@ -388,7 +388,7 @@ def test_import_leaves_collection_on_and_torch_out_of_it() -> None:
 
 
 def test_process_that_used_the_compiler_ends_without_complaint() -> None:
-    """The test's torchvision imports triton, which reports objects left at exit."""
+    """The module imports triton, which reports objects left at exit."""
     assert _run("import benchmarks.stages").stderr == ""
 
 
