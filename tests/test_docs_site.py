@@ -101,7 +101,7 @@ def test_api_pages_have_signatures_and_docstrings(site: Path) -> None:
     page = (site / "api" / "data.html").read_text("utf-8")
     text = re.sub(r"<[^>]+>", "", page)
     assert "imbalance_factor: float" in text
-    assert "Per client, the indices into labels of its samples" in text
+    assert "For each client the indices into labels of its samples" in text
 
 
 @pytest.mark.parametrize("name", ["data", "models", "client", "server"])
