@@ -78,12 +78,13 @@ def test_whole_benchmark_and_its_page(
     text = page.read_text("utf-8")
     rows = [line.split(" | ")[:2] for line in text.splitlines() if "| none |" in line]
     assert [row[0] for row in rows] == [
+        "| length ratio",
         "| mean",
         "| norm bound",
         "| median",
         "| trimmed mean",
     ]
-    assert text.count(f"| 1 of {CLIENTS} |") == 4
+    assert text.count(f"| 1 of {CLIENTS} |") == 5
     assert text in capsys.readouterr().out
 
     def forbidden(*_: Any) -> None:
