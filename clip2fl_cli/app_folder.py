@@ -59,8 +59,8 @@ def write_app_folder(app: Path, folder: Path) -> None:
     Parameters
     ----------
     app : Path
-        Folder of the app. For this program, `PROJECT`, the packages are found through
-        imports, in a checkout as well as in an installation.
+        Folder of the app. For this program, `PROJECT`, the packages are copied from
+        where they are, in a checkout or in an installation.
     folder : Path
         The folder to create.
     """

@@ -140,8 +140,7 @@ def write_page(
         loader=PackageLoader("clip2fl_cli"),
         autoescape=True,
         undefined=StrictUndefined,
-        # Escaping disables markup; this disables characters that reverse the text around
-        # them.
+        # Escaping disables markup; this disables characters that reverse text.
         finalize=lambda value: shown(value) if isinstance(value, str) else value,
     )
     html = environment.get_template("report.html.j2").render(
