@@ -86,8 +86,8 @@ def run(
         typer.Option(
             min=0,
             callback=finite,
-            help="GPUs, or the share of one, that a client occupies; what there is, "
-            "but at most 4 clients a GPU, if not given; 0: it sees none.",
+            help="GPUs, or the share of one, that a client occupies. If not given, "
+            "clients share all GPUs, at most 4 clients on each; 0: none.",
         ),
     ] = None,
     ray_address: Annotated[
@@ -414,7 +414,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         problem = error.format_message().rstrip(".")
-        console.fail(f"{problem}; --help lists what there is", error.exit_code)
+        console.fail(f"{problem}; --help lists the choices", error.exit_code)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:

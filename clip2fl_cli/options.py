@@ -38,7 +38,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="'KEY=VALUE ...'",
-        help="Run configuration keys that win over the file; may be repeated.",
+        help="Run configuration keys that override the file; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]

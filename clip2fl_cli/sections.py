@@ -14,7 +14,7 @@ from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
 from clip2fl_cli.tables import COLUMNS, LOSSES, matrix_tables
 
-UNTOLD = "Sites tell nobody how many images of a class they have."
+UNTOLD = "Sites do not report their number of images by class."
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Secti
 
 def clients_section(run: FinishedRun) -> Section:
     """Return the section of images by client and class."""
-    title = "Who holds what"
+    title = "Images by client and class"
     if "clients_by_class" not in run.artifacts:
         return _absent("clients", title, "" if run.train_counts else UNTOLD)
     held = run.artifacts["clients_by_class"].numpy()
@@ -189,7 +189,7 @@ def losses_section(
     )
     text = (
         "Client losses are means over the last local epoch. Gradient matching and "
-        "prototype contrast are those of the federated features after their last step."
+        "prototype contrast are measured after the last step on federated features."
     )
     return Section("losses", "Losses", text, [picture], tables)
 

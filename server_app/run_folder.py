@@ -81,8 +81,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         elif not self.path.is_dir():
             raise FileNotFoundError(
-                f"run.resume = {config.run.resume!r} is no folder: give that of the "
-                f"run, which holds its {CONFIG}"
+                f"run.resume = {config.run.resume!r} is no folder: give the run's "
+                f"folder, which contains {CONFIG}"
             )
         self._metrics = ""
         # The system releases the lock when the process ends, even after a crash.

@@ -126,7 +126,7 @@ def _not_absolute(key: str, value: str) -> Iterator[str]:
     try:
         absolute = Path(value).expanduser().is_absolute()
     except RuntimeError:
-        yield f"{key} = {shown(value)} begins with a user who has no home folder here"
+        yield f"{key} = {shown(value)} begins with a user without a home folder here"
     else:
         if not absolute:
             yield (

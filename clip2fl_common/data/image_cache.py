@@ -99,7 +99,7 @@ def decoded_images(
                 _store(place, decode)
                 stored = _map(place, len(paths), size)
     except _PassingError:
-        return None  # whoever decodes them again says which
+        return None  # decoding the images again reports the unreadable files
     except OSError as error:
         logger.warning(
             "cannot keep decoded images in %s (%s); they are decoded in every round. "

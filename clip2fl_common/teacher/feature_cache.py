@@ -183,7 +183,7 @@ class FeatureCache:
                 return
         logger.warning(
             "cannot %s the teacher's cached features in %s (%s); they are computed "
-            "again. Check the disk and who may write there.",
+            "again. Check the disk and the file's permissions.",
             action,
             self.path,
             error,

@@ -392,7 +392,7 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     line = refused(monkeypatch, capsys, *arguments)
     assert said in line
-    assert line.endswith("--help lists what there is")
+    assert line.endswith("--help lists the choices")
 
 
 def test_shell_completes_subcommands(

@@ -405,7 +405,7 @@ def test_full_batches_of_small_images_fit() -> None:
             "dataset.imbalance-factor = 1e+06 leaves no image of the rarest class",
         ),
         ({"teacher.model": "local-dir:/" + "a" * 256}, "longer than a path can be"),
-        ({"teacher.model": "local-dir:~nobody-x/t"}, "user who has no home folder"),
+        ({"teacher.model": "local-dir:~nobody-x/t"}, "user without a home folder"),
     ],
 )
 def test_contradictions(changes: dict[str, Scalar], message: str) -> None:
