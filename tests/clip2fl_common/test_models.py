@@ -179,7 +179,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_folded_network_has_the_same_features(name: str) -> None:
-    """Features are equal for any statistics; the model keeps its batch norms and mode."""
+    """Features are equal for any statistics; the model itself is not changed."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=5, feature_dim=24).double()
     for module in model.modules():

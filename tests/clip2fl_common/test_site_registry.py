@@ -75,7 +75,7 @@ def test_registry_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_nothing_is_bound_twice(other: Site, message: str) -> None:
     with pytest.raises(RegistryError, match=message):
         SiteRegistry((NORTH,)).with_site(other)
-    # A file with such an entry is refused, too.
+    # A registry that is read with such entries is refused, too.
     with pytest.raises(RegistryError):
         SiteRegistry((NORTH, other))
 
