@@ -326,7 +326,7 @@ def _kind(mode: str, depth: int) -> str:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Return an error in words for people who look after images."""
+    """Return an error in words that people without knowledge of Pillow understand."""
     if isinstance(error, NotReadError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
