@@ -1,4 +1,4 @@
-"""CLIP2FL on Flower, from Python: run, compare, look and predict.
+"""CLIP2FL on Flower, from Python: run, compare, inspect and predict.
 
 Examples
 --------
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    # Read when it is asked for: importing this package takes no time.
+    # Imported on first use, so that importing this package takes no time.
     if name == "__version__":
         from clip2fl_common.project import version
 

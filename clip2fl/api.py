@@ -1,6 +1,6 @@
-"""The functions that `clip2fl` offers: thin, on top of what the command does.
+"""The functions of `clip2fl`: a thin layer on the code of the command.
 
-What a function needs is imported when it is called, since torch takes seconds.
+Each function imports its modules when it is called, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Config: TypeAlias = "PathLike | Mapping[str, object] | RunConfig"
-"""A TOML file or the name of an experiment that comes with the program; keys with
-values, as in docs/configuration.md, dotted or nested; a checked configuration."""
+"""A TOML file or the name of an experiment that comes with the program; or keys with
+values, dotted or nested, as in docs/configuration.md; or a checked configuration."""
 
 
 class Run:
-    """A complete run, read from its folder when it is asked for.
+    """A complete run, whose files are read on first use.
 
     Parameters
     ----------
     folder : path
-        What the run has left behind.
+        Folder of the run's results.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Run:
         self.folder = Path(folder)
 
     def __repr__(self) -> str:
-        """Return how to read it again."""
+        """Return the expression that opens this run again."""
         return f"clip2fl.Run({str(self.folder)!r})"
 
     @cached_property
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One entry a round, as in ``metrics.jsonl``; accuracies in percent."""
+        """One entry per round, as in ``metrics.jsonl``; accuracies in percent."""
         return self._read.rounds
 
     @cached_property
@@ -73,18 +73,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison has found.
+    """The results of a comparison.
 
     Attributes
     ----------
     folder : Path
-        Where its runs and results lie.
+        Folder of the runs and results.
     table : str
-        One row a variant, in Markdown.
+        One row per variant, in Markdown.
     summary : dict
         The same numbers and more: the content of ``comparison.json``.
     report : Path
-        The page to read.
+        Path of the report.
     failed : list of Failure
         Runs that did not complete, with the reasons.
     """
@@ -109,28 +109,28 @@ def run(
 ) -> Run:
     """Train: run a federation in a simulation on this machine.
 
-    Call it from the main thread. Nothing of the simulation is left when it returns,
-    or when Ctrl-C ends it.
+    Call it from the main thread. When it returns, or when Ctrl-C ends it, all processes
+    of the simulation have ended.
 
     Parameters
     ----------
     config : path, mapping, RunConfig or None
         A TOML file, the name of an experiment that comes with the program, or keys
-        with values; what it does not name has its default, which is the demo's.
+        with values. Other keys have their defaults, as in the demo.
     supernodes : int or None
-        Number of simulated nodes; None takes one per CPU core, at least 2.
+        Number of simulated nodes; None: one per CPU core, at least 2.
     cpus_per_client : int
-        CPU cores that a client occupies and computes with.
+        CPU cores that a client occupies, and its number of threads.
     gpus_per_client : float or None
-        GPUs, or the share of one, that a client occupies; None shares what there is.
+        GPUs, or the share of one, that a client occupies; None shares all GPUs.
     timeout : float or None
         Seconds after which the run is stopped.
     quiet : bool
         Do not print the run's log.
     **settings
-        Keys that win over ``config``: ``method="fedavg"``, and groups as mappings:
-        ``federation={"rounds": 3, "clients_per_round": 2}``. An underscore stands for
-        the hyphen of a key. Paths may be relative if they are given as `Path`.
+        Keys that take precedence over ``config``: ``method="fedavg"``, and groups as
+        mappings: ``federation={"rounds": 3, "clients_per_round": 2}``. Write an
+        underscore for a key's hyphen. A `Path` may be relative, a string may not.
 
     Returns
     -------
@@ -139,11 +139,11 @@ def run(
     Raises
     ------
     ConfigError
-        If a key does not exist or a value is not allowed; names each.
+        If a key does not exist or a value is not allowed; names each key.
     SimulationError
-        If the run did not complete; says why.
+        If the run did not complete; gives the reason.
     KeyboardInterrupt
-        If a signal ended the run, after all was stopped.
+        If a signal ended the run; raised after all processes were stopped.
     """
     from clip2fl_cli.configuration import as_file
     from clip2fl_cli.flower_command import SimulationError
@@ -177,20 +177,20 @@ def compare(
 ) -> Compared:
     """Run variants over seeds; write their table and report.
 
-    Runs that are complete are not repeated. Call it from the main thread.
+    Complete runs are not repeated. Call it from the main thread.
 
     Parameters
     ----------
     file : path
         TOML file of a comparison, or the name of one that comes with the program.
     runs : path
-        Folder under which the comparison has its own.
+        Folder in which the comparison gets its own folder.
     seeds : sequence of int
-        Instead of the file's.
+        Seeds that replace the file's.
     quiet : bool
-        Do not print how it goes on.
+        Do not print the progress.
     **settings
-        Keys for all variants, as `run` takes them.
+        Keys for all variants, as in `run`.
 
     Returns
     -------
@@ -203,7 +203,7 @@ def compare(
     SimulationError
         If no run has completed.
     KeyboardInterrupt
-        If a signal ended it; the same call goes on where it stopped.
+        If a signal ended the comparison; the same call continues it.
     """
     from rich.console import Console
 
@@ -237,23 +237,23 @@ def compare(
 
 
 def partition(config: Config | None = None, /, **settings: object) -> Holdings:
-    """Say which client would hold how many images of which class.
+    """Return how many images of which class each client would hold.
 
     Parameters
     ----------
     config, **settings
-        As `run` takes them.
+        As in `run`.
 
     Returns
     -------
     Holdings
         ``class_names`` of the C classes and ``counts``, an int64 array [K, C] with one
-        row a client; ``draw(file)`` writes a heat map.
+        row per client; ``draw(file)`` writes a heat map.
 
     Raises
     ------
     ConfigError
-        As `run`.
+        As in `run`.
     """
     from clip2fl_cli.holdings import Holdings
 
@@ -261,7 +261,7 @@ def partition(config: Config | None = None, /, **settings: object) -> Holdings:
 
 
 def load_model(path: PathLike) -> Model:
-    """Load a delivered model, which may come from anywhere.
+    """Load a delivered model; the file may come from an untrusted source.
 
     Parameters
     ----------
@@ -277,7 +277,7 @@ def load_model(path: PathLike) -> Model:
     Raises
     ------
     RunError, ForeignFileError
-        If it is not there, or no delivered model; names what was found.
+        If the file is missing, or is not a delivered model; names the fault.
     """
     from clip2fl_cli.prediction import Model
 
@@ -285,7 +285,7 @@ def load_model(path: PathLike) -> Model:
 
 
 def _resolved(config: Config | None, settings: Mapping[str, object]) -> RunConfig:
-    """Return the configuration that `run` was asked for, checked."""
+    """Return the checked configuration for the arguments of `run`."""
     from clip2fl_cli.configuration import resolve
     from clip2fl_common.config import RunConfig
 
@@ -301,7 +301,7 @@ def _resolved(config: Config | None, settings: Mapping[str, object]) -> RunConfi
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of nested mappings; what they hold is checked later."""
+    """Yield the dotted keys of nested mappings; the values are checked later."""
     for part, value in table.items():
         key = f"{prefix}{part}".replace("_", "-")
         if isinstance(value, Mapping):

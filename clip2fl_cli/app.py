@@ -1,7 +1,7 @@
-"""The clip2fl command: wires its subcommands together.
+"""The clip2fl command with its subcommands.
 
-What a subcommand needs is imported when it runs, since torch and matplotlib take
-seconds.
+Each subcommand imports its modules when it runs, since the import of torch and
+matplotlib takes seconds.
 """
 
 import os
@@ -86,8 +86,8 @@ def run(
         typer.Option(
             min=0,
             callback=finite,
-            help="GPUs, or the share of one, that a client occupies; what there is, "
-            "but at most 4 clients a GPU, if not given; 0: it sees none.",
+            help="GPUs, or the share of one, that a client occupies. If not given, "
+            "clients share all GPUs, at most 4 clients on each; 0: none.",
         ),
     ] = None,
     ray_address: Annotated[
@@ -110,9 +110,9 @@ def run(
 ) -> None:
     """Train: run the federation in a simulation on this machine.
 
-    The run has a SuperLink of its own, and nothing of it is left when the command
-    ends, even by Ctrl-C. Exit status: 0 the run completed; 1 it did not; 2 wrong
-    usage; 130 or 143 it was interrupted by Ctrl-C or SIGTERM.
+    The run has its own SuperLink, and all its processes end with the command, even
+    after Ctrl-C. Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or
+    143 the command was interrupted by Ctrl-C or SIGTERM.
     """
     from clip2fl_cli.signals import Interrupted
     from clip2fl_cli.simulation import simulate
@@ -163,9 +163,9 @@ def federate(
 ) -> None:
     """Train: start a run on a SuperLink and follow it to its end.
 
-    Start it at the server: Flower's Control API must not be reachable from elsewhere.
-    Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or 143 it is not
-    followed any more because of Ctrl-C or SIGTERM, but goes on.
+    Run this command at the server: Flower's Control API must not be reachable from
+    other machines. Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130
+    or 143 Ctrl-C or SIGTERM ended the command, while the run continues.
     """
     from clip2fl_cli import federation
     from clip2fl_cli.signals import Interrupted, interrupting
@@ -204,8 +204,7 @@ def compare(
 ) -> None:
     """Run variants over seeds; write their table and report.
 
-    Runs that are complete are not repeated: after an interruption, the same command
-    goes on where it stopped.
+    Complete runs are not repeated. After an interruption, the same command continues.
     """
     from clip2fl_cli import comparison as comparisons
     from clip2fl_cli.progress import ComparisonProgress
@@ -222,7 +221,7 @@ def compare(
         with ComparisonProgress(missing, there, console.err) as progress:
             failed = list(comparisons.complete(compared, progress))
     except KeyboardInterrupt as interruption:
-        # Between two simulations, Python's own handler raises it.
+        # Between two simulations, Python's own handler raises KeyboardInterrupt.
         signum: int = getattr(interruption, "signum", signal.SIGINT)
         console.tell("interrupted; the same command goes on where this one stopped")
         raise typer.Exit(128 + signum) from None
@@ -248,8 +247,8 @@ def compare(
 def doctor(context: typer.Context) -> None:
     """Check a site before it takes part in a federation, and say what to fix.
 
-    ``clip2fl doctor --help`` lists the options. Nodes, on which this command need not
-    be installed, have the same as ``python -m client_app.doctor``.
+    ``clip2fl doctor --help`` lists the options. On nodes without this command,
+    ``python -m client_app.doctor`` has the same options.
     """
     from client_app import doctor as check
 
@@ -325,7 +324,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is on images, by a delivered model."""
+    """Classify images with a delivered model."""
     from clip2fl_cli.prediction import Model
 
     found = Model.load(model).predict(images, top)
@@ -370,7 +369,7 @@ def export(
     from clip2fl_common.shown import short
 
     file = model_file(model)
-    # What is wrong is found before anything is written.
+    # Errors are found before anything is written.
     teacher = exporting.run_teacher(file) if costs else None
     written = exporting.export(file, output)
     loaded = teacher if teacher and (teacher_cost or teacher.is_built_in) else None
@@ -407,7 +406,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command; what a user can mend is one line and exit status 2."""
+    """Run the command; an error of the user gives one line and exit status 2."""
     try:
         status = app(prog_name="clip2fl", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -415,7 +414,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         problem = error.format_message().rstrip(".")
-        console.fail(f"{problem}; --help lists what there is", error.exit_code)
+        console.fail(f"{problem}; --help lists the choices", error.exit_code)
     except click.Abort:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
@@ -431,7 +430,7 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str:
-    """Return an error's text: one line, but for lists of keys and ends of logs."""
+    """Return an error's text: one line, except for lists of keys and ends of logs."""
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_common.config import ConfigError
 

@@ -1,4 +1,4 @@
-"""What Flower is given: a folder with the app's packages, and a run's configuration."""
+"""The input of Flower: a folder with the app's packages, and a run's configuration."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
-"""Kinds of files that Flower lets into an app's bundle."""
+"""Types of files that Flower allows in an app's bundle."""
 
 
 def checked_run_config(
@@ -18,14 +18,14 @@ def checked_run_config(
     overrides: Sequence[str],
     resume: Path | None = None,
 ) -> str:
-    """Merge a run's configuration; refuse what this program's own run would refuse.
+    """Merge a run's configuration, and check it if the app is this program.
 
     Parameters
     ----------
     app : Path
-        Folder of the app; another app's configuration is its own affair.
+        Folder of the app; the configuration of another app is not checked.
     run_config, overrides, resume
-        As `clip2fl_cli.simulation.simulate` takes them.
+        As `clip2fl_cli.simulation.simulate`.
 
     Returns
     -------
@@ -35,13 +35,14 @@ def checked_run_config(
     Raises
     ------
     ConfigError
-        Names each offending key, what was found and what is allowed.
+        Names each invalid key, its value and what is allowed.
     """
     file = None if run_config is None else experiment(run_config)
     merged = merge_run_config(app, file, overrides, resume)
     if _is_own(app):
         config = complete_config(merged)
-        # torch and flwr take two seconds, for which a wrong key need not wait.
+        # The imports of torch and flwr take two seconds; a wrong key is reported
+        # before.
         from strategy.registry import method_named
 
         method_named(config.method)
@@ -49,19 +50,19 @@ def checked_run_config(
 
 
 def write_app_folder(app: Path, folder: Path) -> None:
-    """Write the folder in which Flower finds an app.
+    """Write the folder from which Flower reads an app.
 
-    Flower walks through every file of the folder that it is given; in a checkout that
-    means some ten thousand files of the virtual environment, and seconds. An installed
-    program has no such folder: its packages lie among others.
+    Flower lists every file of the given folder. In a checkout these are about ten
+    thousand files of the virtual environment, which takes seconds. An installed program
+    has no such folder: its packages lie among other packages.
 
     Parameters
     ----------
     app : Path
-        Folder of the app. Of this program's own, `PROJECT`, the packages are found by
-        themselves, be they in a checkout or installed.
+        Folder of the app. For this program, `PROJECT`, the packages are copied from
+        where they are, in a checkout or in an installation.
     folder : Path
-        Is made.
+        The folder to create.
     """
     if not _is_own(app):
         shutil.copytree(app, folder, ignore=_left_out)
@@ -74,12 +75,12 @@ def write_app_folder(app: Path, folder: Path) -> None:
 
 
 def _is_own(app: Path) -> bool:
-    """Tell whether a folder is this program's, and no other Flower app's."""
+    """Return whether a folder contains this program, not another Flower app."""
     return app.resolve() == PROJECT
 
 
 def _left_out(folder: str, names: list[str]) -> list[str]:
-    """Return what no bundle may contain."""
+    """Return the names that no bundle may contain."""
     return [
         name
         for name in names

@@ -1,4 +1,4 @@
-"""``artifacts.safetensors``: what a run keeps for its report, checked."""
+"""Read and check ``artifacts.safetensors``, the tensors of a run for its report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from server_app.tensor_files import Declared, TensorFile
 
 PROTOTYPES = "text_features"
 REAL = (torch.float32, torch.float16, torch.bfloat16)
-# Two confusion matrices of 8,000 classes; drawing larger ones takes more memory than
-# most machines have.
+# The size of two confusion matrices of 8,000 classes. Drawing larger ones takes more
+# memory than most machines have.
 MAX_BYTES = 2**31
 
 
 def read_artifacts(file: Path, classes: int) -> dict[str, torch.Tensor]:
-    """Read what a report shows besides numbers.
+    """Read the tensors that a report shows.
 
     Parameters
     ----------
@@ -32,13 +32,13 @@ def read_artifacts(file: Path, classes: int) -> dict[str, torch.Tensor]:
     -------
     dict of str to Tensor
         ``clients_by_class`` [K, C] and, for each head, ``confusion.HEAD`` [C, C], of
-        int64; ``features`` [C, m, d] and ``text_features`` [C, d]. None of them must
-        be there; what else a method keeps is left out.
+        int64; ``features`` [C, m, d] and ``text_features`` [C, d]. Each of them may be
+        absent; other tensors of a method are not read.
 
     Raises
     ------
     ForeignFileError
-        Names the tensor that is not as described, and what was found.
+        Names the tensor that is not as described, with its type and shape.
     """
     found = TensorFile.read(file)
     tensors = {name: t for name, t in found.tensors.items() if _is_shown(name)}
@@ -64,7 +64,7 @@ def _is_shown(name: str) -> bool:
 
 
 def _check_declared(file: Path, name: str, declared: Declared, classes: int) -> None:
-    # None: any number from 1 on.
+    # None stands for any size of at least 1.
     wanted: tuple[int | None, ...] = {
         CLIENTS: (None, classes),
         FEATURES: (classes, None, None),

@@ -1,4 +1,4 @@
-"""A comparison: which runs it has, and running those that are not there yet."""
+"""A comparison: the list of its runs, and executing the missing ones."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from clip2fl_common.shown import short, shown
 from server_app.checkpoints import load_newest
 from server_app.foreign_files import ForeignFileError, check
 
-# A reason is a cell of a table; the log has the rest.
+# A reason fills one cell of a table; the log contains the rest.
 MAX_REASON = 300
 
 _Seeds = Annotated[list[Seed], Field(min_length=1, max_length=MAX_RUNS)]
@@ -33,7 +33,7 @@ _seeds: TypeAdapter[list[int]] = TypeAdapter(_Seeds, config=ConfigDict(strict=Tr
 
 
 class ComparisonError(ValueError):
-    """A comparison's file or folder is not as it should be; says what to do."""
+    """A comparison's file or folder is not valid; says what to do."""
 
 
 class ComparisonFile(BaseModel):
@@ -58,11 +58,11 @@ class PlannedRun:
     Attributes
     ----------
     variant : str
-        What is compared: a method with settings.
+        Name of the variant: a method with settings.
     seed : int
-        Its seed.
+        Seed of the run.
     config : RunConfig
-        Its configuration, folder included.
+        Configuration of the run, including its folder.
     """
 
     variant: str
@@ -71,27 +71,27 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Where it leaves its results."""
+        """The folder of the run's results."""
         return Path(self.config.run.dir) / self.config.run.name
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants, each with some seeds, and the one that the others are set against.
+    """Variants, each with some seeds, and the baseline for the others.
 
     Attributes
     ----------
     name : str
-        From the file's name.
+        Name, from the file's name.
     baseline : str
-        A variant.
+        The variant with which the others are compared.
     folder : Path
-        Where its runs and results lie.
+        Folder of the runs and results.
     plan : tuple of PlannedRun
-        Seed by seed, so that all variants are there early.
+        Ordered by seed, so that a result of every variant is available early.
     shares_local_training : bool
-        Whether what clients train is kept until all runs are there, so that variants
-        which differ at the server only train once.
+        Whether local training is cached until all runs are complete, so that variants
+        which differ only at the server train once.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Comparison:
 
     @property
     def local_training(self) -> Path:
-        """Where local models are kept that runs have in common."""
+        """The folder of the local models that runs share."""
         return self.folder / "local-training"
 
     @classmethod
@@ -119,15 +119,15 @@ class Comparison:
         ----------
         file : Path
             TOML with ``experiment`` (a run configuration, relative to this file),
-            ``seeds``, ``baseline``, ``[settings]`` for all and one table of settings
-            for each of ``[variants]``; ``seeds`` in a variant are its own;
-            ``share-local-training``, false by default.
+            ``seeds``, ``baseline``, ``[settings]`` for all variants and one table of
+            settings for each of ``[variants]``, where ``seeds`` replace the common
+            seeds; ``share-local-training``, false by default.
         runs : Path
-            Folder under which the comparison has its own.
+            Folder in which the comparison gets its own folder.
         overrides : sequence of str
             ``key=value`` pairs for all variants.
         seeds : sequence of int
-            Instead of all seeds in the file.
+            Replace all seeds in the file.
 
         Returns
         -------
@@ -148,13 +148,13 @@ class Comparison:
             )
         folder = runs.resolve() / file.stem
         where = shown(file)
-        # Checked first: what is wrong there is no variant's fault.
+        # Checked first: an error in these settings is not the fault of a variant.
         general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in content.variants.items():
             named = f"{where}: variants.{shown(variant)}"
-            # Key by key: client.epochs for all stays where a variant sets another key
-            # of client.
+            # Merged key by key: a variant that sets another key of client still gets
+            # the common client.epochs.
             own = {**general, **flat_settings(_without(table, "seeds"), named)}
             try:
                 config = resolve(file.parent / content.experiment, overrides, own)
@@ -191,7 +191,7 @@ class Comparison:
         return found
 
     def missing(self) -> list[PlannedRun]:
-        """Return the runs that are still to be made.
+        """Return the runs that are not complete yet.
 
         Raises
         ------
@@ -208,33 +208,33 @@ class Comparison:
 
 
 class Watcher(Protocol):
-    """Is told how a comparison goes on; what a run prints goes to it as well."""
+    """Receives the progress of a comparison, and the output of its runs."""
 
     def started(self, run: PlannedRun) -> TextIO:
-        """Return where the log of a run that is about to start shall go."""
+        """Return the stream for the log of a run that is about to start."""
 
     def ended(self, run: PlannedRun, result: RunResult) -> None:
-        """Take note of how a run ended."""
+        """Receive the result of a run."""
 
 
 def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
-    """Make the missing runs, one after the other; a failure does not stop the others.
+    """Execute the missing runs one after the other, even if one fails.
 
-    An interrupted run goes on from its last checkpoint. Where that is not possible
-    (there is none yet, or it is another code's or configuration's), what it has left is
-    set aside, and the run starts again.
+    An interrupted run continues from its last checkpoint. If this is not possible (it
+    has no checkpoint, or another code or configuration made it), its folder is renamed
+    and the run starts again.
 
     Parameters
     ----------
     comparison : Comparison
-        What is to be complete.
+        The comparison to complete.
     watcher : Watcher
-        Follows it.
+        Receives the progress.
 
     Yields
     ------
     Failure
-        Each run that did not complete, and why.
+        Each run that did not complete, with the reason.
     """
     for run in comparison.missing():
         going_on = _can_go_on(run)
@@ -258,7 +258,7 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
 
 @contextmanager
 def _local_training_shared(comparison: Comparison) -> Iterator[None]:
-    """Have simulations keep their local models with the comparison, if it shares."""
+    """Cache local models in the comparison's folder, if the comparison shares them."""
     if comparison.shares_local_training:
         os.environ[FOLDER_VARIABLE] = str(comparison.local_training)
     try:
@@ -281,13 +281,13 @@ def _parse(file: Path) -> ComparisonFile:
         ) from None
     folders: dict[str, str] = {}
     for variant in content.variants:
-        # The longest folder that it may get.
+        # The longest folder name that the variant may get.
         if problem := component_problem(f"{variant}-seed{2**32 - 1}"):
             raise ComparisonError(
                 f"{shown(file)}: the variant {short(variant)} {problem}, but its runs "
                 "go to folders of that name: choose another"
             )
-        # Some systems take two such names for one folder.
+        # On some file systems two such names are the same folder.
         same = unicodedata.normalize("NFKC", variant).casefold()
         if same in folders:
             raise ComparisonError(
@@ -317,7 +317,7 @@ def _checked_seeds(seeds: object, where: str) -> list[int]:
 
 
 def _placed(config: RunConfig, folder: Path, variant: str, seed: int) -> RunConfig:
-    """Return a variant's configuration for one seed, in a folder of its own."""
+    """Return a variant's configuration for one seed, with its own folder."""
     place: dict[str, Scalar] = {
         "seed": seed,
         "run.dir": str(folder),
@@ -342,10 +342,10 @@ def _check_same(run: PlannedRun) -> None:
 
 
 def _can_go_on(run: PlannedRun) -> bool:
-    """Whether the folder holds a checkpoint of this very run."""
+    """Return whether the folder contains a checkpoint of exactly this run."""
     try:
         newest = load_newest(run.folder)
-    # There is none, or what there is was not written by this program.
+    # There is no checkpoint, or another program wrote it.
     except (ValueError, KeyError, TypeError, OSError, SafetensorError):
         return False
     same_code = newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE)

@@ -1,12 +1,12 @@
-"""A comparison as data: a CSV table, one row a run and round, and a JSON file.
+"""A comparison as data: a CSV table with one row per run and round, and a JSON file.
 
-The table holds what changes from round to round; its columns are named as the fields
-of ``metrics.jsonl``, with dots: ``accuracy.retrained.balanced``,
+The table contains the values that change from round to round. Its columns have the
+names of the fields of ``metrics.jsonl``, with dots: ``accuracy.retrained.balanced``,
 ``accuracy.retrained.per_class.0``, ``losses.client``, ``seconds.clients``,
-``bytes.up``. An empty cell is a value that a round does not have. The JSON file beside
-it holds the rest: the settings that all runs share, and each run's own.
+``bytes.up``. A cell is empty if the round has no such value. The JSON file contains the
+rest: the settings that all runs share, and the differing settings of each run.
 
-Both files together are enough to draw the comparison's page again.
+The two files are sufficient to draw the comparison's page again.
 """
 
 import csv
@@ -33,11 +33,11 @@ from server_app.foreign_files import (
 
 # A comparison of 12 runs, 1,000 classes and 200 rounds has 30 megabytes.
 MAX_TABLE_BYTES = 256 * MEGABYTE
-# A row becomes a list, whose items take more memory than their text.
+# A row becomes a list, whose items take more memory than the text.
 MAX_LINE = 16 * MEGABYTE
 MAX_SUMMARY_BYTES = 32 * MEGABYTE
 KEY = ("variant", "seed", "round")
-# Groups of columns after the key, in their order.
+# Groups of columns after the key, in this order.
 GROUPS = ("test_images", "accuracy", "losses", "seconds", "bytes", "privacy")
 # Integers beyond 20 digits are no counts; Python writes no float with more digits.
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,25})?(e[-+]?[0-9]{1,3})?")
@@ -47,20 +47,20 @@ _Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Compared:
-    """All that a comparison's page is drawn from.
+    """All data for a comparison's page.
 
     Attributes
     ----------
     name : str
-        Of the comparison.
+        Name of the comparison.
     baseline : str
-        Variant that the others are set against.
+        The variant with which the others are compared.
     runs : mapping of str to sequence of FinishedRun
         Each variant's complete runs.
     failures : sequence of Failure
         Runs that did not complete.
     origin : Origin
-        By which command, when and where the page was made.
+        Command, date and hardware of the comparison.
     """
 
     name: str
@@ -81,8 +81,8 @@ def rounds_csv(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
     Returns
     -------
     str
-        CSV: a header, then one row a run and round, in order. Numbers are written so
-        that reading them gives the same numbers.
+        CSV: a header, then one row per run and round, in order. Reading the numbers
+        back gives exactly the same numbers.
     """
     rows = [
         {
@@ -106,7 +106,7 @@ def rounds_csv(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
 
 
 def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
-    """Return what the table of rounds does not hold, each shared value once.
+    """Return the facts that the table of rounds lacks, each shared value once.
 
     Parameters
     ----------
@@ -118,8 +118,8 @@ def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     dict
         ``heads``: classifiers of each variant, the delivered one first;
         ``shared_facts``: fields of ``config.json`` that are the same in all runs;
-        ``facts``: each run's other fields, by the name of its folder. Where a run
-        lay and what watched it are left out.
+        ``facts``: each run's other fields, by the name of its folder. Folders and
+        trackers of the runs are left out.
     """
     every = [run for group in runs.values() for run in group]
     configs = [
@@ -144,12 +144,12 @@ def recorded_facts(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
 
 
 def read_compared(table: Path) -> Compared:
-    """Read a comparison from its table and the JSON file of the same name beside it.
+    """Read a comparison from its table and the JSON file of the same name.
 
     Parameters
     ----------
     table : Path
-        CSV, as `rounds_csv` makes it.
+        CSV, as `rounds_csv` writes it.
 
     Returns
     -------
@@ -158,8 +158,8 @@ def read_compared(table: Path) -> Compared:
     Raises
     ------
     ForeignFileError
-        If a file is not as a comparison writes it, or the two do not belong together;
-        names the file and the field or the line.
+        If a file has not the form that a comparison writes, or the two do not belong
+        together; names the file and the field or the line.
     """
     beside = table.with_suffix(".json")
     recorded = read_json(beside, Recorded, MAX_SUMMARY_BYTES)
@@ -182,16 +182,16 @@ def read_compared(table: Path) -> Compared:
 
 
 class _Lines:
-    """The table's rows, one after the other.
+    """The rows of a table, read one after the other.
 
     Attributes
     ----------
     where : str
-        Names the file in errors.
+        Name of the file, for errors.
     header : list of str
         Names of the columns.
     classes : dict of str to int
-        How many per-class columns each classifier has.
+        Number of per-class columns of each classifier.
     """
 
     def __init__(self, table: Path) -> None:
@@ -217,9 +217,9 @@ class _Lines:
         Parameters
         ----------
         key : sequence of str
-            Variant, seed and round that it must be of.
+            Expected variant, seed and round.
         heads : mapping of str to str
-            Classifiers of the variant as columns name them, to their names.
+            Names of the variant's classifiers, by their names in columns.
         """
         wanted = ", ".join(key)
         cells = self._next(wanted)
@@ -330,7 +330,7 @@ def _read_facts(name: str, recorded: Mapping[str, Any], where: str) -> dict[str,
 
 
 def _cells_of(line: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return a round's values by column; names are shown, so they have no breaks."""
+    """Return a round's values by column; names are escaped, so have no line breaks."""
     cells: dict[str, float | None] = {"test_images": line.get("test_images")}
     for head, accuracy in line["accuracy"].items():
         prefix = f"accuracy.{shown(head)}"
@@ -354,7 +354,7 @@ def _cells_of(line: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _path(column: str) -> _Path:
-    """Return where a column stands in a line of ``metrics.jsonl``; () if nowhere."""
+    """Return a column's path in a line of ``metrics.jsonl``; () if it has none."""
     group, _, rest = column.partition(".")
     if column == "test_images":
         return (column,)
@@ -374,7 +374,7 @@ def _path(column: str) -> _Path:
 def _class_columns(
     header: Sequence[str], paths: Sequence[_Path], where: str
 ) -> dict[str, int]:
-    """Return how many per-class columns each classifier has; they must be in order."""
+    """Return the number of per-class columns of each classifier; check their order."""
     found: dict[str, int] = {}
     for column, path in zip(header, paths, strict=True):
         if path[:1] == ("accuracy",) and path[2] == "per_class":
@@ -404,7 +404,7 @@ def _is_empty(accuracy: Mapping[str, Any]) -> bool:
 
 
 def _shared(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries that all have."""
+    """Return the entries that are the same in all tables."""
     first, *rest = tables
     return {
         key: value
@@ -414,7 +414,7 @@ def _shared(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _same(one: object, other: object) -> bool:
-    # As JSON, because Python takes 1, 1.0 and True for equal.
+    # Compared as JSON, because in Python 1, 1.0 and True are equal.
     return json.dumps(one) == json.dumps(other)
 
 

@@ -1,4 +1,4 @@
-"""The run configuration as a run would have it: defaults, file and settings."""
+"""The complete run configuration, from defaults, a file and settings."""
 
 import json
 import tempfile
@@ -21,17 +21,17 @@ from server_app.foreign_files import (
 from strategy.registry import method_named
 
 MAX_TOML_BYTES = MEGABYTE
-# Tables in tables; the parser takes time that grows with the square of a key's depth.
+# Depth of nested tables; the parser's time grows with the square of a key's depth.
 MAX_DOTS = 1000
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file that may come from anybody.
+    """Read a TOML file from an untrusted source.
 
     Parameters
     ----------
     file : Path
-        At most `MAX_TOML_BYTES`.
+        A file of at most `MAX_TOML_BYTES`.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     Raises
     ------
     ForeignFileError
-        If it cannot be read, or is no TOML.
+        If it cannot be read, or is not TOML.
     """
     text = read_text(file, MAX_TOML_BYTES)
     where = shown(file)
@@ -55,14 +55,14 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def flat_settings(table: Mapping[str, object], where: str) -> dict[str, Scalar]:
-    """Return the dotted keys in TOML tables, whose values must be scalars.
+    """Return the dotted keys in TOML tables; their values must be scalars.
 
     Parameters
     ----------
     table : mapping
         As `read_toml` returns it.
     where : str
-        Names its place in errors.
+        Name of the place, for errors.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def flat_settings(table: Mapping[str, object], where: str) -> dict[str, Scalar]:
     Raises
     ------
     ConfigError
-        If a key is not bare, or a value is no scalar that a run may have.
+        If a key is not bare, or a value is not a scalar allowed in a run.
     """
     try:
         return cast(dict[str, Scalar], flatten(table))
@@ -84,10 +84,10 @@ def resolve(
     overrides: Sequence[str],
     own: Mapping[str, Scalar] | None = None,
 ) -> RunConfig:
-    """Return the configuration that a run would get, checked.
+    """Return the checked configuration that a run would use.
 
-    This is the one place where the command's configurations come from: what it
-    returns, a run accepts.
+    All of the command's configurations come from this function, and a run accepts each
+    of them.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def resolve(
         TOML file of run configuration keys, or the name of an experiment that comes
         with the program.
     overrides : sequence of str
-        ``key=value`` pairs that win over the file and over ``own``.
+        ``key=value`` pairs, which take precedence over the file and ``own``.
     own : mapping or None
-        Further keys that win over the file.
+        Further keys, which take precedence over the file.
 
     Returns
     -------

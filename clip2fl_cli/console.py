@@ -1,4 +1,4 @@
-"""What the command prints: answers, and what is no part of them."""
+"""The output of the command: answers on standard output, the rest on standard error."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ from rich.text import Text
 
 from clip2fl_common.shown import shown
 
-# Answers go to standard output, everything else to standard error. Names from outside
-# are text: neither markup nor emoji.
+# Only answers go to standard output. Names from outside are printed as text, without
+# markup and emoji.
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-# Longer messages than this hide what they say; values in them may have any length.
+# Longer messages are cut, since values in them may have any length.
 MAX_MESSAGE = 2000
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Say what went wrong and end with an exit status."""
+    """Print an error and end with an exit status."""
     if len(message) > MAX_MESSAGE:
         half = MAX_MESSAGE // 2
         message = f"{message[:half]} ... {message[-half:]}"
@@ -41,7 +41,7 @@ def tell_lines(text: str) -> None:
 
 
 def tell(text: str, style: str | None = None) -> None:
-    """Print a line that is no part of the answer."""
+    """Print a line to standard error."""
     err.print(shown(text), style=style, soft_wrap=True)
 
 
@@ -51,7 +51,7 @@ def print_json(content: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table whose first column holds names, and the others numbers."""
+    """Print a table with names in the first column and numbers in the others."""
     table = Table()
     for number, name in enumerate(header):
         table.add_column(
@@ -59,7 +59,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         )
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
-    # A table that is wider than the terminal, or goes to a file, is not cut.
+    # A table is not cut, even if it is wider than the terminal or goes to a file.
     unlimited = out.options.update(max_width=100_000)
     width = out.measure(table, options=unlimited).maximum
     Console(highlight=False, width=max(width, out.width)).print(table)

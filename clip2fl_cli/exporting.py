@@ -1,4 +1,4 @@
-"""Delivered models for use elsewhere: safetensors and ONNX, and what they cost."""
+"""Export delivered models as safetensors and ONNX, and measure their costs."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class _FromPixels(nn.Module):
     model : ImageClassifier
         The delivered model.
     normalization : Normalization
-        Of its input.
+        Normalization of the model's input.
     """
 
     def __init__(self, model: ImageClassifier, normalization: Normalization) -> None:
@@ -50,16 +50,16 @@ class _FromPixels(nn.Module):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model takes.
+    """Size and latency of a model.
 
     Attributes
     ----------
     name : str
-        Which one.
+        Name of the model.
     parameters : int
-        Trained numbers.
+        Number of trained parameters.
     megabytes : float
-        Of them and the buffers, as they lie in memory.
+        Size of parameters and buffers in memory.
     milliseconds : float
         Median time for one image on this CPU with one thread.
     """
@@ -73,16 +73,16 @@ class Cost:
 def export(model: Path, folder: Path) -> tuple[Path, Path]:
     """Write a delivered model as safetensors and as ONNX.
 
-    Both carry the class names and the preprocessing as JSON in their metadata. The
-    ONNX graph holds the normalisation: its input ``pixels`` are RGB images
-    [N, 3, S, S] of uint8, any number of them, and its output ``logits`` is [N, C].
+    Both files contain the class names and the preprocessing as JSON in their metadata.
+    The ONNX graph includes the normalisation: its input ``pixels`` are RGB images
+    [N, 3, S, S] of uint8, for any N, and its output ``logits`` is [N, C].
 
     Parameters
     ----------
     model : Path
         A run's ``model.safetensors``.
     folder : Path
-        Where ``model.safetensors`` and ``model.onnx`` go.
+        Folder for ``model.safetensors`` and ``model.onnx``.
 
     Returns
     -------
@@ -92,14 +92,14 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
     Raises
     ------
     ForeignFileError
-        If the model is no delivered one.
+        If the file is not a delivered model.
     OutputError
-        If a file cannot be written. Links in their places are replaced.
+        If a file cannot be written. Existing links of these names are replaced.
     """
     import onnx
 
     network, card = load_model(model)
-    # Two images, because one would be taken for a constant.
+    # Two images, because torch would take a batch size of one as a constant.
     pixels = torch.zeros(2, 3, card.image_size, card.image_size, dtype=torch.uint8)
     program = torch.onnx.export(
         _FromPixels(network, card.normalization).eval(),
@@ -131,14 +131,14 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _is_same_file(model: Path, target: Path) -> bool:
-    """Tell whether a model is to be written over itself; a link to it is not it."""
+    """Return whether a model would overwrite itself; a link to it is another file."""
     return (
         target.exists() and not target.is_symlink() and os.path.samefile(model, target)
     )
 
 
 def preprocessing(card: ModelCard) -> dict[str, object]:
-    """Return how an image becomes the input of the ONNX graph."""
+    """Return the steps that make an image the input of the ONNX graph."""
     return {
         "colour": "RGB",
         "crop": "centre square",
@@ -184,7 +184,7 @@ def _cost(name: str, network: nn.Module, forward: Callable[[], torch.Tensor]) ->
 
 @dataclass(frozen=True)
 class RunTeacher:
-    """The teacher that a run's ``config.json`` names; nothing of it is loaded.
+    """The teacher that a run's ``config.json`` names, not yet loaded.
 
     Attributes
     ----------
@@ -198,26 +198,26 @@ class RunTeacher:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether it comes with the program.
+        """Whether the teacher comes with the program.
 
-        Another one is whatever folder or hub somebody else's file names: it is loaded
-        on request only.
+        A different teacher is loaded only on request, because a foreign file chose its
+        folder or hub.
         """
         return self.name == DEMO
 
     def load(self) -> Teacher:
-        """Load it.
+        """Load the teacher.
 
         Raises
         ------
         TeacherError
-            If it cannot be had.
+            If the teacher cannot be loaded.
         """
         return load_teacher(self.name, self.pretrained, prompt=self.prompt)
 
 
 def run_teacher(model: Path) -> RunTeacher | None:
-    """Return the teacher of the run that a model lies in.
+    """Return the teacher of the run to which a model belongs.
 
     Parameters
     ----------
@@ -227,12 +227,12 @@ def run_teacher(model: Path) -> RunTeacher | None:
     Returns
     -------
     RunTeacher or None
-        None where no run lies beside the model, or it had no teacher.
+        None if the model is not in a run's folder, or the run had no teacher.
 
     Raises
     ------
     RunError
-        If the run's ``config.json`` is not as a run writes it.
+        If the run's ``config.json`` has not the form that a run writes.
     """
     file = model.parent / CONFIG
     if not os.path.lexists(file):
@@ -257,7 +257,7 @@ def costs(model: Path, teacher: RunTeacher | None = None) -> list[Cost]:
     model : Path
         A run's ``model.safetensors``.
     teacher : RunTeacher or None
-        The run's, which is loaded from where its configuration says.
+        The run's teacher, which is loaded as its configuration says.
 
     Returns
     -------

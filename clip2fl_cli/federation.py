@@ -1,9 +1,8 @@
-"""Start a run on a SuperLink, follow it to its end and tell whether it completed.
+"""Start a run on a SuperLink, follow it to its end and return its status.
 
-``flwr run --stream`` ends with status 0 even when the ServerApp failed, and with the
-connection when the SuperLink restarts, while the run goes on. This follows the run
-itself. Start it at the server: Flower's Control API must not be reachable from
-elsewhere.
+``flwr run --stream`` ends with status 0 even if the ServerApp failed. It also ends when
+the SuperLink restarts, although the run continues. This module follows the run itself.
+Use it at the server: Flower's Control API must not be reachable from other machines.
 """
 
 import subprocess
@@ -28,23 +27,23 @@ from clip2fl_common.project import PROJECT
 
 CONNECTION = "server"
 RETRY_SECONDS = 3.0
-# Each look starts two processes of about a second; a round takes longer than this.
+# Each status request starts two processes of about a second; a round takes longer.
 LOOK_SECONDS = 15.0
 
 
 class Federation:
-    """A SuperLink and the means to talk to it.
+    """Connection to a SuperLink.
 
     Parameters
     ----------
     address : str
-        ``HOST:PORT`` of its Control API.
+        ``HOST:PORT`` of the SuperLink's Control API.
     certificates : Path
         The federation's ca.crt.
     folder : Path
-        Where Flower's settings for this connection go.
+        Folder for Flower's settings of this connection.
     patience : float
-        Seconds for which the SuperLink may be away.
+        Seconds for which the SuperLink may be unreachable.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Federation:
         Raises
         ------
         SimulationError
-            If it is refused or the SuperLink stays away.
+            If the SuperLink refuses the run or stays unreachable.
         """
         deadline = time.monotonic() + self._patience
         while True:
@@ -76,7 +75,7 @@ class Federation:
             try:
                 return started_run(answer)
             except SimulationError:
-                # A SuperLink that is there has refused the run, and will again.
+                # A reachable SuperLink has refused the run, and would refuse it again.
                 if self._is_there() or time.monotonic() > deadline:
                     raise
             time.sleep(RETRY_SECONDS)
@@ -90,7 +89,7 @@ class Federation:
             status = listed_run(answer)
             if status is not None:
                 last_seen = time.monotonic()
-                # It ends in empty lines, where the next ones will stand.
+                # The log ends in empty lines, where the next lines will appear.
                 log = self._ask("log", run, CONNECTION, "--show")
                 lines = log.rstrip().splitlines()
                 for line in lines[shown:]:
@@ -132,9 +131,9 @@ def federate(
     Parameters
     ----------
     address, certificates, patience
-        As `Federation` takes them.
+        As in `Federation`.
     run_config, overrides
-        As `clip2fl_cli.simulation.simulate` takes them.
+        As in `clip2fl_cli.simulation.simulate`.
 
     Returns
     -------
@@ -146,7 +145,7 @@ def federate(
     ConfigError
         If a run would refuse the configuration.
     SimulationError
-        If the run is refused or the SuperLink stays away.
+        If the SuperLink refuses the run or stays unreachable.
     """
     text = checked_run_config(PROJECT, run_config, overrides)
     with tempfile.TemporaryDirectory(prefix="clip2fl-") as directory:

@@ -1,8 +1,8 @@
-"""The pictures of a report, drawn by matplotlib without a display.
+"""The figures of a report, drawn by matplotlib without a display.
 
-All are narrow, so that their text stays readable on a phone. Colours are Okabe and
-Ito's, which colour-blind readers tell apart, and lines also differ by their dashes;
-areas are coloured by cividis.
+All figures are narrow, so that their text stays readable on a phone. Lines have the
+colours of Okabe and Ito, which colour-blind readers can distinguish, and different
+dashes. Areas have the colour map cividis.
 """
 
 import itertools
@@ -24,19 +24,19 @@ WIDTH_INCHES = 4.8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X<>"
-# More lines than this cannot be told apart, whatever their colours.
+# More lines than this cannot be distinguished, whatever their colours.
 MAX_COLOURED = len(MARKERS)
 GREY = "#aaaaaa"
 # More class names than this do not fit beside an axis.
 MAX_NAMES = 30
-# More cells than this are too small to hold their number.
+# More cells than this are too small for their numbers.
 MAX_NUMBERED_CELLS = 150
-# Longer names leave no room for what they name.
+# Longer names leave no room for the drawing.
 MAX_NAME = 40
-# Classes whose features are shown; more of them are a cloud.
+# Number of classes whose features are drawn; more classes merge into one cloud.
 MAX_CLOUDS = 10
 
-# matplotlib lists every key there is in its type; Any keeps this readable.
+# matplotlib's type lists every possible key; Any keeps this readable.
 STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
@@ -46,7 +46,7 @@ STYLE: Any = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
     "svg.hashsalt": "clip2fl",
-    # A name such as "$\\frac$" is a name, not a formula.
+    # A name such as "$\\frac$" is shown as text, not as a formula.
     "text.parse_math": False,
 }
 
@@ -58,9 +58,9 @@ class Curve:
     Attributes
     ----------
     label : str
-        What it is; empty where nothing else is in the picture.
+        Name of the line; empty if it is the only one.
     values : ndarray, shape [S, R]
-        One row a seed, one column a round; nan where there is no value.
+        One row per seed, one column per round; nan if there is no value.
     """
 
     label: str
@@ -68,9 +68,9 @@ class Curve:
 
 
 def in_picture(name: str) -> str:
-    """Return a name from outside as pictures show it: visible and not too long.
+    """Return a foreign name for a figure: visible and not too long.
 
-    matplotlib leaves labels out of a legend that begin with an underscore.
+    matplotlib omits labels that begin with an underscore from legends.
     """
     text = shown(name)
     if len(text) > MAX_NAME:
@@ -79,10 +79,10 @@ def in_picture(name: str) -> str:
 
 
 def styled(number: int) -> dict[str, Any]:
-    """Return colour and dashes of the n-th line of a picture.
+    """Return colour and dashes of the n-th line of a figure.
 
-    The first have different colours and, as far as they go, dashes; when the colours
-    come again, each comes with other dashes.
+    The first lines differ in colour and, while they last, in dashes. When a colour
+    repeats, its dashes are different.
     """
     turn, colour = divmod(number, len(COLOURS))
     return {
@@ -101,10 +101,9 @@ def over_rounds(
     ----------
     panels : mapping of str to sequence of Curve
         Title of each panel's vertical axis, and its curves. Several seeds are drawn
-        as their mean in a band from the smallest to the largest.
+        as their mean, with a band from the smallest to the largest value.
     aside : collection of str
-        Labels of curves that are drawn as thin grey lines behind the others, for which
-        they only show where everything else lies.
+        Labels of curves that are drawn as thin grey lines in the background.
 
     Returns
     -------
@@ -158,7 +157,7 @@ def over_rounds(
 
 
 def _others(aside: Collection[str]) -> Iterator[str]:
-    """Yield labels for what is drawn in grey: one entry in the legend for all."""
+    """Yield labels for the grey curves: one legend entry for all of them."""
     yield f"{len(aside)} others"
     yield from itertools.repeat("_none")
 
@@ -175,18 +174,18 @@ def by_class(
     counts: Sequence[int] | None,
     aside: Collection[str] = (),
 ) -> Figure:
-    """Draw per-class accuracy, the commonest class on top.
+    """Draw per-class accuracy, with the most frequent class on top.
 
     Parameters
     ----------
     values : mapping of str to sequence of (float or None)
-        Accuracy of each class, for each thing compared.
+        Accuracy of each class, for each compared variant or classifier.
     names : sequence of str
         Class names in the order of ``values``.
     counts : sequence of int or None
-        Training images of each class, where they are known.
+        Training images of each class, if known.
     aside : collection of str
-        Things drawn as grey points behind the others.
+        Names of entries that are drawn as grey points in the background.
 
     Returns
     -------
@@ -195,7 +194,7 @@ def by_class(
     order = by_frequency(counts, len(names))
     named = len(names) <= MAX_NAMES
     shown = [label for label in values if label not in aside]
-    # Side by side, so that no marker hides another.
+    # Side by side, so that no marker covers another.
     dodge = min(0.14, 0.8 / len(shown))
     row = max(0.34, 0.06 * len(shown))
     height = (row * len(names) + 1.0 if named else 6.0) + _legend_inches(
@@ -255,16 +254,16 @@ def heat_map(
     bar_title: str,
     share_of_row: bool = False,
 ) -> Figure:
-    """Draw counts as colours, with their numbers where there is room.
+    """Draw counts as colours, with their numbers if there is room.
 
     Parameters
     ----------
     matrix : ndarray of int, shape [R, K]
         Counts.
     rows, columns : sequence of str
-        Their names.
+        Names of rows and columns.
     row_title, column_title, bar_title : str
-        What rows, columns and colours are.
+        Titles of rows, columns and the colour bar.
     share_of_row : bool
         Colour by the percentage of the row instead of the logarithm of the count.
 
@@ -314,11 +313,11 @@ def heat_map(
 def principal_plane(
     features: npt.NDArray[np.float64], text_features: npt.NDArray[np.float64] | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
-    """Project unit features and unit prototypes on the plane that shows most of them.
+    """Project unit features and unit prototypes on their principal plane.
 
-    The plane is that of the first two principal components of both, each of the two
-    kinds brought to mean 0 first: features are far from all prototypes, and without
-    that the picture would show this distance and nothing else.
+    The plane is spanned by the first two principal components of features and
+    prototypes together, after each of the two sets is centred at 0. Features are far
+    from all prototypes; without centring the plane would show only this distance.
 
     Parameters
     ----------
@@ -341,15 +340,15 @@ def principal_plane(
         return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
 
     points = centred(features)
-    # Class means span the plane: the noise within a class has as many dimensions as
-    # there are, and would decide it otherwise.
+    # The class means determine the plane. Otherwise the noise within classes, which
+    # fills all dimensions, would determine it.
     kinds = [points.mean(axis=1)]
     prototypes = None if text_features is None else centred(text_features)
     if prototypes is not None:
         kinds.append(prototypes)
     scaled = [kind / max(np.linalg.norm(kind), 1e-12) for kind in kinds]
     _, _, directions = np.linalg.svd(np.concatenate(scaled), full_matrices=False)
-    # A single class or dimension spans a line.
+    # A single class or dimension gives only a line.
     plane = np.zeros((directions.shape[1], 2))
     plane[:, : min(2, len(directions))] = directions[:2].T
     return points @ plane, None if prototypes is None else prototypes @ plane
@@ -373,8 +372,8 @@ def clouds(
     names : sequence of str
         Class names.
     counts : sequence of int or None
-        Training images of each class, where they are known; of many classes,
-        `MAX_CLOUDS` evenly over the frequencies are drawn.
+        Training images of each class, if known. With many classes, `MAX_CLOUDS`
+        classes are drawn, evenly over the frequencies.
 
     Returns
     -------
@@ -436,7 +435,7 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _legend_inches(entries: int) -> float:
-    """Return the height that a legend of two columns takes from its figure."""
+    """Return the height in inches of a legend with two columns."""
     return 0.2 * -(-entries // 2)
 
 

@@ -1,4 +1,4 @@
-"""Flower's own command ``flwr``: where it is, its environment, its answers."""
+"""Flower's command ``flwr``: its path, its environment and its answers."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class SimulationError(RuntimeError):
 
 
 def executable(name: str) -> str:
-    """Return the path of a command of Flower's, beside this Python's.
+    """Return the path of one of Flower's commands, beside this Python's.
 
     Raises
     ------
@@ -43,12 +43,12 @@ def executable(name: str) -> str:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the caller's environment with Flower's settings for one run.
+    """Return the environment of this process with Flower's settings for one run.
 
     Parameters
     ----------
     home : Path
-        Flower's folder for this run, with a ``config.toml`` by `write_connection`.
+        Flower's folder for this run, in which `write_connection` wrote ``config.toml``.
     """
     return {
         **os.environ,
@@ -59,16 +59,16 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def write_connection(home: Path, name: str, **settings: str | bool) -> None:
-    """Write the only SuperLink that ``flwr`` shall know.
+    """Write the configuration of the only SuperLink that ``flwr`` may use.
 
     Parameters
     ----------
     home : Path
         The ``FLWR_HOME``.
     name : str
-        By which ``flwr`` is told of it.
+        Name of the SuperLink for ``flwr``.
     **settings : str or bool
-        As in Flower's documentation, with ``_`` for ``-``.
+        Keys of Flower's documentation, with ``_`` for ``-``.
     """
     # JSON writes strings and booleans as TOML does.
     lines = [
@@ -79,7 +79,7 @@ def write_connection(home: Path, name: str, **settings: str | bool) -> None:
 
 
 def parsed(answer: str) -> dict[str, Any]:
-    """Return what ``flwr ... --format json`` has printed; nothing if it is no JSON."""
+    """Return the JSON output of ``flwr ... --format json``; empty if it is not JSON."""
     try:
         content = json.loads(answer)
     except ValueError:
@@ -88,12 +88,12 @@ def parsed(answer: str) -> dict[str, Any]:
 
 
 def started_run(answer: str) -> str:
-    """Return the id of the run that ``flwr run --format json`` has started.
+    """Return the id of the run that ``flwr run --format json`` started.
 
     Raises
     ------
     SimulationError
-        If Flower has refused it; gives Flower's reason.
+        If Flower refused the run; gives Flower's reason.
     """
     content = parsed(answer)
     run = content.get("run-id")
@@ -109,7 +109,7 @@ def listed_run(answer: str) -> tuple[str, str] | None:
     Returns
     -------
     tuple of str or None
-        Flower's words; the details are empty where it has none. None if the SuperLink
+        Flower's status and details; the details may be empty. None if the SuperLink
         did not answer.
     """
     try:

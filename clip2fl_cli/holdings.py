@@ -1,4 +1,4 @@
-"""Who would hold which images, before anybody trains."""
+"""The partition of the training images among clients, before any training."""
 
 import io
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Holdings:
     class_names : tuple of str
         Names of the C classes.
     counts : ndarray of int64, shape [K, C]
-        One row a client.
+        One row per client.
     """
 
     class_names: tuple[str, ...]
@@ -43,14 +43,14 @@ class Holdings:
         return cls(names, class_counts(parts, dataset.train.labels, len(names)))
 
     def draw(self, file: Path) -> None:
-        """Write the heat map; the file's ending decides its format.
+        """Write the heat map; the file's suffix decides its format.
 
         Raises
         ------
         ValueError
-            If there is no such format.
+            If the suffix is not a known format.
         OutputError
-            If the file cannot be written; a link in its place is replaced.
+            If the file cannot be written; an existing link is replaced.
         """
         from matplotlib import rc_context
 

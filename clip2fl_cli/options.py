@@ -1,4 +1,4 @@
-"""Options that several subcommands have, and what numbers may be."""
+"""Options that several subcommands share, and checks of their numbers."""
 
 import math
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-# A simulated node is an entry in a database; clients, not nodes, decide the result.
+# A simulated node is an entry in a database; the clients alone decide the result.
 MOST_NODES = 100_000
 
 
 def finite(value: float | None) -> float | None:
-    """Refuse infinity and what is no number."""
+    """Refuse infinity and NaN."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value
 
 
 def positive(value: float | None) -> float | None:
-    """Refuse what is not a finite number above 0."""
+    """Refuse a value that is not a finite number above 0."""
     if value is not None and value <= 0:
         raise typer.BadParameter(f"{value:g} is not above 0")
     return finite(value)
@@ -38,7 +38,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="'KEY=VALUE ...'",
-        help="Run configuration keys that win over the file; may be repeated.",
+        help="Run configuration keys that override the file; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]

@@ -1,8 +1,8 @@
-"""Files that the command writes: whole or not at all, and never through a link.
+"""Files that the command writes: completely or not at all, and never through a link.
 
-`clip2fl_common.files.replacing` writes each of them into the very folder that was
-opened. Two commands that write the same file at once both succeed; the later one's
-stays.
+`clip2fl_common.files.replacing` writes each file into the folder that was opened, even
+if another folder takes its name meanwhile. Two commands may write the same file at
+once: both succeed, and the later file stays.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from clip2fl_common.shown import shown
 
 
 class OutputError(OSError):
-    """A file could not be written; says which, why, and that the old one stays."""
+    """A file could not be written; names it and the reason. The old file stays."""
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is held open, so that nothing can take its place meanwhile.
+    """A folder that is held open, so that no other folder can replace it meanwhile.
 
     Attributes
     ----------
     path : Path
-        As it was given.
+        The path as given.
     descriptor : int
-        Of the open folder.
+        Descriptor of the open folder.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class OutputFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator["OutputFolder"]:
-        """Lend a folder that the user named; make it where it is missing.
+        """Lend a folder that the user named; create it if it is missing.
 
         Parameters
         ----------
@@ -53,7 +53,7 @@ class OutputFolder:
         Raises
         ------
         OutputError
-            If it is no folder and cannot be made one.
+            If the path is no folder and no folder can be created there.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,12 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def subfolder(self, name: str) -> Iterator["OutputFolder"]:
-        """Lend a folder in this one; make it where it is missing.
+        """Lend a subfolder of this folder; create it if it is missing.
 
         Parameters
         ----------
         name : str
-            One part of a path.
+            One component of a path.
 
         Yields
         ------
@@ -81,7 +81,7 @@ class OutputFolder:
         Raises
         ------
         OutputError
-            If it is a link or no folder: files must not go elsewhere.
+            If it is a link or no folder: a link could lead files elsewhere.
         """
         path = self.path / name
         try:
@@ -103,18 +103,18 @@ class OutputFolder:
             os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, as `replacing` does."""
+        """Write a file, using `replacing`."""
         with self.replacing(name) as file:
             file.write(content)
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[BinaryIO]:
-        """Lend a file to write to, which takes the place of ``name`` at the end.
+        """Lend a file to write to; at the end it replaces ``name``.
 
         Parameters
         ----------
         name : str
-            One part of a path. A file or link of that name is replaced.
+            One component of a path. An existing file or link of that name is replaced.
 
         Yields
         ------
@@ -123,7 +123,7 @@ class OutputFolder:
         Raises
         ------
         OutputError
-            If it cannot be written; then what was there stays.
+            If the file cannot be written; the old content then stays.
         """
         path = self.path / name
         try:
@@ -134,7 +134,7 @@ class OutputFolder:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that the user named, as `OutputFolder.replacing` does."""
+    """Write a file that the user named, using `OutputFolder.replacing`."""
     with OutputFolder.open(path.parent) as folder:
         folder.write(path.name, content)
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of sections, and its pictures beside it."""
+"""One self-contained HTML page of sections, with its figures in separate files too."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ PAGE_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with a file name and a text for those who do not see it."""
+    """A figure with a file name and an alternative text."""
 
     name: str
     alt: str
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, the exact value behind it as JSON where it is a number, and a link."""
+    """Text, for a number also its exact value as JSON, and an optional link."""
 
     text: str
     value: str | None = None
@@ -42,14 +42,14 @@ class Cell:
     def file(cls, text: str, path: Path) -> "Cell":
         """Return a cell that links to a file below the page's folder.
 
-        Whatever the file is called, the link stays one to a file: a name such as
-        ``javascript:x`` is no address of its own.
+        The link always leads to a file, whatever its name: ``javascript:x`` is not used
+        as an address.
         """
         return cls(text, link="./" + quote(os.fsencode(path)))
 
     @classmethod
     def number(cls, value: float | None, digits: int = 1) -> "Cell":
-        """Return a number's cell: rounded to the eye, exact in ``data-value``."""
+        """Return a number's cell: rounded, with the exact value in ``data-value``."""
         if value is None:
             return cls("-")
         return cls(f"{value:,.{digits}f}", json.dumps(value))
@@ -57,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Cells; a marked row stands out."""
+    """A row of cells; a marked row is highlighted."""
 
     cells: Sequence[Cell]
     marked: bool = False
@@ -70,17 +70,17 @@ class Table:
     Attributes
     ----------
     name : str
-        Its id in the page.
+        Id of the table in the page.
     caption : str
-        Above it; or what to click on where it is folded.
+        Text above the table, or the text to click on if it is folded.
     header : sequence of str
         Titles of the columns.
     rows : sequence of TableRow
-        Its body.
+        Rows of the table.
     folded : bool
-        Whether it is hidden until asked for.
+        Whether the table is hidden until the reader opens it.
     is_text : bool
-        Whether its cells are text that may be broken, rather than numbers.
+        Whether the cells contain text, which may be wrapped, instead of numbers.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading of its own."""
+    """A part of the page with its own heading."""
 
     id: str
     title: str
@@ -110,18 +110,18 @@ def write_page(
     Parameters
     ----------
     folder : Path
-        Where they go; what an earlier report wrote there is replaced.
+        Folder of the files; an earlier report in it is replaced.
     title, lead : str
-        Heading and the line below it.
+        Heading, and the line below it.
     sections : sequence of Section
-        In their order.
+        Sections in the order of the page.
 
     Returns
     -------
     Path
-        The page.
+        Path of the page.
     """
-    # Everything is drawn before anything is written.
+    # All figures are drawn before any file is written.
     pictures: dict[str, bytes] = {}
     images = {}
     for picture in (p for section in sections for p in section.pictures):
@@ -129,7 +129,7 @@ def write_page(
         with rc_context(STYLE):
             # Without a date and random ids, the same run gives the same bytes.
             picture.figure.savefig(svg, format="svg", metadata={"Date": None})
-            # Once laid out, the places of all parts stay.
+            # After the first layout, all parts keep their places.
             picture.figure.set_layout_engine("none")
             picture.figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH)
         pictures[f"{picture.name}.svg"] = svg.getvalue()
@@ -140,7 +140,7 @@ def write_page(
         loader=PackageLoader("clip2fl_cli"),
         autoescape=True,
         undefined=StrictUndefined,
-        # Escaping keeps markup out; this keeps out what turns text around.
+        # Escaping disables markup; this disables characters that reverse text.
         finalize=lambda value: shown(value) if isinstance(value, str) else value,
     )
     html = environment.get_template("report.html.j2").render(

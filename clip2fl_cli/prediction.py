@@ -1,4 +1,4 @@
-"""Classes of images, by a delivered model."""
+"""Classify images with a delivered model."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,8 @@ from server_app.delivery import load_model as load_delivered
 from server_app.foreign_files import refuse_unless_regular
 from server_app.run_folder import MODEL
 
-# Images in one forward pass: fewer of large ones, whose activations take the memory.
+# Images in one forward pass: fewer if they are large, since activations take the
+# memory.
 BATCH = 64
 BATCH_PIXELS = 2**20
 
@@ -37,24 +38,24 @@ Picture: TypeAlias = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """The model's prediction for one image.
 
     Attributes
     ----------
     classes : tuple of (str, float)
-        Class names and their probabilities, the likeliest first.
+        Class names with their probabilities, the most probable first.
     """
 
     classes: tuple[tuple[str, float], ...]
 
     @property
     def name(self) -> str:
-        """The likeliest class."""
+        """The most probable class."""
         return self.classes[0][0]
 
     @property
     def probability(self) -> float:
-        """Probability of the likeliest class, from 0 to 1."""
+        """Probability of the most probable class, from 0 to 1."""
         return self.classes[0][1]
 
 
@@ -65,11 +66,11 @@ class Model:
     Attributes
     ----------
     file : Path
-        Where it comes from.
+        File of the model.
     network : ImageClassifier
         In evaluation mode, on the CPU.
     card : ModelCard
-        What it is, and how its input is made.
+        The model's description and the preparation of its input.
     """
 
     file: Path
@@ -78,14 +79,14 @@ class Model:
 
     @classmethod
     def load(cls, path: Path) -> "Model":
-        """Load a ``model.safetensors``, or that in a run's folder.
+        """Load a ``model.safetensors``, or the one in a run's folder.
 
         Raises
         ------
         RunError
-            If it is not there.
+            If there is no such file.
         ForeignFileError
-            If it is no delivered model.
+            If the file is not a delivered model.
         """
         file = model_file(path)
         return cls(file, *load_delivered(file))
@@ -98,7 +99,7 @@ class Model:
     def predict(
         self, images: Iterable[Picture], top: int | None = None
     ) -> list[Prediction]:
-        """Classify images as evaluation does.
+        """Classify images in the same way as evaluation.
 
         Parameters
         ----------
@@ -107,7 +108,7 @@ class Model:
             tensors of uint8 [3, H, W], of any size: the centre square is brought to
             the model's input size.
         top : int or None
-            Classes to return for each, at most; None returns all.
+            Largest number of classes for each image; None returns all.
 
         Returns
         -------
@@ -117,12 +118,11 @@ class Model:
         Raises
         ------
         TypeError
-            If something is no image, or a single image is given instead of several.
+            If an item is no image, or a single image is given instead of several.
         RunError
-            If an image cannot be read, or the model's weights give no finite numbers
-            for one.
+            If an image cannot be read, or the model gives values that are not finite.
         ForeignFileError
-            If a file is no regular one.
+            If a path is no regular file.
         """
         if isinstance(images, str | os.PathLike | Image.Image):
             raise TypeError("predict takes several images: put a single one in a list")
@@ -174,10 +174,10 @@ def model_file(path: Path) -> Path:
     Raises
     ------
     RunError
-        If there is none.
+        If there is no such file.
     """
     file = path / MODEL if path.is_dir() else path
-    # What is there but is no file is told by reading it.
+    # Reading the file reports a path that exists but is no file.
     if not os.path.lexists(file):
         raise RunError(
             f"{shown(file)} does not exist; give a {MODEL} or a complete run's folder"
@@ -186,7 +186,7 @@ def model_file(path: Path) -> Path:
 
 
 def _named(image: Picture, number: int) -> str:
-    """Return how messages call an image."""
+    """Return the name of an image for messages."""
     if isinstance(image, str | os.PathLike):
         return shown(Path(image))
     return f"image {number}"

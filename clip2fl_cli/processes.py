@@ -1,4 +1,4 @@
-"""The processes of one run: found by what they inherited, and ended."""
+"""Find the processes of one run by inherited properties, and end them."""
 
 import contextlib
 import os
@@ -14,22 +14,22 @@ from clip2fl_cli.signals import NotedSignals
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 15.0
-"""How long processes may take to end by themselves before they are killed."""
+"""Seconds that processes get to end by themselves before they are killed."""
 
 
 def run_processes(home: Path, sessions: set[int]) -> list[psutil.Process]:
-    """Find the living processes of one run by what they inherited.
+    """Find the living processes of one run by inherited properties.
 
-    The SuperLink starts its child in a session of its own, which Ray's processes
-    share; some of those overwrite their environment and outlive their parents, so
-    neither process group, nor parent, nor environment alone names them all.
+    The SuperLink starts its child in a new session, which Ray's processes share. Some
+    of those overwrite their environment and outlive their parents. So neither process
+    group, nor parent, nor environment alone identifies all of them.
 
     Parameters
     ----------
     home : Path
-        The run's own ``FLWR_HOME``, which marks its processes.
+        The run's own ``FLWR_HOME``, which identifies its processes.
     sessions : set[int]
-        Sessions known to be the run's; those found by ``FLWR_HOME`` are added.
+        Known sessions of the run; sessions found by ``FLWR_HOME`` are added.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def run_processes(home: Path, sessions: set[int]) -> list[psutil.Process]:
     """
     session_of: dict[psutil.Process, int] = {}
     for process in psutil.process_iter():
-        # Gone meanwhile, or another user's, whose environment nobody else may read.
+        # It has ended, or belongs to another user, whose environment is not readable.
         with contextlib.suppress(psutil.Error, OSError):
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
@@ -50,16 +50,16 @@ def run_processes(home: Path, sessions: set[int]) -> list[psutil.Process]:
 def stop_all(
     superlink: subprocess.Popen[bytes], home: Path, signals: NotedSignals
 ) -> None:
-    """End the SuperLink and all that it started, gently first.
+    """End the SuperLink and all its processes, first with SIGTERM.
 
     Parameters
     ----------
     superlink : Popen
-        The SuperLink, the first of its session.
+        The SuperLink, the first process of its session.
     home : Path
-        As `run_processes` takes it.
+        As in `run_processes`.
     signals : NotedSignals
-        A second signal means that nobody wants to wait.
+        A second signal means that the user does not want to wait.
     """
     sessions = {superlink.pid}
     others = [
@@ -79,6 +79,6 @@ def stop_all(
 
 def _send(processes: Iterable[psutil.Process], signum: int) -> None:
     for process in processes:
-        # Another process that has got its number meanwhile is left alone.
+        # psutil does not signal another process that has received the same number.
         with contextlib.suppress(psutil.Error):
             process.send_signal(signum)

@@ -1,4 +1,4 @@
-"""How a comparison goes on: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a comparison: a bar on a terminal, plain lines elsewhere."""
 
 import io
 import re
@@ -20,12 +20,12 @@ from clip2fl_cli.comparison import PlannedRun
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.shown import shown
 
-# What the server prints at the end of each round (server_app/console.py).
+# The line that the server prints at the end of each round (server_app/console.py).
 ROUND = re.compile(r"round (\d+)/\d+: .*")
 
 
 class RoundLines(io.StringIO):
-    """Where a run's log goes: hands on the line of each round, drops the rest.
+    """Stream for a run's log that passes on the line of each round and drops the rest.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class RoundLines(io.StringIO):
         self._rest = ""
 
     def write(self, text: str) -> int:
-        """Take a piece of the log."""
+        """Receive a piece of the log."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if match := ROUND.fullmatch(line):
@@ -48,16 +48,16 @@ class RoundLines(io.StringIO):
 
 
 class ComparisonProgress:
-    """Follows the runs of a comparison.
+    """Shows the progress of a comparison's runs.
 
     Parameters
     ----------
     runs : list of PlannedRun
-        The runs to come.
+        The runs to execute.
     complete : int
-        Runs that are there already.
+        Number of runs that are already complete.
     console : Console
-        Where it is shown.
+        Console for the progress.
     """
 
     def __init__(self, runs: list[PlannedRun], complete: int, console: Console) -> None:
@@ -80,7 +80,7 @@ class ComparisonProgress:
         self._task = self._progress.add_task("", total=rounds)
 
     def __enter__(self) -> Self:
-        """Show it."""
+        """Start the display."""
         self._progress.start()
         return self
 
@@ -90,11 +90,11 @@ class ComparisonProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._progress.stop()
 
     def started(self, run: PlannedRun) -> TextIO:
-        """Return what follows the log of a run that is about to start."""
+        """Return a stream for the log of a run that is about to start."""
         self._number += 1
         name = f"[{self._number}/{self._total}] {run.variant}, seed {run.seed}"
 
@@ -109,7 +109,7 @@ class ComparisonProgress:
         return RoundLines(on_round)
 
     def ended(self, run: PlannedRun, result: RunResult) -> None:
-        """Say how a run ended."""
+        """Print the result of a run."""
         self._before += run.config.federation.rounds
         self._progress.update(self._task, completed=self._before)
         name = f"{run.variant}, seed {run.seed}"

@@ -1,4 +1,4 @@
-"""The report of a run and of a comparison: which sections, pictures and tables."""
+"""The report of a run or a comparison: its sections, figures and tables."""
 
 import json
 import statistics
@@ -43,24 +43,24 @@ from clip2fl_cli.tables import (
 
 
 def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Path:
-    """Write a run's ``report.html`` and pictures into its folder.
+    """Write a run's ``report.html`` and figures into its folder.
 
     Parameters
     ----------
     run : FinishedRun
-        What to report.
+        The run.
     against : FinishedRun or None
-        A run of FedAvg (or another method) to set its classes against.
+        A run of FedAvg (or another method) with which to compare the accuracy by class.
 
     Returns
     -------
     Path
-        The page.
+        Path of the page.
 
     Raises
     ------
     RunError
-        If the two have other classes, or a file of a run is damaged.
+        If the two runs have different classes, or a file of a run is damaged.
     OutputError
         If the report cannot be written.
     """
@@ -95,25 +95,25 @@ def write_comparison_report(
     baseline: str,
     failures: Sequence[Failure] = (),
 ) -> Path:
-    """Write a comparison's ``report.html`` and pictures into its folder.
+    """Write a comparison's ``report.html`` and figures into its folder.
 
     Parameters
     ----------
     folder : Path
         The comparison's folder, in which the runs' folders lie.
     name : str
-        Its name.
+        Name of the comparison.
     runs : mapping of str to sequence of FinishedRun
         Each variant's runs, at least one.
     baseline : str
-        Variant that the others are set against.
+        The variant with which the others are compared.
     failures : sequence of Failure
         Runs that did not complete.
 
     Returns
     -------
     Path
-        The page.
+        Path of the page.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def _run_results(run: FinishedRun) -> Section:
 
 
 def _privacy_text(run: FinishedRun) -> list[str]:
-    """Return a sentence about each mechanism that is accounted for."""
+    """Return a sentence about each privacy mechanism with an account."""
     protects = {
         "class_gradients": "An image's part in its client's class gradients",
         "updates": "A client's part in the averaged models",
@@ -237,9 +237,10 @@ def _comparison_results(
 
 
 def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Return variants that pictures show in grey, where there are too many.
+    """Return the variants that figures show in grey, if there are too many.
 
-    In colour are the baseline, then variants of more seeds, then of higher accuracy.
+    The baseline gets a colour first, then variants with more seeds, then with higher
+    accuracy.
     """
     delivered = sorted(
         (row for row in rows if row.delivered),

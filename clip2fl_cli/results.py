@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: page, table of rounds, summary, reports."""
+"""The results in a comparison's folder: page, table of rounds, summary, reports."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ class Results:
 
     @classmethod
     def of(cls, compared: Compared) -> "Results":
-        """Draw them.
+        """Draw the page of a comparison, and collect its numbers.
 
         Raises
         ------
@@ -72,13 +72,13 @@ class Results:
         return cls(page, json.dumps(summary, indent=2))
 
     def answer(self, as_json: bool) -> str:
-        """Return what the command prints: the numbers as JSON, or the page."""
+        """Return the command's output: the numbers as JSON, or the page."""
         return self.json if as_json else self.markdown
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a comparison has left, and the report's page."""
+    """The results of a comparison, and the path of its report."""
 
     results: Results
     report: Path
@@ -95,13 +95,13 @@ def write_results(
     Parameters
     ----------
     comparison : Comparison
-        Which one.
+        The comparison.
     runs : mapping of str to sequence of FinishedRun
         Each variant's complete runs; there is at least one.
     command : str
-        What to print as the command that made it.
+        The command to name on the page.
     failures : sequence of Failure
-        Runs that did not complete: they are named, not left out.
+        Runs that did not complete; the results name them.
 
     Returns
     -------
@@ -138,12 +138,12 @@ def redraw(table: Path) -> Results:
     Returns
     -------
     Results
-        The same as when the comparison wrote the two files.
+        The same results as when the comparison wrote the two files.
 
     Raises
     ------
     ForeignFileError
-        If one of them is not as a comparison writes it.
+        If one of the files has not the form that a comparison writes.
     RunError
         If runs cannot be compared.
     """
@@ -161,12 +161,12 @@ def rewrite_report(folder: Path) -> Path:
     Returns
     -------
     Path
-        The page.
+        Path of the page.
 
     Raises
     ------
     ForeignFileError
-        If ``comparison.json`` is not as a comparison writes it.
+        If ``comparison.json`` has not the form that a comparison writes.
     RunError
         If a run is missing or damaged, or runs cannot be compared.
     OutputError
@@ -190,6 +190,6 @@ def rewrite_report(folder: Path) -> Path:
 def _baseline_run(
     run: FinishedRun, baseline: Sequence[FinishedRun]
 ) -> FinishedRun | None:
-    """Return the baseline's run with the same seed, if it is another one."""
+    """Return the baseline's run with the same seed, unless it is this run."""
     same = [b for b in baseline if b.seed == run.seed and b.folder != run.folder]
     return same[0] if same else None

@@ -1,6 +1,6 @@
-"""What the files of a run and of a comparison must be like to be read.
+"""Schemas of the files of a run and of a comparison, for reading them.
 
-Fields that nothing reads are not checked: a run of another version may have them.
+Only fields that are used are checked: runs of another version may have other fields.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from clip2fl_common.limits import MAX_CLASSES, MAX_NAME_LENGTH
 from clip2fl_common.shown import shown
 
-# Far above what is real; sums of them stay finite and numbers stay readable.
+# Bounds far above real values, so that sums stay finite and numbers stay readable.
 MAX_COUNT = 2**48
 MAX_SECONDS = 1e12
 MAX_LOSS = 1e100
 MAX_ROUNDS = 100_000
 MAX_VARIANTS = 256
 MAX_RUNS = 10_000
-# Longer names make no folder on most systems.
+# Most file systems allow no longer names.
 MAX_COMPONENT_BYTES = 220
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
@@ -36,7 +36,7 @@ _strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 def component_problem(name: str) -> str | None:
-    """Return why a name cannot be that of one file or folder, None if it can."""
+    """Return why a name cannot be a file's or folder's name; None if it can."""
     if not name or name in (".", ".."):
         return "is no name of a folder"
     if "/" in name or "\\" in name:
@@ -51,7 +51,7 @@ def component_problem(name: str) -> str | None:
 
 
 class Config(BaseModel):
-    """The keys of a run's configuration that are read; the others are only shown."""
+    """The keys of a run's configuration that are used; others are only listed."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, Value] = Field(init=False)
@@ -89,7 +89,7 @@ class Teacher(BaseModel):
 
 
 class Groups(BaseModel):
-    """Which classes are many-, medium- and few-shot."""
+    """The many-, medium- and few-shot classes."""
 
     model_config = _strict
 
@@ -100,7 +100,7 @@ class Groups(BaseModel):
 
 
 class Facts(BaseModel):
-    """``config.json``: the configuration of a run and what it found."""
+    """``config.json``: the configuration of a run and the facts that it found."""
 
     model_config = _strict
 
@@ -142,12 +142,12 @@ class Bytes(BaseModel):
 
     down: Count
     up: Count
-    # Runs of early versions did not count them.
+    # Optional, since runs of early versions did not count them.
     class_gradients: list[Count] = []
 
 
 class Spent(BaseModel):
-    """Differential privacy that a mechanism has cost."""
+    """The differential privacy budget that a mechanism has spent."""
 
     model_config = _strict
 
@@ -162,9 +162,9 @@ class Round(BaseModel):
     model_config = _strict
 
     round: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
-    # Runs of early versions did not write it.
+    # Optional, since runs of early versions did not write it.
     test_images: Count | None = None
-    # Empty where no site has evaluated.
+    # Empty if no site has evaluated the model.
     accuracy: Annotated[dict[Name, Accuracy], Field(max_length=20)]
     losses: Annotated[dict[Name, Loss], Field(max_length=100)]
     seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
@@ -183,7 +183,7 @@ class FailedRun(BaseModel):
 
 
 class Summary(BaseModel):
-    """``comparison.json``, as far as a report is made from it."""
+    """The fields of ``comparison.json`` from which a report is made."""
 
     model_config = _strict
 
@@ -193,7 +193,7 @@ class Summary(BaseModel):
         dict[Name, Annotated[list[Name], Field(min_length=1, max_length=MAX_RUNS)]],
         Field(min_length=1, max_length=MAX_VARIANTS),
     ]
-    # Comparisons of early versions did not list them.
+    # Optional, since comparisons of early versions did not list them.
     failed: Annotated[list[FailedRun], Field(max_length=MAX_RUNS)] = []
 
     @model_validator(mode="after")
@@ -206,7 +206,7 @@ class Summary(BaseModel):
 
 
 class SomeFacts(BaseModel):
-    """Some fields of ``config.json``; put together with others, they are checked."""
+    """Some fields of ``config.json``, which are checked after merging with the rest."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -214,7 +214,7 @@ class SomeFacts(BaseModel):
 
 
 class Recorded(Summary):
-    """``comparison.json``, as far as the table beside it needs it to draw a page."""
+    """The fields of ``comparison.json`` that a page needs besides the table."""
 
     command: Text
     date: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]

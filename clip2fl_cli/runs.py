@@ -1,4 +1,4 @@
-"""A run's folder, read."""
+"""Read the folder of a run."""
 
 import os
 import statistics
@@ -23,7 +23,7 @@ from server_app.foreign_files import (
 )
 from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 
-# Rounds vary by some points; the mean of the last ones is compared.
+# Accuracy varies by some points from round to round, so means of the last are compared.
 LAST_ROUNDS = 5
 COLUMNS = ("top1", "balanced", "many", "medium", "few")
 # A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
@@ -32,11 +32,11 @@ MAX_METRICS_BYTES = 256 * MEGABYTE
 
 
 class RunError(ValueError):
-    """A folder is not what it should be; says what was found and what to do."""
+    """A folder is not as expected; says what was found and what to do."""
 
 
 def by_frequency(counts: Sequence[int] | None, number: int) -> list[int]:
-    """Return classes by falling number of images, or in their own order."""
+    """Return classes by decreasing number of images, or in listed order if unknown."""
     if counts is None:
         return list(range(number))
     return sorted(range(number), key=lambda c: -counts[c])
@@ -44,12 +44,12 @@ def by_frequency(counts: Sequence[int] | None, number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left behind.
+    """The results of a complete run.
 
     Attributes
     ----------
     folder : Path
-        Where it lies.
+        Folder of the run.
     facts : dict
         Content of ``config.json``.
     rounds : list of dict
@@ -62,15 +62,15 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
-        """Read a complete run's folder, which may be damaged or come from anybody.
+        """Read a complete run's folder, which may be damaged or come from a stranger.
 
         Raises
         ------
         RunError
-            If it is no run's folder, the run has not come to its end, or a file is
-            not as a run writes it; names the file and the field.
+            If it is no run's folder, the run is not complete, or a file has not the
+            form that a run writes; names the file and the field.
         """
-        # What is there but is no file is told by reading it.
+        # Reading the file reports a path that exists but is no file.
         if not os.path.lexists(folder / CONFIG):
             raise RunError(
                 f"{shown(folder)} is no run's folder: it has no {CONFIG}; give the "
@@ -89,7 +89,7 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """Name of its folder, for readers."""
+        """Name of the run's folder, for readers."""
         return shown(os.path.basename(os.path.abspath(self.folder)))
 
     @property
@@ -100,7 +100,7 @@ class FinishedRun:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """Seed of the run."""
         return int(self.config["seed"])
 
     @property
@@ -111,42 +111,42 @@ class FinishedRun:
 
     @property
     def train_counts(self) -> list[int] | None:
-        """Training images of each class; None where sites keep that to themselves."""
+        """Training images of each class; None with sites, which do not report them."""
         return self.facts.get("train_images_per_class")
 
     @property
     def by_frequency(self) -> list[int]:
-        """Classes from the most to the least frequent, as far as is known."""
+        """Classes from the most to the least frequent, if known."""
         return by_frequency(self.train_counts, len(self.class_names))
 
     @property
     def evaluated(self) -> list[dict[str, Any]]:
-        """Rounds that have an accuracy; of sites, some may have none."""
+        """Rounds that have an accuracy; with sites, some rounds may have none."""
         return [line for line in self.rounds if line["accuracy"]]
 
     @property
     def heads(self) -> list[str]:
-        """Names of the classifiers that were evaluated; the delivered one first."""
+        """Names of the evaluated classifiers; the delivered one comes first."""
         return list(self.evaluated[-1]["accuracy"])
 
     def final(self, head: str) -> dict[str, Any]:
-        """Return a classifier's accuracy in the last round that was evaluated."""
+        """Return a classifier's accuracy in the last evaluated round."""
         accuracy: dict[str, Any] = self.evaluated[-1]["accuracy"][head]
         return accuracy
 
     @property
     def teacher(self) -> dict[str, Any] | None:
-        """Name and zero-shot accuracy of the teacher, where there was one."""
+        """Name and zero-shot accuracy of the teacher, or None."""
         return self.facts.get("teacher")
 
     @cached_property
     def artifacts(self) -> dict[str, torch.Tensor]:
-        """Tensors kept for the report; none in a run of an earlier version.
+        """Tensors for the report; empty for a run of an earlier version.
 
         Raises
         ------
         RunError
-            If the file is not as a run writes it.
+            If the file has not the form that a run writes.
         """
         file = self.folder / ARTIFACTS
         if not os.path.lexists(file):
@@ -157,7 +157,7 @@ class FinishedRun:
             raise RunError(f"{error}; {DAMAGED}") from None
 
     def last(self, head: str, column: str) -> float | None:
-        """Return a column's mean over the last rounds, None where it has a hole."""
+        """Return a column's mean over the last rounds; None if a value is missing."""
         values = [accuracy[column] for accuracy in self._last_accuracies(head)]
         return None if None in values else statistics.fmean(values)
 
@@ -170,7 +170,7 @@ class FinishedRun:
         return [None if None in c else statistics.fmean(c) for c in columns]
 
     def _last_accuracies(self, head: str) -> list[Mapping[str, Any]]:
-        # A classifier may be missing from rounds before it was first trained.
+        # A classifier is missing in rounds before it was first trained.
         return [
             line["accuracy"][head]
             for line in self.evaluated[-LAST_ROUNDS:]
@@ -186,17 +186,17 @@ class FinishedRun:
         return totals
 
     def wall_seconds(self) -> float:
-        """Add up the phases; clients' own seconds overlap and are left out."""
+        """Return the sum of the phases, without the clients' overlapping seconds."""
         return sum(s for name, s in self.phases().items() if "clients-" not in name)
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a run came to its end: the model is what it writes last."""
+    """Return whether a run is complete: it writes the model last."""
     return (folder / MODEL).is_file()
 
 
 def refuse_other_classes(runs: Sequence[FinishedRun]) -> None:
-    """Refuse runs that cannot stand in one table: their classes must be the same.
+    """Raise if runs have different classes, since one table cannot show them.
 
     Raises
     ------
@@ -217,7 +217,7 @@ DAMAGED = "the run's folder is damaged or was not written by this program"
 
 
 def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the lines of a complete run, one a round."""
+    """Return the lines of a complete run, one per round."""
     where = shown(file)
     lines = read_text(file, MAX_METRICS_BYTES).split("\n")
     if not lines[-1]:

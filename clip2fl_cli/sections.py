@@ -1,4 +1,4 @@
-"""Sections of a report that show a picture, with its numbers in a table below."""
+"""Sections of a report that show a figure, with its numbers in a table below."""
 
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,21 +14,21 @@ from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
 from clip2fl_cli.tables import COLUMNS, LOSSES, matrix_tables
 
-UNTOLD = "Sites tell nobody how many images of a class they have."
+UNTOLD = "Sites do not report their number of images by class."
 
 
 @dataclass(frozen=True)
 class Line:
-    """One classifier in a report, with its runs (one a seed).
+    """One classifier in a report, with its runs (one per seed).
 
     Attributes
     ----------
     label : str
-        What it is called.
+        Name of the line.
     head : str
-        Which classifier of the runs.
+        Name of the classifier in the runs.
     runs : sequence of FinishedRun
-        At least one.
+        The runs, at least one.
     """
 
     label: str
@@ -70,7 +70,7 @@ def accuracy_section(
 
 
 def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Section:
-    """Return the section of the classes; those of the first line's first run."""
+    """Return the section of per-class accuracy, for the classes of the first run."""
     run = lines[0].runs[0]
     counts = run.train_counts
     values = {line.label: line.per_class() for line in lines}
@@ -104,8 +104,8 @@ def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Secti
 
 
 def clients_section(run: FinishedRun) -> Section:
-    """Return the section of which client holds how many images of which class."""
-    title = "Who holds what"
+    """Return the section of images by client and class."""
+    title = "Images by client and class"
     if "clients_by_class" not in run.artifacts:
         return _absent("clients", title, "" if run.train_counts else UNTOLD)
     held = run.artifacts["clients_by_class"].numpy()
@@ -189,7 +189,7 @@ def losses_section(
     )
     text = (
         "Client losses are means over the last local epoch. Gradient matching and "
-        "prototype contrast are those of the federated features after their last step."
+        "prototype contrast are measured after the last step on federated features."
     )
     return Section("losses", "Losses", text, [picture], tables)
 
@@ -236,7 +236,7 @@ def _absent(name: str, title: str, reason: str = "") -> Section:
 
 def _accuracy_of(head: str, column: str) -> Callable[[Mapping[str, Any]], float | None]:
     def value(line: Mapping[str, Any]) -> float | None:
-        # A classifier may be missing from rounds before it was first trained.
+        # A classifier is missing in rounds before it was first trained.
         found: float | None = line["accuracy"].get(head, {}).get(column)
         return found
 
@@ -254,7 +254,7 @@ def _loss_of(name: str) -> Callable[[Mapping[str, Any]], float | None]:
 def _over_rounds(
     runs: Sequence[FinishedRun], value: Callable[[Mapping[str, Any]], float | None]
 ) -> npt.NDArray[np.float64]:
-    """Return a value of each run and round, nan for holes; shape [S, R]."""
+    """Return a value of each run and round, nan if it is missing; shape [S, R]."""
     rounds = min(len(run.rounds) for run in runs)
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""Ctrl-C and requests to end, which must not cut a clean-up short."""
+"""Ctrl-C and termination signals, which must not interrupt a clean-up."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a command; what it had to clean up is gone.
+    """A signal ended a command, after its clean-up.
 
     Parameters
     ----------
@@ -24,14 +24,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class NotedSignals:
-    """Note signals instead of acting on them, so that clean-up is never cut short.
+    """Record signals without acting on them, so that they never interrupt a clean-up.
 
     Attributes
     ----------
     first : int or None
         The first signal that arrived.
     hurry : bool
-        Whether another one followed.
+        Whether a second signal followed.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class NotedSignals:
         self._previous: list[tuple[int, signal._HANDLER]] = []
 
     def __enter__(self) -> "NotedSignals":
-        """Take the signals over."""
+        """Install the signal handlers."""
         for signum in SIGNALS:
             self._previous.append((signum, signal.signal(signum, self._note)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
+        """Restore the previous signal handlers."""
         for signum, handler in self._previous:
             signal.signal(signum, handler)
 
@@ -59,7 +59,7 @@ class NotedSignals:
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """Have every signal raise `Interrupted`, so that ``with`` and ``finally`` run."""
+    """Make every signal raise `Interrupted`, so that ``with`` and ``finally`` run."""
 
     def interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(signum)

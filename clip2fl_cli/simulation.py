@@ -1,10 +1,10 @@
-"""Run the Flower app in a simulation of its own and tell whether it completed.
+"""Run the Flower app in a simulation of its own and return its status.
 
-``flwr run`` alone leaves two traps. Its local SuperLink stays alive, and the
-simulated clients import code from the directory in which that SuperLink was first
-started, so a second checkout may silently run the first one's clients. And it exits 0
-even when the ServerApp failed. A simulation here starts a SuperLink for one run, from
-an empty directory, asks it for the run's final status and stops everything again.
+``flwr run`` alone has two problems. First, its local SuperLink keeps running, and
+simulated clients import code from the folder in which that SuperLink was started, so a
+second checkout may silently run the first one's clients. Second, it exits with 0 even
+if the ServerApp failed. This module starts a SuperLink for one run, from an empty
+folder, asks it for the run's final status and stops all processes again.
 """
 
 import os
@@ -21,24 +21,24 @@ from clip2fl_cli.superlink import own_superlink, private_directory
 from clip2fl_common.project import PROJECT
 
 CLIENTS_PER_GPU = 4
-"""More training at the same time on one GPU wait for each other and fill its memory."""
+"""More clients that train at once on a GPU slow each other down and fill its memory."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """The result of a run.
 
     Attributes
     ----------
     status : str
-        Flower's words: "finished:completed", "finished:failed", "finished:stopped";
-        or "not-started" when Flower refused the app or its configuration.
+        Flower's status: "finished:completed", "finished:failed", "finished:stopped";
+        or "not-started" if Flower refused the app or its configuration.
     details : str
-        The reason when the run did not complete, else empty.
+        The reason if the run did not complete, else empty.
     log : str
-        Everything the run printed, without colours.
+        The run's complete log, without colours.
     run_id : int or None
-        Flower's number of it, unless it was not started.
+        Flower's id of the run; None if it was not started.
     """
 
     status: str
@@ -48,7 +48,7 @@ class RunResult:
 
     @property
     def completed(self) -> bool:
-        """Whether the run came to its end without an error."""
+        """Whether the run completed without an error."""
         return self.status == "finished:completed"
 
 
@@ -77,39 +77,39 @@ def simulate(
         A TOML file of run configuration keys, or the name of an experiment that comes
         with the program.
     overrides : Sequence[str]
-        ``key=value`` pairs that win over the file.
+        ``key=value`` pairs, which take precedence over the file.
     resume : Path | None
-        Folder of an interrupted run to go on with; None begins a new one.
+        Folder of an interrupted run to resume; None starts a new one.
     supernodes : int | None
-        Number of simulated nodes; None takes one per CPU core, at least 2.
+        Number of simulated nodes; None: one per CPU core, at least 2.
     cpus_per_client : int
-        CPU cores a client occupies, and threads it computes with; decides how many
-        train at the same time.
+        CPU cores that a client occupies, and its number of threads; determines how many
+        clients train at once.
     gpus_per_client : float | None
-        GPUs, or the share of one, a client occupies; with 0 Ray hides them from it.
-        None shares this machine's GPUs among the clients that train at the same
-        time, but each one among `CLIENTS_PER_GPU` at most.
+        GPUs, or the share of one, that a client occupies; with 0, Ray hides GPUs from
+        it. None: the clients that train at once share this machine's GPUs, at most
+        `CLIENTS_PER_GPU` on each.
     ray_address : str | None
         ``HOST:PORT`` of a running Ray cluster to use; None starts a private one.
     timeout : float | None
         Seconds after which the run is stopped.
     output : TextIO | None
-        Where the log goes as it appears, without Flower's housekeeping.
+        Stream that receives the log immediately, without Flower's housekeeping lines.
 
     Returns
     -------
     RunResult
-        The status Flower recorded, the reason and the log.
+        Flower's status, the reason and the log.
 
     Raises
     ------
     ConfigError
-        If the run configuration cannot be read or has an unknown key; this program's
-        own, whatever is wrong with it.
+        If the run configuration cannot be read or has an unknown key. For this program
+        itself, also if a value is not allowed.
     SimulationError
         If the SuperLink does not start.
     Interrupted
-        If SIGINT, SIGTERM or SIGHUP arrived, after all was stopped.
+        If SIGINT, SIGTERM or SIGHUP arrived; raised after all processes were stopped.
     """
     config_text = checked_run_config(app, run_config, overrides, resume)
     if gpus_per_client is None:
@@ -143,19 +143,19 @@ def simulate(
 
 
 def shared_gpus(cpus_per_client: int) -> float:
-    """Return the share of a GPU for each of the clients that train at the same time.
+    """Return the share of a GPU for each of the clients that train at once.
 
     Parameters
     ----------
     cpus_per_client : int
-        CPU cores a client occupies.
+        CPU cores that a client occupies.
 
     Returns
     -------
     float
-        0 where there is no GPU.
+        0 if there is no GPU.
     """
-    import torch  # takes a second or two, and only this asks it
+    import torch  # takes a second or two, and only this function needs it
 
     gpus = torch.cuda.device_count()
     together = max(1, (os.cpu_count() or 1) // cpus_per_client)

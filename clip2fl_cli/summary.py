@@ -20,27 +20,27 @@ from clip2fl_cli.runs import (
 from clip2fl_common.shown import shown
 
 CONFIDENCE = 0.95
-# What Markdown would take for markup, and what ends a cell of a table.
+# Characters that Markdown would interpret, and those that end a table's cell.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample deviation over seeds; no deviation of a single one."""
+    """Mean and sample standard deviation over seeds; None for a single seed."""
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Return that of some values, at least one."""
+        """Return the spread of some values, at least one."""
         several = len(values) > 1
         return cls(
             statistics.fmean(values), statistics.stdev(values) if several else None
         )
 
     def __str__(self) -> str:
-        """Return it to one decimal."""
+        """Return the text, rounded to one decimal."""
         if self.deviation is None:
             return f"{self.mean:.1f}"
         return f"{self.mean:.1f} ± {self.deviation:.1f}"
@@ -48,12 +48,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Difference to the baseline, seed by seed.
+    """Difference to the baseline, paired by seed.
 
     Attributes
     ----------
     seeds : tuple of int
-        Seeds that both have.
+        Seeds that both variants have.
     mean : float
         Mean difference in points.
     interval : tuple of float or None
@@ -65,7 +65,7 @@ class PairedDifference:
     interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        """Return mean and interval to one decimal."""
+        """Return mean and interval as text, rounded to one decimal."""
         if self.interval is None:
             return f"{self.mean:+.1f}"
         low, high = self.interval
@@ -79,18 +79,18 @@ class Row:
     Attributes
     ----------
     variant, head : str
-        Which one.
+        Names of the variant and the classifier.
     delivered : bool
         Whether the variant delivers this classifier.
     seeds : tuple of int
         Seeds of its runs.
     columns : dict of str to (Spread or None)
-        Accuracy columns, mean of the last rounds; None where the data has a hole.
+        Accuracy columns, mean of the last rounds; None if a value is missing.
     last_round : Spread
         Balanced accuracy of the last round alone.
     difference : PairedDifference or None
-        To the baseline's delivered classifier, in balanced accuracy; None for that
-        one itself, and without a common seed.
+        Difference to the baseline's delivered classifier, in balanced accuracy; None
+        for that classifier itself, and without a common seed.
     """
 
     variant: str
@@ -109,11 +109,11 @@ class Failure:
     Attributes
     ----------
     variant : str
-        What was to be compared.
+        Name of the variant.
     seed : int
-        Its seed.
+        Seed of the run.
     reason : str
-        Why, on one line.
+        The reason, on one line.
     """
 
     variant: str
@@ -123,16 +123,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a comparison's page comes from.
+    """The origin of a comparison's page.
 
     Attributes
     ----------
     command : str
-        That made it.
+        The command that made the page.
     date : str
-        When, as YYYY-MM-DD.
+        Date, as YYYY-MM-DD.
     hardware : str
-        On what, in words.
+        Hardware, in words.
     """
 
     command: str
@@ -141,13 +141,13 @@ class Origin:
 
     @classmethod
     def here(cls, command: str) -> "Origin":
-        """Return that of a page that is made now, on this machine."""
+        """Return the origin of a page that is made now, on this machine."""
         hardware = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
         return cls(command, date.today().isoformat(), hardware)
 
 
 def failed_runs(failures: Sequence[Failure]) -> dict[str, str]:
-    """Return the text for each variant of which a run failed.
+    """Return the text for each variant with a failed run.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def failed_runs(failures: Sequence[Failure]) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Such as ``failed: seed 8: out of memory; seed 9: stopped``.
+        For example ``failed: seed 8: out of memory; seed 9: stopped``.
     """
     found: dict[str, list[str]] = {}
     for failure in failures:
@@ -167,7 +167,7 @@ def failed_runs(failures: Sequence[Failure]) -> dict[str, str]:
 
 
 def refuse_unlike(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
-    """Refuse runs that cannot be compared.
+    """Raise if runs cannot be compared.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def refuse_unlike(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
     Raises
     ------
     RunError
-        If classes differ, or runs of a variant have other classifiers.
+        If classes differ, or runs of one variant have different classifiers.
     """
     refuse_other_classes([run for group in runs.values() for run in group])
     for group in runs.values():
@@ -195,13 +195,13 @@ def paired_difference(
 ) -> PairedDifference | None:
     """Compare two variants seed by seed.
 
-    The seed decides partition, sampling and initial model, so differences within a
-    seed vary less than those between seeds.
+    The seed determines partition, sampling and initial model. So differences within a
+    seed vary less than differences between seeds.
 
     Parameters
     ----------
     values, baseline : mapping of int to float
-        Seed to a value.
+        A value by seed.
 
     Returns
     -------
@@ -229,7 +229,7 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
     runs : mapping of str to sequence of FinishedRun
         Each variant's runs.
     baseline : str
-        Variant that the others are set against.
+        The variant with which the others are compared.
 
     Returns
     -------
@@ -258,7 +258,7 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
 
 
 def teachers(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, float]]:
-    """Return the zero-shot accuracy of every teacher that took part, by name."""
+    """Return the zero-shot accuracy of the runs' teachers, by name."""
     return {
         run.teacher["name"]: run.teacher["zero_shot"]
         for group in runs.values()
@@ -281,11 +281,11 @@ def markdown(
     runs : mapping of str to sequence of FinishedRun
         Each variant's runs.
     baseline : str
-        Variant that the others are set against.
+        The variant with which the others are compared.
     title : str
         Heading.
     origin : Origin
-        By which command, when and where the page was made.
+        Command, date and hardware of the page.
     failures : sequence of Failure
         Runs that did not complete.
 
@@ -328,7 +328,7 @@ Minutes a run, not comparable where other work shared the machine: {minutes}.
 
 
 def _test_images(run: FinishedRun) -> str:
-    """Say how many test images are behind the accuracy of a run's rounds."""
+    """Return the number of test images behind the accuracy of a run's rounds."""
     final, others = run.facts["test_images"], run.config["evaluation.max-images"]
     if 0 < others < final:
         return f"{others} test images ({final} after the last round)"
@@ -368,7 +368,7 @@ def main_table(
 
 
 def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
-    """Return the Markdown table of per-class accuracy, commonest class first."""
+    """Return the Markdown table of per-class accuracy, most frequent class first."""
     first = next(iter(runs.values()))[0]
     images = first.train_counts
     order = first.by_frequency
@@ -395,7 +395,7 @@ def _spread(runs: Sequence[FinishedRun], head: str, column: str) -> Spread | Non
 
 
 def _balanced(runs: Sequence[FinishedRun], head: str | None) -> dict[int, float]:
-    """Return seed to balanced accuracy; of the delivered head for None."""
+    """Return balanced accuracy by seed; None stands for the delivered head."""
     found = {}
     for run in runs:
         value = run.last(head or run.heads[0], "balanced")
@@ -409,7 +409,7 @@ def _percent(value: float | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text from outside as Markdown that shows it and does nothing else."""
+    """Return foreign text as Markdown in which no character acts as markup."""
     return _MARKUP.sub(lambda match: f"\\{match[0]}", shown(text))
 
 

@@ -1,4 +1,4 @@
-"""A SuperLink for one run: started from an empty directory and ended with the run."""
+"""A SuperLink for one run: it starts in an empty folder and ends with the run."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ CONNECTION = "simulation"
 """Name of the SuperLink in the private Flower configuration."""
 
 START_SECONDS = 120.0
-"""A cold import of flwr on a slow disk takes tens of seconds."""
+"""Importing flwr for the first time from a slow disk takes tens of seconds."""
 COMMAND_SECONDS = 60.0
 
 RAY_SOCKET_SUFFIX = (
@@ -44,18 +44,18 @@ UNIX_SOCKET_PATH_MAX = 103
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A running SuperLink and the means to talk to it.
+    """A running SuperLink, with functions to use it.
 
     Attributes
     ----------
     process : Popen
         The SuperLink.
     directory : Path
-        The run's own, from `private_directory`.
+        The run's own folder, from `private_directory`.
     environment : mapping of str to str
-        Of the SuperLink and of all commands.
+        Environment of the SuperLink and of all commands.
     signals : NotedSignals
-        End what takes long.
+        Recorded signals; they end long waits.
     """
 
     process: subprocess.Popen[bytes]
@@ -94,14 +94,14 @@ class SuperLink:
         return None if self.signals.first is not None else started_run(answer)
 
     def follow(self, run: str, output: TextIO | None, deadline: float | None) -> str:
-        """Pass a run's log on until it ends or must be stopped.
+        """Pass on a run's log until the run ends or must be stopped.
 
         Parameters
         ----------
         run : str
             The run's id.
         output : TextIO or None
-            Where the log goes, without housekeeping.
+            Stream for the log, without Flower's housekeeping lines.
         deadline : float or None
             Monotonic seconds after which the run is stopped.
 
@@ -124,7 +124,7 @@ class SuperLink:
                             output.flush()
                     expired = deadline is not None and time.monotonic() > deadline
                     if expired or self.signals.first or self.process.poll() is not None:
-                        # So that its status says so.
+                        # Stopped through Flower, so that the run's status says so.
                         self._ask("stop", run, CONNECTION, seconds=STOP_SECONDS)
                         break
             finally:
@@ -137,7 +137,7 @@ class SuperLink:
         Returns
         -------
         tuple of str
-            Flower's word for it, and the details where there are any.
+            Flower's status, and the details, which may be empty.
         """
         status, details = "unknown", "the SuperLink does not tell"
         end = time.monotonic() + STOP_SECONDS
@@ -146,7 +146,8 @@ class SuperLink:
                 *("ls", CONNECTION, "--run-id", run, "--format", "json"),
                 seconds=COMMAND_SECONDS,
             )
-            # Without an answer the SuperLink is about to end, or too busy just now.
+            # Without an answer the SuperLink is about to end, or is too busy for the
+            # moment.
             status, details = listed_run(answer) or (status, details)
             if status.startswith("finished") or time.monotonic() > end:
                 break
@@ -157,7 +158,7 @@ class SuperLink:
     def _flwr(
         self, *arguments: str, stderr: int = subprocess.STDOUT
     ) -> subprocess.Popen[str]:
-        """Start a ``flwr`` command that Ctrl-C in the terminal does not reach."""
+        """Start a ``flwr`` command that does not receive Ctrl-C from the terminal."""
         return subprocess.Popen(
             [executable("flwr"), *arguments],
             stdin=subprocess.DEVNULL,
@@ -172,7 +173,7 @@ class SuperLink:
         )
 
     def _ask(self, *arguments: str, seconds: float) -> str:
-        """Return the output of a ``flwr`` command; a second signal cuts it short."""
+        """Return the output of a ``flwr`` command; a second signal ends the wait."""
         end = time.monotonic() + seconds
         with self._flwr(*arguments, stderr=subprocess.PIPE) as client:
             while time.monotonic() < end and not self.signals.hurry:
@@ -201,25 +202,25 @@ def private_directory() -> Iterator[Path]:
 def own_superlink(
     directory: Path, signals: NotedSignals, ray_address: str | None
 ) -> Iterator[SuperLink]:
-    """Run a SuperLink from an empty directory.
+    """Run a SuperLink from an empty folder.
 
-    At the end no process that it started is left.
+    At the end, all processes that it started have ended.
 
     Parameters
     ----------
     directory : Path
         From `private_directory`.
     signals : NotedSignals
-        End the start, and hurry the end.
+        Recorded signals; they end the start, and speed up the end.
     ray_address : str or None
         ``HOST:PORT`` of a running Ray cluster; None lets Ray start a private one.
 
     Raises
     ------
     SimulationError
-        If it does not start.
+        If the SuperLink does not start.
     Interrupted
-        If a signal arrived before it was up.
+        If a signal arrived before the SuperLink was ready.
     """
     home = directory / "home"
     for folder in (home, directory / "work", directory / "tmp"):
@@ -227,7 +228,7 @@ def own_superlink(
     variables = _variables(directory, ray_address)
     process: subprocess.Popen[bytes] | None = None
     try:
-        # Another process may take the free port first: then choose again.
+        # Another process may take the free port first; then another port is chosen.
         for _ in range(3):
             port = _free_port()
             write_connection(
@@ -251,14 +252,14 @@ def own_superlink(
 
 
 def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
-    """Return the caller's environment with what keeps this run to itself."""
+    """Return the caller's environment with settings that isolate this run."""
     variables = environment(directory / "home")
-    # Ray would use the cluster at this address, meant or left over.
+    # Ray would use the cluster at this address, even if the variable is a leftover.
     variables.pop("RAY_ADDRESS", None)
     if ray_address is not None:
         variables["RAY_ADDRESS"] = ray_address
     variables.update(
-        # What torch and others leave there goes with the run.
+        # Files that torch and others leave there are removed with the run.
         TMPDIR=str(directory / "tmp"),
         RAY_TMPDIR=str(directory),
         RAY_USAGE_STATS_ENABLED="0",
@@ -295,17 +296,17 @@ def _free_port() -> int:
 
 
 def _is_up(directory: Path) -> bool:
-    """Tell whether the SuperLink listens.
+    """Return whether the SuperLink listens.
 
-    Its own log is read rather than its port probed: another program that took the
-    port would answer a probe too.
+    The SuperLink's log is read instead of probing its port: another program that took
+    the port would answer a probe, too.
     """
     return "Uvicorn running on" in (directory / "superlink.log").read_text("utf-8")
 
 
 def _read(client: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
     assert client.stdout is not None
-    with contextlib.suppress(ValueError):  # closed by the main thread after a stop
+    with contextlib.suppress(ValueError):  # the main thread closed it after a stop
         for line in client.stdout:
             lines.put(line)
     lines.put(None)

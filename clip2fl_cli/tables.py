@@ -1,4 +1,4 @@
-"""Tables of a report: rows and cells of what runs have measured."""
+"""Tables of a report: rows and cells of the runs' measurements."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ from clip2fl_cli.page import Cell, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.summary import Spread, teachers
 
-# Balanced accuracy first: on a phone, the first columns are seen.
+# Balanced accuracy first, because a phone shows only the first columns.
 COLUMNS = {
     "balanced": "balanced",
     "many": "many",
@@ -21,7 +21,7 @@ COLUMNS = {
     "top1": "top-1",
 }
 TITLES = tuple(COLUMNS.values())
-# Larger matrices are shown as a picture only; artifacts.safetensors has the numbers.
+# Larger matrices are only drawn; artifacts.safetensors contains the numbers.
 MAX_TABLE_CELLS = 12_000
 LOSSES = {
     "client": "client (total)",
@@ -84,7 +84,7 @@ def matrix_tables(
     names: Sequence[str],
     matrix: npt.NDArray[np.int64],
 ) -> list[Table]:
-    """Return a folded table of counts, or none where a browser would choke on it."""
+    """Return a folded table of counts, or none if it is too large for a browser."""
     if matrix.size > MAX_TABLE_CELLS:
         return []
     rows = [

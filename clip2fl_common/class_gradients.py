@@ -214,7 +214,7 @@ def _leading_directions(unit: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]
 
     A randomised range finder with power iterations (Halko, Martinsson and Tropp 2011,
     Alg. 4.4) is cheap if few directions are needed. The leading half of its vectors
-    is reliable. The last vectors are those of a full SVD.
+    is reliable. The last vectors come from a full SVD.
 
     Yields
     ------

@@ -1,13 +1,13 @@
-"""Files that are written whole or not at all, and the cache folder.
+"""Files that are written completely or not at all, and the cache folder.
 
-A file or folder is written under another name beside its place, synchronised and
+A file or folder is written under a temporary name in the same folder, synchronised and
 renamed; the rename is synchronised too. A reader, or a run after a power failure, sees
-the old content or the new one. Where a link lies in the place, the link is replaced,
-and what it leads to stays as it is.
+either the old or the new content. If a link has the name, the link is replaced, and its
+target does not change.
 
-Decoded images, the teacher's features of private images and digests tell of the images
-themselves. Whatever the umask says, such files get the mode 0600 and their folders
-0700, also where they were there before with another mode.
+Decoded images, the teacher's features of private images and digests reveal information
+about the images. Such files always get the mode 0600 and their folders 0700, regardless
+of the umask, even if they existed before with another mode.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ FOLDER_MODE, FILE_MODE = 0o700, 0o600
 INCOMPLETE = ".incomplete"
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# O_EXCL follows no link, and never opens what is there.
+# O_EXCL does not follow links, and fails if the file exists.
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -38,20 +38,20 @@ def replacing(
     folder: int | None = None,
     only_writer: bool = False,
 ) -> Iterator[BinaryIO]:
-    """Lend a file to write to; it takes the place of ``path`` at the end.
+    """Lend a file to write to; at the end it replaces ``path``.
 
     Parameters
     ----------
     path : Path
-        Its name. A file or link of that name is replaced.
+        Final name. An existing file or link of that name is replaced.
     mode : int or None
-        Permissions, whatever the umask is; None: the default permissions (umask).
+        Permissions, regardless of the umask; None: the default permissions (umask).
     folder : int or None
-        Descriptor of the open folder that it is written into, where another folder may
-        take that one's name meanwhile; None: the folder that ``path`` names.
+        Descriptor of the open folder to write into, for a path whose folder may be
+        replaced meanwhile; None: the folder in ``path``.
     only_writer : bool
-        The caller holds a lock, so that nobody else writes the file: what a program
-        that was killed has left of it is then removed.
+        The caller holds a lock, so that no other process writes the file. Temporary
+        files that a killed program left behind are then removed.
 
     Yields
     ------
@@ -61,7 +61,7 @@ def replacing(
     Raises
     ------
     OSError
-        If it cannot be written; then what was there stays.
+        If the file cannot be written; the old content then stays.
     """
     with contextlib.ExitStack() as opened:
         if folder is None:
@@ -87,26 +87,26 @@ def replacing(
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Lend an empty folder to fill; it takes the place of ``path`` at the end.
+    """Lend an empty folder to fill; at the end it replaces ``path``.
 
     Parameters
     ----------
     path : Path
-        Its name. A folder, file or link of that name is replaced. Nobody else may
-        write it meanwhile: what a program that was killed has left of it is removed.
+        Final name. An existing folder, file or link of that name is replaced. No other
+        process may write it meanwhile: files that a killed program left are removed.
     mode : int or None
-        Permissions, whatever the umask is; None: the default permissions (umask).
+        Permissions, regardless of the umask; None: the default permissions (umask).
 
     Yields
     ------
     Path
-        The folder. Files directly in it are synchronised, deeper ones are not. An
-        exception leaves nothing behind.
+        The folder. Files directly in it are synchronised, files in subfolders are
+        not. An exception leaves nothing behind.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}{INCOMPLETE}")
     remove(temporary)
@@ -118,7 +118,7 @@ def replacing_folder(path: Path, mode: int | None = None) -> Iterator[Path]:
         for file in temporary.iterdir():
             _synchronise(file)
         _synchronise(temporary)
-        remove(path)  # a rename replaces files, but no folder that holds some
+        remove(path)  # a rename replaces files, but no folder that is not empty
         os.replace(temporary, path)
         _synchronise(path.parent)
     finally:
@@ -128,7 +128,7 @@ def replacing_folder(path: Path, mode: int | None = None) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Remove a file, a folder with its content, or a link, if it is there.
 
-    Of a link to a folder, the link is removed and the folder stays.
+    A link to a folder is removed, and the folder stays.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -150,24 +150,24 @@ def _synchronise(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything that is computed once and kept.
+    """Return the folder of the cache.
 
     Returns
     -------
     Path
-        ``$CLIP2FL_CACHE_DIR`` where set, else ``clip2fl`` in the user's cache folder.
+        ``$CLIP2FL_CACHE_DIR`` if set, else ``clip2fl`` in the user's cache folder.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("clip2fl"))
 
 
 def make_cache_dir(path: Path) -> None:
-    """Make a cache folder that only its owner may enter; leave one that is there.
+    """Create a cache folder for its owner only; leave an existing one unchanged.
 
     Raises
     ------
     OSError
-        If it cannot be made.
+        If the folder cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -180,12 +180,12 @@ def make_cache_dir(path: Path) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder of the cache, or take everybody else's rights from it.
+    """Create a folder of the cache, or remove other users' access to it.
 
     Raises
     ------
     OSError
-        If it cannot be made, or others may enter it and it belongs to another user.
+        If it cannot be created, or another user owns it and others may enter it.
     """
     make_cache_dir(path.parent)
     path.mkdir(mode=FOLDER_MODE, exist_ok=True)
@@ -195,14 +195,14 @@ def private_folder(path: Path) -> None:
 
 
 def private_file(path: Path) -> None:
-    """Make an empty file, or take everybody else's rights from one that is there.
+    """Create an empty file, or remove other users' access to an existing one.
 
     A link is not followed: another user of a shared folder may have put it there.
 
     Raises
     ------
     OSError
-        If it cannot be made, or others may read it and it belongs to another user.
+        If it cannot be created, or another user owns it and others may read it.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, FILE_MODE)
@@ -217,7 +217,7 @@ def private_file(path: Path) -> None:
 def replacing_private(path: Path) -> Iterator[BinaryIO]:
     """Lend a file of the cache to write to, as `replacing` does.
 
-    Only its owner may read it. Its folder is made: see `private_folder`.
+    Only its owner may read it. Its folder is created: see `private_folder`.
     """
     private_folder(path.parent)
     with replacing(path, FILE_MODE) as file:

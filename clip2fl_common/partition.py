@@ -1,7 +1,7 @@
 """Long-tailed sampling and Dirichlet partition of a labelled data set.
 
-The index lists equal those of the released CLIP2FL and CReFF code for the same seed,
-order included, because published results depend on them.
+The index lists match the released CLIP2FL and CReFF code for the same seed, order
+included, because published results depend on them.
 """
 
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ def experiment(path: Path) -> Path:
     ----------
     path : Path
         A file, or a name such as ``demo`` for the ``conf/demo.toml`` of the program.
-        A file of that name wins.
+        An existing file of that name is used first.
 
     Returns
     -------

@@ -1,21 +1,21 @@
-"""Text from elsewhere, made safe to print, to log and to send.
+"""Text from untrusted sources, made safe to print, to log and to send.
 
-A file's name may hold any byte, and so may what a stranger sends: line breaks and
+A file name, or a text that a stranger sends, may contain any byte: line breaks and
 colour codes that forge a log, marks that reverse the text around them, bytes that are
-no UTF-8 and cannot be printed.
+not UTF-8 and cannot be printed.
 """
 
 import reprlib
 from collections.abc import Iterable
 
-# Characters of a text from elsewhere that are shown.
+# Largest number of characters to show of a foreign text.
 LONGEST_TEXT = 300
-# Characters of a refused name that are shown.
+# Largest number of characters to show of a refused name.
 LONGEST_NAME = 80
 
 
 def shown(name: object) -> str:
-    r"""Return a name with everything escaped that does not print as itself.
+    r"""Return a name in which every character that does not print as itself is escaped.
 
     Parameters
     ----------
@@ -25,14 +25,14 @@ def shown(name: object) -> str:
     Returns
     -------
     str
-        Letters, accents and spaces as they are; a line break as ``\n``, a byte that is
-        no UTF-8 as ``\xff``, other invisible characters as ``\u202e``.
+        Letters, accents and spaces unchanged; a line break as ``\n``, a byte that is
+        not UTF-8 as ``\xff``, other invisible characters as ``\u202e``.
     """
     return "".join(c if c.isprintable() else _escaped(ord(c)) for c in str(name))
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:
-    """Return the first names, shown, separated by commas; dots stand for others."""
+    """Return the first names, escaped, separated by commas; dots stand for the rest."""
     texts = [shown(name) for name in names]
     return ", ".join(texts[:most]) + (", ..." if texts[most:] else "")
 
@@ -40,18 +40,18 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 def _escaped(code: int) -> str:
     if code < 0x80:
         return chr(code).encode("unicode_escape").decode()
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # Python's form of a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def plain(text: object) -> str:
-    """Return a text from elsewhere as one line that is safe to print.
+    """Return a foreign text as one line that is safe to print.
 
     Parameters
     ----------
     text : object
-        What a client sent: of any length, with any characters.
+        A text from a client, of any length, with any characters.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def plain(text: object) -> str:
 
 
 def quoted(name: object) -> str:
-    r"""Return a refused name in quotes, so that look-alikes of letters are seen.
+    r"""Return a refused name in quotes that make look-alike letters visible.
 
     Parameters
     ----------
@@ -85,13 +85,13 @@ def quoted(name: object) -> str:
     >>> quoted("s\u0456te-a")
     "'s\\u0456te-a'"
     """
-    # A long text is cut first: writing out all of it takes memory, too.
+    # A long text is cut first: escaping all of it takes memory, too.
     text = ascii(name[:LONGEST_NAME] if isinstance(name, str) else name)
     return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
 
 def short(value: object) -> str:
-    """Return a value as it is written into a message: on one line, and not long."""
+    """Return a value as text for a message: on one line, and cut if it is long."""
     return shown(_SHORT.repr(value))
 
 

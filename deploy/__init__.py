@@ -1,1 +1,1 @@
-"""Scripts and settings of a deployment; docs/deployment.md tells how to use them."""
+"""Scripts and settings of a deployment; docs/deployment.md explains them."""

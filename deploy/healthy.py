@@ -1,6 +1,6 @@
-"""Check a container's health: the SuperLink, proxy or SuperNode in it must answer.
+"""Check the health of a container's SuperLink, proxy or SuperNode.
 
-``CLIP2FL_HEALTH_URL`` names what to ask; a SuperNode's own port is the default.
+``CLIP2FL_HEALTH_URL`` is the URL to request; the default is a SuperNode's own port.
 """
 
 import os
@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 
 url = os.environ.get("CLIP2FL_HEALTH_URL", "http://127.0.0.1:9094/health")
-# Whether the certificate is the right one is not what is asked here.
+# The certificate is not checked, since this is only a health check.
 context = ssl._create_unverified_context()
 try:
     with urllib.request.urlopen(url, timeout=4, context=context) as answer:

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Make the certificates and keys of a federation. Nothing that exists is overwritten.
+# Make the certificates and keys of a federation. Existing files are not overwritten.
 #
 #   deploy/make-keys.sh server DIR NAME...          at the server, once
 #   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   at each site
 #
-# `server` makes one folder for each part of the server; none needs another's:
+# `server` makes one folder for each part of the server. No part needs the folder of
+# another part:
 #
-#   DIR/ca         ca.key                                    to make certificates; then away
-#   DIR/trust      ca.crt                                    for everybody, nodes too
+#   DIR/ca         ca.key                                    signs certificates; keep it offline
+#   DIR/trust      ca.crt                                    for all parts, and for nodes
 #   DIR/superlink  server.crt server.key superexec.secret
 #   DIR/superexec  superexec.secret
 #   DIR/proxy      proxy.crt proxy.key
 #
 # NAME is each DNS name or IP address by which nodes reach the proxy.
 #
-# `own-key` makes a site's key pair, DIR/SITE and DIR/SITE.pub. The private key stays
-# there; SITE.pub goes to the server (and into the folder PUBLIC, if one is given).
+# `own-key` makes a site's key pair, DIR/SITE and DIR/SITE.pub. The private key stays in
+# DIR. SITE.pub goes to the server (a copy goes into the folder PUBLIC, if given).
 set -euo pipefail
 umask 077
-# Letters are ASCII letters below, whatever the machine's language.
+# [A-Za-z] matches only ASCII letters below, regardless of the machine's language.
 export LC_ALL=C
 
 fail() {
@@ -33,7 +34,7 @@ absent() {
     done
 }
 
-# Put a finished file in its place; half-written ones never stand there.
+# Move a finished file to its place, so that no half-written file is ever there.
 put() {
     absent "$2"
     chmod "$3" "$1"
@@ -66,7 +67,7 @@ make_server() {
     absent "$dir/ca/ca.key" "$dir/trust/ca.crt" "$dir/superlink/server.key" \
         "$dir/superlink/server.crt" "$dir/superlink/superexec.secret" \
         "$dir/superexec/superexec.secret" "$dir/proxy/proxy.key" "$dir/proxy/proxy.crt"
-    # Each part's user passes through this one.
+    # The user of each part must be able to enter this folder.
     [ -d "$dir" ] || mkdir -p -m 755 "$dir"
     mkdir -p "$dir/ca" "$dir/trust" "$dir/superlink" "$dir/superexec" "$dir/proxy"
     new=$(mktemp -d "$dir/ca/.new.XXXXXX")
@@ -87,7 +88,7 @@ make_server() {
     put "$new/superexec.copy" "$dir/superexec/superexec.secret" 600
     put "$new/proxy.key" "$dir/proxy/proxy.key" 600
     put "$new/proxy.crt" "$dir/proxy/proxy.crt" 644
-    # Last: it says that all is there. Everybody may read it.
+    # Written last, as the mark that all files exist. Every user may read it.
     put "$new/ca.crt" "$dir/trust/ca.crt" 644
     chmod 755 "$dir/trust"
     echo "server: $dir/{ca,trust,superlink,superexec,proxy}, proxy for $own$names"
@@ -98,7 +99,7 @@ make_own_key() {
     [[ $site =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$ ]] ||
         fail "site name '$site': 1 to 64 ASCII letters, digits, '.', '_' or '-', the" \
             "first a letter or digit"
-    # These stand beside it.
+    # A key of such a name could be confused with other files in the same folder.
     case $site in
         *.pub | *.crt | *.toml) fail "site name '$site' ends as another file does" ;;
     esac

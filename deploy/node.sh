@@ -1,20 +1,22 @@
 #!/bin/sh
-# Check a node, then run it; what the check finds stands in the log.
+# Check a node, then run it. The log contains the result of the check.
 #
 # SUPERLINK         HOST:PORT of the server's proxy
-# SITE              the site's name; also its key's: $KEYS/$SITE
-# DATA_PATH         holds <class>/<image> (default /data)
-# KEYS              holds the site's private key (default /keys)
+# SITE              the site's name, and the name of its key file: $KEYS/$SITE
+# DATA_PATH         folder with <class>/<image> (default /data)
+# KEYS              folder with the site's private key (default /keys)
 # CA                the server's ca.crt (default $KEYS/ca.crt)
 # RUN_CONFIG        a run's configuration: classes, image size and teacher are checked,
 #                   too (default: none)
-# POLICY            what the site allows (default $KEYS/policy.toml, if it is there)
-# TRUSTED_ENTITIES  whose signed code alone may run here (default: the server's)
+# POLICY            file with the site's own rules (default $KEYS/policy.toml, if it
+#                   exists)
+# TRUSTED_ENTITIES  file with the keys whose signed code may run here; without it, the
+#                   server's code runs unsigned
 set -eu
 : "${SUPERLINK:?HOST:PORT of the server}" "${SITE:?name of the site}"
 : "${DATA_PATH:=/data}" "${KEYS:=/keys}"
 : "${CA:=$KEYS/ca.crt}" "${RUN_CONFIG:=}" "${POLICY:=}" "${TRUSTED_ENTITIES:=}"
-# A policy that is asked for and missing, or a link to nothing, must not be no policy.
+# A missing policy file, or a broken link, is an error: it must not mean "no policy".
 if [ -z "$POLICY" ] && { [ -e "$KEYS/policy.toml" ] || [ -L "$KEYS/policy.toml" ]; }; then
     POLICY=$KEYS/policy.toml
 fi

@@ -1,7 +1,7 @@
-r"""Print the --node-config of a node, from the environment that node.sh describes.
+r"""Print a node's --node-config, from the environment variables of node.sh.
 
-Flower splits the text at spaces and at quotes, whatever stands before a quote, and
-reads each value as TOML. So all that is not plain stands here as TOML's ``\U00000022``.
+Flower splits the text at spaces and quotes, even at escaped quotes, and reads each
+value as TOML. So special characters are written as TOML escapes such as ``\U00000022``.
 """
 
 import os
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 import yaml
 
-# Node-config key, and the variable that has it.
+# Node-config keys and the environment variables with their values.
 KEYS = {"data-path": "DATA_PATH", "site": "SITE", "policy": "POLICY"}
 PATHS = ("DATA_PATH", "POLICY")
 NOT_PLAIN = re.compile(r"[^A-Za-z0-9 ./_+=,:@~-]")
 
 
 def quoted(text: str) -> str:
-    """Return a text as a TOML string without quotes and backslashes of its own."""
+    """Return a text as a TOML string that contains no further quote or backslash."""
     return '"' + NOT_PLAIN.sub(lambda m: f"\\U{ord(m[0]):08X}", text) + '"'
 
 
@@ -28,7 +28,7 @@ def node_config(environment: Mapping[str, str]) -> str:
     Parameters
     ----------
     environment : mapping of str to str
-        ``DATA_PATH``, ``SITE`` and, where there is one, ``POLICY``.
+        ``DATA_PATH``, ``SITE`` and optionally ``POLICY``.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def node_config(environment: Mapping[str, str]) -> str:
     Raises
     ------
     ValueError
-        If a path is relative, or a value is no UTF-8.
+        If a path is relative, or a value is not UTF-8.
     """
     parts = []
     for key, variable in KEYS.items():
@@ -58,14 +58,14 @@ def node_config(environment: Mapping[str, str]) -> str:
 
 
 def check_trusted_entities(path: str) -> None:
-    """Check that a file for --trusted-entities names somebody.
+    """Check that a file for --trusted-entities contains at least one key.
 
-    Flower takes an empty one for no file, and runs any code then.
+    Flower ignores an empty file, and would then run any code.
 
     Raises
     ------
     ValueError
-        If it is no mapping of ids to ssh-ed25519 keys, or an empty one.
+        If the file is not a mapping of ids to ssh-ed25519 keys, or is empty.
     """
     try:
         with open(path, encoding="utf-8") as file:

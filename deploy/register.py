@@ -1,4 +1,4 @@
-"""Register sites' public keys, and keep the registry: see register.sh beside this."""
+"""Register sites' public keys and update the registry: see register.sh."""
 
 import argparse
 import base64
@@ -35,7 +35,7 @@ from clip2fl_common.files import replacing
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 
 PROFILE = "server"
-# A public key has a few hundred bytes.
+# Larger files are refused; a public key has a few hundred bytes.
 LARGEST_KEY = 16 * 1024
 REMOVED = "unregistered"
 # Flower's code of the error "Public key already in use".
@@ -43,20 +43,20 @@ KEY_IN_USE = "[code: 23]"
 
 
 class RegistrationError(ValueError):
-    """A registration that does not succeed; says why and what to do."""
+    """A registration failed; says why and what to do."""
 
 
 class Flower:
-    """The commands of Flower that register nodes.
+    """Flower's commands that register nodes.
 
     Parameters
     ----------
     superlink : str
-        ``HOST:PORT``.
+        ``HOST:PORT`` of the SuperLink.
     certificates : Path
         The federation's ca.crt.
     folder : Path
-        Empty; takes what Flower wants to have in files.
+        An empty folder for the files that Flower needs.
     """
 
     def __init__(self, superlink: str, certificates: Path, folder: Path) -> None:
@@ -81,14 +81,14 @@ class Flower:
         raise RegistrationError(f"{name} is not registered: {_reason(answer)}")
 
     def nodes(self) -> dict[int, str]:
-        """Return the id and status of every node that was ever registered."""
+        """Return id and status of every node that was ever registered."""
         answer = self._ask("list", PROFILE)
         if not answer.get("success"):
             raise RegistrationError(f"the nodes cannot be listed: {_reason(answer)}")
         return {int(n["node-id"]): str(n["status"]) for n in answer["nodes"]}
 
     def remove(self, site: Site) -> None:
-        """Let a node connect no more; it may have been removed before."""
+        """Block a node from connecting; it may already be blocked."""
         answer = self._ask("unregister", str(site.node), PROFILE)
         if answer.get("success"):
             return
@@ -122,7 +122,7 @@ def _reason(answer: dict[str, Any]) -> str:
 
 
 def public_key(path: Path) -> str:
-    """Return a public key as the registry has it.
+    """Return a public key in the format of the registry.
 
     Parameters
     ----------
@@ -132,12 +132,12 @@ def public_key(path: Path) -> str:
     Returns
     -------
     str
-        Type and base64.
+        Type and base64 of the key.
 
     Raises
     ------
     RegistrationError
-        If it is no public key that Flower takes.
+        If it is not a public key that Flower accepts.
     """
     try:
         with open(0 if path == Path("-") else path, "rb") as file:
@@ -170,17 +170,17 @@ def public_key(path: Path) -> str:
 
 
 def fingerprint(key: str) -> str:
-    """Return what ``ssh-keygen -l`` shows of a key, to compare on the telephone."""
+    """Return the fingerprint that ``ssh-keygen -l`` shows, to compare by telephone."""
     digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[SiteRegistry]:
-    """Lend a registry, which nobody else changes meanwhile; empty if there is none."""
+    """Lend the registry, locked for other processes; empty if the file is missing."""
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
-        # The ServerApp may be another user.
+        # Readable for other users, since the ServerApp may run as one.
         path.parent.chmod(0o755)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -191,7 +191,7 @@ def opened(path: Path) -> Iterator[SiteRegistry]:
 
 
 def write(registry: SiteRegistry, path: Path) -> None:
-    """Write a registry, whole or not at all; the ServerApp may be another user."""
+    """Write a registry, completely or not at all, readable for the ServerApp's user."""
     with replacing(path, 0o644, only_writer=True) as file:
         file.write(registry.text().encode())
 
@@ -203,27 +203,27 @@ def register(
     path: Path,
     node: int | None = None,
 ) -> None:
-    """Register sites, and write the registry after each.
+    """Register sites, and write the registry after each site.
 
     Parameters
     ----------
     registry : SiteRegistry
-        As it is now.
+        The current registry.
     wanted : sequence of tuple of str
         Name and key of each site.
     flower : Flower
-        Where keys are registered.
+        Connection to the SuperLink that registers the keys.
     path : Path
-        The registry's file.
+        File of the registry.
     node : int or None
-        Id of a node whose key Flower knows and the registry does not.
+        Id of a node whose key Flower knows, but the registry does not.
 
     Raises
     ------
     RegistryError
-        If a name or a key belongs to another site; nothing is registered then.
+        If a name or a key belongs to another site; then no site is registered.
     RegistrationError
-        If Flower refuses.
+        If Flower refuses a registration.
     """
     trial = registry
     for name, key in wanted:
@@ -247,10 +247,11 @@ def register(
 def _known_node(
     registry: SiteRegistry, name: str, flower: Flower, node: int | None
 ) -> int:
-    """Return the node of a key that Flower knows already.
+    """Return the node of a key that Flower already knows.
 
-    Flower does not tell which node a key has. A registration that was cut off before
-    it was written down leaves one node that nobody has, which must be it then.
+    Flower does not tell which node a key belongs to. A registration that was
+    interrupted before the registry was written leaves one node without a site: this is
+    the node.
     """
     status = flower.nodes()
     known = registry.named(name)
@@ -298,7 +299,7 @@ def remove(
             raise RegistrationError(f"there is no site {name!r} in {path}")
     for name in names:
         site = registry.named(name)
-        if site is not None:  # it may be named twice
+        if site is not None:  # a name may be given twice
             flower.remove(site)
             registry = registry.without(name)
             write(registry, path)

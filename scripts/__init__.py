@@ -1,1 +1,1 @@
-"""Commands for developers; none of them is part of the app's bundle."""
+"""Commands for developers, which are not part of the app's bundle."""

@@ -1,7 +1,7 @@
-"""Draw unequal image folders for the sites of a demo: ``FOLDER/SITE/<class>/<image>``.
+"""Draw image folders of unequal sizes for a demo: ``FOLDER/SITE/<class>/<image>``.
 
-The images are those of the built-in data set, long-tailed, and divided among the sites
-by a Dirichlet distribution; so some sites lack some classes::
+The images come from the built-in data set. A Dirichlet distribution divides the long
+tail among the sites, so some sites lack some classes::
 
     python -m scripts.draw_sites /sites site-a site-b site-c site-d
 """
@@ -22,14 +22,14 @@ SEED = 7
 
 
 def draw_sites(folder: Path, sites: list[str]) -> dict[str, dict[str, int]]:
-    """Write the images of the sites that have none yet.
+    """Write images for the sites that have none yet.
 
     Parameters
     ----------
     folder : Path
-        Receives one folder a site.
+        Folder that receives one folder per site.
     sites : list of str
-        Their names; the order decides which images a site gets.
+        Names of the sites; their order decides which images each site gets.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def _write(place: Path, label: int, first: int, count: int) -> None:
 
 
 def main() -> None:
-    """Draw the folders and print what each holds."""
+    """Draw the folders and print the number of images in each."""
     parser = argparse.ArgumentParser(description="Draw image folders for a demo.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("sites", nargs="+")

@@ -1,6 +1,6 @@
 """Train the demo teacher, a tiny CLIP, on drawn shapes and write its data files.
 
-Run from the repository's root, without arguments for the files that are shipped::
+Run it from the repository's root. Without arguments it makes the shipped files::
 
     python -m scripts.train_demo_teacher
 """
@@ -71,7 +71,7 @@ PREPROCESS_CONFIG: Final[dict[str, Any]] = {
     "resize_mode": "shortest",
 }
 PROMPT: Final = "a photo of a {shape}"
-# As in CLIP's own prompts the article is always "a".
+# As in CLIP's own prompts, the article is always "a".
 TEMPLATES: Final = (
     PROMPT,
     "a drawing of a {shape}",
@@ -97,7 +97,7 @@ TEST_IMAGES_PER_CLASS: Final = 200
 def draw_training_set(
     count: int,
 ) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-    """Draw the teacher split and tell what its images show.
+    """Draw the teacher split and return the attributes of its images.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def draw_training_set(
 
 
 def caption(template: int, attributes: npt.NDArray[np.int64]) -> str:
-    """Return the caption that a template makes of one image's attributes [4]."""
+    """Return the caption of a template for one image's attributes [4]."""
     shape, colour, background, size = attributes
     return TEMPLATES[template].format(
         shape=CLASS_NAMES[shape],
@@ -135,19 +135,19 @@ def caption(template: int, attributes: npt.NDArray[np.int64]) -> str:
 def matches(
     attributes: npt.NDArray[np.int64], templates: npt.NDArray[np.int64]
 ) -> torch.Tensor:
-    """Tell which captions of a batch are true of which of its images.
+    """Return which captions of a batch are true for which of its images.
 
     Parameters
     ----------
     attributes : int64 array of shape [N, 4]
-        Attributes of each image, which its own caption was made of.
+        Attributes of each image, from which its own caption was made.
     templates : int64 array of shape [N]
         Template of each caption.
 
     Returns
     -------
     bool tensor of shape [N, N]
-        Whether all that caption j says holds for image i.
+        Whether caption j is true for image i.
     """
     fields = ("{shape}", "{colour}", "{background}", "{size}")
     said = np.array([[field in text for field in fields] for text in TEMPLATES])
@@ -156,18 +156,18 @@ def matches(
 
 
 def contrastive_loss(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
-    """Return CLIP's symmetric loss with several true captions for an image.
+    """Return CLIP's symmetric loss, generalised to several true captions per image.
 
-    With ten shapes a batch holds many captions that are true of an image, so the
-    target is spread over all of them, as in supervised contrastive learning
-    (Khosla et al. 2020, eq. 2). With one each it is CLIP's loss.
+    With ten shapes, a batch contains many captions that are true for an image. So the
+    target is spread over all of them, as in supervised contrastive learning (Khosla et
+    al. 2020, eq. 2). With one true caption per image, this is CLIP's loss.
 
     Parameters
     ----------
     logits : tensor of shape [N, N]
         Scaled cosines of images (rows) and captions (columns).
     match : bool tensor of shape [N, N]
-        Which pairs belong together; at least the diagonal.
+        Whether an image and a caption match; at least the diagonal is true.
 
     Returns
     -------
@@ -181,7 +181,7 @@ def contrastive_loss(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Scale uint8 images [N, 3, 32, 32] as `PREPROCESS_CONFIG` says."""
+    """Normalise uint8 images [N, 3, 32, 32] as `PREPROCESS_CONFIG` specifies."""
     mean = torch.tensor(PREPROCESS_CONFIG["mean"])[:, None, None]
     std = torch.tensor(PREPROCESS_CONFIG["std"])[:, None, None]
     return (images.float() / 255 - mean) / std
@@ -197,7 +197,7 @@ def train(
     count : int
         Number of images of each class.
     epochs : int
-        Passes over them.
+        Passes over the images.
     batch_size : int
         Pairs of image and caption in a batch.
     learning_rate : float
@@ -235,9 +235,10 @@ def train(
             warm_up = min(1.0, (progress * total + 1) / (WARM_UP_SHARE * total))
             cosine = (1 + math.cos(math.pi * progress)) / 2
             optimizer.param_groups[0]["lr"] = learning_rate * warm_up * cosine
-            # CLIP learns this scale, which ends at its cap of 100. A run this short
-            # would not get there, and a scale raised afterwards would leave the
-            # model too sure of itself, so it is led there and held.
+            # CLIP learns this scale, which stops at its cap of 100. A short run would
+            # not reach the cap, and a scale raised after training would make the model
+            # overconfident. So a schedule raises the scale to the cap and holds it
+            # there.
             ramp = min(1.0, progress / SCALE_RAMP_SHARE)
             scale = INITIAL_SCALE * (FINAL_SCALE / INITIAL_SCALE) ** ramp
             model.logit_scale.fill_(math.log(scale))
@@ -263,7 +264,7 @@ def train(
 
 @torch.no_grad()
 def zero_shot(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Measure zero-shot accuracy on the test split, and calibration.
+    """Measure zero-shot accuracy and calibration on the test split.
 
     Parameters
     ----------
@@ -325,15 +326,15 @@ def pack(model: nn.Module, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
     Returns
     -------
     token_ids : list of int
-        Tokens that occur in captions, in the order of their rows of the stored table.
+        Tokens that occur in captions, in the row order of the stored table.
     tensors : bytes
-        A safetensors file of the model's state, floats as float16 but for scalars.
+        A safetensors file of the model's state; all floats but scalars are float16.
     """
     names = (*CLASS_NAMES, *COLOUR_NAMES, *SIZE_NAMES)
     words = {word for text in (*TEMPLATES, *names) for word in text.split()}
     token_ids = sorted(set(tokenizer(sorted(words)).flatten().tolist()))
     state = {
-        # Scalars stay exact: the logit scale must not be rounded to above its cap.
+        # Scalars stay exact: rounding must not raise the logit scale above its cap.
         name: tensor.half() if tensor.is_floating_point() and tensor.ndim else tensor
         for name, tensor in model.state_dict().items()
     }
@@ -351,7 +352,7 @@ def write_model(path: Path, document: dict[str, Any], tensors: bytes) -> None:
     document : dict
         The description without the checksum of the weights.
     tensors : bytes
-        What `pack` returns.
+        The return value of `pack`.
     """
     text = base64.b64encode(tensors).decode()
     paths = weight_paths(path)
@@ -366,7 +367,7 @@ def write_model(path: Path, document: dict[str, Any], tensors: bytes) -> None:
 
 
 def main() -> None:
-    """Train, pack, measure what was packed, and write the data files."""
+    """Train and pack the model, measure the packed model, and write its files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -397,7 +398,7 @@ def main() -> None:
         "classes": CLASS_NAMES,
         "token_ids": token_ids,
     }
-    # The accuracy reported is that of the rounded weights, as the program loads them.
+    # The reported accuracy is measured with the rounded weights that the program loads.
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / DATA_PATH.name
         write_model(packed, document, tensors)

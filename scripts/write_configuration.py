@@ -1,8 +1,8 @@
-"""Write what is made from the schema of the run configuration.
+"""Write the files that are generated from the schema of the run configuration.
 
-The schema (clip2fl_common/config/schema.py) declares every key once. From it come the
-block of defaults in pyproject.toml that Flower reads, the reference page
-docs/configuration.md, and the JSON schemas from which editors complete and check the
+The schema (clip2fl_common/config/schema.py) declares every key once. Generated from it
+are the block of defaults in pyproject.toml that Flower reads, the reference page
+docs/configuration.md, and the JSON schemas with which editors complete and check the
 files in conf/::
 
     python -m scripts.write_configuration            # write them
@@ -55,7 +55,7 @@ COLUMNS = ("key", "default", "allowed", "read by", "may change on resume", "mean
 
 
 def written(root: Path) -> dict[str, str]:
-    """Return what is made from the schema: files, relative to `root`, to their content.
+    """Return the generated files: the content by path, relative to `root`.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def written(root: Path) -> dict[str, str]:
     Raises
     ------
     ValueError
-        If pyproject.toml does not have the two lines around the block.
+        If pyproject.toml lacks one of the two lines around the block.
     """
     return {
         "pyproject.toml": with_block((root / "pyproject.toml").read_text("utf-8")),
@@ -76,7 +76,7 @@ def written(root: Path) -> dict[str, str]:
 
 
 def groups() -> Iterator[tuple[str, list[Key]]]:
-    """Yield each group's name, empty for keys without one, and its keys in order."""
+    """Yield each group's name, empty for keys without group, and its keys in order."""
     for name, keys in groupby(KEYS.values(), lambda key: key.name.rpartition(".")[0]):
         yield name, list(keys)
 
@@ -94,7 +94,7 @@ def with_block(text: str) -> str:
 
 
 def block() -> str:
-    """Return every key with its default as TOML, the meaning above it."""
+    """Return every key with its default as TOML, below a comment with its meaning."""
     parts = [""]
     for _, keys in groups():
         lines: list[str] = []
@@ -120,7 +120,7 @@ def block() -> str:
 
 
 def reads_all(key: Key) -> bool:
-    """Tell whether every method reads a key."""
+    """Return whether every method reads a key."""
     return set(key.methods) == set(METHODS)
 
 
@@ -152,7 +152,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Return what a field allows, in words."""
+    """Return the allowed values of a field, in words."""
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{_as_value(v)}`" for v in typing.get_args(field.annotation))
     bounds = [
@@ -180,7 +180,7 @@ def run_schema() -> dict[str, Any]:
     schema = _tidied(TypeAdapter(RunConfig).json_schema())
     assert isinstance(schema, dict)
     for of_key in schema["properties"].values():
-        if "$ref" in of_key:  # its keys have defaults of their own
+        if "$ref" in of_key:  # the group's keys have their own defaults
             del of_key["default"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -205,9 +205,9 @@ def comparison_schema() -> dict[str, Any]:
 
 
 def _tidied(part: Any, names: bool = False) -> Any:
-    """Drop titles, which repeat names, and join the lines of each description.
+    """Remove titles, which repeat names, and join the lines of each description.
 
-    ``names`` tells that the part's own keys are names, of properties or definitions.
+    ``names`` means that the keys of ``part`` are names of properties or definitions.
     """
     if isinstance(part, list):
         return [_tidied(item) for item in part]

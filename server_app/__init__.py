@@ -1,8 +1,9 @@
-"""What runs at the server around the strategy: a run from start to its model."""
+"""The server around the strategy: a run from its start to the delivered model."""
 
 import os
 
-# Synthesis and re-training are thousands of small products. Where other processes
-# want the cores too, OpenMP threads that wait by spinning slow them down up to
-# fortyfold; sleeping ones cost nothing. Read when torch is loaded, so set before.
+# Synthesis and re-training consist of thousands of small matrix products. If other
+# processes need the cores too, OpenMP threads that spin while they wait make them up to
+# forty times slower; sleeping threads cost nothing. torch reads this setting when it is
+# imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,15 +1,15 @@
-"""Checkpoints of a run: all that the next round needs, whole or absent.
+"""Checkpoints of a run: everything that the next round needs, complete or absent.
 
 A checkpoint is a folder ``checkpoints/round-000012`` in the run's folder:
 
 - ``tensors.safetensors``: the global model (``model.*``) and the strategy's state
   (``strategy.*``: federated features, re-trained classifier);
-- ``state.json``: format version, round, configuration, what the run was made with
-  (code, teacher, data), random state, best round so far;
+- ``state.json``: format version, round, configuration, fingerprints of code, teacher
+  and data, random state, best round so far;
 - ``metrics.jsonl``: the lines of all rounds so far;
-- ``SHA256SUMS``: checksums of the others, as ``sha256sum --check`` reads them.
+- ``SHA256SUMS``: checksums of the other files, in the format of ``sha256sum --check``.
 
-No pickle: a checkpoint cannot bring code with it.
+Checkpoints contain no pickle, so loading one cannot run foreign code.
 """
 
 import hashlib
@@ -46,11 +46,11 @@ STRATEGY_PREFIX = "strategy."
 
 
 class ResumeError(ValueError):
-    """A run cannot go on from what its folder holds; says why and what to do."""
+    """A run cannot continue from the files in its folder; says why and what to do."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not what was written; says which file."""
+    """A checkpoint file differs from what was written; names the file."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class BestRound:
     Attributes
     ----------
     round : int
-        Its number.
+        Number of the round.
     value : float
         The metric, in percent.
     """
@@ -76,18 +76,18 @@ class Checkpoint:
     Attributes
     ----------
     round : int
-        The round that is over; 0 before the first.
+        The last completed round; 0 before the first.
     config : Mapping
         The run configuration, dotted keys to values.
     made_with : Mapping
-        Fingerprints of what has to be the same when the run goes on: ``code``,
-        ``data`` and, where there is one, ``teacher``.
+        Fingerprints that must be the same when the run continues: ``code``, ``data``
+        and, if the method has a teacher, ``teacher``.
     environment : Mapping
-        What should be the same for the same bits: ``device``, versions.
+        Must be the same for bit-identical results: ``device``, versions.
     best : BestRound or None
-        None before any round.
+        The best round so far; None before any round.
     resumed_after : tuple of int
-        Rounds after which the run was interrupted and went on.
+        Rounds after which the run was interrupted and continued.
     metrics : str
         Content of ``metrics.jsonl``.
     model : Mapping
@@ -108,7 +108,7 @@ class Checkpoint:
 
 
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint into a run's folder; on disk when this returns.
+    """Write a checkpoint into a run's folder; it is on disk when this returns.
 
     Parameters
     ----------
@@ -169,9 +169,9 @@ def load_checkpoint(run_folder: Path, server_round: int) -> Checkpoint:
     Raises
     ------
     DamagedCheckpointError
-        If a file is missing or is not what was written.
+        If a file is missing or was changed.
     ResumeError
-        If it was written in another format.
+        If the checkpoint has another format.
     """
     folder = checkpoint_path(run_folder, server_round)
     _verify(folder)
@@ -196,9 +196,9 @@ def load_checkpoint(run_folder: Path, server_round: int) -> Checkpoint:
 
 
 def load_newest(run_folder: Path) -> Checkpoint:
-    """Read the newest checkpoint that is whole, and put damaged newer ones aside.
+    """Read the newest complete checkpoint, and rename damaged newer ones.
 
-    A damaged one is renamed, so that nothing takes it for a checkpoint any more.
+    A damaged checkpoint gets another name, so that it is never loaded.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def load_newest(run_folder: Path) -> Checkpoint:
     Raises
     ------
     ResumeError
-        If there is none.
+        If there is no complete checkpoint.
     """
     damaged: dict[int, str] = {}
     for server_round in reversed(rounds_with_checkpoint(run_folder)):
@@ -250,17 +250,17 @@ def load_newest(run_folder: Path) -> Checkpoint:
 def prune(run_folder: Path, keep: int) -> None:
     """Remove old checkpoints.
 
-    What stays are the last ``keep``, but two at least, and, for each of them, the best
-    one so far: where the newest turns out to be damaged, the one before still finds
-    its best. Two, because only the next round shows whether clients can train on the
-    newest model.
+    The last ``keep`` checkpoints stay, at least two, and for each of them the best
+    checkpoint up to its round: if the newest is damaged, the one before it still finds
+    its best. At least two stay, because only the next round shows whether clients can
+    train on the newest model.
 
     Parameters
     ----------
     run_folder : Path
         The run's folder.
     keep : int
-        How many of the last checkpoints stay, at least 1.
+        Number of the last checkpoints that stay, at least 1.
     """
     rounds = rounds_with_checkpoint(run_folder)
     last = rounds[-max(keep, 2) :]
@@ -276,16 +276,16 @@ def prune(run_folder: Path, keep: int) -> None:
 def refuse_differences(
     checkpoint: Checkpoint, config: Mapping[str, Scalar], made_with: Mapping[str, str]
 ) -> None:
-    """Refuse to go on with anything that would make it another run.
+    """Refuse to continue if a difference would make this another run.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        Where the run is to go on.
+        The checkpoint from which the run would continue.
     config : Mapping
-        The configuration it is to go on with.
+        The configuration with which it would continue.
     made_with : Mapping
-        Fingerprints of the code, data and teacher at hand.
+        Fingerprints of the present code, data and teacher.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on, and the table at its end."""
+"""The lines that a run prints after each round, and the table at its end."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from clip2fl_common.metrics import AccuracyReport, ShotGroups
 
 
 class Progress:
-    """One line a round, with the time left.
+    """One line for each round, with the remaining time.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Progress:
         went_back_to: int | None = None,
         medians: Mapping[str, AccuracyReport] | None = None,
     ) -> str:
-        """Return the line of a round that has just ended.
+        """Return the line of the round that has just ended.
 
         Parameters
         ----------
@@ -40,13 +40,13 @@ class Progress:
         reports : mapping of str to AccuracyReport
             Accuracy by head.
         loss : float or None
-            The clients'; without one no model came out of the round.
+            Mean training loss of the clients; None if the round produced no model.
         participation : str
-            Which share of the sites and their images took part, if there are sites.
+            Share of the sites and of their images that took part; empty without sites.
         went_back_to : int or None
-            Round whose model took the place of a bad one.
+            Round whose model replaced a bad one.
         medians : mapping of str to AccuracyReport or None
-            What the median site says of each head, if there are sites.
+            Accuracy of each head at the median site; None without sites.
 
         Returns
         -------

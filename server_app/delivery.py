@@ -1,4 +1,4 @@
-"""The delivered model: weights and all that is needed to use them, in one file."""
+"""The delivered model: its weights and all facts needed to use it, in one file."""
 
 import json
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ from server_app.tensor_files import Declared, TensorFile, save_tensors
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a delivered model is and how its input is made.
+    """Describes a delivered model and how its input is prepared.
 
     Attributes
     ----------
     architecture : str
-        Name for `build_model`.
+        Name of the architecture, for `build_model`.
     feature_dim : int
         Width of the features.
     class_names : tuple of str
@@ -39,9 +39,9 @@ class ModelCard:
     image_size : int
         Side of the input in pixels.
     normalization : Normalization
-        Of the input.
+        Normalization of the input.
     provenance : Mapping
-        Method, data set, teacher, seed and rounds, for the reader.
+        Method, data set, teacher, seed and rounds, as information for people.
     """
 
     architecture: str
@@ -60,13 +60,13 @@ def save_model(
     Parameters
     ----------
     path : Path
-        File to write; it appears whole or not at all.
+        File to write; it appears complete or not at all.
     model : ImageClassifier
-        Global model; its own classifier is not written.
+        Global model; its own classifier is not saved.
     classifier : nn.Linear
-        The classifier that belongs to the delivered model.
+        The classifier to save with it.
     card : ModelCard
-        Goes into the file's metadata as JSON.
+        The model's description, stored as JSON in the file's metadata.
     """
     state = dict(model.state_dict())
     state |= {f"classifier.{name}": t for name, t in classifier.state_dict().items()}
@@ -80,13 +80,13 @@ def _known_architecture(name: str) -> str:
 
 
 _Text = Annotated[str, Field(max_length=10 * MAX_NAME_LENGTH)]
-# Wide, but such that no pixel leaves the range of float32.
+# Wide bounds that still keep every pixel within the range of float32.
 _Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class _NormalizationFields(BaseModel):
-    """Of the three colours."""
+    """Mean and deviation of the three colour channels."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -95,9 +95,9 @@ class _NormalizationFields(BaseModel):
 
 
 class _CardFields(BaseModel):
-    """What a card in a file must be like.
+    """The fields that a model card in a file must have.
 
-    Names of classes may come twice: ImageNet has two called "missile".
+    Class names may repeat: ImageNet has two classes called "missile".
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -139,8 +139,8 @@ def _normalization(fields: _NormalizationFields) -> Normalization:
 def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
     """Load a delivered model, ready to predict.
 
-    The file may come from anywhere. Memory is taken only when its card is sound and
-    its tensors have the types and shapes of the architecture that the card names.
+    The file may come from an untrusted source. Memory is allocated only after the card
+    is valid and the tensors have the types and shapes of the card's architecture.
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ def load_model(path: Path) -> tuple[ImageClassifier, ModelCard]:
     Raises
     ------
     ForeignFileError
-        If it is no delivered model; names the file, the field or tensor, and what was
-        found.
+        If the file is no delivered model; names the file, the field or tensor, and its
+        value.
     """
     try:
         file = TensorFile.read(path)

@@ -1,4 +1,4 @@
-"""Central evaluation: one pass over the test images serves every classifier."""
+"""Central evaluation: one pass over the test images evaluates every classifier."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from clip2fl_common.parallel import map_pieces
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher
 
-# Test images are kept decoded up to this many bytes, and read each time above it.
+# Decoded test images are cached up to this many bytes; larger sets are read each time.
 KEEP_BYTES = 2**30
 # Test images are read in blocks of this many at a time.
 BLOCK = 1024
@@ -33,12 +33,12 @@ class Evaluator:
     Attributes
     ----------
     dataset : ImageDataset
-        Whose test images are used.
+        Data set with the test images.
     groups : ShotGroups
         Shot groups of the training data.
     max_images : int
-        Test images in an evaluation that is not final, drawn once and evenly over
-        the classes; 0: all.
+        Test images in all evaluations but the final one, drawn once and evenly
+        over the classes; 0: all.
     batch_size : int
         Images in one forward pass.
     device : torch.device
@@ -46,7 +46,7 @@ class Evaluator:
     seed : int
         Seed of the drawn test images.
     confusion : dict of str to ndarray of int64, shape [C, C]
-        Test images by true and predicted class, of each head evaluated last.
+        Test images by true and predicted class: each head's last evaluation.
     """
 
     dataset: ImageDataset
@@ -57,7 +57,7 @@ class Evaluator:
     seed: int
 
     def __post_init__(self) -> None:
-        """Draw the test images of the evaluations that are not final."""
+        """Draw the test images for all evaluations but the final one."""
         self._all = np.arange(len(self.dataset.test.labels))
         self._subset = self._draw_subset()
         self._kept: dict[tuple[bool, int], LoadedImages] = {}
@@ -65,7 +65,7 @@ class Evaluator:
         self.confusion: dict[str, npt.NDArray[np.int64]] = {}
 
     def indices(self, final: bool) -> npt.NDArray[np.int64]:
-        """Return which test images an evaluation uses."""
+        """Return the indices of the test images that an evaluation uses."""
         return self._all if final else self._subset
 
     def evaluate(
@@ -83,12 +83,12 @@ class Evaluator:
         heads : mapping of str to nn.Linear
             Classifiers by name.
         final : bool
-            Use all test images, whatever ``max_images``.
+            Use all test images, regardless of ``max_images``.
 
         Returns
         -------
         dict of str to AccuracyReport
-            The confusion matrices behind it stay in ``confusion``.
+            The attribute ``confusion`` holds the confusion matrices of these reports.
         """
         network = folded(model.to(self.device))
         labels: list[torch.Tensor] = []
@@ -135,7 +135,7 @@ class Evaluator:
         )
 
     def _blocks(self, final: bool) -> Iterator[LoadedImages]:
-        """Yield the test images in blocks, from memory where they fit into it."""
+        """Yield the test images in blocks, from memory if they fit into it."""
         indices = self.indices(final)
         size = self.dataset.image_size
         keep = 3 * size * size * len(self._all) <= KEEP_BYTES

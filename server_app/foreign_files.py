@@ -1,8 +1,8 @@
-"""Files that somebody else may have made: read with bounds, explained in one line.
+"""Reading files from untrusted sources, with bounds and one-line errors.
 
-A run's folder may be damaged, come from a stranger, or hold something that is no file:
-a folder, a FIFO that never answers, a link to itself. Whatever it is, reading ends,
-takes a bounded amount of memory and names the file and the field.
+A run's folder may be damaged, come from a stranger, or contain something that is no
+file: a folder, a FIFO that never answers, a link to itself. In each case reading ends,
+takes a bounded amount of memory, and the error names the file and the field.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from clip2fl_common.shown import short, shown
 
 MEGABYTE = 2**20
-# Longer numbers are no counts, and Python takes time that grows with their square.
+# A longer number is no count, and Python's parsing time grows with its length squared.
 MAX_DIGITS = 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -42,16 +42,16 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class ForeignFileError(ValueError):
-    """A file is not what it should be; says which, what was found and what to do."""
+    """A file is not as expected; names the file, its content and what to do."""
 
 
 def refuse_unless_regular(path: Path) -> None:
-    """Refuse what is no regular file, or no link to one, without opening it.
+    """Refuse a path that is no regular file and no link to one, without opening it.
 
     Raises
     ------
     ForeignFileError
-        Says what it is instead.
+        Names the kind of the path, for example a folder.
     """
     try:
         _refuse_mode(path, path.stat().st_mode)
@@ -61,7 +61,7 @@ def refuse_unless_regular(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Lend a regular file that is open for reading; never wait for one that is not.
+    """Lend a regular file that is open for reading, without waiting for a FIFO.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     refuse_unless_regular(path)
     try:
-        # A FIFO that takes the file's place meanwhile must not hold us up either.
+        # A FIFO that replaces the file between the two calls must not block either.
         file = os.fdopen(os.open(path, _OPEN_FLAGS), "rb")
     except OSError as error:
         _refuse_unreadable(path, error)
@@ -94,9 +94,9 @@ def read_text(path: Path, limit: int) -> str:
     Parameters
     ----------
     path : Path
-        UTF-8.
+        A UTF-8 file.
     limit : int
-        Bytes that it has at most.
+        Largest allowed size in bytes.
 
     Returns
     -------
@@ -127,21 +127,21 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path, schema: type[Schema], limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file, checked.
+    """Return the checked JSON object in a file.
 
     Parameters
     ----------
     path : Path
-        Names the file in errors.
+        The file; errors name it.
     schema : type of BaseModel
-        What it must be like.
+        Fields and types that the object must have.
     limit : int
-        Bytes that it has at most.
+        Largest allowed size in bytes.
 
     Returns
     -------
     dict
-        As it stands in the file, fields included that the schema does not know.
+        As in the file, including fields that the schema does not have.
 
     Raises
     ------
@@ -152,18 +152,18 @@ def read_json(path: Path, schema: type[Schema], limit: int) -> dict[str, Any]:
 
 
 def parse_json(text: str, schema: type[Schema], where: str) -> dict[str, Any]:
-    """Return a JSON object, checked.
+    """Return a checked JSON object.
 
-    Numbers must be finite and of `MAX_DIGITS` at most, keys must not come twice.
+    Numbers must be finite and have at most `MAX_DIGITS` digits. Keys must be unique.
 
     Parameters
     ----------
     text : str
         JSON.
     schema : type of BaseModel
-        What it must be like.
+        Fields and types that the object must have.
     where : str
-        Names the place in errors.
+        Name of the place, for errors.
 
     Returns
     -------
@@ -199,16 +199,16 @@ def parse_json(text: str, schema: type[Schema], where: str) -> dict[str, Any]:
 
 
 def check(content: Mapping[str, Any], schema: type[Schema], where: str) -> Schema:
-    """Check what a file holds against a schema.
+    """Check the content of a file against a schema.
 
     Parameters
     ----------
     content : mapping
-        What was read.
+        The parsed content.
     schema : type of BaseModel
-        What it must be like.
+        Fields and types that the content must have.
     where : str
-        Names the place in errors.
+        Name of the place, for errors.
 
     Returns
     -------
@@ -217,7 +217,7 @@ def check(content: Mapping[str, Any], schema: type[Schema], where: str) -> Schem
     Raises
     ------
     ForeignFileError
-        Names the place, the first field that is not as it must be, and its value.
+        Names the place, the first invalid field and its value.
     """
     try:
         return schema.model_validate(content)
@@ -235,7 +235,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{field} is not known"
     if problem["type"] == "value_error":
-        # Of a whole object where there is no field; the message then says which.
+        # A problem of the whole object has no field; its message then describes it.
         said = message.removeprefix("Value error, ")
         return f"{field}: {said}" if field else said
     # pydantic's text is "Input should be ..." or "List should have ...".

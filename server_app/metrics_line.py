@@ -25,17 +25,17 @@ def metrics_line(
     server_round : int
         The round.
     record : RoundRecord
-        What the strategy has recorded of it.
+        The strategy's record of the round.
     reports : mapping of str to AccuracyReport
         Accuracy by head.
     medians : mapping of str to AccuracyReport
-        What the median site says of each head, if there are sites.
+        Accuracy of each head at the median site; empty without sites.
     evaluator : Evaluator
-        Has evaluated the round, and counted the test images it could not read.
+        The evaluator of this round, which counted the unreadable test images.
     seconds : mapping of str to float
         Duration of each phase.
     final : bool
-        The round is the last one.
+        Whether the round is the last one.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""One run at the server: what is prepared, evaluated each round and left behind."""
+"""One run at the server: preparation, evaluation of each round, results."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -41,18 +41,18 @@ TEACHER_ROW = "teacher zero-shot"
 
 
 class StorageError(OSError):
-    """A round's results could not be written; says what is safe and what to do."""
+    """A round's results could not be written; says what is saved and what to do."""
 
 
 class ServerRun:
-    """One run: data, initial model, teacher and folder; opened, its rounds closed.
+    """One run: data, initial model, teacher and folder, from the start to the results.
 
     Parameters
     ----------
     config : RunConfig
         The run's configuration.
     run_id : int
-        Flower's.
+        Flower's id of the run.
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
@@ -82,11 +82,11 @@ class ServerRun:
         self._trackers = open_trackers(config, self.folder.path)
 
     def __enter__(self) -> Self:
-        """Return the run, whose folder is its alone until the end."""
+        """Return the run, which alone uses its folder until the end."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the folder to others."""
+        """Release the folder for other runs."""
         self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
@@ -102,23 +102,23 @@ class ServerRun:
         )
 
     def open(self, strategy: Method) -> int:
-        """Begin the run or take it up again; say where it goes.
+        """Start the run or resume it; print the folder and the round.
 
         Parameters
         ----------
         strategy : Method
-            Gets the state of the last round, where there was one, and the way back to
-            earlier ones.
+            Receives the state of the last completed round, if there is one, and the
+            function that returns earlier states.
 
         Returns
         -------
         int
-            Rounds that are over.
+            Number of completed rounds.
 
         Raises
         ------
         ResumeError
-            If the run in the folder is another, or cannot be read.
+            If the folder contains another run, or cannot be read.
         """
         strategy.earlier = self.state.earlier
         done = self._resume(strategy) if self.config.run.resume else 0
@@ -134,7 +134,7 @@ class ServerRun:
         return done
 
     def _facts(self) -> dict[str, Any]:
-        """Return what ``config.json`` says besides the configuration."""
+        """Return the facts that ``config.json`` holds besides the configuration."""
         facts: dict[str, Any] = {
             "class_names": self.data.class_names,
             "test_images": len(self.data.dataset.test.labels),
@@ -158,10 +158,10 @@ class ServerRun:
         return facts
 
     def _resume(self, strategy: Method) -> int:
-        """Take up the state of the newest whole checkpoint; return its round."""
+        """Load the newest complete checkpoint; return its round."""
         newest = self.state.find()
         if best := self.state.find_best():
-            # Written again, in case a later round's model replaced it.
+            # Saved again, because a later round's model may have replaced it.
             self.state.take(best, strategy)
             self._save_model(BEST_MODEL, best.round, strategy)
         self.state.take(newest, strategy)
@@ -169,14 +169,14 @@ class ServerRun:
         return newest.round
 
     def close_round(self, server_round: int, strategy: Method) -> None:
-        """Evaluate the global model, keep the round's results, print its line.
+        """Evaluate the global model, save the round's results and print its line.
 
         Parameters
         ----------
         server_round : int
             Round, from 1; the last one is evaluated on all test images.
         strategy : Method
-            With the round's record.
+            Holds the round's record.
 
         Raises
         ------
@@ -225,7 +225,7 @@ class ServerRun:
     def _site_reports(
         self, recalls: Mapping[str, list[float | None]]
     ) -> dict[str, AccuracyReport]:
-        """Return the heads' accuracy at the sites; note the teacher's as a row."""
+        """Return the heads' accuracy at the sites; keep the teacher's for the table."""
         reports = {
             name: recall_report(recall, self.data.groups)
             for name, recall in recalls.items()
@@ -236,7 +236,7 @@ class ServerRun:
         return reports
 
     def close(self, strategy: Method) -> None:
-        """Write the final model and print the table, after all that Flower prints."""
+        """Write the final model, and print the table after Flower's own output."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
         for tracker in self._trackers:
@@ -255,7 +255,7 @@ class ServerRun:
 
     @contextmanager
     def _storing(self, what: str) -> Iterator[None]:
-        """Say in an error of the file system what is safe and what to do."""
+        """Turn a file system error into one that says what is saved and what to do."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -268,14 +268,14 @@ class ServerRun:
     def _delivered(
         self, strategy: Method
     ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
-        """Return the delivered model and its classifiers by name, its own last."""
+        """Return the delivered model and its classifiers, its own as the last."""
         model = strategy.delivered_model(self.model)
         retrained = strategy.delivered_classifier
         heads = {} if retrained is None else {RETRAINED_HEAD: retrained}
         return model, {**heads, FEDAVG_HEAD: model.classifier}
 
     def _made_with(self) -> dict[str, str]:
-        """Return the fingerprints of what decides the outcome besides the keys."""
+        """Return fingerprints of code, data and teacher, which also decide results."""
         made_with = {
             "code": code_fingerprint(packages=ALL_CODE),
             "data": self.data.fingerprint(),
@@ -317,7 +317,7 @@ def _versions() -> dict[str, str]:
 
 
 def _initial_model(config: RunConfig, num_classes: int) -> ImageClassifier:
-    """Build the global model of round 0, whatever was drawn before."""
+    """Build the model of round 0; earlier random draws do not change it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, "model").initial_seed())
         return build_model(config.model.name, num_classes, config.model.feature_dim)

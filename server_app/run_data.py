@@ -1,4 +1,4 @@
-"""A run's data set and, where clients are simulated, its partition among them."""
+"""A run's data set and, with simulated clients, its partition among them."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ class RunData:
     Attributes
     ----------
     dataset : ImageDataset
-        Class names and test images; training images of simulated clients.
+        Class names and test images; with simulated clients also the training images.
     groups : ShotGroups
         Many-, medium- and few-shot classes.
     parts : tuple of ndarray of int64
-        Training images of each of the K simulated clients; of sites none.
+        Training images of each of the K simulated clients; empty with sites.
     held : ndarray of int64, shape [K, C], or None
-        Training images by client and class. None: sites tell nobody.
+        Training images by client and class. None with sites, which do not report them.
     """
 
     dataset: ImageDataset
@@ -37,7 +37,7 @@ class RunData:
 
     @classmethod
     def load(cls, config: RunConfig) -> "RunData":
-        """Load the data set of a run, and divide it where clients are simulated."""
+        """Load a run's data set, and divide it among the simulated clients if any."""
         dataset = load_dataset(config.dataset)
         classes = len(dataset.class_names)
         if not config.simulated:
@@ -60,7 +60,7 @@ class RunData:
         return tuple(len(part) for part in self.parts)
 
     def fingerprint(self) -> str:
-        """Return a hash of class names, labels and partition; no image is read."""
+        """Return a hash of class names, labels and partition, without the images."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for labels in (self.dataset.train.labels, self.dataset.test.labels):
             digest.update(labels.astype("<i8").tobytes())
@@ -69,7 +69,7 @@ class RunData:
         return digest.hexdigest()
 
     def counts(self) -> dict[str, Any]:
-        """Return what ``config.json`` says of the training images; of sites nothing."""
+        """Return the image counts for ``config.json``; with sites, an empty mapping."""
         if self.held is None:
             return {}
         return {

@@ -1,9 +1,9 @@
-"""A run's folder: every file name of a run, and the files that are not checkpoints.
+"""A run's folder: the names of all its files, and how all but checkpoints are written.
 
-``config.json``, ``metrics.jsonl``, ``checkpoints`` and ``tensorboard`` are there from
+``config.json``, ``metrics.jsonl``, ``checkpoints`` and ``tensorboard`` exist from
 the first rounds on, ``model-best.safetensors`` from the first round with an accuracy,
 ``artifacts.safetensors`` from the last round on. The delivered ``model.safetensors``
-comes last, so that it marks a complete run.
+is written last, so that it marks a complete run.
 """
 
 import json
@@ -31,48 +31,48 @@ ARTIFACTS = "artifacts.safetensors"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 
-# Tensors in the artifacts; a confusion matrix has the name of its classifier after it.
+# Names of tensors in the artifacts; a confusion matrix's name ends with its classifier.
 CLIENTS = "clients_by_class"
 CONFUSION = "confusion."
 FEATURES = "features"
 
-# Federated features that a run keeps for its report, over all classes.
+# Largest number of federated features, over all classes, that a run saves for reports.
 SHOWN_FEATURES = 2000
 
 
 def checkpoint_path(run_folder: Path, server_round: int) -> Path:
-    """Return where the checkpoint of a round lies."""
+    """Return the path of a round's checkpoint."""
     return run_folder / CHECKPOINTS / f"round-{server_round:06d}"
 
 
 def rounds_with_checkpoint(run_folder: Path) -> list[int]:
-    """Return the rounds that have a checkpoint, whole or damaged, ascending."""
+    """Return the rounds that have a checkpoint, complete or damaged, ascending."""
     names = [path.name for path in (run_folder / CHECKPOINTS).glob("round-??????")]
     return sorted(int(name.removeprefix("round-")) for name in names)
 
 
 class RunInUseError(RuntimeError):
-    """Another run works in the folder."""
+    """Another run uses the folder."""
 
 
 class RunFolder:
-    """A run's folder, which is this run's alone until `release`.
+    """A run's folder, reserved for this run until `release`.
 
     Parameters
     ----------
     config : RunConfig
-        Decides the folder's place and name.
+        Determines the folder's place and name.
     run_id : int
-        Flower's, which makes the name of a new run unique.
+        Flower's id of the run, which makes the name of a new folder unique.
 
     Raises
     ------
     RunInUseError
-        If another run works there.
+        If another run uses the folder.
     FileExistsError
-        If a new run would overwrite another.
+        If a new run would overwrite another one.
     FileNotFoundError
-        If there is no run to resume.
+        If there is no run to resume in the folder.
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
@@ -81,11 +81,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         elif not self.path.is_dir():
             raise FileNotFoundError(
-                f"run.resume = {config.run.resume!r} is no folder: give that of the "
-                f"run, which holds its {CONFIG}"
+                f"run.resume = {config.run.resume!r} is no folder: give the run's "
+                f"folder, which contains {CONFIG}"
             )
         self._metrics = ""
-        # The system drops the lock when the process ends, however it ends.
+        # The system releases the lock when the process ends, even after a crash.
         self._lock = FileLock(self.path / LOCK, timeout=0)
         try:
             self._lock.acquire()
@@ -105,26 +105,26 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Leave the folder to others."""
+        """Release the folder for other runs."""
         self._lock.release()
 
     def write_config(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
-        """Write the resolved configuration and what the run found."""
+        """Write the resolved configuration and the facts that the run found."""
         content = {"config": config.to_flat(), **facts}
         self._write(CONFIG, json.dumps(content, indent=2) + "\n")
 
     @property
     def metrics(self) -> str:
-        """Content of ``metrics.jsonl``."""
+        """Return the content of ``metrics.jsonl``."""
         return self._metrics
 
     def begin_metrics(self, content: str) -> None:
-        """Let ``metrics.jsonl`` be this: nothing, or what a checkpoint knows."""
+        """Replace ``metrics.jsonl``: empty for a new run, else a checkpoint's lines."""
         self._write(METRICS, content)
         self._metrics = content
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``, on disk when this returns."""
+        """Append one line to ``metrics.jsonl``; it is on disk when this returns."""
         text = json.dumps(line, allow_nan=False) + "\n"
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(text)
@@ -143,12 +143,12 @@ class RunFolder:
         Parameters
         ----------
         method : mapping of str to Tensor
-            The method's own. Of ``features`` [C, m, d] each class keeps so many that
-            there are `SHOWN_FEATURES` at most, in half precision: enough to be drawn.
+            Artifacts. Of ``features`` [C, m, d] at most `SHOWN_FEATURES` are
+            saved, equally many of each class, in half precision: enough for a figure.
         confusion : mapping of str to ndarray of int64, shape [C, C]
             Test images by true and predicted class, for each head.
         held : ndarray of int64, shape [K, C], or None
-            Training images by client and class, where the server knows them.
+            Training images by client and class; None if the server does not know them.
         """
         tensors = {
             **({} if held is None else {CLIENTS: torch.from_numpy(held)}),
@@ -167,7 +167,7 @@ class RunFolder:
 
 
 def folder_of(config: RunConfig, run_id: int) -> Path:
-    """Return where a run leaves its results; Flower's ``run_id`` may be in its name."""
+    """Return the path of a run's folder; its name may contain Flower's ``run_id``."""
     if config.run.resume:
         return Path(config.run.resume).expanduser()
     parent = (

@@ -1,4 +1,4 @@
-"""A run's state from round to round: kept as checkpoints, and taken up again."""
+"""A run's state from round to round: saved as checkpoints, and restored from them."""
 
 from collections.abc import Mapping
 from logging import getLogger
@@ -34,18 +34,18 @@ class RunState:
     folder : RunFolder
         Holds the checkpoints.
     model : ImageClassifier
-        Global model; receives the parameters that are taken up.
+        Global model; receives the parameters of a restored checkpoint.
     made_with : mapping of str to str
-        Fingerprints of what has to be the same when the run goes on.
+        Fingerprints that must be the same when the run continues.
     environment : mapping of str to str
-        What should be the same for the same bits: device, versions.
+        Properties that must be the same for bit-identical results: device, versions.
 
     Attributes
     ----------
     best : BestRound or None
-        The best round so far among those with a checkpoint.
+        The best round so far among the rounds with a checkpoint.
     resumed_after : tuple of int
-        Rounds after which the run was interrupted and went on.
+        Rounds after which the run was interrupted and continued.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RunState:
         self.resumed_after: tuple[int, ...] = ()
 
     def write(self, server_round: int, strategy: Method) -> None:
-        """Write the checkpoint of a round; 0: before the first."""
+        """Write the checkpoint of a round; 0: before the first round."""
         save_checkpoint(
             self._folder.path,
             Checkpoint(
@@ -87,14 +87,14 @@ class RunState:
         strategy: Method,
         report: AccuracyReport | None,
     ) -> bool:
-        """Write a round's checkpoint; tell whether the round is the best so far.
+        """Write a round's checkpoint; return whether the round is the best so far.
 
         Parameters
         ----------
         server_round : int
             The round.
         strategy : Method
-            With its state after the round.
+            The strategy, with its state after the round.
         report : AccuracyReport or None
             Accuracy of the delivered classifier, if it was evaluated.
 
@@ -111,16 +111,16 @@ class RunState:
         return is_best
 
     def prune(self) -> None:
-        """Remove the checkpoints that ``checkpoint.keep`` does not keep."""
+        """Remove the checkpoints that ``checkpoint.keep`` does not protect."""
         prune(self._folder.path, self._config.checkpoint.keep)
 
     def find(self) -> Checkpoint:
-        """Return the newest whole checkpoint, from which the run goes on.
+        """Return the newest complete checkpoint, from which the run continues.
 
         Raises
         ------
         ResumeError
-            If there is none, or it is another run's.
+            If there is none, or the folder contains another run.
         """
         newest = load_newest(self._folder.path)
         refuse_differences(newest, self._config.to_flat(), self._made_with)
@@ -140,7 +140,7 @@ class RunState:
         return newest
 
     def find_best(self) -> Checkpoint | None:
-        """Return the best round's checkpoint, None where there is none or damaged."""
+        """Return the best round's checkpoint; None if it is absent or damaged."""
         if self.best is None:
             return None
         try:
@@ -156,7 +156,7 @@ class RunState:
             return None
 
     def take(self, checkpoint: Checkpoint, strategy: Method) -> None:
-        """Give model and strategy the state of a checkpoint."""
+        """Load a checkpoint's state into model and strategy."""
         self._model.load_state_dict(checkpoint.model)
         strategy.load_state(checkpoint.strategy)
 

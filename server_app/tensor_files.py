@@ -1,9 +1,9 @@
-"""safetensors files: written whole; looked at before they are read.
+"""safetensors files: written completely or not at all, checked before they are read.
 
-Somebody else may have made a file that is read.
-The header at the front of a file says which tensors it holds. Types and shapes are
-compared with what they must be before a byte of a tensor is read, so that a file of
-ten gigabytes that is no model of ours is refused as fast as a small one.
+A file may come from an untrusted source.
+Its header lists the tensors. Types and shapes are compared with the expected ones
+before any tensor is read, so that a file of ten gigabytes that is no model of this
+program is refused as fast as a small one.
 """
 
 import os
@@ -26,7 +26,7 @@ from server_app.foreign_files import (
     parse_json,
 )
 
-# A model of 32,768 classes with long names has ten megabytes.
+# The header of a model with 32,768 classes and long names has ten megabytes.
 MAX_HEADER_BYTES = 32 * MEGABYTE
 LENGTH_BYTES = 8
 TYPES = {
@@ -46,7 +46,7 @@ _Length = Annotated[int, Field(ge=0, lt=2**48)]
 
 
 class _Entry(BaseModel):
-    """What a header says of a tensor."""
+    """A tensor's entry in the header."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class _Entry(BaseModel):
 
 
 class _Header(BaseModel):
-    """The header: one entry a tensor, and texts."""
+    """The header: one entry for each tensor, and text metadata."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, _Entry] = Field(init=False)
@@ -66,14 +66,14 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True)
 class Declared:
-    """Type and shape of a tensor.
+    """Type and shape of a tensor, as a header declares them.
 
     Attributes
     ----------
     dtype : torch.dtype or None
-        None where torch has no such type.
+        None if torch does not have the type.
     shape : tuple of int
-        Its shape.
+        Shape of the tensor.
     """
 
     dtype: torch.dtype | None
@@ -81,27 +81,27 @@ class Declared:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Declared":
-        """Return those of a tensor, which may lie on the meta device."""
+        """Return the type and shape of a tensor, which may be on the meta device."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     def __str__(self) -> str:
-        """Return them as a message has them."""
+        """Return type and shape as text for a message."""
         name = str(self.dtype).removeprefix("torch.") if self.dtype else "unknown"
         return f"{name} {list(self.shape)}"
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file, of which only the header has been read.
+    """A safetensors file of which only the header has been read.
 
     Attributes
     ----------
     path : Path
-        Where it lies.
+        The file.
     tensors : mapping of str to Declared
-        What it holds.
+        The tensors that the header declares.
     metadata : mapping of str to str
-        Its texts.
+        The header's text metadata.
     """
 
     path: Path
@@ -115,7 +115,7 @@ class TensorFile:
         Parameters
         ----------
         path : Path
-            A safetensors file.
+            The file.
 
         Returns
         -------
@@ -124,7 +124,7 @@ class TensorFile:
         Raises
         ------
         ForeignFileError
-            If it is none, or is cut off.
+            If it is no safetensors file, or is cut off.
         """
         where = shown(path)
         with opened(path) as file:
@@ -161,17 +161,17 @@ class TensorFile:
         return cls(path, tensors, metadata)
 
     def require(self, expected: Mapping[str, Declared]) -> None:
-        """Refuse a file that does not hold exactly these tensors.
+        """Raise unless the file contains exactly these tensors.
 
         Parameters
         ----------
         expected : mapping of str to Declared
-            Names, types and shapes.
+            Name, type and shape of each tensor.
 
         Raises
         ------
         ForeignFileError
-            Names a tensor that is missing, not known, or of another type or shape.
+            Names a tensor that is missing, unexpected, or of another type or shape.
         """
         where = shown(self.path)
         for name in [*expected, *self.tensors]:
@@ -191,17 +191,17 @@ class TensorFile:
         Parameters
         ----------
         names : collection of str
-            Which; `tensors` says how large they are.
+            Names of the tensors; `tensors` gives their sizes.
 
         Returns
         -------
         dict of str to Tensor
-            On the CPU, all finite.
+            On the CPU; all values are finite.
 
         Raises
         ------
         ForeignFileError
-            If the file cannot be read, or a tensor holds what is no finite number.
+            If the file cannot be read, or a tensor contains a value that is not finite.
         """
         where = shown(self.path)
         found: dict[str, torch.Tensor] = {}
@@ -225,16 +225,16 @@ def save_tensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file so that it is there whole or not at all.
+    """Write a safetensors file, completely or not at all.
 
     Parameters
     ----------
     path : Path
-        File that nobody else writes meanwhile; one that is there is replaced.
+        The file, which no other process may write meanwhile; an old one is replaced.
     tensors : mapping of str to Tensor
-        Its content.
+        Content of the file.
     metadata : mapping of str to str or None
-        Goes along with it.
+        Text metadata for the header.
     """
     content = save(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},

@@ -1,7 +1,7 @@
-"""Experiment trackers that follow a run's metrics, where somebody uses one.
+"""Experiment trackers that record a run's metrics, if the configuration names any.
 
-None of them is needed or installed with the program, but for TensorBoard where the
-extra of that name is. Each is imported when a run asks for it (``run.trackers``).
+The program does not need a tracker, and installs none, except TensorBoard with the
+extra ``tensorboard``. A tracker is imported when ``run.trackers`` names it.
 """
 
 import importlib
@@ -15,22 +15,22 @@ from server_app.run_folder import TENSORBOARD
 
 
 class Tracker(Protocol):
-    """Receives a run's numbers while it goes on."""
+    """Receives a run's numbers after each round."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take a round's numbers."""
+        """Record a round's numbers."""
 
     def close(self) -> None:
-        """Take leave after the last round."""
+        """End the recording after the last round."""
 
 
 class TensorBoard:
-    """Event files in the run folder's ``tensorboard``.
+    """Event files in the folder ``tensorboard`` of the run's folder.
 
     Parameters
     ----------
     config : RunConfig
-        Shown as text.
+        Configuration, recorded as text.
     folder : Path
         The run's folder.
     """
@@ -42,7 +42,7 @@ class TensorBoard:
         self._writer.add_text("configuration", "\n".join(lines), 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a round's numbers, on disk when this returns."""
+        """Write a round's numbers; they are on disk when this returns."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -53,14 +53,14 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of MLflow, at the server that ``MLFLOW_TRACKING_URI`` names.
+    """A run of MLflow, on the server at ``MLFLOW_TRACKING_URI``.
 
     Parameters
     ----------
     config : RunConfig
-        Becomes the run's parameters.
+        Recorded as the run's parameters.
     folder : Path
-        The run's folder, whose name the run takes.
+        The run's folder; the MLflow run gets its name.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
@@ -83,9 +83,9 @@ class WeightsAndBiases:
     Parameters
     ----------
     config : RunConfig
-        Becomes the run's configuration.
+        Recorded as the run's configuration.
     folder : Path
-        The run's folder, whose name the run takes.
+        The run's folder; the W&B run gets its name.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
@@ -126,7 +126,7 @@ def open_trackers(config: RunConfig, folder: Path) -> list[Tracker]:
     Raises
     ------
     ConfigError
-        If one is not installed.
+        If a tracker is not installed.
     """
     return [TRACKERS[name](config, folder) for name in config.run.trackers.split()]
 
@@ -139,12 +139,12 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     line : mapping
         A line of ``metrics.jsonl``, or a table in it.
     prefix : str
-        Goes before each name.
+        Prefix of each name.
 
     Returns
     -------
     dict of str to float
-        Lists and holes are left out, and the round's number.
+        Without lists, null values and the round's number.
     """
     found: dict[str, float] = {}
     for name, value in line.items():

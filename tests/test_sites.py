@@ -457,7 +457,7 @@ def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
     page = write_run_report(FinishedRun.read(tmp_path / "run")).read_text("utf-8")
     assert "on the sites&#39; validation images" in page
     assert "In the order of dataset.class-names." in page
-    assert page.count("Sites tell nobody how many images of a class they have.") == 2
+    assert page.count("Sites do not report their number of images by class.") == 2
     balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
     assert f'data-value="{balanced}"' in page
 

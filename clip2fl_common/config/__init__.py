@@ -1,7 +1,8 @@
 """The run configuration: parsed and checked once, typed everywhere after that.
 
-``schema.py`` declares every key once. The other files read it, check it and say what is
-wrong. None of them imports torch or flwr: a wrong setting is refused at once.
+``schema.py`` declares every key once. The other files read and check the keys and write
+the error messages. None of them imports torch or flwr, so a wrong setting is refused at
+once.
 """
 
 from clip2fl_common.config.checks import SITES as SITES

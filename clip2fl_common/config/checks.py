@@ -1,4 +1,4 @@
-"""Contradictions between keys of the run configuration that are each in range."""
+"""Checks of keys of the run configuration that contradict each other."""
 
 import unicodedata
 from collections import Counter
@@ -25,29 +25,29 @@ NEEDED_PATHS = {
     "imagenet-lt": ["root", "train_list", "test_list"],
 }
 LARGEST_ARRAY_BYTES = 2**36
-"""Each key in range may still be too much beside another. No machine that such runs
-are made for holds an array of 64 GiB, of which computing needs several."""
+"""Bound on products of keys whose own bounds do not exclude each other. No machine for
+such runs holds an array of 64 GiB, and computing needs several such arrays."""
 MOST_CLASSES = 10_000
-"""As many as iNaturalist 2021 has."""
+"""The number of classes of iNaturalist 2021."""
 CLASS_NAME_CHARACTERS = 100
 CLASS_NAME_BYTES = 255
-"""A folder's name, on Linux."""
+"""Limit on the length of a folder's name on Linux."""
 JOINERS = "\u200c\u200d"
 """Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with."""
 
 
 def contradictions(config: "RunConfig") -> list[str]:
-    """Return what is wrong between keys that are each in range.
+    """Return the contradictions between keys that are each in range.
 
     Parameters
     ----------
     config : RunConfig
-        Each of its keys is in range.
+        A configuration whose keys are each in range.
 
     Returns
     -------
     list of str
-        One line a problem: keys, values and what to do.
+        One line for each problem: keys, values and what to do.
     """
     problems = [
         *_federation_problems(config),
@@ -126,7 +126,7 @@ def _not_absolute(key: str, value: str) -> Iterator[str]:
     try:
         absolute = Path(value).expanduser().is_absolute()
     except RuntimeError:
-        yield f"{key} = {shown(value)} begins with a user who has no home folder here"
+        yield f"{key} = {shown(value)} begins with a user without a home folder here"
     else:
         if not absolute:
             yield (
@@ -163,7 +163,7 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
 
 def _site_problems(dataset: "Dataset") -> Iterator[str]:
     names = listed_names(dataset.class_names)
-    # Names that look the same would be told apart by nobody.
+    # People could not tell apart names that look the same.
     seen = Counter(name.translate(dict.fromkeys(map(ord, JOINERS))) for name in names)
     twice = [name for name, count in seen.items() if count > 1]
     if len(seen) < 2 or twice or "" in seen:
@@ -209,7 +209,7 @@ def _can_be_folder(name: str) -> bool:
 
 
 def _long_tail(dataset: "Dataset") -> list[int] | None:
-    """Return the training images of each class, where the configuration tells them."""
+    """Return the training images of each class, if the configuration tells them."""
     largest = {"demo": dataset.demo_train_per_class, **CIFAR_IMAGES}.get(dataset.name)
     if largest is None:
         return None
@@ -240,7 +240,7 @@ def _partition_problems(config: "RunConfig") -> Iterator[str]:
 
 
 def _memory_problems(config: "RunConfig") -> Iterator[str]:
-    """Name products of keys that fit no machine's memory."""
+    """Name products of keys for which no machine has enough memory."""
     dataset, synthesis = config.dataset, config.synthesis
     gradients, width = config.class_gradients, config.model.feature_dim
     classes = (

@@ -1,4 +1,4 @@
-"""Dotted keys, as Flower's run configuration has them, of nested TOML tables."""
+"""Convert nested TOML tables to the dotted keys of Flower's run configuration."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from clip2fl_common.config.messages import scalar_problem, shown, shown_key
 from clip2fl_common.config.types import ConfigError
 
-# What TOML allows without quotes. With quotes a key may hold dots, and would then
-# stand for another key than the one that is written.
+# Characters that TOML allows in a key without quotes. A quoted key may contain dots,
+# and would then be read as another key.
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -19,7 +19,7 @@ def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     table : mapping
         Keys to scalars or further tables, as `tomllib` returns them.
     prefix : str
-        Goes before each key.
+        Prefix of each key.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Reading the run configuration: files, ``key=value`` pairs and what they add up to.
+"""Reading the run configuration: files, ``key=value`` pairs, and how they are merged.
 
-Everything here comes from people, so each function says in one line which file or key
-is wrong, and neither waits nor takes memory without bound.
+People write these files and pairs. So each error names the wrong file or key on one
+line, and reading neither waits nor uses unbounded memory.
 """
 
 import json
@@ -25,7 +25,7 @@ from clip2fl_common.config.schema import RunConfig, defaults
 from clip2fl_common.config.types import ConfigError, Scalar
 
 FILE_BYTES = 4 * 2**20
-"""Twice what 10,000 long class names take."""
+"""Twice the size of 10,000 long class names."""
 BYTE_ORDER_MARK = "\ufeff"
 
 PAIR = re.compile(
@@ -34,7 +34,7 @@ PAIR = re.compile(
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a file that somebody has named.
+    """Return the content of a file that the user named.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def read_text(path: Path) -> str:
     ------
     ConfigError
         If it is missing, unreadable, too large, a folder, a pipe or a device, or not
-        UTF-8; without the path, which the caller knows by its option's name.
+        UTF-8. The message omits the path; the caller adds it with the option's name.
     """
     try:
         # Opening a pipe that nobody writes to would wait for ever.
@@ -82,12 +82,12 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def read_toml(path: Path) -> dict[str, object]:
-    """Return the tables in a TOML file that somebody has named.
+    """Return the tables in a TOML file that the user named.
 
     Raises
     ------
     ConfigError
-        As `read_text`, or where the file is not TOML; without the path.
+        As `read_text`, or if the file is not TOML; the message omits the path.
     """
     return _parsed(read_text(path))
 
@@ -142,7 +142,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
 
 
 def default_settings(app: Path) -> dict[str, object]:
-    """Return every dotted key of an app with its default.
+    """Return every dotted key of an app with its default value.
 
     Parameters
     ----------
@@ -176,18 +176,19 @@ def merge_run_config(
     overrides: Sequence[str],
     resume: Path | None = None,
 ) -> str:
-    """Merge a TOML file with pairs, which flwr does not accept together.
+    """Merge a TOML file with pairs; flwr does not accept both together.
 
     Parameters
     ----------
     app : Path
-        Directory of the app, whose ``pyproject.toml`` names every key there is.
+        Folder of the app; its ``pyproject.toml`` declares every valid key.
     run_config : Path | None
         A TOML file of run configuration keys.
     overrides : Sequence[str]
-        Pairs as in `parse_overrides`; they win over the file.
+        Pairs as in `parse_overrides`; they take precedence over the file.
     resume : Path | None
-        Folder of an interrupted run, whose configuration the others win over.
+        Folder of an interrupted run. File and pairs take precedence over its
+        configuration.
 
     Returns
     -------
@@ -216,7 +217,7 @@ def merge_run_config(
             raise ConfigError(f"{source}{error}") from None
         merged |= _known(found, known, source)
     merged |= _known(parse_overrides(overrides), known, "")
-    # JSON writes booleans, numbers and strings exactly as TOML does, but for one
+    # JSON writes booleans, numbers and strings exactly as TOML does, except for one
     # character that only TOML forbids.
     return "".join(
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
@@ -225,12 +226,12 @@ def merge_run_config(
 
 
 def complete_config(merged: str) -> RunConfig:
-    """Return the configuration that a run of this program would get, checked.
+    """Return the checked configuration that a run of this program would use.
 
     Parameters
     ----------
     merged : str
-        What `merge_run_config` returned.
+        The return value of `merge_run_config`.
 
     Returns
     -------
@@ -239,7 +240,7 @@ def complete_config(merged: str) -> RunConfig:
     Raises
     ------
     ConfigError
-        Names each offending key, what was found and what is allowed.
+        Names each invalid key, its value and what is allowed.
     """
     flat = {**defaults(), **flatten(tomllib.loads(merged))}
     return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
@@ -258,13 +259,13 @@ def _known(
 
 
 def _named(path: Path) -> str:
-    """Return a path as a message of one line shows it."""
+    """Return a path as text for a message of one line."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
 
 def _refuse_tables(table: Mapping[str, object], known: Mapping[str, object]) -> None:
-    """Refuse a table in the place of a value, which may be empty."""
+    """Refuse a table, even an empty one, in the place of a value."""
     for key in known:
         found: object = table
         for part in key.split("."):
@@ -274,7 +275,7 @@ def _refuse_tables(table: Mapping[str, object], known: Mapping[str, object]) -> 
 
 
 def _interrupted_config(folder: Path) -> dict[str, object]:
-    """Return the configuration of the run in a folder, made to go on there."""
+    """Return the configuration of the run in a folder, set to resume there."""
     file = folder.absolute() / "config.json"
     try:
         try:

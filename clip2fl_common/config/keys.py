@@ -1,4 +1,4 @@
-"""What the schema says of a key besides its type: who reads it, when it may change."""
+"""Properties of a key besides its type: which methods read it, when it may change."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class ReadBy:
     Parameters
     ----------
     *methods : str
-        Names of those methods. What a field says wins over what its group says.
+        Names of those methods. The mark of a field overrides the mark of its group.
     """
 
     def __init__(self, *methods: str) -> None:
@@ -24,10 +24,10 @@ class ReadBy:
 
 
 class MayChange:
-    """Marks a key, or a group of keys, that may change when a run goes on.
+    """Marks a key, or a group of keys, that may change when a run is resumed.
 
-    Such a key decides where results lie, how long the server waits or what it keeps,
-    but not what comes out.
+    Such a key decides where results are stored, how long the server waits or what it
+    keeps, but does not change the results.
     """
 
 
@@ -42,13 +42,13 @@ class Key:
     default : bool, int, float or str
         Its default.
     sentence : str
-        What it means, on one line.
+        Its meaning, on one line.
     field : FieldInfo
         Its type and bounds.
     methods : tuple of str
-        Those among `METHODS` that read it.
+        The methods among `METHODS` that read it.
     may_change : bool
-        Whether it may change when a run goes on.
+        Whether it may change when a run is resumed.
     """
 
     name: str
@@ -84,11 +84,11 @@ def keys_of(
         A pydantic dataclass. Each field has a default and, unless it is a group, a
         docstring.
     prefix : str
-        Goes before each name.
+        Prefix of each name.
     methods : tuple of str
-        Methods that read its keys, where a field does not say otherwise.
+        Methods that read the keys, unless a field says otherwise.
     may_change : bool
-        Whether its keys may change when a run goes on, whatever a field says.
+        Whether all keys may change when a run is resumed, regardless of their fields.
 
     Yields
     ------

@@ -1,4 +1,4 @@
-"""What the checks of the run configuration say: one line for each problem."""
+"""Messages of the run configuration's checks: one line for each problem."""
 
 import difflib
 import math
@@ -7,18 +7,18 @@ from typing import Any
 
 INT64 = 2**63
 SHOWN_CHARACTERS = 100
-"""Of a key or a value; the rest is left out."""
+"""Length to which a key or value is cut in a message."""
 SHOWN_PROBLEMS = 20
 SCALAR = "a string, a number, true or false, and no list, table or date"
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: on one line, and not all of a long one."""
+    """Return a value as text for a message: on one line, and cut if it is long."""
     if isinstance(value, int) and not -INT64 <= value < INT64:
         # Python refuses to write very long integers in decimal digits.
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, list | tuple | dict):
-        # Its items may be such integers, or nested too deeply to be written.
+        # Its items may be such integers, or be nested too deeply for `repr`.
         return "a table" if isinstance(value, dict) else "a list"
     text = repr(value)
     if len(text) > SHOWN_CHARACTERS:
@@ -27,31 +27,31 @@ def shown(value: object) -> str:
 
 
 def shown_key(key: object) -> str:
-    """Return a key as a message shows it: without quotes, unless it is odd."""
+    """Return a key as text for a message, quoted only if it has unusual characters."""
     if isinstance(key, str) and key.isprintable() and 0 < len(key) < SHOWN_CHARACTERS:
         return key
     return shown(key)
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """Return the known key that somebody may have meant, if one is near."""
+    """Return the known key that the user probably meant, or None."""
     # The search takes seconds for very long keys.
     close = difflib.get_close_matches(key[:SHOWN_CHARACTERS], known, n=1)
     return close[0] if close else None
 
 
 def scalar_problem(value: object) -> str | None:
-    """Return why a value can be no value of a run configuration.
+    """Return the reason why a value cannot be a value of a run configuration.
 
     Parameters
     ----------
     value : object
-        As a TOML file, JSON or a caller has it.
+        A value from a TOML file, JSON or a caller.
 
     Returns
     -------
     str or None
-        What it must be instead; None where nothing is wrong.
+        What the value must be instead; None if it is valid.
     """
     if not isinstance(value, bool | int | float | str):
         return SCALAR
@@ -70,14 +70,14 @@ def key_problems(flat: Mapping[str, object], known: Sequence[str]) -> Iterator[s
     Parameters
     ----------
     flat : mapping
-        Dotted keys to what was given for them.
+        Dotted keys to the given values.
     known : sequence of str
-        Every key that there must be.
+        Every key that must be present.
 
     Yields
     ------
     str
-        One line a problem.
+        One line for each problem.
     """
     for key, value in flat.items():
         if key not in known:
@@ -95,7 +95,7 @@ def key_problems(flat: Mapping[str, object], known: Sequence[str]) -> Iterator[s
 
 
 def explain(problem: Mapping[str, Any]) -> str:
-    """Return one of pydantic's problems with a key's value in one line."""
+    """Return one line for one of pydantic's problems with a key's value."""
     key = ".".join(str(part) for part in problem["loc"])
     # pydantic's text is "Input should be ..."; the key and value say which input.
     wanted = str(problem["msg"]).replace("Input should be ", "")
@@ -103,7 +103,7 @@ def explain(problem: Mapping[str, Any]) -> str:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return a message: one problem on its line, several below each other."""
+    """Return the message: one problem on the first line, several below each other."""
     if len(problems) == 1:
         return f"run configuration: {problems[0]}"
     lines = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]

@@ -1,4 +1,4 @@
-"""Whether two configurations are those of the same run."""
+"""Decide whether two configurations belong to the same run."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,18 +6,18 @@ from typing import NamedTuple
 from clip2fl_common.config.schema import KEYS
 
 NOTHING = "nothing"
-"""Stands for the value of a key that one of the two does not have."""
+"""The value of a key that one of the two configurations lacks."""
 
 
 class Difference(NamedTuple):
-    """A key that makes two runs of what would have been one.
+    """A key whose values make two configurations different runs.
 
     Attributes
     ----------
     key : str
         Its name.
     then, now : bool, int, float or str
-        Its value in the run that is there, and the one that is wanted.
+        Its value in the existing run, and in the wanted run.
     """
 
     key: str
@@ -28,23 +28,23 @@ class Difference(NamedTuple):
 def differences(
     then: Mapping[str, object], now: Mapping[str, object]
 ) -> list[Difference]:
-    """Return what makes a wanted run another one than the run that is there.
+    """Return the keys in which a wanted run differs from an existing run.
 
-    The one definition of "the same run", for a run that goes on and for a comparison
-    that finds a complete run. Keys that the schema marks with `MayChange` do not count.
-    A key that is newer than the run that is there had its default.
+    This is the one definition of "the same run". It serves a run that is resumed, and a
+    comparison that finds a complete run. Keys that the schema marks with `MayChange` do
+    not count. A key that did not exist when the run was made had its default.
 
     Parameters
     ----------
     then : mapping
-        Dotted keys to values of the run that is there, as its folder has them.
+        Dotted keys to values of the existing run, as its folder has them.
     now : mapping
         All dotted keys of the wanted run (`RunConfig.to_flat`).
 
     Returns
     -------
     list of Difference
-        Sorted by key; empty for the same run.
+        Sorted by key; empty if it is the same run.
     """
     found = []
     for key in sorted(then.keys() | now.keys()):

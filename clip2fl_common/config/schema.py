@@ -2,10 +2,10 @@
 
 Each key is one field here: the dotted key ``synthesis.learning-rate`` is
 ``config.synthesis.learning_rate``. A field has the key's type (with the range that it
-may have), its default and, below it, what the key means. `ReadBy` and `MayChange` say
-which methods read it and whether it may change when a run goes on. From this file come
-the block in pyproject.toml that Flower reads, docs/configuration.md and the JSON
-schemas from which editors complete keys: ``make docs`` writes them.
+may have), its default and, below it, the meaning of the key. `ReadBy` and `MayChange`
+say which methods read it and whether it may change when a run is resumed. From this
+file ``make docs`` writes the block in pyproject.toml that Flower reads,
+docs/configuration.md, and the JSON schemas with which editors complete keys.
 """
 
 import dataclasses
@@ -81,11 +81,11 @@ class Run:
     """Where a run leaves its results."""
 
     dir: PathText = ""
-    """Absolute folder that receives one folder a run; empty: the user's data folder."""
+    """Absolute folder in which each run gets its own; empty: the user's data folder."""
     name: FolderName = ""
     """Name of the run's folder; empty: made from method, data set, seed and run id."""
     resume: PathText = ""
-    """Absolute folder of an interrupted run, which goes on there; empty: a new run."""
+    """Absolute folder of an interrupted run to resume; empty: a new run."""
     trackers: TrackerNames = ""
     """Experiment trackers, separated by spaces: tensorboard, mlflow, wandb; empty:
     none."""
@@ -93,13 +93,13 @@ class Run:
 
 @dataclass(frozen=True, config=_strict)
 class CheckpointConfig:
-    """What of a run is kept, to go on from and to deliver."""
+    """Which states of a run are kept, to resume it and to deliver the model."""
 
     every: Annotated[Positive, MayChange()] = 1
-    """Rounds from one checkpoint to the next; the last round has one anyway."""
+    """Rounds from one checkpoint to the next; the last round always has one."""
     keep: Annotated[Positive, MayChange()] = 2
-    """Last checkpoints that stay, besides the best one; two stay anyway, since the
-    newest model proves itself in the next round."""
+    """Number of last checkpoints to keep, besides the best one. At least two are kept,
+    since only the next round shows whether the newest model is usable."""
     best_metric: Literal["top1", "balanced", "many", "medium", "few"] = "balanced"
     """Accuracy that decides which round is best: top1, balanced, many, medium or
     few."""
@@ -107,36 +107,36 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=_strict)
 class Dataset:
-    """Which images, and how long their tail is."""
+    """The images, and the length of their tail."""
 
     name: Literal[
         "demo", "cifar10", "cifar100", "imagenet-lt", "image-folder", "sites"
     ] = "demo"
     """demo (drawn, no download), cifar10, cifar100, imagenet-lt, image-folder, or sites
-    (each node trains on images of its own: docs/own-images.md)."""
+    (each node trains on its own images: docs/own-images.md)."""
     root: PathText = ""
     """Absolute folder of the images; cifar10 and cifar100 are downloaded there."""
     train_list: PathText = ""
-    """imagenet-lt: absolute path of the list of training images, one `path label` a
-    line."""
+    """imagenet-lt: absolute path of the list of training images, with one `path label`
+    per line."""
     test_list: PathText = ""
     """imagenet-lt: absolute path of the list of test images."""
     class_names: NameList = ""
     """sites: names of the classes, separated by commas, from the most frequent to the
-    rarest as far as is known; many/medium/few are 30/40/30 % of this order."""
+    rarest if known; many/medium/few are 30/40/30 % of this order."""
     validation_share: Share = 0.2
-    """sites: share of each site's images, by their content, that evaluate the model
-    there."""
+    """sites: share of each site's images, chosen by their content, on which the site
+    evaluates the model."""
     image_size: ImageSize = 32
-    """Side in pixels to which images are brought."""
+    """Side in pixels to which images are scaled."""
     imbalance_factor: Ratio = 100.0
     """Most frequent over least frequent class (IF >= 1); 1 keeps every sample."""
     demo_train_per_class: DrawnImages = 600
-    """demo: drawn images of the most frequent class."""
+    """demo: number of training images drawn for the most frequent class."""
     demo_test_per_class: DrawnImages = 200
-    """demo: drawn test images of each class."""
+    """demo: number of test images drawn for each class."""
     skip_unreadable: bool = False
-    """Leave unreadable images out, and count them, instead of stopping."""
+    """Skip and count unreadable images, instead of stopping."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -147,23 +147,23 @@ class Partition:
     """Number of clients; any number of nodes can simulate them (sites: each node is
     one)."""
     alpha: Concentration = 0.5
-    """Concentration of the Dirichlet distribution (> 0); smaller is more uneven."""
+    """Concentration of the Dirichlet distribution (> 0); smaller is more non-IID."""
 
 
 @dataclass(frozen=True, config=_strict)
 class Federation:
-    """How the rounds go."""
+    """The rounds."""
 
     rounds: Positive = 30
     """Number of rounds."""
     clients_per_round: Positive = 5
-    """Clients drawn without replacement each round; a run with sites waits for as many
-    at its start, and goes on with those that are there."""
+    """Clients drawn without replacement each round. A run with sites waits for this
+    many at its start; later rounds draw fewer if fewer are connected."""
     round_timeout: Annotated[Seconds, MayChange()] = 3600.0
     """Seconds to wait for a round's replies."""
     min_replies: Replies = 0
-    """Good replies that a round needs; with fewer the model stays as it is. 0: one, and
-    with sites more than half of those seen in the run."""
+    """Valid replies that a round needs; with fewer, the model does not change. 0: one,
+    and with sites more than half of the sites seen in the run."""
     site_registry: Annotated[PathText, MayChange()] = ""
     """Absolute path, at the server, of the file that binds sites' names to their keys
     (deploy/register.sh writes it); empty: a node may call itself any site."""
@@ -171,24 +171,25 @@ class Federation:
 
 @dataclass(frozen=True, config=_strict)
 class Aggregation:
-    """How what clients send becomes one model, and how much one of them can move it."""
+    """How the clients' replies become one model, and how far one client can move it."""
 
     rule: Literal["mean", "median", "trimmed-mean"] = "mean"
-    """Mean of the clients' models (weighted by images) and class gradients: mean, or
-    coordinate by coordinate median or trimmed-mean (neither is weighted)."""
+    """Rule that averages the clients' models and class gradients: mean (models are
+    weighted by images), or per coordinate median or trimmed-mean (not weighted)."""
     trim: Annotated[
         float, Field(ge=0, lt=0.5), ReadBy("clip2fl", "creff", "fedavg", "fedprox")
     ] = 0.2
     """trimmed-mean: share of the values cut off at each end, below 0.5."""
     max_length_ratio: LengthRatio = 10.0
-    """Drops a reply whose update is so many times longer than the round's median update
-    (or whose class gradients are out of all proportion); 0: none."""
+    """Drops a reply whose update is this many times longer than the round's median
+    update (or whose class gradients are out of all proportion); 0: drops none."""
     max_update_norm: Weight = 0.0
-    """Longer updates of a client's model are shortened to this norm; 0: no bound."""
+    """Norm to which longer model updates of a client are clipped; 0: no bound."""
     max_gradient_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
-    """The same for each of its class gradients; 0: no bound."""
+    """Norm to which a client's longer class gradients are clipped; 0: no bound."""
     max_site_images: Images = 1000000
-    """sites: the most training images, its weight in the mean, that one may claim."""
+    """sites: largest number of training images that a site may report, which is its
+    weight in the mean."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -198,7 +199,7 @@ class Model:
     name: Literal["resnet8", "resnet8-slim", "resnet18", "resnet50"] = "resnet8-slim"
     """Student: resnet8 (4x width, the paper's), resnet8-slim, resnet18 or resnet50."""
     feature_dim: FeatureDim = 512
-    """Width of its features; must equal the teacher's embedding width."""
+    """Width of the student's features; must equal the teacher's embedding width."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -212,12 +213,12 @@ class Client:
     learning_rate: StepSize = 0.1
     """Step size of local training (plain SGD)."""
     learning_rate_final: FinalStepSize = 0.0
-    """Step size of the last round, geometric in between; 0: the same in all rounds."""
+    """Step size of the last round, on a geometric schedule; 0: the same in all
+    rounds."""
     crop_padding: Padding = 4
     """Zero pixels around an image before its random crop; 0: no crop."""
     augment_per: Literal["batch", "image"] = "batch"
-    """Place of the crop and flip are drawn per batch (the released code) or per
-    image."""
+    """Draw the crop and the flip once per batch (the released code) or per image."""
     logit_adjustment: Weight = 0.0
     """tau: logit-adjusted loss by the client's own class frequencies; 0: plain loss."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -257,9 +258,9 @@ class EMA:
     """Exponential moving average of the rounds' models, evaluated and delivered."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """What is evaluated and delivered: an exponential moving average of the rounds'
-    models, in which a round counts decay times as much as the next; 0: the last model
-    by itself."""
+    """Decay of the exponential moving average of the rounds' models, which is evaluated
+    and delivered. Each round has decay times the weight of the next round; 0: only the
+    last model."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -269,40 +270,42 @@ class ClassGradients:
     draws: Draws = 5
     """Augmented draws over which a class gradient is averaged."""
     samples_per_class: Positive = 32
-    """Images of a class in one draw, at most."""
+    """Largest number of images of a class in one draw."""
     augment: bool = True
     """Differentiable Siamese augmentation of each draw."""
 
 
 @dataclass(frozen=True, config=_strict)
 class Upload:
-    """How class gradients travel to the server."""
+    """How class gradients are sent to the server."""
 
     precision: Precision = "half"
-    """Values of uploaded class gradients: half (bfloat16: float32's range, 8 bits of
+    """Precision of uploaded class gradients: half (bfloat16: float32's range, 8 bits of
     precision) or full (float32)."""
     min_cosine: Cosine = 1.0
-    """Smallest cosine of a class gradient's row with what is uploaded for it: 1 uploads
-    all rows; below 1, e.g. 0.99, as few directions as keep the bound."""
+    """Smallest cosine between a row of a class gradient and the row that the server
+    decodes. 1 uploads all rows; below 1, e.g. 0.99, a low-rank factorisation of the
+    smallest rank that keeps the bound."""
 
 
 @dataclass(frozen=True, config=_strict)
 class Privacy:
-    """What class gradients and models may give away (docs/privacy.md)."""
+    """Limits on what class gradients and models reveal (docs/privacy.md)."""
 
     min_class_samples: Annotated[Positive, ReadBy(*GRADIENT_METHODS)] = 1
-    """Images below which a client sends no gradient of a class: that of a single image
-    reveals its feature (docs/privacy.md)."""
+    """Smallest number of a class's images for which a client sends a class gradient.
+    The gradient of a single image reveals the image's feature (docs/privacy.md)."""
     gradient_clip_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
-    """Norm to which each image's part of a class gradient is shortened; 0: no bound."""
+    """Norm to which each image's part of a class gradient is clipped; 0: no bound."""
     gradient_noise_multiplier: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
-    """Gaussian noise that clients add to class gradients, in units of what one image
-    can change; 0: none."""
+    """Scale of the Gaussian noise that clients add to class gradients, relative to the
+    largest change that one image can cause; 0: no noise."""
     update_noise_multiplier: Weight = 0.0
-    """Gaussian noise that the server adds to the mean update, in units of what one
-    client can change, which aggregation.max-update-norm bounds; 0: none."""
+    """Scale of the Gaussian noise that the server adds to the mean update, relative to
+    the largest change that one client can cause, which aggregation.max-update-norm
+    bounds; 0: no noise."""
     delta: Delta = 1e-05
-    """delta of the (epsilon, delta) that is accounted for."""
+    """delta of the reported (epsilon, delta) guarantee."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -312,11 +315,12 @@ class Synthesis:
     features_per_class: FeaturesPerClass = 100
     """m: federated features of each class."""
     steps: Positive = 100
-    """Descent steps on the federated features each round."""
+    """Gradient descent steps on the federated features each round."""
     learning_rate: StepSize = 0.1
     """Step size on the federated features."""
     learning_rate_final: FinalStepSize = 0.0
-    """Step size of the last round, geometric in between; 0: the same in all rounds."""
+    """Step size of the last round, on a geometric schedule; 0: the same in all
+    rounds."""
     contrast_weight: Annotated[Weight, ReadBy(*TEACHER_METHODS)] = 0.001
     """eta: weight of the prototype contrastive loss; 0 switches it off."""
     contrast_temperature: Annotated[Temperature, ReadBy(*TEACHER_METHODS)] = 0.1
@@ -348,7 +352,7 @@ class TeacherConfig:
     """open_clip tag of the weights (openai, laion2b_s34b_b79k, ...) for a model by
     name."""
     prompt: Text = "a photo of a {class}"
-    """Text of a class; {class} stands for its name."""
+    """Prompt of a class; {class} is replaced by the class name."""
     batch_size: Positive = 64
     """Images in one forward pass of the teacher."""
 
@@ -358,7 +362,7 @@ class Evaluation:
     """Central evaluation at the server."""
 
     max_images: ImageLimit = 0
-    """Test images in all rounds but the last, which uses all; 0: always all."""
+    """Number of test images in each round; the last round uses all. 0: always all."""
     batch_size: Positive = 32
     """Images in one forward pass without gradients; 32 suits a CPU's cache, 512 a
     GPU."""
@@ -413,7 +417,7 @@ class RunConfig:
         Raises
         ------
         ConfigError
-            Names each offending key, what was found and what is allowed.
+            Names each invalid key, its value and what is allowed.
         """
         problems = list(key_problems(flat, known_keys()))
         nested: dict[str, Any] = {}
@@ -437,7 +441,7 @@ class RunConfig:
 
     @property
     def simulated(self) -> bool:
-        """Whether nodes simulate the clients; else they are sites with own images."""
+        """Whether nodes simulate clients; otherwise nodes are sites with own images."""
         return self.dataset.name != SITES
 
     def to_flat(self) -> dict[str, Scalar]:

@@ -1,14 +1,14 @@
-"""Types of the run configuration's values, with the range that each may have.
+"""Types of the run configuration's values, with the allowed range of each.
 
-Every number has an upper bound and every positive float a lower one. They are far from
-what an honest run uses: a value beyond them is a slip of the keyboard or an attack, and
-would otherwise fail late, without memory, or with numbers that are not finite:
+Every number has an upper bound and every positive float a lower one. The bounds are far
+from realistic values: a value beyond them is a typing error or an attack. It would
+otherwise fail late, for lack of memory or with numbers that are not finite:
 
 - integers fit int64 (Flower's messages, JSON, tensors), and so do their products;
 - floats and the products of a few of them stay normal numbers in float32, whose range
   is 1e-38 to 3e38;
-- strings are one line, so that logs and error messages stay one, and short enough for
-  the file system.
+- strings are one line, so that each log line and error message stays one line, and
+  are short enough for the file system.
 """
 
 import re
@@ -25,24 +25,24 @@ from clip2fl_common.data.image_files import class_name
 Scalar = bool | int | float | str
 
 PATH_BYTES = 3_000
-"""Linux takes 4,096 for a path; a run adds names of its own below a folder."""
+"""The limit of Linux is 4,096; a run adds names of its own below a folder."""
 PATH_PART_BYTES = 255
 TEXT_CHARACTERS = 1_000
 NAMES_CHARACTERS = 500_000
 """A list of 10,000 class names (iNaturalist's) has about 200,000."""
 TRACKERS = ("tensorboard", "mlflow", "wandb")
-"""Names of the trackers in server_app/tracking.py."""
+"""Names of the trackers that server_app/tracking.py implements."""
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
-"""What JSON Schema can say of `one_line`."""
+"""The part of `one_line` that JSON Schema can express."""
 
 TEACHER_METHODS = ("clip2fl", "clip2flm")
-"""Their clients need the teacher; nodes do not know the strategies themselves."""
+"""Methods whose clients need the teacher; nodes do not import strategies."""
 GRADIENT_METHODS = ("clip2fl", "clip2flm", "creff")
-"""Their clients send class gradients; the server re-trains the classifier."""
+"""Methods whose clients send class gradients and whose server re-trains."""
 MOMENTUM_METHODS = ("clip2flm", "fedavgm")
-"""Their server goes on in the direction of earlier rounds."""
+"""Methods with momentum at the server."""
 METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
-"""Methods that the schema knows; strategy/registry.py may have further ones."""
+"""Methods that the schema knows; strategy/registry.py may contain others."""
 
 
 class ConfigError(ValueError):
@@ -51,16 +51,16 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a value, in words for error messages and the reference page.
+    """A condition on a value, with words for error messages and the reference page.
 
     Attributes
     ----------
     words : str
-        What the value must be.
+        What the value must be, in words.
     holds : callable
-        Tells whether a value is so.
+        Returns whether a value meets the condition.
     json : mapping
-        As much of it as JSON Schema can say, for editors.
+        The part of the condition that JSON Schema can express, for editors.
     """
 
     words: str
@@ -70,7 +70,7 @@ class Rule:
     def __get_pydantic_core_schema__(
         self, source: type, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Check the condition after the type."""
+        """Check the condition after pydantic has checked the type."""
         return core_schema.no_info_after_validator_function(
             self._checked, handler(source)
         )
@@ -78,7 +78,7 @@ class Rule:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Add the condition to what JSON Schema says of the type."""
+        """Add the condition to the JSON schema of the type."""
         return {**handler(schema), **self.json}
 
     def _checked(self, value: Any) -> Any:
@@ -88,13 +88,13 @@ class Rule:
 
 
 def one_line(text: str) -> bool:
-    """Tell whether a text has no control character, line break or half character."""
+    """Return whether a text has no control character, line break or half character."""
     kinds = {unicodedata.category(character) for character in set(text)}
     return not kinds & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def path_fits(text: str) -> bool:
-    """Tell whether a path is one line and within the limits of file systems."""
+    """Return whether a path is one line and within the limits of file systems."""
     encoded = text.encode("utf-8", "surrogatepass")
     return (
         one_line(text)
@@ -104,12 +104,12 @@ def path_fits(text: str) -> bool:
 
 
 def listed_names(text: str) -> tuple[str, ...]:
-    """Return the class names in a comma-separated list, as they stand in prompts."""
+    """Return the class names in a comma-separated list, as prompts contain them."""
     return tuple(class_name(part) for part in text.split(","))
 
 
 def zero_or_at_least(least: str) -> Rule:
-    """Return the rule of a number that is zero, which switches it off, or not tiny."""
+    """Return the rule for a number that is 0 (switched off) or at least ``least``."""
     number = float(least)
     return Rule(
         f"0 or ≥ {least}",
@@ -141,13 +141,13 @@ def _known_trackers(text: str) -> bool:
 
 
 TINY = 1e-9
-# A million rounds of a second each take twelve days.
+# A million rounds of one second each take twelve days.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Replies = Annotated[int, Field(ge=0, le=1_000_000)]
-# Images that can be counted, on one site or in one data set.
+# Largest number of images, at one site or in one data set, that can be counted.
 Images = Annotated[int, Field(ge=1, le=1_000_000_000)]
 ImageLimit = Annotated[int, Field(ge=0, le=1_000_000_000)]
-# Ten classes of so many 32-pixel images take 3 GB.
+# Ten classes with this many 32-pixel images take 3 GB.
 DrawnImages = Annotated[int, Field(ge=1, le=100_000)]
 ImageSize = Annotated[int, Field(ge=8, le=1024)]
 Padding = Annotated[int, Field(ge=0, le=1024)]
@@ -161,15 +161,15 @@ StepSize = Annotated[float, Field(ge=TINY, le=1e4)]
 Temperature = Annotated[float, Field(ge=1e-3, le=1e4)]
 # Gamma variates of a smaller alpha are zero in float64, of a greater one all equal.
 Concentration = Annotated[float, Field(ge=1e-3, le=1e6)]
-# Greatest: four months. Threads and locks take no more than 9e9 seconds.
+# The upper bound is four months. Threads and locks accept at most 9e9 seconds.
 Seconds = Annotated[float, Field(ge=1e-3, le=1e7)]
 Ratio = Annotated[float, Field(ge=1, le=1e6)]
-# Smaller ones are no bound that anybody could account for.
+# A smaller delta is no bound that an accountant can compute with.
 Delta = Annotated[float, Field(ge=1e-15, lt=1)]
 Cosine = Annotated[float, Field(ge=0.01, le=1)]
 Share = Annotated[float, Field(lt=1), zero_or_at_least("0.001")]
 Weight = Annotated[float, Field(le=1e6), zero_or_at_least("1e-9")]
-# A smaller one would drop the median update itself, or about half of the others.
+# A smaller ratio would drop the median update itself, or about half of the others.
 LengthRatio = Annotated[float, Field(le=1e6), zero_or_at_least("2")]
 FinalStepSize = Annotated[float, Field(le=1e4), zero_or_at_least("1e-9")]
 
@@ -184,7 +184,7 @@ PathText = Annotated[
         {"maxLength": PATH_BYTES, "pattern": ONE_LINE},
     ),
 ]
-# One part of a path on every system, which no shell takes for an option either.
+# A path component that is valid on every system and that no shell takes for an option.
 FolderName = Annotated[
     str,
     _matching(
@@ -202,11 +202,11 @@ MethodName = Annotated[
     _matching(
         "a name of 1 to 64 of the characters A-Z a-z 0-9 _ -, the first a letter",
         METHOD_NAME,
-        # Editors offer the methods that there are and take those that may be added.
+        # Editors suggest the existing methods and accept others, which may be added.
         anyOf=[{"enum": sorted(METHODS)}, {"pattern": f"^{METHOD_NAME}$"}],
     ),
 ]
-# Torch keeps a device's number in 8 bits: it takes cuda:256 for cuda:0.
+# Torch keeps a device's number in 8 bits: it reads cuda:256 as cuda:0.
 Device = Annotated[
     str,
     _matching(

@@ -1,11 +1,11 @@
-"""Changed keys that a run's method does not read."""
+"""Keys that differ from their defaults although the run's method does not read them."""
 
 from clip2fl_common.config.schema import KEYS, RunConfig
 from clip2fl_common.config.types import METHODS
 
 
 def unread_warning(config: RunConfig) -> str | None:
-    """Return a warning of keys whose values change nothing in a run.
+    """Return a warning about changed keys that have no effect in a run.
 
     Parameters
     ----------
@@ -15,8 +15,8 @@ def unread_warning(config: RunConfig) -> str | None:
     Returns
     -------
     str or None
-        One line with the method and the keys; None where the method reads every key
-        that differs from its default, or is not among those that the schema knows.
+        One line with the method and the keys. None if the method reads every key that
+        differs from its default, or if the schema does not know the method.
     """
     if config.method not in METHODS:
         return None

@@ -1,4 +1,4 @@
-"""Named data sets: what images there are, and how to get them as tensors."""
+"""The data sets by name, with their images as tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class Normalization:
     std: tuple[float, float, float]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return normalised float images [N, 3, H, W] of uint8 ones."""
+        """Normalise uint8 images [N, 3, H, W]; return them as float."""
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return (images.float() / 255 - mean) / std
@@ -77,17 +77,17 @@ class ImageDataset:
     Attributes
     ----------
     name : str
-        As in the configuration.
+        The name in the configuration.
     class_names : tuple of str
-        C names, as they stand in the teacher's prompt.
+        C names, as the teacher's prompt contains them.
     train, test : ImageSource
         The two splits.
     normalization : Normalization
-        Of the student's input.
+        Normalization of the student's input.
     image_size : int
         Side of the images in pixels.
     imbalance_factor : float
-        The long tail that is still to be cut from ``train``.
+        Imbalance factor of the long tail that is still to be cut from ``train``.
     """
 
     name: str
@@ -100,7 +100,7 @@ class ImageDataset:
 
 
 def load_dataset(config: DatasetConfig) -> ImageDataset:
-    """Open a data set; the last one opened by a process is kept.
+    """Open a data set; each process keeps the last one that it opened.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def load_dataset(config: DatasetConfig) -> ImageDataset:
     Raises
     ------
     DatasetError
-        Names the folder or file, what was found there and what is expected.
+        Names the folder or file, its content and what is expected.
     """
     return _load_dataset(config)
 
@@ -144,7 +144,7 @@ def partition_indices(
     Raises
     ------
     DatasetError, PartitionError
-        If the images are not there, or cannot be divided so.
+        If the images are missing, or cannot be divided in this way.
     """
     dataset = load_dataset(config)
     return tuple(
@@ -178,7 +178,7 @@ def _load_dataset(config: DatasetConfig) -> ImageDataset:
 
 
 def _demo(config: DatasetConfig) -> ImageDataset:
-    # Only what the tail keeps is drawn; a partition then keeps all of it.
+    # Only the images that the tail keeps are drawn, so a partition keeps all of them.
     classes = len(demo.CLASS_NAMES)
     counts = long_tail_counts(
         config.demo_train_per_class, classes, config.imbalance_factor
@@ -210,8 +210,8 @@ def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
 
 
 def _cifar(config: DatasetConfig) -> ImageDataset:
-    # Imported where it is used: it takes more than a second, and a ClientApp is a
-    # process for each message.
+    # Imported here, because the import takes more than a second, and each message
+    # starts a ClientApp process.
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind, normalization = {
@@ -221,7 +221,7 @@ def _cifar(config: DatasetConfig) -> ImageDataset:
     root = Path(config.root).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     try:
-        # Several clients may start at once; one of them downloads.
+        # Several clients may start at once; only one of them downloads.
         with FileLock(root / f".{config.name}.lock"):
             splits = [
                 kind(str(root), train=train, download=True) for train in (True, False)
@@ -325,7 +325,7 @@ def _file_source(
 
 
 def _no_images(config: DatasetConfig) -> ImageDataset:
-    """Return what a server knows of the sites' images: classes and size."""
+    """Return what a server knows about the sites' images: classes and size."""
     none = ArraySource(
         torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8),
         np.empty(0, dtype=np.int64),
@@ -336,26 +336,26 @@ def _no_images(config: DatasetConfig) -> ImageDataset:
 def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
     """Open a site's own images, divided into training and validation.
 
-    Which of the two an image serves is a fixed function of its file's content: it
-    never changes, whatever else is in the folder, and equal files serve the same at
-    all sites. A greater share only adds to the validation images.
+    The split depends only on the content of each image file. It does not depend on the
+    other files in the folder, and equal files are in the same split at all sites. A
+    larger share only adds validation images.
 
     Parameters
     ----------
     config : Dataset
         The ``dataset`` group of the run configuration.
     folder : Path
-        Holds ``<class>/<image>``, of any of the run's classes.
+        Contains ``<class>/<image>``, for any of the run's classes.
 
     Returns
     -------
     ImageDataset
-        With the validation images as ``test``; these may be none.
+        With the validation images as ``test``, which may be empty.
 
     Raises
     ------
     DatasetError
-        If the folder is not usable (see `site_files`), or nothing is left to train.
+        If the folder is not usable (see `site_files`), or no training image is left.
     """
     files = site_files(folder, listed_names(config.class_names))
     paths = [path for path, _ in files]
@@ -403,7 +403,7 @@ def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
             f"dataset.train-list = {config.train_list} has no image of class "
             f"{', '.join(map(str, missing[:10]))}, so nobody would hold it"
         )
-    # The lists are long-tailed already: nothing more is cut from them.
+    # The lists are already long-tailed, so no images are removed.
     return ImageDataset(
         "imagenet-lt",
         names,

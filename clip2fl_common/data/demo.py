@@ -1,12 +1,11 @@
-"""The built-in data set: ten shapes, drawn by the program, that need no download.
+"""The built-in data set: ten shapes that the program draws, without a download.
 
-Each 32x32 image shows one shape whose colour, size, place and angle vary, on
-a shaded background, among strokes and blobs that mean nothing, under pixel noise.
-A person recognises nearly all of them and a good network about nine in ten, but a
-network that has seen only a few examples of a class does poorly on it: what a
-long-tailed federation needs to be tried on.
+Each 32x32 image shows one shape with varying colour, size, place and angle, on a shaded
+background, among meaningless strokes and blobs, under pixel noise. A person recognises
+nearly all of them and a good network about nine in ten. A network that has seen only a
+few examples of a class performs poorly on this class, as in a long-tailed federation.
 
-An image is a function of its split, its label and its number, so nothing is stored.
+An image is a function of its split, label and number, so no image is stored.
 """
 
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ _CHUNK: Final = 64
 
 @dataclass(frozen=True)
 class Scenes:
-    """What N images of one class show, before they are drawn.
+    """The content of N images of one class, before they are drawn.
 
     Lengths are in pixels, angles in radians, colours in [0, 1] RGB.
 
@@ -132,7 +131,7 @@ def _raw_draws(
 
 
 def sample_scenes(split: Split, label: int, count: int, first: int = 0) -> Scenes:
-    """Choose what images `first` to `first + count` of a class show.
+    """Choose the content of images `first` to `first + count` of a class.
 
     Parameters
     ----------
@@ -189,7 +188,7 @@ def sample_scenes(split: Split, label: int, count: int, first: int = 0) -> Scene
     pure = np.clip(_PALETTE[colour] + jitter(0.08), 0.0, 1.0)
     fill = ground + opacity * (pure - ground)
     slope = direction()
-    # Shading in one grey step and not three keeps the background's colour nameable.
+    # One grey step for all three channels keeps the background's colour recognisable.
     shade = np.repeat(between(0.0, 0.10)[:, None], 3, axis=1)
     blur = between(1.0, 1.8)
     noise = between(0.02, 0.12)
@@ -198,7 +197,7 @@ def sample_scenes(split: Split, label: int, count: int, first: int = 0) -> Scene
     for _ in range(_CLUTTER):
         place = [between(0.0, IMAGE_SIZE - 1.0) for _ in range(2)]
         along = direction()
-        # A third of the strokes have no length and are blobs, which may be fatter.
+        # A third of the strokes have length 0: they are blobs, and may be thicker.
         half_length = between(-2.0, 3.5).clip(min=0.0)
         half_width = between(0.4, 1.2) + np.where(half_length == 0.0, 0.6, 0.0) * take()
         strokes.append(np.column_stack((*place, along, half_length, half_width)))

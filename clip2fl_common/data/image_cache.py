@@ -1,8 +1,8 @@
 """Decoded images on disk, memory-mapped: each file is decoded once, not every round.
 
 A client's images may not fit into memory, and in a deployment every message starts a
-new process. Their decoded pixels are kept in the cache folder, as one file for each
-set of images; the operating system holds in memory what is used.
+new process. So the cache folder keeps the decoded pixels in one file for each set of
+images. The operating system keeps the parts in memory that are in use.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from clip2fl_common.files import (
 
 logger = getLogger(__name__)
 
-# Bytes that are read at a time.
+# Bytes to read at a time.
 PIECE = 2**20
 PIXELS = "pixels.bin"
 REFUSED = "refused.json"
-# How files become pixels; raise it when that changes. Another Pillow may decode
-# otherwise, or read what this one refuses.
+# Version of the decoding; raise the number if the decoding changes. Another version of
+# Pillow may decode differently, or read a file that this one refuses.
 DECODER = f"2, Pillow {PIL.__version__}"
 # Digest of a file that cannot be read.
 NO_DIGEST = 2**64 - 1
@@ -53,7 +53,7 @@ class Refusal:
     reason : str
         Why.
     lasting : bool
-        It stays so while the file stays the same.
+        Whether the reason remains while the file stays the same.
     """
 
     reason: str
@@ -64,30 +64,30 @@ DecodedImage: TypeAlias = npt.NDArray[np.uint8] | Refusal
 
 
 class _PassingError(Exception):
-    """A file could not be read now, so nothing of the set is kept."""
+    """A file could not be read for the moment, so nothing of the set is kept."""
 
 
 def decoded_images(
     paths: Sequence[Path], size: int, decode: Iterator[DecodedImage]
 ) -> tuple[torch.Tensor, dict[int, str]] | None:
-    """Return decoded images from the cache; decode them into it the first time.
+    """Return decoded images from the cache; the first time, decode and store them.
 
     Parameters
     ----------
     paths : sequence of Path
-        The image files. Their paths, sizes and times of change are the key.
+        The image files. The cache key is made of their paths, sizes and change times.
     size : int
         Side of the decoded images in pixels.
     decode : iterator of ndarray of uint8, shape [3, size, size], or Refusal
-        Decodes the files in their order. Consumed only where the images are not in
-        the cache.
+        Decodes the files in their order. It is used only if the images are not in the
+        cache.
 
     Returns
     -------
     tuple of Tensor of uint8, shape [N, 3, size, size], and dict of int to str
-        Memory-mapped pixels of what was readable, and the positions in ``paths`` of
-        what was not, with the reasons. None where the cache cannot be used; a warning
-        says why.
+        Memory-mapped pixels of the readable images, and the reasons by position in
+        ``paths`` for the others. None if the cache cannot be used; a warning says
+        why.
     """
     folder = cache_dir() / "images"
     try:
@@ -99,7 +99,7 @@ def decoded_images(
                 _store(place, decode)
                 stored = _map(place, len(paths), size)
     except _PassingError:
-        return None  # whoever decodes them again says which
+        return None  # decoding the images again reports the unreadable files
     except OSError as error:
         logger.warning(
             "cannot keep decoded images in %s (%s); they are decoded in every round. "
@@ -113,10 +113,10 @@ def decoded_images(
 
 
 def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
-    """Return a number for the content of each file, evenly spread over 64 bits.
+    """Return a number for each file's content, evenly distributed over 64 bits.
 
-    They are kept in the cache: each file is read once, as long as its path, size and
-    time of change stay the same.
+    The numbers are kept in the cache. Each file is read once, as long as its path, size
+    and change time stay the same.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
         if kept.shape == (len(paths),):
             return kept
     except (OSError, ValueError, EOFError):
-        pass  # not there yet, or damaged
+        pass  # absent or damaged
     passing = False
     found: list[int] = []
     for path in paths:
@@ -163,9 +163,9 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
 def identical_files(
     paths: Sequence[Path], others: Sequence[Path]
 ) -> list[tuple[Path, Path]]:
-    """Return the files whose content another list has too, each with its first equal.
+    """Return the files with the same content as a file of another list, in pairs.
 
-    Only files of a size that both lists have are read, and their digests are kept.
+    Only files with a size that occurs in both lists are read. Digests are cached.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def identical_files(
     Returns
     -------
     list of tuple of Path and Path
-        Of ``paths``, in their order, and of ``others``.
+        Pairs of a file of ``paths``, in their order, and its first equal of ``others``.
     """
     by_size: defaultdict[int, list[Path]] = defaultdict(list)
     for other in others:
@@ -206,7 +206,7 @@ def _size(path: Path) -> int:
 def _file_digest(path: Path) -> int:
     digest = hashlib.blake2b(digest_size=8)
     with open_regular(path) as file:
-        # Of a file that grows meanwhile, no more than was there when it was opened.
+        # If the file grows meanwhile, only its size at opening is read.
         left = file.size
         while left > 0 and (piece := file.read(min(PIECE, left))):
             digest.update(piece)
@@ -229,14 +229,14 @@ def _key(paths: Sequence[Path], purpose: str) -> str:
 def _map(
     place: Path, count: int, size: int
 ) -> tuple[torch.Tensor, dict[int, str]] | None:
-    """Return what a folder of the cache holds; None where it is absent or damaged."""
+    """Return the content of a cache folder; None if it is absent or damaged."""
     try:
         kept = json.loads((place / REFUSED).read_text("utf-8"))
         refused = {int(position): str(reason) for position, reason in kept.items()}
         shape = (count - len(refused), 3, size, size)
         if shape[0] <= 0:
             return torch.empty((0, *shape[1:]), dtype=torch.uint8), refused
-        # Copy on write: nobody can change the file through the tensor.
+        # Copy on write: writing to the tensor does not change the file.
         pixels = np.memmap(place / PIXELS, dtype=np.uint8, mode="c", shape=shape)
     except FileNotFoundError:
         return None
@@ -247,10 +247,10 @@ def _map(
 
 
 def _store(place: Path, decode: Iterator[DecodedImage]) -> None:
-    """Write a folder of the cache, whole or not at all."""
+    """Write a folder of the cache, completely or not at all."""
     with replacing_folder(place, FOLDER_MODE) as folder:
         refused: dict[int, str] = {}
-        # Written, not mapped: a full disk is then an error and not a signal.
+        # Written, not mapped: a full disk then raises an error instead of a signal.
         with replacing_private(folder / PIXELS) as file:
             for position, decoded in enumerate(decode):
                 if not isinstance(decoded, Refusal):

@@ -1,6 +1,6 @@
-"""Image files in class folders: what is there, and what of it is used.
+"""Image files in class folders: listing them, and which of them are used.
 
-Needs no torch, so that checking a folder costs neither its seconds nor its memory.
+This module needs no torch, so that checking a folder is fast and takes little memory.
 """
 
 import os
@@ -18,7 +18,7 @@ from clip2fl_common.shown import listed, shown
 
 logger = getLogger(__name__)
 
-# What operating systems and archive programs leave behind; none of it is an image.
+# Files that operating systems and archive programs leave behind; none is an image.
 SYSTEM_NAMES = {
     "thumbs.db",
     "ehthumbs.db",
@@ -39,14 +39,14 @@ _REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 class DatasetError(ValueError):
-    """The images are not where, or not what, the configuration says.
+    """The images are missing, or do not match the configuration.
 
     Parameters
     ----------
     message : str
-        Names folders and files, for those who may see them.
+        Message with the names of folders and files, for people at the site.
     summary : str
-        The same without names from the disk, for those who may not.
+        The message without names from the disk, for everybody else.
     """
 
     def __init__(self, message: str, summary: str = "the images are not usable"):
@@ -55,32 +55,32 @@ class DatasetError(ValueError):
 
 
 def class_name(text: str) -> str:
-    """Return a folder's or listed name as it stands in the teacher's prompt.
+    """Return the name of a folder or a list as the teacher's prompt contains it.
 
-    Systems write accents in two ways; both become the same name.
+    Systems encode accents in two ways; both give the same name.
     """
     return unicodedata.normalize("NFC", text.strip()).replace("_", " ")
 
 
 @dataclass
 class Listing:
-    """What is in a folder, by what becomes of it; each sorted by name.
+    """The entries of a folder by their kind, each list sorted by name.
 
     Attributes
     ----------
     images : list of Path
-        Images by their suffix. A file that cannot be opened, such as a link to
-        nothing, is among them: it is missed, not ignored.
+        Images by their suffix. This includes files that cannot be opened, such as
+        broken links: they are reported, not ignored.
     folders : list of Path
         Folders and links to them.
     not_decoded : list of Path
         Images of a format that this machine cannot read.
     special : list of (Path, str)
-        Pipes, devices and sockets, and what each is.
+        Pipes, devices and sockets, with the kind of each.
     other : list of Path
-        Files that are no images by their suffix.
+        Files without an image suffix.
     system : list of Path
-        Hidden, or left behind by an operating system.
+        Hidden files, and files that an operating system left behind.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Listing:
     system: list[Path] = field(default_factory=list)
 
     def add(self, path: Path, kind: str) -> None:
-        """Add an entry; ``kind`` is nothing for a file."""
+        """Add an entry; ``kind`` is empty for a file."""
         suffix = suffix_of(path.name)
         is_image = suffix in IMAGE_SUFFIXES and not path.name.startswith(APPLE_DOUBLE)
         if path.name.lower() in SYSTEM_NAMES or (
@@ -111,7 +111,7 @@ class Listing:
 
 
 def look_into(folder: Path) -> Listing:
-    """Sort what is in a folder; nothing is opened.
+    """List a folder's entries by kind, without opening them.
 
     Raises
     ------
@@ -134,17 +134,17 @@ def look_into(folder: Path) -> Listing:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return what an entry is, or what its link ends in; nothing for a file."""
+    """Return the kind of an entry or of its link's target; empty for a file."""
     try:
         if entry.is_file():
             return ""
         return kind_of_file(entry.stat().st_mode)
     except OSError:
-        return ""  # a link to nothing, say: whoever opens it says so
+        return ""  # for example a broken link, which opening the file reports
 
 
 def class_folders(folder: Path) -> list[tuple[str, Path]]:
-    """Return the class folders in a folder and their classes, by the folders' names.
+    """Return the class folders in a folder with their classes, sorted by folder name.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
 
 
 def name_faults(folders: Sequence[Path]) -> Iterator[str]:
-    """Yield what is wrong with the names of class folders, in words."""
+    """Yield the problems of the names of class folders, in words."""
     same: dict[str, list[Path]] = defaultdict(list)
     for place in folders:
         same[class_name(place.name)].append(place)
@@ -209,7 +209,7 @@ def site_files(folder: Path, known: Sequence[str]) -> list[tuple[Path, int]]:
     Parameters
     ----------
     folder : Path
-        The site's own folder; it may hold any of the classes.
+        The site's own folder; it may contain any of the classes.
     known : sequence of str
         The run's classes.
 
@@ -221,7 +221,7 @@ def site_files(folder: Path, known: Sequence[str]) -> list[tuple[Path, int]]:
     Raises
     ------
     DatasetError
-        If the folder is not there, has no image, or a folder that is no class.
+        If the folder is missing, has no image, or contains a folder that is no class.
     """
     if not is_folder(folder):
         raise DatasetError(
@@ -250,7 +250,7 @@ def site_files(folder: Path, known: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def labelled_images(folders: Iterable[tuple[int, Path]]) -> list[tuple[Path, int]]:
-    """Return the images of class folders; warn of what a person may miss there.
+    """Return the images of class folders; warn of files that are not used.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""Image formats: which suffixes are images, and whether this machine can read them.
+"""Image formats: the suffixes of images, and whether this machine can read them.
 
-What is an image is decided by a file's suffix, how it is read by its content.
+The suffix of a file decides whether it is an image, its content how it is read.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 IMAGE_SUFFIXES = tuple(suffix for group in SUFFIXES.values() for suffix in group)
 
-# What a build of Pillow must have for a format that not every build reads.
+# Features that a build of Pillow needs for formats that not every build reads.
 _FEATURES = {
     "JPEG": "jpg",
     "PNG": "zlib",
@@ -39,13 +39,13 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def suffix_of(name: str) -> str:
-    """Return a name's suffix in lower case; nothing where it has none."""
+    """Return a name's suffix in lower case; empty if it has none."""
     return Path(name).suffix.lower()
 
 
 @cache
 def missing_decoder(suffix: str) -> str:
-    """Return why this machine cannot read images of a suffix, and what to do.
+    """Return why this machine cannot read images of a suffix, and the remedy.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def missing_decoder(suffix: str) -> str:
     Returns
     -------
     str
-        Nothing where it can.
+        Empty if the machine can read them.
     """
     (name,) = (name for name, group in SUFFIXES.items() if suffix in group)
     if name == "HEIF":
@@ -74,12 +74,13 @@ def is_heif(start: bytes) -> bool:
 def pillow_formats(heif: bool) -> tuple[str, ...]:
     """Return the formats that an image may have, whatever its suffix.
 
-    Pillow knows others; for some it starts programs (PostScript) or reads more files.
+    Pillow knows more formats. For some of them it starts programs (PostScript) or reads
+    other files.
 
     Parameters
     ----------
     heif : bool
-        Also HEIF, through a package of its own, where it is installed.
+        Include HEIF, if its package is installed.
     """
     Image.init()
     if heif and find_spec(_HEIF_PACKAGE):

@@ -1,7 +1,7 @@
-"""What a file's first bytes say, read before Pillow reads them.
+"""Checks of a file's header, made before Pillow reads the file.
 
 Pillow keeps every field of a TIFF directory, and EXIF is one. A small file can claim
-millions of values, or the same bytes again and again, and fill the memory with them.
+millions of values, or refer to the same bytes again and again, and fill the memory.
 """
 
 import io
@@ -13,7 +13,7 @@ from PIL import JpegImagePlugin
 
 from clip2fl_common.data.regular_files import NotReadError
 
-# Values of one field, far beyond a real image's: TIFF lists a value for each strip.
+# Limit on the values of one field, far above a real image's: TIFF lists one per strip.
 MAX_VALUES = 2**18
 # Bytes of a field's value by its type; text and raw bytes are kept as they are.
 _RAW_TYPES = {1: 1, 2: 1, 6: 1, 7: 1}
@@ -23,22 +23,22 @@ _NUMBER_TYPES = {
 }
 _EXIF, _MULTI_PICTURE = b"Exif\0\0", b"MPF\0"
 _START_OF_SCAN = 0xFFDA
-# Frame headers of JPEGs that are decoded as a whole: progressive ones.
+# Frame headers of JPEGs that must be decoded as a whole: progressive ones.
 _PROGRESSIVE = {0xFFC2, 0xFFC6, 0xFFCA, 0xFFCE}
 _FRAMES = {*range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What matters of a header before an image is opened.
+    """The facts of a header that matter before the image is opened.
 
     Attributes
     ----------
     pages : bool
-        It is a TIFF file of several pages.
+        Whether it is a TIFF file with several pages.
     buffered : bool
-        It is a JPEG whose decoder keeps all of its coefficients, whatever the size
-        that is asked for.
+        Whether it is a JPEG whose decoder keeps all coefficients, regardless of the
+        requested size.
     """
 
     pages: bool = False
@@ -46,12 +46,12 @@ class Header:
 
 
 def check_header(file: BinaryIO) -> Header:
-    """Look at the beginning of an image file.
+    """Check the header of an image file.
 
     Parameters
     ----------
     file : file object
-        Its position afterwards is anywhere.
+        The file; its position afterwards is undefined.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def check_header(file: BinaryIO) -> Header:
     Raises
     ------
     NotReadError
-        If a TIFF directory or EXIF block claims absurdly much.
+        If a TIFF directory or EXIF block claims far too many values or bytes.
     """
     start = file.read(16)
     if start[:2] in (b"II", b"MM"):
@@ -71,12 +71,12 @@ def check_header(file: BinaryIO) -> Header:
 
 
 def check_exif(block: bytes) -> None:
-    """Check an EXIF block as it stands in an image.
+    """Check an EXIF block as it is stored in an image.
 
     Raises
     ------
     NotReadError
-        If it claims absurdly much.
+        If it claims far too many values or bytes.
     """
     while block.startswith(_EXIF):
         block = block[len(_EXIF) :]
@@ -87,7 +87,7 @@ def check_exif(block: bytes) -> None:
 def check_directory(file: BinaryIO) -> bool:
     """Check the first directory of a TIFF file, or of a block of the same structure.
 
-    Fields whose values are not there are no fault: Pillow passes over them.
+    Fields whose values are missing are accepted, since Pillow skips them.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def check_directory(file: BinaryIO) -> bool:
     Raises
     ------
     NotReadError
-        If a field has more than 262,144 values, or all fields together have more
-        bytes than the file twice.
+        If a field has more than 262,144 values, or all fields together have more than
+        twice the bytes of the file.
     """
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -119,7 +119,7 @@ def check_directory(file: BinaryIO) -> bool:
         for _ in range(min(fields, 2**16)):
             _, kind, count, place = _unpack(file, order + entry_)
             size = count * (_RAW_TYPES.get(kind) or _NUMBER_TYPES.get(kind, 0))
-            # Small values stand in the place of their own address.
+            # A small value is stored in place of its address.
             if size <= struct.calcsize(order + offset_) or place + size > length:
                 continue
             total += size
@@ -129,7 +129,7 @@ def check_directory(file: BinaryIO) -> bool:
                 raise NotReadError("the fields of its header overlap")
         (following,) = _unpack(file, order + offset_)
     except (struct.error, OverflowError, ValueError):
-        return False  # cut off or nonsense: Pillow says what it makes of it
+        return False  # cut off or invalid: Pillow reports the error
     return bool(following)
 
 
@@ -138,7 +138,7 @@ def _unpack(file: BinaryIO, layout: str) -> tuple[int, ...]:
 
 
 def _check_jpeg(file: BinaryIO) -> bool:
-    """Check the EXIF of a JPEG file; tell whether it is decoded as a whole."""
+    """Check the EXIF of a JPEG file; return whether it must be decoded as a whole."""
     exif = b""
     progressive, components = False, 0
     file.seek(2)
@@ -148,7 +148,7 @@ def _check_jpeg(file: BinaryIO) -> bool:
         while (byte := file.read(1)) == b"\xff":
             pass
         marker = 0xFF00 + (byte[0] if byte else 0)
-        # Pillow's table of markers says which are followed by a segment.
+        # Pillow's table of markers tells which of them are followed by a segment.
         _, _, handler = JpegImagePlugin.MARKER.get(marker, ("", "", None))
         if handler is None:
             continue
@@ -162,7 +162,7 @@ def _check_jpeg(file: BinaryIO) -> bool:
         elif marker in (0xFFE1, 0xFFE2):
             segment = file.read(max(size, 0))
             if segment.startswith(_EXIF):
-                # Pillow joins several.
+                # Pillow joins several EXIF segments.
                 exif += segment[len(_EXIF) :]
             elif segment.startswith(_MULTI_PICTURE):
                 check_exif(segment[len(_MULTI_PICTURE) :])

@@ -12,14 +12,14 @@ MAX_DIGITS = 9
 
 
 def read_image_list(list_file: Path, root: Path) -> tuple[list[Path], list[int]]:
-    """Read ``path label`` a line, or JSON of such lines or pairs.
+    """Read a list with ``path label`` per line, or JSON of such lines or pairs.
 
     Parameters
     ----------
     list_file : Path
         The list.
     root : Path
-        Folder to which its paths are relative.
+        Folder to which the list's paths are relative.
 
     Returns
     -------
@@ -29,7 +29,7 @@ def read_image_list(list_file: Path, root: Path) -> tuple[list[Path], list[int]]
     Raises
     ------
     DatasetError
-        If the list cannot be read, or an entry is something else; names it.
+        If the list cannot be read, or an entry has another form; names the entry.
     """
     paths, labels = [], []
     for number, line in enumerate(_lines(list_file), start=1):
@@ -53,7 +53,7 @@ def read_image_list(list_file: Path, root: Path) -> tuple[list[Path], list[int]]
 def _lines(list_file: Path) -> list[object]:
     try:
         with open_regular(list_file) as file:
-            # File names may hold any byte; Python keeps those that are no UTF-8.
+            # File names may contain any byte; Python keeps bytes that are not UTF-8.
             text = file.read().decode("utf-8", "surrogateescape")
         if not text.lstrip().startswith("["):
             return list(text.splitlines())

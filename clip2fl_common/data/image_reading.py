@@ -1,6 +1,6 @@
-"""One image file becomes pixels, or is refused with a reason, in bounded memory.
+"""Reading one image file as pixels, or refusing it with a reason, in bounded memory.
 
-Needs no torch, so that checking a folder costs neither its seconds nor its memory.
+This module needs no torch, so that checking a folder is fast and takes little memory.
 """
 
 import errno
@@ -27,23 +27,23 @@ from clip2fl_common.data.image_headers import Header, check_exif, check_header
 from clip2fl_common.data.regular_files import BoundedReader, NotReadError, open_regular
 from clip2fl_common.shown import shown
 
-# Memory that one image may take while it is decoded, besides the largest header.
+# Memory that decoding one image may take, besides the largest header.
 DECODE_BYTES = 2**30
 # Bytes of a file that may be read besides its pixels, such as profiles and thumbnails;
 # WebP, AVIF and HEIF files are read as a whole and must be smaller.
 HEADER_BYTES = 64 * 2**20
 # Longest side. A longer one is no picture, and each row costs memory of its own.
 MAX_SIDE = 65_535
-# Bytes that decoding takes for each pixel, at most; measured, where not counted.
+# Largest number of bytes that decoding takes per pixel; measured if not counted.
 _BYTES_PER_PIXEL = {"JPEG2000": 32, "WEBP": 20, "AVIF": 20, "HEIF": 20}
 _OTHER_BYTES_PER_PIXEL = 16
 # Scales at which a JPEG can be decoded, as divisors.
 _JPEG_SCALES = (2, 4, 8)
-# Rows of 16-bit pixels that are scaled at a time.
+# Number of rows of 16-bit pixels to scale at a time.
 _PIXELS_AT_A_TIME = 2**20
 # TIFF fields.
 _TILE_WIDTH, _TILE_LENGTH, _BITS, _PHOTOMETRIC = 322, 323, 258, 262
-# EXIF orientation, and how it is undone.
+# EXIF orientations, and the operation that undoes each.
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -63,23 +63,23 @@ _KINDS = {
     "RGBA": "8-bit RGB with transparency",
     "CMYK": "8-bit CMYK",
 }
-# Errors that stay while the file stays as it is: of its content, and that it is absent.
+# Errors that remain while the file does not change: faults of its content, or no file.
 _LASTING = {None, errno.ENOENT, errno.ELOOP}
 _CONVERT = "convert it to 8 or 16 bit first"
 
 
 class UnreadableImageError(ValueError):
-    """An image file that is not used.
+    """An image file that cannot be used.
 
     Parameters
     ----------
     path : Path
         The file.
     reason : str
-        Why, and what to do; names nothing from the disk.
+        The reason and the remedy, without names from the disk.
     lasting : bool
-        The reason is the file's content. Otherwise it is the system: another attempt
-        may succeed although the file stays the same.
+        Whether the reason is the file's content. Otherwise it is the system, and
+        another attempt may succeed with the same file.
     """
 
     def __init__(self, path: Path, reason: str, lasting: bool = True):
@@ -97,11 +97,11 @@ class Picture:
     pixels : ndarray of uint8, shape [3, size, size]
         RGB, upright.
     kind : str
-        What the file holds, such as ``16-bit grey``.
+        Kind of the pixels in the file, such as ``16-bit grey``.
     scaled : bool
-        Its values had more than 8 bits.
+        Whether the file's values had more than 8 bits and were scaled.
     several : bool
-        The file holds more pictures (pages, an animation); this is the first.
+        Whether the file has more pictures (pages, an animation); this is the first.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -111,12 +111,12 @@ class Picture:
 
 
 def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Read one image as RGB, upright, its centre square brought to ``size``.
+    """Read the centre square of one image as upright RGB, scaled to ``size``.
 
     Parameters
     ----------
     path : Path
-        Any of the formats in `clip2fl_common.data.image_formats`, by its content.
+        A file with any of the formats in `clip2fl_common.data.image_formats`.
     size : int
         Side in pixels.
 
@@ -127,28 +127,28 @@ def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     UnreadableImageError
-        If it is no image, damaged, too large, or of a kind that has no 8-bit colours.
+        If the file is no image, damaged, too large, or has no range of 8-bit colours.
     """
     return read_picture(path, size).pixels
 
 
 def read_picture(path: Path, size: int) -> Picture:
-    """Read one image and say what the file holds; see `read_image`.
+    """Read one image and the facts about its file; see `read_image`.
 
-    Takes at most 1 GiB of memory besides the program's own, and half of that more
-    where the file holds much besides pixels.
+    Takes at most 1 GiB of memory besides the program's own, and up to half of that more
+    if the file contains much besides pixels.
     """
     try:
         with open_regular(path) as file, warnings.catch_warnings():
-            # What is wrong with a file is said by the error; Pillow's warnings are
-            # also of what it puts right.
+            # An error reports what is wrong with a file. Pillow's warnings also report
+            # faults that Pillow corrects.
             warnings.simplefilter("ignore")
             return _read(file, path, size)
     except MemoryError:
         raise UnreadableImageError(
             path, "decoding it needs more memory than there is", lasting=False
         ) from None
-    # Pillow raises nearly everything for damaged files.
+    # Pillow raises nearly every type of error for damaged files.
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         raise UnreadableImageError(
@@ -157,7 +157,7 @@ def read_picture(path: Path, size: int) -> Picture:
 
 
 def pixel_limit(format: str | None, bytes_per_pixel: float = 0) -> int:
-    """Return the pixels that an image of a format may have."""
+    """Return the largest number of pixels that an image of a format may have."""
     known = _BYTES_PER_PIXEL.get(format or "", _OTHER_BYTES_PER_PIXEL)
     return int(DECODE_BYTES / max(known, bytes_per_pixel))
 
@@ -171,7 +171,7 @@ def _read(file: BoundedReader, path: Path, size: int) -> Picture:
     with Image.open(file, formats=pillow_formats(heif)) as image:
         _bound_size(image, header)
         file.allow(HEADER_BYTES + 8 * image.width * image.height)
-        # A multi-picture JPEG is one photograph and its variants.
+        # A multi-picture JPEG is one photograph with variants.
         several = header.pages or (
             image.format not in ("TIFF", "MPO")
             and bool(getattr(image, "is_animated", False))
@@ -184,12 +184,12 @@ def _read(file: BoundedReader, path: Path, size: int) -> Picture:
 
 
 def square_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """Return a loaded image as RGB, upright, its centre square brought to ``size``.
+    """Return the centre square of a loaded image as upright RGB, scaled to ``size``.
 
     Parameters
     ----------
     image : Image
-        Of any mode.
+        An image of any mode.
     size : int
         Side in pixels.
 
@@ -200,13 +200,13 @@ def square_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     NotReadError
-        As `to_rgb`, or where its EXIF block is too large.
+        As `to_rgb`, or if its EXIF block is too large.
     """
     orientation = _orientation(image)
     small = to_rgb(image)
     if small.size != (size, size):
         small = ImageOps.fit(small, (size, size), Image.Resampling.BICUBIC)
-    # Turned last: the centre square is the same, and a large image is not copied.
+    # Rotated last: the centre square is the same, and no large image is copied.
     if orientation in _UPRIGHT:
         small = small.transpose(_UPRIGHT[orientation])
     return np.asarray(small).transpose(2, 0, 1)
@@ -242,7 +242,7 @@ def _too_large(pixels: str, format: str | None, limit: int) -> str:
 
 
 def _depth(image: Image.Image, file: BoundedReader) -> int:
-    """Return the bits of a channel in a file that is opened, not yet loaded."""
+    """Return the bits per channel of a file that is opened and not yet loaded."""
     if image.format == "PNG":
         return os.pread(file.fileno(), 1, 24)[0]
     if image.format == "TIFF":
@@ -251,12 +251,12 @@ def _depth(image: Image.Image, file: BoundedReader) -> int:
 
 
 def _tiff_fields(image: Image.Image) -> Mapping[int, Any]:
-    """Return the fields of a TIFF file; nothing for others."""
+    """Return the fields of a TIFF file; empty for other files."""
     return getattr(image, "tag_v2", {})
 
 
 def _orientation(image: Image.Image) -> object:
-    """Return the EXIF orientation; None where there is none, or the EXIF is damaged."""
+    """Return the EXIF orientation; None if the EXIF is absent or damaged."""
     try:
         check_exif(_exif(image))
         return image.getexif().get(ExifTags.Base.Orientation)
@@ -290,13 +290,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         If the values have no known range: 32-bit integers and floating-point numbers.
     """
     fields = _tiff_fields(image)
-    # Pillow opens a grey PGM, and in some versions PNG, of 16 bits as one of 32.
+    # Pillow opens 16-bit grey PGM, and in some versions 16-bit PNG, as 32-bit images.
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     ):
         bits = fields.get(_BITS, (16,))[0]
         grey = _eight_bit(image, 2**bits - 1)
-        # Pillow does not invert this kind, as it does 8-bit files.
+        # Pillow does not invert this kind of file, but does so for 8-bit files.
         return ImageOps.invert(grey) if fields.get(_PHOTOMETRIC, 1) == 0 else grey
     if image.mode == "I":
         raise NotReadError(f"it is grey of 32 or signed 16 bits; {_CONVERT}")
@@ -326,7 +326,7 @@ def _kind(mode: str, depth: int) -> str:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Return an error in the words of a person who looks after images."""
+    """Return an error in words that people without knowledge of Pillow understand."""
     if isinstance(error, NotReadError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -336,7 +336,7 @@ def _reason(path: Path, error: Exception) -> str:
             return "a link that leads back to itself"
         return os.strerror(error.errno)
     if isinstance(error, Image.DecompressionBombError):
-        # Raised by Pillow as it opens a file, before this program's own limit.
+        # Pillow raises this when it opens a file, before this program's own limit.
         pixels = "".join(filter(str.isdigit, str(error).partition("pixels")[0]))
         return _too_large(pixels or "too many", None, pixel_limit(None))
     if isinstance(error, UnidentifiedImageError):

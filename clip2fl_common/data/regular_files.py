@@ -1,7 +1,7 @@
-"""Files opened so that nothing but a regular file of bounded size is ever read.
+"""Open regular files of bounded size, and refuse everything else.
 
-A named pipe that is called ``x.png`` makes whoever opens it wait for ever, and reading
-a device may do anything. Links are followed to where they end.
+A program that opens a named pipe called ``x.png`` waits for ever, and reading a device
+may have any effect. Links are followed to their targets.
 """
 
 import io
@@ -9,9 +9,9 @@ import os
 import stat
 from pathlib import Path
 
-# The largest file that is read, also to hash it.
+# Largest file that is read, also for hashing.
 MAX_FILE_BYTES = 512 * 2**20
-# Bytes that may be asked for beyond the end of a file.
+# Number of bytes beyond the end of a file that a caller may request.
 _SMALL = 2**16
 
 _KINDS = {
@@ -24,16 +24,16 @@ _KINDS = {
 
 
 class NotReadError(OSError):
-    """A file is not read: it is no regular file, empty, too large or not as it says.
+    """A file is not read: it is not regular, empty, too large, or contradicts itself.
 
     It has no ``errno``, unlike an error of the operating system.
     """
 
 
 class BoundedReader(io.BufferedReader):
-    """A regular file that gives away only as many bytes as were allowed.
+    """A regular file from which only an allowed number of bytes can be read.
 
-    Image formats hold lengths; a false one must not fill the memory.
+    Image formats contain lengths; a false length must not fill the memory.
 
     Attributes
     ----------
@@ -51,16 +51,16 @@ class BoundedReader(io.BufferedReader):
         self._left = count
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read as a file does.
+        """Read like a file.
 
         Raises
         ------
         NotReadError
-            If that were more bytes than allowed.
+            If this would read more bytes than allowed.
         """
         wanted = -1 if size is None else size
         if not 0 <= wanted <= _SMALL:
-            # Python makes room for what is asked for before it looks what is there.
+            # Python allocates the requested size before it looks at the file.
             there = max(self.size - self.tell(), 0)
             wanted = there if wanted < 0 else min(wanted, there)
         if wanted > self._left:
@@ -71,7 +71,7 @@ class BoundedReader(io.BufferedReader):
 
 
 def kind_of_file(mode: int) -> str:
-    """Return what a file's mode says it is; nothing for a regular file."""
+    """Return the kind of file that a mode describes; empty for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     return _KINDS.get(stat.S_IFMT(mode), "no regular file")
@@ -88,17 +88,17 @@ def open_regular(path: Path) -> BoundedReader:
     Returns
     -------
     BoundedReader
-        All of it may be read until `BoundedReader.allow` says otherwise.
+        A file of which everything may be read, until `BoundedReader.allow` limits it.
 
     Raises
     ------
     NotReadError
-        If it is anything else, empty or larger.
+        If the path is no regular file, or the file is empty or larger.
     OSError
-        If it is not there or may not be read.
+        If the file is missing or may not be read.
     """
-    # Opening alone can act on a device, so it is looked at first. What is then opened
-    # may be another file; hence the second look, and no waiting for a pipe's writer.
+    # Opening a device can already have an effect, so the path is checked first. Another
+    # file may then be in its place, so the open file is checked, too, without blocking.
     _check(path.stat())
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     raw = io.FileIO(handle)  # owns the handle
@@ -114,7 +114,7 @@ def open_regular(path: Path) -> BoundedReader:
 def _check(facts: os.stat_result) -> None:
     if kind := kind_of_file(facts.st_mode):
         raise NotReadError(f"it is {kind}, no regular file")
-    if facts.st_size == 0:  # also what the kernel shows in /proc
+    if facts.st_size == 0:  # also files that the kernel provides in /proc
         raise NotReadError("the file is empty")
     if facts.st_size > MAX_FILE_BYTES:
         raise NotReadError(

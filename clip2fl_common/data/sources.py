@@ -1,4 +1,4 @@
-"""Where a data set's images come from: memory, or files read when asked for."""
+"""Sources of a data set's images: memory, or files that are read on request."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ LabelArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LoadedImages:
-    """Images as they came from memory or disk.
+    """Images loaded from memory or disk.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class LoadedImages:
     labels : Tensor of int64, shape [N]
         Their classes.
     unreadable : tuple of str
-        Files that were left out.
+        Files that could not be read.
     """
 
     images: torch.Tensor
@@ -45,7 +45,7 @@ class LoadedImages:
 
 
 class ImageSource(Protocol):
-    """One split of a data set: labels at hand, images on demand."""
+    """One split of a data set: labels in memory, images on request."""
 
     @property
     def labels(self) -> LabelArray:
@@ -55,7 +55,7 @@ class ImageSource(Protocol):
         """Return the images at these indices, in their order."""
 
     def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the same, for use again and again: decoded once, maybe on disk."""
+        """Return the same images for repeated use: decoded once, possibly on disk."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images read from files when they are asked for.
+    """Images that are read from files on request.
 
     Attributes
     ----------
@@ -92,12 +92,12 @@ class FileSource:
     labels : ndarray of int64, shape [N]
         Their classes.
     image_size : int
-        Side in pixels: the shorter side is brought to it, the centre is kept.
+        Side in pixels: the shorter side is scaled to it, and the centre is kept.
     skip_unreadable : bool
-        Leave out unreadable files instead of raising.
+        Skip unreadable files instead of raising an error.
     trained_on : tuple of Path
-        Of test images: the training images. Identical ones are warned of when the
-        first image is asked for.
+        For test images: the training images. When the first image is read, a warning
+        names identical ones.
     """
 
     paths: tuple[Path, ...]
@@ -105,7 +105,7 @@ class FileSource:
     image_size: int
     skip_unreadable: bool
     trained_on: tuple[Path, ...] = ()
-    # What was said already: a run loads the same images again and again.
+    # Warnings that were already logged: a run loads the same images again and again.
     _said: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
@@ -114,8 +114,8 @@ class FileSource:
         Raises
         ------
         DatasetError
-            If a file is unreadable and unreadable files are not to be left out, or
-            nothing is left without them. All are counted, the first are named.
+            If a file is unreadable and ``skip_unreadable`` is false, or if no file is
+            readable. The message counts all unreadable files and names the first ones.
         """
         self._compare()
         paths = [self.paths[i] for i in indices]
@@ -147,7 +147,7 @@ class FileSource:
         return self._loaded(indices, paths, refused, pixels)
 
     def _decode(self, paths: Sequence[Path]) -> Iterator[DecodedImage]:
-        """Yield the pixels of each file, or why there are none."""
+        """Yield the pixels of each file, or the reason why it is refused."""
         for path in paths:
             try:
                 picture = read_picture(path, self.image_size)
@@ -163,7 +163,7 @@ class FileSource:
             yield picture.pixels
 
     def _check(self, paths: Sequence[Path], refused: Mapping[int, str]) -> None:
-        """Raise if files were unreadable that must not be, or if nothing is left."""
+        """Raise if unreadable files are not allowed, or if no image is left."""
         named = listed(f"{paths[n]} ({reason})" for n, reason in refused.items())
         if refused and not self.skip_unreadable:
             raise DatasetError(
@@ -196,7 +196,7 @@ class FileSource:
         return LoadedImages(pixels, torch.from_numpy(labels), unreadable)
 
     def _compare(self) -> None:
-        """Warn of images that are also trained on."""
+        """Warn of test images that are also training images."""
         if not self.trained_on or "compared" in self._said:
             return
         self._said.add("compared")

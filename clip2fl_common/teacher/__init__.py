@@ -1,4 +1,4 @@
-"""The teacher: a frozen CLIP model, its features, and what is kept of them."""
+"""The teacher, a frozen CLIP model, and the caches of its features and facts."""
 
 from clip2fl_common.teacher.teacher import DEMO as DEMO
 from clip2fl_common.teacher.teacher import HUB_PREFIX as HUB_PREFIX

@@ -1,12 +1,12 @@
 """The teacher of the built-in data set: a small open_clip model in three JSON files.
 
-The model is a CLIP like any other (open_clip's own classes, its tokenizer, trained
-by contrast between images and captions), only tiny and trained on drawn shapes. It
-knows no words beyond those of its captions: the files hold the token embeddings of
-these alone, and any other word embeds as zeros.
+The model is a regular CLIP model (open_clip's classes and tokenizer, trained with the
+contrastive loss between images and captions), but tiny and trained on drawn shapes. It
+knows only the words of its captions: the files contain the embeddings of these tokens,
+and every other token has a zero embedding.
 
-One file describes the model, two hold its weights: Flower publishes no file of more
-than 1 MiB, and only text. ``scripts/train_demo_teacher.py`` makes them.
+One file describes the model, two contain its weights: Flower publishes only text, and
+no file larger than 1 MiB. ``scripts/train_demo_teacher.py`` makes the files.
 """
 
 import base64
@@ -27,7 +27,7 @@ Tokenizer = Callable[[str | list[str]], torch.Tensor]
 
 
 def weight_paths(path: Path = DATA_PATH) -> list[Path]:
-    """Return the files that hold the weights of the model that a file describes.
+    """Return the weight files of the model that a file describes.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def build_demo_model(model_config: dict[str, Any]) -> tuple[nn.Module, Tokenizer
     Parameters
     ----------
     model_config : dict
-        What open_clip calls ``model_cfg``: embed_dim, vision_cfg, text_cfg.
+        open_clip's ``model_cfg``: embed_dim, vision_cfg, text_cfg.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def _unpack(document: dict[str, Any], text: str) -> tuple[nn.Module, Tokenizer]:
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in safetensors.torch.load(data).items()
     }
-    # The weights drawn here are all replaced, so the caller's generator must not move.
+    # All weights drawn here are replaced, so the caller's generator must not advance.
     with torch.random.fork_rng(devices=[]):
         model, tokenizer = build_demo_model(document["open_clip_config"]["model_cfg"])
     table = torch.zeros_like(model.state_dict()[TOKEN_EMBEDDING])

@@ -1,8 +1,8 @@
-"""What is known of a teacher without loading it: kept on disk, tied to its files.
+"""Facts about a teacher, kept on disk and tied to the teacher's files.
 
-Loading a teacher and hashing its weights takes seconds, and in a deployment every
-message starts a new process that needs no more of it than its fingerprint and
-features that are on disk.
+Loading a teacher and hashing its weights takes seconds. In a deployment every message
+starts a new process, which often needs only the fingerprint and the features that are
+already on disk.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from clip2fl_common.files import cache_dir, replacing_private
 
 logger = getLogger(__name__)
 
-# Enters the name of the file: raise it when what is kept changes. Format 1 could hold
-# a scale that was computed on a GPU.
+# Part of the file's name: raise it when the content of the file changes. Format 1 could
+# contain a scale that was computed on a GPU.
 FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What a teacher is known by.
+    """Facts that identify a teacher.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class TeacherFacts:
 
 
 def known_facts(model: str, pretrained: str) -> TeacherFacts | None:
-    """Return what was noted of a teacher whose files are still the same.
+    """Return the stored facts of a teacher whose files have not changed.
 
     Parameters
     ----------
@@ -50,15 +50,15 @@ def known_facts(model: str, pretrained: str) -> TeacherFacts | None:
     Returns
     -------
     TeacherFacts or None
-        None where nothing was noted, or a file has another path, size or time of
-        change since.
+        None if nothing is stored, or if the path, size or change time of a file
+        differs.
     """
     try:
         document = json.loads(_place(model, pretrained).read_text("utf-8"))
         if document["files"] != [_state(Path(file[0])) for file in document["files"]]:
             return None
         return TeacherFacts(**document["facts"])
-    # Absent or damaged: then it is noted again.
+    # If the file is absent or damaged, the facts are stored again.
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
@@ -66,7 +66,7 @@ def known_facts(model: str, pretrained: str) -> TeacherFacts | None:
 def note_facts(
     model: str, pretrained: str, files: Sequence[Path], facts: TeacherFacts
 ) -> None:
-    """Note a teacher's facts and the state of the files they were taken from."""
+    """Store a teacher's facts with the state of the files they were taken from."""
     place = _place(model, pretrained)
     document = {"files": [_state(path) for path in files], "facts": asdict(facts)}
     try:
@@ -82,7 +82,7 @@ def note_facts(
 
 
 def _place(model: str, pretrained: str) -> Path:
-    """Return the file for a teacher under the installed open_clip.
+    """Return the file for a teacher and the installed version of open_clip.
 
     Another version of open_clip may build another network from the same weights.
     """
@@ -97,5 +97,5 @@ def _place(model: str, pretrained: str) -> Path:
 
 def _state(path: Path) -> list[Any]:
     facts = path.stat()
-    # A change of content cannot keep the last of these.
+    # A change of content always changes the last of these values.
     return [str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]

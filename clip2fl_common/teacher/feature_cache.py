@@ -1,8 +1,8 @@
-"""Teacher features on disk: each sample's are computed once and used ever after.
+"""Teacher features on disk: each is computed once and then reused.
 
 A teacher is frozen and never sees an augmented image, so its features are a fixed
-function of teacher and sample. They are kept in one SQLite file a teacher, keyed by
-the sample's content; SQLite makes writes atomic and safe between processes.
+function of teacher and sample. One SQLite file per teacher holds them, with the hash of
+the sample's content as key. SQLite makes writes atomic and safe between processes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ logger = getLogger(__name__)
 
 # Clients that start together wait for each other's writes, which take milliseconds.
 LOCK_TIMEOUT_S = 120.0
-# Each row with a checksum of its own: SQLite has none.
+# Each row has a checksum, because SQLite has none.
 TABLE = "checked_feature"
 # SQLite's limit on the variables of one statement, in its oldest builds.
 QUERY_SIZE = 900
@@ -59,12 +59,12 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
     Parameters
     ----------
     texts : sequence of str
-        N texts, as a teacher reads them.
+        N texts, as the teacher receives them.
 
     Returns
     -------
     list of bytes
-        N keys of 16 bytes, other than those of any image.
+        N keys of 16 bytes, which differ from the keys of all images.
     """
     return [
         hashlib.blake2b(text.encode(), digest_size=16, person=b"text").digest()
@@ -75,16 +75,16 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
 class FeatureCache:
     """The features of one teacher, by content key.
 
-    A cache that cannot be read or written costs time, never a run: the features are
-    computed again and a warning says which file to look at. What is damaged is taken
-    out, a row or the whole file, so that it is filled again.
+    A cache that cannot be read or written costs time but does not stop a run: the
+    features are computed again, and a warning names the file. Damaged rows, or a
+    damaged file, are removed so that they are filled again.
 
     Parameters
     ----------
     fingerprint : str
-        The teacher's; each teacher has a file of its own.
+        The teacher's fingerprint; each teacher has its own file.
     folder : Path or None
-        Where the file lies; None: `cache_dir`.
+        Folder of the file; None: `cache_dir`.
     """
 
     def __init__(self, fingerprint: str, folder: Path | None = None) -> None:
@@ -107,7 +107,7 @@ class FeatureCache:
             connection.close()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, torch.Tensor]:
-        """Return the features that are known.
+        """Return the features that are in the cache.
 
         Parameters
         ----------
@@ -117,7 +117,7 @@ class FeatureCache:
         Returns
         -------
         dict of bytes to Tensor of float32, shape [d]
-            Without the keys that are not in the cache.
+            Keys that are not in the cache are missing here, too.
         """
         found: dict[bytes, torch.Tensor] = {}
         damaged: list[bytes] = []
@@ -152,7 +152,7 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        """Add features; those already there stay.
+        """Add features; existing rows stay unchanged.
 
         Parameters
         ----------
@@ -175,22 +175,22 @@ class FeatureCache:
             self._handle("write", error)
 
     def _handle(self, action: str, error: Exception) -> None:
-        """Remove a file that is damaged; warn of anything else."""
-        # SQLite's subclasses of this error tell of locks, disks and permissions.
+        """Remove a damaged file; warn of any other error."""
+        # SQLite's subclasses of this error report locks, disks and permissions.
         if type(error) is sqlite3.DatabaseError:
             with contextlib.suppress(OSError):
                 self._remove_damaged(error)
                 return
         logger.warning(
             "cannot %s the teacher's cached features in %s (%s); they are computed "
-            "again. Check the disk and who may write there.",
+            "again. Check the disk and the file's permissions.",
             action,
             self.path,
             error,
         )
 
     def _remove_damaged(self, error: Exception) -> None:
-        """Remove the file unless another process has done so and begun a new one."""
+        """Remove the file, unless another process has already replaced it."""
         with FileLock(f"{self.path}.lock", mode=FILE_MODE):
             if _is_sound(self.path):
                 return

@@ -1,9 +1,9 @@
 """The frozen vision-language teacher behind one small interface.
 
-Any open_clip model serves: by name and pretrained tag, from a local folder
-(``local-dir:``), from the Hugging Face hub (``hf-hub:``), or the tiny one that is
-shipped with the program (``demo``). open_clip is imported only when a teacher is
-loaded, since it costs seconds.
+Any open_clip model can be the teacher: by name and pretrained tag, from a local folder
+(``local-dir:``), from the Hugging Face hub (``hf-hub:``), or the tiny model that comes
+with the program (``demo``). open_clip is imported only when a teacher is loaded, since
+the import takes seconds.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
 class TeacherError(RuntimeError):
-    """The teacher cannot be had, or is not the one the run expects."""
+    """The teacher cannot be loaded, or is not the one that the run expects."""
 
 
 class OtherTeacherError(TeacherError):
-    """Server and client have different teachers; says which, and no path."""
+    """Server and client have different teachers; names both, without paths."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A loaded open_clip model and what belongs to it.
+    """A loaded open_clip model with its tokenizer and preprocessing.
 
     Attributes
     ----------
@@ -73,22 +73,22 @@ class Network:
 
 
 class Teacher:
-    """A frozen open_clip model, loaded when a feature is not on disk.
+    """A frozen open_clip model, which is loaded only if a feature is not on disk.
 
     Parameters
     ----------
     load : callable
         Returns the network.
     name : str
-        How the teacher is called in reports.
+        Name of the teacher in reports.
     device : torch.device or str
-        Where it runs.
+        Device of the network.
     prompt : str
-        Text of a class; ``{class}`` stands for its name.
+        Prompt of a class; ``{class}`` is replaced by the class name.
     batch_size : int
         Images in one forward pass.
     facts : TeacherFacts or None
-        What is known of it; None loads it to find out.
+        Known facts about the teacher; None loads the teacher to compute them.
     """
 
     def __init__(
@@ -120,17 +120,17 @@ class Teacher:
 
     @cached_property
     def network(self) -> Network:
-        """The model itself; loaded on first use.
+        """The network; loaded on first use.
 
         Raises
         ------
         TeacherError
-            If it is not the one whose fingerprint was known.
+            If its fingerprint differs from the known one.
         """
         network = self._load()
         known = self.__dict__.get("_facts")
-        # The fingerprint alone says which teacher it is. The scale is a result of
-        # floating-point arithmetic, perhaps of another process on another device.
+        # Only the fingerprint identifies a teacher. The scale is a floating-point
+        # result, which may come from another process on another device.
         if known is not None and network.facts.fingerprint != known.fingerprint:
             raise TeacherError(
                 f"teacher {self.name} has changed while it was in use: its fingerprint "
@@ -151,7 +151,7 @@ class Teacher:
         Parameters
         ----------
         class_names : sequence of str, length C
-            Names as they stand in the prompt.
+            Names as the prompt contains them.
 
         Returns
         -------
@@ -176,7 +176,7 @@ class Teacher:
 
     @torch.no_grad()
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the images' features, computed here and now.
+        """Return the images' features, computed without the cache.
 
         Parameters
         ----------
@@ -195,7 +195,7 @@ class Teacher:
         return functional.normalize(torch.cat(chunks).float(), dim=1).cpu()
 
     def cached_image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the images' features, from disk as far as they are there.
+        """Return the images' features, from the disk if they are there.
 
         Parameters
         ----------
@@ -205,7 +205,7 @@ class Teacher:
         Returns
         -------
         Tensor of float32, shape [N, d]
-            The same as `image_features`; what was missing is added to the cache.
+            Equal to `image_features`; missing features are computed and stored.
         """
         if not len(images):
             return torch.empty(0, self.text_features(["anything"]).shape[1])
@@ -216,7 +216,7 @@ class Teacher:
     def _cached(
         self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
     ) -> torch.Tensor:
-        """Return features [N, d] from disk; compute and keep those at other places."""
+        """Return features [N, d] from disk; compute and store the missing ones."""
         known = self._feature_cache.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
@@ -237,7 +237,7 @@ class Teacher:
         -------
         Tensor of float32, shape [N, 3, size, size]
         """
-        # Imported where it is used: it takes more than a second.
+        # Imported here, because the import takes more than a second.
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as images_functional
 
@@ -281,9 +281,9 @@ def load_teacher(
     pretrained : str
         open_clip tag of the weights, for a model given by name.
     device : torch.device or str
-        Where it runs.
+        Device of the network.
     prompt : str
-        Text of a class; ``{class}`` stands for its name.
+        Prompt of a class; ``{class}`` is replaced by the class name.
     batch_size : int
         Images in one forward pass.
 
@@ -294,8 +294,8 @@ def load_teacher(
     Raises
     ------
     TeacherError
-        If the name is unknown or the weights cannot be had; says where they were
-        looked for and what the ways out are.
+        If the name is unknown or the weights are not available; lists the places that
+        were searched and the remedies.
     """
     name = f"{model} ({pretrained})" if pretrained else model
     facts = known_facts(model, pretrained)
@@ -328,9 +328,9 @@ def _load_network(model: str, pretrained: str) -> Network:
 
 
 def _files(model: str, pretrained: str) -> list[Path]:
-    """Return the files that a teacher was loaded from just now.
+    """Return the files from which a teacher was just loaded.
 
-    None where they cannot be told; then the teacher is loaded each time.
+    Empty if they are unknown; the teacher is then loaded each time.
     """
     if model == DEMO:
         return [DATA_PATH, *weight_paths()]
@@ -355,10 +355,10 @@ def _files(model: str, pretrained: str) -> list[Path]:
         else:
             config = get_pretrained_cfg(model.replace("/", "-"), pretrained)
             found = [download_pretrained(config)]
-    # As in `_load_open_clip`; here it only means that nothing can be noted.
+    # As in `_load_open_clip`; here it only means that nothing can be stored.
     except Exception:
         return []
-    # The hub's cache links names to contents.
+    # The hub's cache links file names to contents.
     files = [Path(path).resolve() for path in found if path]
     return files if all(path.is_file() for path in files) else []
 
@@ -386,7 +386,7 @@ def _load_open_clip(
             )
             tokenizer = open_clip.get_tokenizer(model)
     # open_clip and the hub client raise anything from OSError to RuntimeError here,
-    # and every one of them means to the user that there are no usable weights.
+    # and each of these errors means that there are no usable weights.
     except Exception as error:
         tag = f" with teacher.pretrained = {pretrained!r}" if pretrained else ""
         raise TeacherError(
@@ -402,9 +402,9 @@ def _load_open_clip(
 
 @contextlib.contextmanager
 def _root_handlers_kept() -> Iterator[None]:
-    """Undo the root handler that open_clip's logging calls install by the way.
+    """Remove the root log handler that open_clip's logging calls install.
 
-    It would print every line of Flower's own logger a second time.
+    With this handler, every line of Flower's own logger would be printed twice.
     """
     root = logging.getLogger()
     handlers = list(root.handlers)
@@ -440,7 +440,7 @@ def _check_name(
 
 
 def _fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
-    """Hash weights and preprocessing: the same features if and only if equal."""
+    """Hash weights and preprocessing: equal hashes if and only if equal features."""
     digest = hashlib.sha256(repr(sorted(preprocess.items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

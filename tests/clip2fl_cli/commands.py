@@ -1,4 +1,4 @@
-"""The command, run in this process."""
+"""Run the command in this process."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ import pytest
 
 from clip2fl_cli import app
 
-# Far longer than any of these commands takes: a test that waits for a FIFO ends.
+# Far longer than any of these commands takes, so that a test ends that hangs on a FIFO.
 HANGS_SECONDS = 120
 
 
@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | int | Path) -> int:
 
 @contextmanager
 def no_hanging() -> Iterator[None]:
-    """Fail where what is done inside does not come to an end."""
+    """Fail if the code inside does not end."""
 
     def hangs(_signum: int, _frame: FrameType | None) -> None:
         raise AssertionError("the command hangs")
@@ -59,7 +59,7 @@ def refused(
 
 
 def tree(folder: Path) -> dict[str, bytes | str | None]:
-    """Return what lies below a folder: content of files, targets of links."""
+    """Return everything below a folder: contents of files, targets of links."""
     found: dict[str, bytes | str | None] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""What a report's page holds, read by the standard library's parser."""
+"""The content of a report's page, read by the standard library's parser."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -40,7 +40,7 @@ class Page(HTMLParser):
         self.feed(file.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what starts."""
+        """Record the start of an element."""
         found = dict(attrs)
         self._open.append(tag)
         if tag == "section":
@@ -62,13 +62,13 @@ class Page(HTMLParser):
                 self.addresses.append(str(found[name]))
 
     def handle_endtag(self, tag: str) -> None:
-        """Drop the row of titles; it has no cells."""
+        """Drop the header row, which has no cells."""
         if tag == "thead":
             self._table.texts.clear()
             self._table.values.clear()
 
     def handle_data(self, data: str) -> None:
-        """Add text to the cell or heading it stands in."""
+        """Add text to the current cell or heading."""
         tag = self._open[-1] if self._open else ""
         if tag == "th":
             self._table.header[-1] += data.strip()

@@ -1,4 +1,4 @@
-"""Folders of runs whose numbers are chosen."""
+"""Folders of runs with chosen numbers."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tests.defaults import default_config
 
 
 def accuracy(value: float) -> dict[str, Any]:
-    """Return an accuracy report of which all columns are one value."""
+    """Return an accuracy report in which every column has the same value."""
     groups = dict.fromkeys(("top1", "balanced", "many", "medium", "few"), value)
     return {**groups, "per_class": [value, min(value + 2.0, 100.0)]}
 
@@ -25,7 +25,7 @@ def write_run(
     seed: int = 1,
     **config: Scalar,
 ) -> FinishedRun:
-    """Write a complete run with one accuracy a round; ``__`` in a key is a dot."""
+    """Write a complete run with one accuracy per round; ``__`` in a key means a dot."""
     folder.mkdir(parents=True)
     own = {k.replace("__", ".").replace("_", "-"): v for k, v in config.items()}
     facts = {

@@ -1,4 +1,4 @@
-"""The command as it is typed."""
+"""The command with its subcommands, called in this process or as a program."""
 
 import json
 import re
@@ -41,7 +41,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Return the test images as files, in the order of the test set."""
+    """Write the test images to files; return them in the order of the test set."""
     folder = tmp_path_factory.mktemp("photographs")
     test = load_dataset(run_config().dataset).test
     files = []
@@ -57,7 +57,7 @@ def test_prediction_of_files_agrees_with_evaluation(
     runs: dict[str, FinishedRun],
     photographs: list[Path],
 ) -> None:
-    """All 30 test images: the same confusion matrix as at the end of the run."""
+    """Predicting all 30 test images gives the confusion matrix of the run's end."""
     finished = runs["clip2fl"]
     assert (
         run(monkeypatch, "predict", "--model", finished.folder, "--json", *photographs)
@@ -112,7 +112,7 @@ def test_partition_shows_who_holds_what(
     runs: dict[str, FinishedRun],
     tmp_path: Path,
 ) -> None:
-    """The same as a run with this configuration finds; table, JSON and picture."""
+    """Table, JSON and figure show the partition of a run with this configuration."""
     held = runs["fedavg"].artifacts["clients_by_class"].tolist()
     assert run(monkeypatch, "partition", "--set", SMALL, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
@@ -166,7 +166,7 @@ def test_export_writes_both_files_and_says_what_they_cost(
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Path:
-    """Return the file of a comparison whose runs are all there."""
+    """Return the file of a comparison whose runs are all complete."""
     (tmp_path / "experiment.toml").write_text("federation.rounds = 2\n")
     (tmp_path / "x.toml").write_text(FILE)
     for planned in comparisons.Comparison.read(
@@ -201,7 +201,7 @@ def test_comparison_leaves_table_summary_and_reports(
     assert (folder / "report.html").is_file()
     assert (folder / "plain-seed1" / "report.html").is_file()
 
-    # The reports of the runs are there already, and take most of the time.
+    # The reports of the runs exist already; making them takes most of the time.
     monkeypatch.setattr(results, "write_run_report", lambda *_: None)
     only = ("--runs", runs, "--seed", 2, "--json")
     assert run(monkeypatch, "compare", comparison, *only) == 0
@@ -249,7 +249,7 @@ def test_failed_simulation_is_status_1(
     capsys: pytest.CaptureFixture[str],
     comparison: Path,
 ) -> None:
-    """A SuperLink that does not start is no bug of the command: one line."""
+    """If the SuperLink does not start, the command prints one line, no traceback."""
     runs = comparison.parent / "runs"
     (runs / "x" / "plain-seed2" / "model.safetensors").unlink()
 
@@ -265,7 +265,7 @@ def test_failed_simulation_is_status_1(
 
 @pytest.mark.slow
 def test_comparison_goes_on_after_an_interruption(tmp_path: Path) -> None:
-    """With real simulations: Ctrl-C in the second run; the first is not repeated."""
+    """With real simulations: after Ctrl-C in run two, run one is not repeated."""
     (tmp_path / "tiny.toml").write_text(
         "federation.rounds = 2\n"
         "client.epochs = 1\n"
@@ -285,7 +285,7 @@ def test_comparison_goes_on_after_an_interruption(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # What a shell starts in the background ignores it, and so do the children.
+        # A background process of a shell ignores SIGINT, and so do its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert first.stderr is not None
@@ -312,7 +312,7 @@ def test_comparison_goes_on_after_an_interruption(tmp_path: Path) -> None:
 
 
 def test_installed_command_and_module_are_the_same() -> None:
-    """``make install`` leaves ``.venv/bin/clip2fl``; ``python -m`` does without."""
+    """``make install`` creates ``.venv/bin/clip2fl``; ``python -m`` works, too."""
     helps = []
     for command in (
         [str(Path(sys.executable).with_name("clip2fl"))],
@@ -336,7 +336,7 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands_are_understood(line: str) -> None:
-    """Subcommand, options and their types; each subcommand is run by other tests."""
+    """Check subcommands, options and their types; other tests run each subcommand."""
     group = cast(TyperGroup, typer.main.get_command(module.app))
     name, *arguments = shlex.split(line)
     if name == "--help":
@@ -360,7 +360,7 @@ def test_documentation_has_every_subcommand() -> None:
 def test_doctor_checks_a_site(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """With the node's own options, help and exit status."""
+    """``clip2fl doctor`` has the node command's options, help and exit status."""
     config = ROOT / "conf" / "sites.toml"
     missing = tmp_path / "nowhere"
     arguments: list[str | int | Path] = ["--data-path", missing, "--run-config", config]
@@ -392,7 +392,7 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     line = refused(monkeypatch, capsys, *arguments)
     assert said in line
-    assert line.endswith("--help lists what there is")
+    assert line.endswith("--help lists the choices")
 
 
 def test_shell_completes_subcommands(

@@ -1,4 +1,4 @@
-"""Flower is given the app, and nothing else of what lies in its folder."""
+"""Flower receives only the app, without other files of the folder."""
 
 from pathlib import Path
 

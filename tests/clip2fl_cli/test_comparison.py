@@ -105,7 +105,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
 
 def test_settings_of_file_variant_and_command_line(file: Path) -> None:
-    """The experiment's, then for all, then the variant's, then the command line's."""
+    """Order of precedence: experiment, common settings, variant, command line."""
     found = read(file, "federation.rounds=9")
     assert found.baseline == "plain"
     runs = {run.folder.relative_to(file.parent).as_posix(): run for run in found.plan}
@@ -123,7 +123,7 @@ def test_settings_of_file_variant_and_command_line(file: Path) -> None:
 
 
 def test_variant_keeps_what_is_set_for_all_in_the_same_group(file: Path) -> None:
-    """client.epochs for all, client.logit-adjustment for one: it has both."""
+    """A variant has the common client.epochs and its own client.logit-adjustment."""
     for for_all in ("client.epochs = 4", "client = {epochs = 4}"):
         own = FILE.replace("client.epochs = 4", for_all).replace(
             "client.epochs = 6", ""
@@ -248,7 +248,7 @@ def test_checkpoint_of_another_run_is_set_aside(
     code: str,
     changes: dict[str, Scalar],
 ) -> None:
-    """Of other code or another configuration: it would be refused."""
+    """A checkpoint of other code or another configuration would be refused."""
     run = read(file).plan[0]
     leave_checkpoint(run, code, **changes)
     list(complete(read(file), Watcher()))
@@ -279,7 +279,7 @@ def test_complete_run_with_other_settings_is_not_taken_for_this_one(
         "now wants 16: choose another folder",
     ):
         read(file, "client.batch-size=16").missing()
-    # Who watches a run does not change it.
+    # A run's trackers do not change its results.
     assert read(file, 'run.trackers="tensorboard"').missing() == []
 
 

@@ -92,7 +92,7 @@ def written(
 def test_page_from_the_table_equals_the_page_from_the_folders(
     runs: dict[str, list[FinishedRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elsewhere, under another name, on another day and machine."""
+    """The folder, its name, the date and the machine may differ."""
     place = written(runs, monkeypatch)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -118,7 +118,7 @@ def test_rounds_come_back_number_by_number(
         for one, other in zip(group, found[variant], strict=True):
             for line, back in zip(values(one), values(other), strict=True):
                 names = ("losses", "seconds", "accuracy")
-                # A name with breaks in it comes back as it is shown.
+                # A name with line breaks is read back in its escaped form.
                 shown = json.loads(json.dumps(line).replace("a\\nb", "a\\\\nb"))
                 assert {n: back[n] for n in names} == {n: shown[n] for n in names}
                 assert [*back["accuracy"]] == [*line["accuracy"]]
@@ -184,7 +184,7 @@ def table_of(page: str, first: str) -> list[list[str]]:
 
 
 def test_committed_page_is_the_one_of_its_table() -> None:
-    """Both tables and what is said below them; the text above is written by hand."""
+    """Compare both tables and the text below them; the text above is hand-written."""
     page, drawn = PAGE.read_text("utf-8"), redraw(PAGE.with_suffix(".csv")).markdown
     begin = "| variant | head | seeds |"
     assert page[page.index(begin) :] == drawn[drawn.index(begin) :]
@@ -199,7 +199,7 @@ def cell(found: Sequence[float]) -> str:
 
 
 def test_means_and_spreads_of_the_committed_page_come_out_of_its_table() -> None:
-    """With nothing but a CSV reader: last five of 60 rounds, then seeds."""
+    """Compute the means with a CSV reader only: last five of 60 rounds, then seeds."""
     with PAGE.with_suffix(".csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
     assert len(rows) == 44 * 60

@@ -52,7 +52,7 @@ def expected(runs: dict[str, FinishedRun], images: torch.Tensor) -> torch.Tensor
 def test_onnx_gives_the_same_logits(
     exported: tuple[Path, Path], runs: dict[str, FinishedRun], number: int
 ) -> None:
-    """From pixels, for any number of images."""
+    """The ONNX graph takes pixels, for any number of images."""
     session = onnxruntime.InferenceSession(str(exported[1]))
     images = photographs()[:number]
     (logits,) = session.run(["logits"], {"pixels": images.numpy()})
@@ -64,7 +64,7 @@ def test_onnx_gives_the_same_logits(
 def test_safetensors_give_the_same_logits(
     exported: tuple[Path, Path], runs: dict[str, FinishedRun]
 ) -> None:
-    """Loaded by nothing but safetensors and the card in its metadata."""
+    """Only safetensors and the card in the metadata are needed to load the model."""
     with safe_open(exported[0], framework="pt") as file:
         card = json.loads(file.metadata()["card"])
     model = build_model(
@@ -132,7 +132,7 @@ FOREIGN = [
 
 @pytest.fixture
 def foreign(runs: dict[str, FinishedRun], tmp_path: Path) -> Callable[..., Path]:
-    """Return what makes a run's folder whose configuration names another teacher."""
+    """Return a function that makes a run's folder with another teacher."""
 
     def make(keys: dict[str, str]) -> Path:
         folder = tmp_path / "run"
@@ -147,7 +147,7 @@ def foreign(runs: dict[str, FinishedRun], tmp_path: Path) -> Callable[..., Path]
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Return which teachers were loaded; all are the built-in one."""
+    """Return the list of loaded teachers; each load returns the built-in one."""
     asked: list[tuple[str, str]] = []
 
     def load(name: str, pretrained: str, *, prompt: str) -> Teacher:

@@ -17,7 +17,7 @@ from clip2fl_cli.flower_command import SimulationError
 from clip2fl_common.project import PROJECT
 from tests.clip2fl_cli.commands import refused, run
 
-# What flwr prints when nobody listens at the address.
+# The output of flwr if no SuperLink listens at the address.
 DOWN = json.dumps(
     {
         "success": False,
@@ -59,7 +59,7 @@ def test_log_is_printed_once_through_a_restart(
 ) -> None:
     answers = {
         "ls": [listed("running"), DOWN, DOWN, listed("finished:completed")],
-        # Flower ends what it has so far with empty lines.
+        # Flower ends the available log with empty lines.
         "log": ["one\ntwo\n\n", "one\ntwo\nthree\nfour\n\n"],
     }
     status, _ = Scripted(tmp_path, answers, 60).follow("5")
@@ -90,7 +90,7 @@ def test_start_waits_for_the_superlink_but_not_for_a_better_configuration(
 
 
 def test_flower_itself_says_so_when_nobody_listens(tmp_path: Path) -> None:
-    """With the installed Flower, to which the scripted answers above must be true."""
+    """The installed Flower answers in the same way as the scripted answers above."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -20,7 +20,7 @@ HEAD = 'experiment = "experiment.toml"\nseeds = [1, 2]\nbaseline = "plain"\n'
 PLAIN = '[variants.plain]\nmethod = "fedavg"\n'
 DEEP = "[" * 50_000
 
-# What the file holds, and what the message must say.
+# Contents of the file, and the expected part of the message.
 FILES: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "x.toml is empty"),
     "not UTF-8": (b"\xff\xfe", "x.toml is not UTF-8"),
@@ -261,7 +261,7 @@ REASON = r"out of memory |<b>\x1b[2J"
 def test_failed_runs_are_named_in_all_results(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A variant of which no run has finished, and a seed of another."""
+    """All runs of one variant failed, and one seed of another variant."""
     file.write_text(
         HEAD.replace("[1, 2]", "[1, 99]") + PLAIN + '[variants.b]\nmethod = "fedprox"\n'
     )

@@ -73,7 +73,7 @@ def arguments(command: str, folder: Path) -> list[str | int | Path]:
 def test_folder_without_damage_is_accepted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the cases below would show nothing."""
+    """Without this, the cases below would prove nothing."""
     monkeypatch.setattr(exporting, "MEASURED_SECONDS", 0.01)
     for command in ("report", "predict", "export"):
         assert run(monkeypatch, *arguments(command, folder)) == 0
@@ -210,7 +210,7 @@ def header(change: Callable[[dict[str, Any]], object]) -> Damage:
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 WEIGHT = "classifier.weight"
 
-# What each file may be instead of a file.
+# Kinds of entries that may be in the place of a file.
 NO_FILES: dict[str, Damage] = {
     "a folder": in_place(lambda file: file.mkdir()),
     "a FIFO": in_place(os.mkfifo),
@@ -220,7 +220,7 @@ NO_FILES: dict[str, Damage] = {
     "No such file": in_place(lambda file: file.symlink_to("nowhere")),
 }
 
-# Damage of config.json, and what the message must say besides the file's name.
+# Damage of config.json, and the expected message besides the file's name.
 CONFIGS: dict[str, tuple[Damage, str]] = {
     **{f"is {said}": (damage, said) for said, damage in NO_FILES.items()},
     "empty": (content(""), "is empty"),
@@ -437,7 +437,7 @@ def test_model_that_is_no_file_is_no_complete_run(
 def test_large_file_is_refused_without_being_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A header tells of ten gigabytes, and the (sparse) file has them."""
+    """The header declares ten gigabytes, and the (sparse) file has this size."""
     file = folder / MODEL
     fields, _ = raw_header(file)
     end = 10 * 2**30

@@ -63,7 +63,7 @@ TEACHER = "</td><script>alert(2)</script>\u202e|"
 
 
 def renamed(run: FinishedRun, names: Sequence[str]) -> FinishedRun:
-    """Return the run with these names wherever a run's files have one."""
+    """Return a run that has these names in every place for names."""
     facts = run.facts
     classes = [f"{name[:400]}{n}" for name in names for n in ("", " 2")]
     facts["class_names"] = classes
@@ -87,7 +87,7 @@ def renamed(run: FinishedRun, names: Sequence[str]) -> FinishedRun:
 
 
 def elements(page: Path) -> Any:
-    """Return what a page is made of, without its texts."""
+    """Return the structure of a page, without its texts."""
     found: list[tuple[str, tuple[str, ...]]] = []
 
     class Parser(HTMLParser):
@@ -99,7 +99,7 @@ def elements(page: Path) -> Any:
 
 
 def test_page_and_pictures_show_names_and_nothing_else(tmp_path: Path) -> None:
-    """The page has the elements, attributes and addresses that it always has."""
+    """Hostile names change no element, attribute or address of the page."""
     harmless = [f"harmless {n}" for n in range(len(NAMES))]
     expected = write_run_report(
         renamed(write_run(tmp_path / "a", [50.0]), harmless),
@@ -125,7 +125,7 @@ def test_page_and_pictures_show_names_and_nothing_else(tmp_path: Path) -> None:
 
 
 def write_run_alike(folder: Path, names: Sequence[str]) -> FinishedRun:
-    """Return another run with the same classes, to be set against a run."""
+    """Return another run with the same classes, for a comparison."""
     return renamed(write_run(folder, [50.0]), names)
 
 
@@ -154,7 +154,7 @@ FOLDERS = [
 
 
 def test_folder_of_any_name_is_linked_as_a_folder(tmp_path: Path) -> None:
-    """What a browser makes of each link, from where the page lies."""
+    """Resolve each link as a browser does, relative to the page."""
     runs = {name: [write_run(tmp_path / name, [50.0])] for name in FOLDERS}
     page = write_comparison_report(tmp_path, "x", runs, FOLDERS[0])
     links = [a for a in Page(page).addresses if not a.startswith(("data:", "#"))]
@@ -171,14 +171,14 @@ def test_folder_of_any_name_is_linked_as_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_markdown_shows_names_and_nothing_else(tmp_path: Path, name: str) -> None:
-    """A table has its cells, and no markup is made of a name."""
+    """A table keeps its cells, and no name becomes markup."""
     runs = {name: [renamed(write_run(tmp_path / "a", [50.0]), [name])]}
     for table, width in ((main_table(runs, name), 10), (class_table(runs), 4)):
         rows = table.split("\n")
         assert [len(cells(row)) for row in rows] == [width] * len(rows)
     text = markdown(runs, name, name, Origin.here("command"))
     assert all(line.isprintable() for line in text.split("\n"))
-    # Without what a backslash makes text of, there is neither a tag nor a link.
+    # Apart from escaped characters, there is neither a tag nor a link.
     bare = re.sub(r"\\.", "", text)
     assert "<" not in bare
     assert "](" not in bare
@@ -186,7 +186,7 @@ def test_markdown_shows_names_and_nothing_else(tmp_path: Path, name: str) -> Non
 
 
 def drawn_texts(figure: Any) -> list[str]:
-    """Return the texts of a figure, after it was drawn as a page draws it."""
+    """Return the texts of a figure that was drawn as for a page."""
     with rc_context(STYLE):
         figure.savefig(io.BytesIO(), format="svg")
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
@@ -194,7 +194,7 @@ def drawn_texts(figure: Any) -> list[str]:
 
 @pytest.mark.parametrize("name", ["$x^2$", r"$\frac$", "_a", "_none", "a\x1bb"])
 def test_pictures_show_names_as_they_are(name: str) -> None:
-    """No formula is made of them, and none is left out of a legend."""
+    """No name becomes a formula, and no name is missing in a legend."""
     shown = name.replace("\x1b", r"\x1b")
     curves = {"y": [Curve(name, np.ones((1, 3)))]}
     matrix = np.array([[1, 2]])
@@ -217,7 +217,7 @@ def test_pictures_show_names_as_they_are(name: str) -> None:
 
 
 def test_bars_of_names_that_look_alike_stay_apart() -> None:
-    """Two names with the same beginning are two bars."""
+    """Two names with the same beginning get two bars."""
     figure = bars({"seconds": {"x" * 60 + "a": 1.0, "x" * 60 + "b": 2.0}})
     places = [patch.get_extents() for patch in figure.axes[0].patches]
     assert len(places) == 2
@@ -228,7 +228,7 @@ def test_bars_of_names_that_look_alike_stay_apart() -> None:
 def test_terminal_shows_names_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Neither escape sequences, nor rich's markup, nor a line of their own."""
+    """Names cause no escape sequences, no rich markup and no new lines."""
     held = Holdings((name, "b"), np.array([[1, 2]]))
     monkeypatch.setattr(Holdings, "of", lambda _: held)
     assert run(monkeypatch, "partition") == 0

@@ -31,7 +31,7 @@ FIRST = "plain,1,1,"
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Return the table of a run of two rounds and one of one; no run's folder."""
+    """Return the table of two runs, of two rounds and of one, without run folders."""
     runs = {
         "plain": [write_run(tmp_path / "runs" / "plain-seed1", [50.0, 60.0])],
         "other": [write_run(tmp_path / "runs" / "other-seed1", [40.0])],
@@ -47,7 +47,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def set_cell(line: int, column: str, to: str) -> Damage:
-    """Return a damage that sets a cell of the table; line 1 is the header."""
+    """Return a function that sets a cell of the table; line 1 is the header."""
 
     def damage(file: Path) -> None:
         rows = [text.split(",") for text in file.read_text().split("\n")]
@@ -58,7 +58,7 @@ def set_cell(line: int, column: str, to: str) -> Damage:
 
 
 def edit(change: Callable[[list[str]], object]) -> Damage:
-    """Return a damage of the table's lines."""
+    """Return a function that damages the table's lines."""
 
     def damage(file: Path) -> None:
         lines = file.read_text().split("\n")
@@ -69,7 +69,7 @@ def edit(change: Callable[[list[str]], object]) -> Damage:
 
 
 def both(*damages: Damage) -> Damage:
-    """Return a damage that is several."""
+    """Return a function that applies several damages."""
 
     def damage(file: Path) -> None:
         for one in damages:
@@ -84,9 +84,9 @@ ACCURACY = [
     *(f"accuracy.fedavg.per_class.{c}" for c in (0, 1)),
 ]
 
-# Damage of the table, and what the message must say besides the file's name.
+# Damage of the table, and the expected message besides the file's name.
 TABLES: dict[str, tuple[Damage, str]] = {
-    # A folder may have any name, and is taken for a run's.
+    # A folder may have any name, and is read as a run's folder.
     **{f"is {said}": (damage, said) for said, damage in NO_FILES.items()
        if said != "a folder"},
     "missing": (lambda file: file.unlink(), "No such file"),
@@ -183,7 +183,7 @@ RECORDS: dict[str, tuple[Damage, str]] = {
 def test_sound_table_is_accepted(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else the cases below would show nothing. Columns of others are left alone."""
+    """Otherwise the cases below prove nothing. Unknown columns are ignored."""
     assert run(monkeypatch, "report", table) == 0
     page = capsys.readouterr().out
     replaced("test_images", "=mine")(table)
@@ -238,7 +238,7 @@ def test_large_table_is_one_line(
 def test_names_from_the_json_file_are_only_shown(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No line, no markup and no escape sequence is made of them."""
+    """Names become no new line, markup or escape sequence."""
     file = table.with_suffix(".json")
     name = "<b>|\n\x1b[2J\u202e"
     for field in ("name", "command", "hardware", "baseline"):

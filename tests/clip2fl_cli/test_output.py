@@ -1,4 +1,4 @@
-"""Results replace links instead of writing through them, and appear whole."""
+"""Results replace links instead of writing through them, and appear complete."""
 
 import errno
 import multiprocessing
@@ -22,7 +22,7 @@ PRECIOUS = b"what nobody may overwrite"
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """Return a file that links lead to."""
+    """Return the target file of the links."""
     file = tmp_path / "precious"
     file.write_bytes(PRECIOUS)
     return file
@@ -88,7 +88,7 @@ def test_report_that_is_a_folder_is_one_line(
 def test_run_folder_may_be_reached_by_a_link(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user named it."""
+    """The user named the link, so it is followed."""
     latest = folder.parent / "latest"
     latest.symlink_to(folder)
     assert run(monkeypatch, "report", latest) == 0
@@ -183,7 +183,7 @@ def test_heat_map_of_no_known_format_is_one_line(
 
 
 def failing(number: int) -> Callable[..., int]:
-    """Return an ``os.open`` by which no file can be made."""
+    """Return an ``os.open`` that cannot create files."""
     real = os.open
 
     def opening(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
@@ -238,7 +238,7 @@ def _write_often(folder: Path, content: bytes) -> None:
 
 
 def test_two_writers_at_once_both_succeed(tmp_path: Path) -> None:
-    """Each file is one writer's, whole, and nothing else is left."""
+    """Each file is complete and from one writer, and no other file remains."""
     contents = [bytes([n]) * 100_000 for n in range(2)]
     context = multiprocessing.get_context("fork")
     writers = [
@@ -257,7 +257,7 @@ def test_two_writers_at_once_both_succeed(tmp_path: Path) -> None:
 def test_report_is_written_whole_or_not_at_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be drawn is found before the first picture is written."""
+    """A figure that cannot be drawn is found before any figure is written."""
     (folder / "artifacts.safetensors").write_bytes(b"")
     before = tree(folder)
     refused(monkeypatch, capsys, "report", folder)

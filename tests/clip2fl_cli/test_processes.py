@@ -1,4 +1,4 @@
-"""A run's processes are found by what they inherited, and only they are ended."""
+"""A run's processes are found by inherited properties, and only they are ended."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(6
 
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Return another run's process, in a session of its own."""
+    """Return a process of another run, in its own session."""
     environment = {**os.environ, "FLWR_HOME": str(tmp_path / "other" / "home")}
     process = subprocess.Popen(
         [sys.executable, "-c", QUIET], env=environment, start_new_session=True
@@ -39,7 +39,7 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def start(home: Path, child: str, parent: str) -> subprocess.Popen[bytes]:
-    """Start what stands for a SuperLink, and wait until its child is there."""
+    """Start a substitute for the SuperLink, and wait until its child runs."""
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, child, parent],
         env={**os.environ, "FLWR_HOME": str(home)},
@@ -52,7 +52,7 @@ def start(home: Path, child: str, parent: str) -> subprocess.Popen[bytes]:
 
 
 def commands(found: list[psutil.Process]) -> set[str]:
-    """Return what each process was told to run."""
+    """Return the command of each process."""
     return {process.cmdline()[2] for process in found}
 
 
@@ -77,7 +77,7 @@ def test_all_of_a_run_is_found_and_ended(
 def test_orphan_without_the_mark_is_found_by_its_session(tmp_path: Path) -> None:
     superlink = start(tmp_path / "home", QUIET, "leaves")
     superlink.wait()
-    # Nobody has the mark any more, so the session must be known.
+    # No process has the mark any more, so the session must be known.
     assert run_processes(tmp_path / "home", set()) == []
     assert commands(run_processes(tmp_path / "home", {superlink.pid})) == {QUIET}
     stop_all(superlink, tmp_path / "home", NotedSignals())
@@ -98,7 +98,7 @@ def test_second_signal_waits_for_nobody(tmp_path: Path) -> None:
 def test_processes_that_may_not_be_read_are_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other users' on Linux and macOS, and those that have just ended."""
+    """Processes of other users and ended processes may not be readable."""
     superlink = start(tmp_path / "home", QUIET, "stays")
     environ = psutil.Process.environ
 

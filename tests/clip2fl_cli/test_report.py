@@ -191,7 +191,7 @@ def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
 
 
 def test_method_without_features_and_old_run_say_so(tmp_path: Path) -> None:
-    """A run that kept no artifacts has its sections all the same."""
+    """The report of a run without artifacts has all sections."""
     page = write_run_report(write_run(tmp_path / "run", [50.0, 60.0]))
     assert Page(page).sections == SECTIONS
     text = page.read_text("utf-8")
@@ -200,7 +200,7 @@ def test_method_without_features_and_old_run_say_so(tmp_path: Path) -> None:
 
 
 def test_privacy_spent_is_told_with_the_results(tmp_path: Path) -> None:
-    """In the account's own words: in all, for the worst off, and a round."""
+    """The report shows the epsilon in total, for the worst case, and per round."""
     run = write_run(tmp_path / "run", [10.0, 20.0])
     assert "differential privacy" not in write_run_report(run).read_text("utf-8")
     run.rounds[-1]["privacy"] = {
@@ -241,7 +241,7 @@ def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None
 
 
 def test_lines_differ_in_colour_or_dashes() -> None:
-    """As many as there are pairs of the two."""
+    """There are as many styles as pairs of colour and dashes."""
     pairs = len(COLOURS) * len(DASHES)
     assert len({tuple(styled(n).values()) for n in range(pairs)}) == pairs
 
@@ -253,7 +253,7 @@ def test_curves_aside_are_grey_and_share_an_entry_of_the_legend() -> None:
     aside = ["a", "c"]
     rounds = over_rounds({"first": curves, "second": curves}, aside)
     classes = by_class(per_class, ["the class"], [5], aside)
-    # Values go up in the one, and to the right in the other.
+    # The values of one are on its y axis, of the other on its x axis.
     for figure, direction in ((rounds, 1), (classes, 0)):
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["b", "2 others"]
@@ -268,7 +268,7 @@ def test_curves_aside_are_grey_and_share_an_entry_of_the_legend() -> None:
 def test_of_many_variants_the_baseline_and_the_best_are_in_colour(
     tmp_path: Path,
 ) -> None:
-    """Two seeds go before accuracy, and the baseline before both."""
+    """The baseline comes first, then variants with two seeds, then accuracy."""
     accuracy = {f"v{n:02}": float(n) for n in range(12)}
     runs = {
         variant: [write_run(tmp_path / f"{variant}-seed1", [value], seed=1)]
@@ -293,7 +293,7 @@ def test_what_is_no_complete_run_is_named(tmp_path: Path) -> None:
 
 
 def test_plane_shows_what_separates_classes() -> None:
-    """Of two class means that differ in one direction, and noise in others."""
+    """Two class means differ in one direction; noise fills the others."""
     rng = np.random.default_rng(0)
     features = rng.normal(scale=0.1, size=(2, 50, 20))
     features[0, :, 3] += 5
@@ -341,7 +341,7 @@ def rewritten(run: FinishedRun, *accuracies: dict[str, object]) -> FinishedRun:
 
 
 def test_rounds_that_no_site_evaluated_are_left_out(tmp_path: Path) -> None:
-    """Also the last one; and a head may be younger than the run."""
+    """The last round is included; and a head may appear after the first round."""
     run = rewritten(
         write_run(tmp_path / "run", [0.0] * 4),
         {"fedavg": accuracy(10.0)},

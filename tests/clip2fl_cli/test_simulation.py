@@ -183,7 +183,7 @@ def test_overrides_win_over_the_file(toy: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_run_keeps_its_configuration(toy: Path, tmp_path: Path) -> None:
-    """Its folder is made absolute; other settings are handed on, to be judged there."""
+    """The folder is made absolute; other settings are passed on and checked there."""
     config = {"mode": "other", "group.factor": 3.0, "run.resume": "/before"}
     (tmp_path / "config.json").write_text(json.dumps({"config": config}), "utf-8")
     project = toy / "pyproject.toml"
@@ -209,7 +209,7 @@ def test_folder_without_a_run_is_refused(
 
 @pytest.mark.parametrize("text", ["seed", "seed 8", "mode=fedavg", "seed=8 oops", "=1"])
 def test_unreadable_pairs_are_refused(text: str) -> None:
-    """What is no pair of key and value is not passed over, as flwr would."""
+    """Text that is no pair of key and value is refused; flwr would ignore it."""
     with pytest.raises(ValueError, match="key=value|strings need quotes"):
         parse_overrides([text])
 

@@ -1,4 +1,4 @@
-"""A comparison's numbers against those worked out by hand."""
+"""A comparison's numbers, compared with hand-computed numbers."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, list[FinishedRun]]:
-    """Two variants; the last five rounds average 30 and 34, and 36 and 44."""
+    """Return two variants whose last five rounds average 30 and 34, and 36 and 44."""
     return {
         "plain": [
             write_run(tmp_path / "a1", [99, 28, 29, 30, 31, 32], seed=1),

@@ -1,4 +1,4 @@
-"""Low-rank coding keeps its bound at the smallest rank, whatever the gradient."""
+"""Low-rank coding keeps its bound at the smallest rank, for any gradient."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def with_decay(shape: tuple[int, int], decay: float, seed: int) -> torch.Tensor:
 def encode(
     weight: torch.Tensor, min_cosine: float, precision: Precision = "half"
 ) -> CodedGradient:
-    """Return one class's code."""
+    """Return the encoded gradient of one class."""
     gradient = ClassGradient(weight, torch.linspace(-1, 1, len(weight)))
     return encode_gradients({3: gradient}, min_cosine=min_cosine, precision=precision)[
         3
@@ -55,7 +55,7 @@ def encode(
 
 
 def rank_of(gradient: CodedGradient) -> int:
-    """Return the rank; 0 is dense."""
+    """Return the rank; 0 means dense."""
     return gradient.rank if isinstance(gradient, LowRankGradient) else 0
 
 
@@ -101,7 +101,7 @@ def test_worst_row_keeps_the_bound(
     precision: Precision,
     seed: int,
 ) -> None:
-    """Whatever the shape; and low rank is chosen only where it is smaller."""
+    """The bound holds for any shape; low rank is chosen only if it is smaller."""
     weight = random_weight((rows, columns), rank=rank, noise=noise, seed=seed)
     coded = encode(weight, min_cosine, precision)
     assert slow_cosines(weight, coded.weight).min() >= min_cosine - ROUNDING
@@ -122,13 +122,13 @@ def test_worst_row_keeps_the_bound(
 def test_rank_is_the_smallest(
     shape: tuple[int, int], decay: float, min_cosine: float, seed: int
 ) -> None:
-    """Also where it comes from a sketch, not from a full SVD."""
+    """The rank is the smallest even if it comes from a sketch, not from a full SVD."""
     weight = with_decay(shape, decay, seed)
     assert rank_of(encode(weight, min_cosine, "full")) == slow_rank(weight, min_cosine)
 
 
 def test_low_rank_is_found_exactly() -> None:
-    """The number of directions without noise, in both precisions; factors fit it."""
+    """The rank is the number of noise-free directions, in both precisions."""
     weight = random_weight((200, 150), rank=3, noise=0.0, seed=0)
     for precision in ("half", "full"):
         coded = encode(weight, 0.9999, precision)
@@ -139,7 +139,7 @@ def test_low_rank_is_found_exactly() -> None:
 
 
 def test_full_rank_stays_dense() -> None:
-    """Its factors would be larger; the values are rounded all the same."""
+    """The factors would be larger than the dense form, whose values are rounded."""
     weight = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
     coded = encode(weight, 0.99)
     assert isinstance(coded, ClassGradient)
@@ -165,7 +165,7 @@ def test_zero_gradient_takes_one_rank(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 512), (10, 1), (2, 2)])
 def test_shapes_without_a_smaller_code_stay_dense(shape: tuple[int, int]) -> None:
-    """A single row or column is a product of nothing smaller."""
+    """A single row or column has no smaller factors."""
     assert max_rank(*shape) == 0
     weight = torch.ones(shape)
     assert torch.equal(encode(weight, 0.9).weight, weight)
@@ -175,7 +175,7 @@ def test_shapes_without_a_smaller_code_stay_dense(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("exponent", [-100, -66, 66, 110])
 @pytest.mark.parametrize("precision", ["half", "full"])
 def test_magnitude_changes_nothing(exponent: int, precision: Precision) -> None:
-    """From 1e-30 to 1e33: the squares of these rows are no float32 numbers."""
+    """From 1e-30 to 1e33: squares of these rows are outside float32's range."""
     scale = 2.0**exponent
     weight = with_decay((100, 80), 0.8, seed=2)
     expected = encode(weight, 0.99, precision)
@@ -186,7 +186,7 @@ def test_magnitude_changes_nothing(exponent: int, precision: Precision) -> None:
 
 
 def test_negligible_rows_count_as_zero() -> None:
-    """Below the normal numbers of float32 a row has no direction worth a rank."""
+    """A row below the normal numbers of float32 does not increase the rank."""
     weight = random_weight((30, 40), rank=2, noise=0.0, seed=3)
     weight[4] = 1e-40 * torch.randn(40, generator=torch.Generator().manual_seed(3))
     coded = encode(weight, 0.999)
@@ -204,7 +204,7 @@ def test_values_that_are_not_finite_stay_for_the_server_to_refuse(bad: float) ->
 
 
 def test_a_bound_beyond_the_precision_ends_dense() -> None:
-    """Factors of bfloat16 turn a row by about 1e-6; those of float32 do not."""
+    """bfloat16 factors rotate a row by about 1e-6; float32 factors do not."""
     weight = random_weight((200, 150), rank=3, noise=0.0, seed=5)
     assert rank_of(encode(weight, 0.9999999, "half")) == 0
     assert rank_of(encode(weight, 0.999999, "full")) == 3
@@ -226,7 +226,7 @@ def test_without_coding_all_classes_stay_dense(precision: Precision) -> None:
 
 
 def test_factors_are_values_of_the_precision() -> None:
-    """What the client checked is what the server decodes."""
+    """The client checks exactly the values that the server decodes."""
     coded = encode(with_decay((100, 80), 0.8, seed=7), 0.99, "half")
     assert isinstance(coded, LowRankGradient)
     for tensor in (coded.left, coded.right, coded.bias):
@@ -247,7 +247,7 @@ def test_torchs_generator_is_neither_read_nor_moved() -> None:
 
 
 def test_bytes_are_counted_by_hand() -> None:
-    """Class and rank take 8 each; [4, 6] with 2 ranks has 20 values, dense 24."""
+    """Class and rank take 8 bytes each; [4, 6] has 20 values at rank 2, 24 if dense."""
     bias = torch.zeros(4)
     dense = ClassGradient(torch.zeros(4, 6), bias)
     low_rank = LowRankGradient(torch.zeros(4, 2), torch.zeros(2, 6), bias)

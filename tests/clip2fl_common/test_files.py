@@ -1,4 +1,4 @@
-"""Files are replaced whole; what is kept of private images is their owner's alone."""
+"""Files are replaced completely; only their owner can read private caches."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ from clip2fl_common.teacher.feature_cache import FeatureCache
 def cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Path]:
-    """Return a cache folder that is not there yet, under a umask."""
+    """Return the path of a missing cache folder, under a umask."""
     (tmp_path / "x.png").write_bytes(b"x")
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
     before = os.umask(request.param)
@@ -36,7 +36,7 @@ def cache(
 
 
 def fill(folder: Path) -> None:
-    """Keep something of every kind."""
+    """Store an item of every kind in the cache."""
     image = np.zeros((3, 4, 4), np.uint8)
     stored = decoded_images([folder / "x.png"], 4, iter([image]))
     assert stored is not None and stored[0].shape == (1, 3, 4, 4)
@@ -45,7 +45,7 @@ def fill(folder: Path) -> None:
     store = FeatureCache("fingerprint")
     store.put([bytes(16)], torch.ones(1, 8))
     assert list(store.get([bytes(16)])) == [bytes(16)]
-    # Files of a lock are made when the database was damaged.
+    # Lock files are made when the database was damaged.
     store._remove_damaged(sqlite3.DatabaseError("seen before"))
 
 
@@ -72,7 +72,7 @@ def test_what_others_could_read_is_closed_to_them(cache: Path) -> None:
     cache.chmod(0o755)
     file_digests([cache.parent])  # of another set: a new file
     fill(cache.parent)
-    # The folder that the user names keeps its mode; ours in it are closed.
+    # The folder that the user names keeps its mode; our folders in it are private.
     assert cache.stat().st_mode & 0o777 == 0o755
     for name in ("images", "digests", "teachers"):
         assert (cache / name).stat().st_mode & 0o777 == 0o700

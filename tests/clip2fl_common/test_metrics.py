@@ -1,4 +1,4 @@
-"""Accuracy figures by hand and against slow loops."""
+"""Accuracy, compared with hand-computed values and with slow loops."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_borders_of_the_groups() -> None:
 
 
 def test_groups_do_not_need_sorted_counts() -> None:
-    """Own images have their classes in any order."""
+    """With own images, the classes may have any order."""
     groups = shot_groups([3, 500, 50, 200])
     assert groups == ShotGroups("count", many=(1, 3), medium=(2,), few=(0,))
 

@@ -1,4 +1,4 @@
-"""Student networks: the reference's numbers, sizes by hand, torchvision's own."""
+"""Student networks, compared with the reference, known sizes and torchvision."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ NAMES = ("resnet8", "resnet8-slim", "resnet18", "resnet50")
 
 
 def test_resnet8_equals_the_reference() -> None:
-    """Features and logits are those of the released code's network."""
+    """Features and logits match the network of the released code."""
     model = reference.resnet8()
     images = reference.tensor("gradients/images")
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_large_networks_equal_torchvision(
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_forward_is_classifier_of_features(name: str) -> None:
-    """The classifier sees nothing but the features; shapes are as asked for."""
+    """Logits depend only on the features; shapes are as configured."""
     model = build_model(name, num_classes=5, feature_dim=24).eval()
     assert isinstance(model.classifier, nn.Linear)
     images = torch.randn(3, 3, 32, 32)
@@ -179,7 +179,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_folded_network_has_the_same_features(name: str) -> None:
-    """Whatever the statistics are; the model itself keeps its batch norms and mode."""
+    """Features are equal for any statistics; the model itself is not changed."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=5, feature_dim=24).double()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Pieces of CPU work on threads of their own."""
+"""Pieces of CPU work, each on its own thread."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def three_threads() -> Iterator[None]:
-    """Let torch use three threads, whatever the machine has."""
+    """Let torch use three threads on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -32,14 +32,14 @@ def test_results_come_in_order_from_threads_without_gradients() -> None:
     meeting = threading.Barrier(3, timeout=30)
 
     def work(piece: int) -> tuple[int, bool, int]:
-        meeting.wait()  # passes only where three pieces are under way at once
+        meeting.wait()  # passes only if three pieces run at the same time
         return piece, (weight * piece).requires_grad, torch.get_num_threads()
 
     assert list(map_pieces(work, range(6), CPU)) == [(n, False, 1) for n in range(6)]
 
 
 def test_pieces_are_taken_as_they_are_needed() -> None:
-    """A stream of pieces need not fit into memory."""
+    """The pieces together may be larger than the memory."""
     taken = []
 
     def pieces() -> Iterator[int]:

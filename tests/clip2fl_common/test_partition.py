@@ -1,4 +1,4 @@
-"""Partition: the released code's index lists, a slow version of them, and errors."""
+"""Partition, compared with the released code and a slow version; and its errors."""
 
 from collections.abc import Sequence
 
@@ -145,7 +145,7 @@ def test_equals_the_slow_version(
 
 
 def test_another_seed_gives_another_partition() -> None:
-    """The seed decides."""
+    """Another seed gives another partition."""
     labels = labels_of(4, 50)
     first, second = (long_tail_partition(labels, 4, 10, 4, 1.0, s) for s in (1, 2))
     assert [p.tolist() for p in first] != [p.tolist() for p in second]
@@ -179,7 +179,7 @@ def test_counts_by_hand() -> None:
 
 @pytest.mark.parametrize("value", [0.99, 0.0, -3.0, float("nan")])
 def test_imbalance_factor_below_one_is_refused(value: float) -> None:
-    """1/IF (0.01 for 100), as the released code wants it, is a likely mistake."""
+    """A likely mistake is 1/IF (0.01 for 100), which the released code expects."""
     with pytest.raises(PartitionError, match="imbalance-factor"):
         long_tail_counts(10, 3, value)
     with pytest.raises(PartitionError, match="imbalance-factor"):
@@ -195,7 +195,7 @@ def test_alpha_must_be_positive(value: float) -> None:
 
 @pytest.mark.parametrize("num_classes", [0, 1])
 def test_one_class_is_refused(num_classes: int) -> None:
-    """A tail needs two ends."""
+    """A long tail needs at least two classes."""
     with pytest.raises(PartitionError, match="two classes"):
         long_tail_counts(10, num_classes, 10.0)
 
@@ -208,7 +208,7 @@ def test_more_clients_than_samples_is_refused() -> None:
 
 @pytest.mark.parametrize("num_clients", [0, -1])
 def test_no_client_is_refused(num_clients: int) -> None:
-    """Somebody has to hold the data."""
+    """At least one client must hold the data."""
     with pytest.raises(PartitionError, match="clients"):
         long_tail_partition(labels_of(2, 3), 2, 1.0, num_clients, 1.0, 0)
 

@@ -1,4 +1,4 @@
-"""The program finds its own files, and the experiments that come with it."""
+"""The program finds its own files and its experiments."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The file that binds sites' names to keys, and what names are."""
+"""The file that binds sites' names to keys, and the rule for names."""
 
 import json
 import os
@@ -75,13 +75,13 @@ def test_registry_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_nothing_is_bound_twice(other: Site, message: str) -> None:
     with pytest.raises(RegistryError, match=message):
         SiteRegistry((NORTH,)).with_site(other)
-    # A file that says so, whoever wrote it, is refused, too.
+    # A registry that is read with such entries is refused, too.
     with pytest.raises(RegistryError):
         SiteRegistry((NORTH, other))
 
 
 def test_new_node_id_takes_the_place_of_the_old_one() -> None:
-    """As after the loss of the SuperLink's state."""
+    """A SuperLink that has lost its state gives a site a new node id."""
     moved = Site(NORTH.name, NORTH.key, 77)
     assert SiteRegistry((NORTH, EAST)).with_site(moved).sites == (EAST, moved)
 

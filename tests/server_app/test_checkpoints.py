@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how damage is found, what stays and what is refused."""
+"""Checkpoints: their content, detection of damage, pruning and refusals."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ from server_app.run_folder import checkpoint_path, rounds_with_checkpoint
 from tests.defaults import default_config
 from tests.tools import needed_tool
 
-# Where results and the site registry lie, what watches the run, how long the server
-# waits and what it keeps: none of it decides what comes out.
+# Keys for the place of results and site registry, for trackers, waiting times and kept
+# checkpoints: none of them changes the results.
 FREE_KEYS = (
     "run.dir",
     "run.name",
@@ -43,7 +43,7 @@ FILES = ("tensors.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS")
 
 
 def state(server_round: int = 3, best: BestRound | None = None) -> Checkpoint:
-    """Return a small checkpoint; its tensors tell the round."""
+    """Return a small checkpoint whose tensors contain the round."""
     return Checkpoint(
         round=server_round,
         config=default_config(),
@@ -61,7 +61,7 @@ def state(server_round: int = 3, best: BestRound | None = None) -> Checkpoint:
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:
-    """Tell whether two checkpoints are equal to the last bit."""
+    """Return whether two checkpoints are equal to the last bit."""
     plain = [name for name in vars(a) if name not in ("model", "strategy")]
     return all(getattr(a, n) == getattr(b, n) for n in plain) and all(
         of_a.keys() == of_b.keys()
@@ -178,7 +178,7 @@ def test_incomplete_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_times_of_files_do_not_matter(tmp_path: Path) -> None:
-    """The clock may have jumped: rounds are told by their numbers."""
+    """The clock may have jumped, so only the rounds' numbers count."""
     for server_round in (3, 2, 1):
         save_checkpoint(tmp_path, state(server_round))
     assert load_newest(tmp_path).round == 3
@@ -201,7 +201,7 @@ def test_other_format_is_refused(
 def test_last_ones_and_their_best_stay(
     tmp_path_factory: pytest.TempPathFactory, keep: int, values: list[int]
 ) -> None:
-    """Pruned after every round, as in a run; the first of equal values is the best."""
+    """Prune after every round, as in a run; the first of equal values is the best."""
     folder = tmp_path_factory.mktemp("run")
     best: BestRound | None = None
     for server_round, value in enumerate(values, start=1):
@@ -210,7 +210,7 @@ def test_last_ones_and_their_best_stay(
         save_checkpoint(folder, state(server_round, best))
         prune(folder, keep)
     rounds = range(1, len(values) + 1)
-    last = rounds[-max(keep, 2) :]  # the newest has yet to prove itself
+    last = rounds[-max(keep, 2) :]  # the next round must show that the newest is usable
     bests = {values.index(max(values[:r])) + 1 for r in last}
     assert rounds_with_checkpoint(folder) == sorted({*last, *bests})
 

@@ -16,7 +16,7 @@ NAMES = ("circle", "square", "star")
 def test_progress_tells_accuracy_loss_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The time left comes from all rounds but the first, which starts the workers."""
+    """The first round starts the workers, so it does not enter the remaining time."""
     now = iter([100.0, 140.0, 150.0, 170.0, 185.0])
     monkeypatch.setattr(
         console, "time", SimpleNamespace(perf_counter=lambda: next(now))

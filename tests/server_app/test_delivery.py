@@ -1,4 +1,4 @@
-"""The delivered model comes back as it was, and is there whole or not at all."""
+"""A delivered model is loaded exactly as saved, and is complete or absent."""
 
 import dataclasses
 import errno
@@ -23,7 +23,7 @@ CLASSES, DIM = 3, 16
 
 
 def card(architecture: str = "resnet8-slim") -> ModelCard:
-    """Return a card of a model of three classes."""
+    """Return the card of a model with three classes."""
     return ModelCard(
         architecture=architecture,
         feature_dim=DIM,
@@ -48,7 +48,7 @@ def trained(architecture: str = "resnet8-slim", seed: int = 0) -> ImageClassifie
     "architecture", ["resnet8-slim", "resnet8", "resnet18", "resnet50"]
 )
 def test_loaded_model_gives_the_same_logits(tmp_path: Path, architecture: str) -> None:
-    """With the classifier that was given, not the model's own."""
+    """The logits come from the given classifier, not from the model's own."""
     model, classifier = trained(architecture), nn.Linear(DIM, CLASSES)
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_card_comes_back(tmp_path: Path) -> None:
 
 
 def test_file_needs_no_code_of_ours(tmp_path: Path) -> None:
-    """Names and normalisation stand in the header as JSON, tensors by their names."""
+    """The header has names and normalisation as JSON; tensors have their names."""
     path = tmp_path / "model.safetensors"
     classifier = nn.Linear(DIM, CLASSES)
     save_model(path, trained(), classifier, card())
@@ -95,7 +95,7 @@ def test_file_needs_no_code_of_ours(tmp_path: Path) -> None:
 
 
 def disk_full(_: int) -> None:
-    """Stand for ``os.fsync`` where the file is written and has no room."""
+    """Replace ``os.fsync`` by a failure for lack of space on the disk."""
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -135,7 +135,7 @@ def test_model_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
 
 
 def saved_card(path: Path, **changes: Any) -> None:
-    """Save a model with a card of which some fields are different."""
+    """Save a model with a card in which some fields are changed."""
     changed = dataclasses.replace(card(), **changes)
     classes, width = len(changed.class_names), changed.feature_dim
     network = build_model(changed.architecture, classes, width)

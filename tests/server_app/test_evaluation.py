@@ -74,7 +74,7 @@ def evaluator(
 
 
 def student() -> ImageClassifier:
-    """Return a model that does not give every image to one class."""
+    """Return a model that does not predict one class for all images."""
     torch.manual_seed(1)
     return build_model("resnet8-slim", CLASSES, DIM)
 
@@ -110,7 +110,7 @@ def slow_report(
 
 
 def close(report: AccuracyReport, expected: AccuracyReport) -> bool:
-    """Tell whether two reports agree."""
+    """Return whether two reports agree."""
     same = [
         getattr(report, name) == pytest.approx(getattr(expected, name))
         for name in ("top1", "balanced", "many", "medium", "few", "per_class")
@@ -141,7 +141,7 @@ def test_both_heads_from_one_pass_equal_the_slow_evaluation(
 
 
 def test_evaluation_uses_running_statistics() -> None:
-    """A model left in training mode is judged in evaluation mode, and not changed."""
+    """A model in training mode is evaluated in evaluation mode, and not changed."""
     central = evaluator(Source([5, 5, 5, 5]))
     model = student().train()
     before = model.get_buffer("bn1.running_mean").clone()
@@ -182,7 +182,7 @@ def test_final_evaluation_uses_all() -> None:
 def test_images_are_kept_in_memory_where_they_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Kept or read again: the same accuracy."""
+    """The accuracy is the same for images in memory and images read again."""
     reports, reads = [], []
     for limit in (3 * SIZE * SIZE * 20, 3 * SIZE * SIZE * 20 - 1):
         monkeypatch.setattr(evaluation, "KEEP_BYTES", limit)
@@ -197,7 +197,7 @@ def test_images_are_kept_in_memory_where_they_fit(
 
 
 def test_unreadable_images_are_counted_each_time() -> None:
-    """Also when what is left comes from memory."""
+    """The count is the same if the readable images come from memory."""
     source = Source([9, 5, 12, 6], unreadable=3)
     central = evaluator(source)
     for _ in range(2):

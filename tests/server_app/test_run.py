@@ -21,12 +21,12 @@ from tests.defaults import run_config
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep out of the user's cache."""
+    """Use a temporary cache folder instead of the user's."""
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def tiny_run(folder: Path, **changes: Scalar) -> ServerRun:
-    """Return a tiny run."""
+    """Return the configuration of a tiny run."""
     place: dict[str, Scalar] = {
         "run__dir": str(folder.parent),
         "run__name": folder.name,
@@ -86,7 +86,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
 def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
-    """So that a teacher which cannot be had does not stop the others."""
+    """Other methods must run even if the teacher is not available."""
     run = tiny_run(tmp_path / "run", method=method, teacher__model="no-such-model")
     run.open(strategy(run))
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
@@ -95,7 +95,7 @@ def test_only_clip2fl_loads_a_teacher(tmp_path: Path, method: str) -> None:
 
 
 def test_initial_model_comes_from_the_seed(tmp_path: Path) -> None:
-    """Whatever was drawn before; torch's global generator is left alone."""
+    """Earlier draws do not matter; torch's global generator does not change."""
     models = []
     for name, global_seed, seed in (("a", 1, 7), ("b", 2, 7), ("c", 1, 8)):
         torch.manual_seed(global_seed)
@@ -155,7 +155,7 @@ def test_round_is_written_with_all_its_numbers(
 def test_artifacts_are_what_a_report_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Confusion agrees with accuracy, clients with the partition; features are few."""
+    """Artifacts agree with accuracy and partition, and contain few features."""
     run = tiny_run(tmp_path / "run", method="creff", evaluation__max_images=10)
     features = torch.arange(10 * 300 * 2).reshape(10, 300, 2) / 7
     own = {"features": features, "text_features": torch.ones(10, 2)}

@@ -1,4 +1,4 @@
-"""What the server knows of a run's images."""
+"""The server's knowledge of a run's images."""
 
 import numpy as np
 

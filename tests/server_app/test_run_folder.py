@@ -46,7 +46,7 @@ def test_without_a_place_it_goes_to_the_users_data(
 def test_no_configuration_leads_out_of_the_runs_folder(
     tmp_path: Path, key: str, value: str
 ) -> None:
-    """Either the value is refused, or the folder lies directly in run.dir."""
+    """The value is refused, or the folder lies directly in run.dir."""
     try:
         config = run_config(**{"run__dir": str(tmp_path / "runs"), key: value})
     except ConfigError:
@@ -77,7 +77,7 @@ def test_existing_run_is_refused_and_stays(tmp_path: Path) -> None:
 
 
 def test_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    """Whether it would be a new one or resume the first."""
+    """A new run is refused, and a run that would resume the first."""
     first = folder(tmp_path)
     first.begin_metrics("")
     resuming = run_config(run__resume=str(first.path))
@@ -91,7 +91,7 @@ def test_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
 
 
 def test_process_that_is_killed_leaves_no_lock(tmp_path: Path) -> None:
-    """And one that lives holds it: both seen from another process."""
+    """A living process holds the lock; another process checks both cases."""
     program = (
         "from tests.server_app.test_run_folder import folder; "
         "from pathlib import Path; "
@@ -120,7 +120,7 @@ def test_resuming_needs_a_folder(tmp_path: Path) -> None:
 def test_line_is_on_disk_when_the_call_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read through another handle while the run's is open, and synchronised."""
+    """The line is synchronised, and readable through another handle during the run."""
     run = folder(tmp_path)
     synchronised = []
     real = os.fsync
@@ -140,7 +140,7 @@ def test_line_is_on_disk_when_the_call_returns(
 
 
 def test_config_is_resolved(tmp_path: Path) -> None:
-    """Every key, as it can be given to another run."""
+    """config.json has every key, in a form that another run accepts."""
     config = run_config(run__dir=str(tmp_path), run__name="run", seed=12)
     run = RunFolder(config, 1)
     run.write_config(config, {"class_names": NAMES, "code": "abc"})

@@ -1,4 +1,4 @@
-"""Trackers receive what metrics.jsonl holds; none is needed."""
+"""Trackers receive the values of metrics.jsonl; no tracker is needed."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def test_scalars_are_the_numbers_by_their_path() -> None:
 
 
 def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
-    """Read back by TensorBoard itself, also before the run has ended."""
+    """TensorBoard reads the values, even before the run has ended."""
     run = tiny_run(tmp_path / "run", method="creff", run__trackers="tensorboard")
     creff = strategy(run)
     run.open(creff)
@@ -60,14 +60,14 @@ def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
 
 
 class Recorder(ModuleType):
-    """Stands for a tracker's package, or its run: notes each call."""
+    """Substitute for a tracker's package or its run, which records each call."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Return what notes a call of this name."""
+        """Return a function that records calls of this name."""
         if name.startswith("__"):
             raise AttributeError(name)
 

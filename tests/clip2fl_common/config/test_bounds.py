@@ -1,4 +1,4 @@
-"""Odd configurations are refused by name, or do no harm."""
+"""Odd values are refused with the key's name, or are harmless."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def parse(**changes: Any) -> RunConfig:
 
 
 def refusal(changes: dict[str, Any]) -> str | None:
-    """Return the message on a configuration, None if it is accepted."""
+    """Return the error message for a configuration; None if it is accepted."""
     try:
         parse(**changes)
     except ConfigError as error:
@@ -113,7 +113,7 @@ def refusal(changes: dict[str, Any]) -> str | None:
 
 
 def assert_out_of_range(key: str, value: object) -> None:
-    """Check that the value alone is wrong, and that one line says so."""
+    """Check that only this value is wrong, and that one line reports it."""
     message = refusal({key: value})
     assert message is not None, (key, value)
     assert message.startswith(f"run configuration: {key} = "), message
@@ -171,7 +171,7 @@ def test_floats_are_bounded(key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(FLOATS.keys() - MAY_VANISH))
 def test_floats_are_normal_in_float32(key: str) -> None:
-    """And so are the products of three of them."""
+    """Products of three such values are normal numbers, too."""
     least, most = FLOATS[key]
     limits = np.finfo(np.float32)
     assert least**3 > limits.tiny
@@ -184,7 +184,7 @@ def test_longest_wait_is_one_that_threads_take() -> None:
 
 @pytest.mark.parametrize("alpha", FLOATS["partition.alpha"])
 def test_every_alpha_gives_shares(alpha: float) -> None:
-    """Most draws are numbers; the partition draws anew where one is not."""
+    """Most draws are finite; the partition repeats a draw that is not."""
     draws = np.random.RandomState(7).dirichlet(np.repeat(alpha, 10), 1000)
     assert np.isfinite(draws).all(axis=1).mean() > 0.9
     labels = np.repeat(np.arange(10), 50)
@@ -279,7 +279,7 @@ SITES: dict[str, Scalar] = {"dataset.name": "sites"}
 
 
 def names_refused(names: str) -> str:
-    """Return the message on a list of class names."""
+    """Return the error message for a list of class names."""
     return str(refusal({**SITES, "dataset.class-names": names}))
 
 
@@ -358,7 +358,7 @@ def test_other_class_names_are_refused(names: str, message: str) -> None:
     ],
 )
 def test_products_must_fit_memory(changes: dict[str, Scalar], size: int) -> None:
-    """Each key is in range; the message names all of them, and both sizes."""
+    """Each key alone is in range; the message names all keys and both sizes."""
     message = str(refusal(changes))
     assert len(message.splitlines()) == 1
     unnamed = ("dataset.imbalance-factor", "dataset.name", "dataset.root")
@@ -369,7 +369,7 @@ def test_products_must_fit_memory(changes: dict[str, Scalar], size: int) -> None
 
 
 def test_full_batches_of_small_images_fit() -> None:
-    """Some ask for one batch of everything by a number beyond the images' number."""
+    """A batch size above the number of images means one batch of all images."""
     parse(**{f"{group}.batch-size": 10**6 for group in ("client", "evaluation")})
 
 
@@ -405,7 +405,7 @@ def test_full_batches_of_small_images_fit() -> None:
             "dataset.imbalance-factor = 1e+06 leaves no image of the rarest class",
         ),
         ({"teacher.model": "local-dir:/" + "a" * 256}, "longer than a path can be"),
-        ({"teacher.model": "local-dir:~nobody-x/t"}, "user who has no home folder"),
+        ({"teacher.model": "local-dir:~nobody-x/t"}, "user without a home folder"),
     ],
 )
 def test_contradictions(changes: dict[str, Scalar], message: str) -> None:
@@ -466,7 +466,7 @@ CHANGES = st.dictionaries(
 
 
 def check_refused_or_survives(changes: dict[str, Any]) -> None:
-    """Let scalars be refused by name, or come back from JSON as they went."""
+    """Check that each scalar is refused by name, or survives a JSON round trip."""
     try:
         config = parse(**changes)
     except ConfigError as error:

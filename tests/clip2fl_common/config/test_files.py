@@ -1,4 +1,4 @@
-"""What people write into files and on command lines is read, or refused in one line."""
+"""Files and command lines from people are read, or refused in one line."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.defaults import ROOT, default_config
 
 
 def refused_file(path: Path) -> str:
-    """Return the one-line message on a file of settings."""
+    """Return the one-line error message for a file of settings."""
     with pytest.raises(ConfigError) as error:
         merge_run_config(ROOT, path, [])
     message = str(error.value)
@@ -182,7 +182,7 @@ def test_pipe_in_the_place_of_an_interrupted_run_is_not_waited_for(
 
 
 def test_merged_text_is_toml_whatever_the_strings() -> None:
-    """JSON leaves a character as it is that TOML does not take."""
+    """JSON leaves one character unescaped that TOML does not accept."""
     text = merge_run_config(
         ROOT, None, ["run.name='\"\\' client.learning-rate=1e-7", 'run.dir="\\u007f"']
     )

@@ -1,4 +1,4 @@
-"""One definition of the same run, whoever asks."""
+"""The definition of "the same run", for resuming and for comparisons."""
 
 import pytest
 

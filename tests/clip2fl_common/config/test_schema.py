@@ -1,4 +1,4 @@
-"""Every bad key is refused by name, with what was found and the way out."""
+"""Every invalid key is refused with its name, its value and the remedy."""
 
 import tomllib
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_all_problems_are_listed_at_once() -> None:
 
 
 def experiments() -> list[Path]:
-    """Return the files in conf/ that are no comparisons."""
+    """Return the files in conf/ that are not comparisons."""
     files = sorted((ROOT / "conf").glob("*.toml"))
     return [f for f in files if "[variants." not in f.read_text("utf-8")]
 

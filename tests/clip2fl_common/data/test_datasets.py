@@ -1,4 +1,4 @@
-"""Images come out as they should; what is wrong with a folder is said by name."""
+"""Data sets load the right images; errors name the faulty folder or file."""
 
 import errno
 import json
@@ -103,7 +103,7 @@ def folder_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSourc
 
 
 def same(one: LoadedImages, other: LoadedImages) -> bool:
-    """Tell whether two loads brought the same."""
+    """Return whether two loads gave the same images."""
     return (
         torch.equal(one.images, other.images)
         and torch.equal(one.labels, other.labels)
@@ -201,7 +201,7 @@ def test_exif_rotation_is_undone(tmp_path: Path) -> None:
 def test_every_orientation_of_every_format_is_undone(
     tmp_path: Path, suffix: str, orientation: int
 ) -> None:
-    """As Pillow turns the whole image, before it is cut and made smaller."""
+    """The result equals rotating the whole image first, then cropping and scaling."""
     rows, columns = np.linspace(0, 255, 48)[:, None], np.linspace(255, 0, 80)
     picture = Image.fromarray(((rows + columns) / 2).astype(np.uint8)).convert("RGB")
     exif = Image.Exif()

@@ -78,7 +78,7 @@ def test_split_has_the_counts_asked_for() -> None:
 
 
 def test_split_refuses_a_wrong_number_of_classes() -> None:
-    """One count for each class, or an error."""
+    """There must be one count for each class."""
     with pytest.raises(ValueError, match="counts has 2 entries"):
         demo_split("train", [1, 2])
 
@@ -90,7 +90,7 @@ def test_teacher_file_fits_the_bundle() -> None:
 
 
 def test_teacher_is_a_frozen_open_clip_model(teacher: Teacher) -> None:
-    """The stand-in differs from a real CLIP by its weights alone."""
+    """The demo teacher differs from a real CLIP model only by its size and weights."""
     import open_clip
 
     model, _, _ = teacher
@@ -137,7 +137,7 @@ def test_teacher_knows_the_shapes_by_their_names(teacher: Teacher) -> None:
     ],
 )
 def test_damaged_teacher_file_is_named(tmp_path: Path, change: str) -> None:
-    """The error tells which file, and how to make it anew."""
+    """The error names the file and the command that makes it again."""
     path = tmp_path / "teacher.json"
     text = DATA_PATH.read_text(encoding="utf-8")
     broken = {

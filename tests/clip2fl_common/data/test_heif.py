@@ -1,4 +1,4 @@
-"""HEIC images are read through a package that need not be there."""
+"""HEIC images are read through an optional package."""
 
 import sys
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def register_heif_opener():
 
 @pytest.fixture(autouse=True)
 def fresh_decoders() -> Iterator[None]:
-    """Ask anew what this machine can decode; leave Pillow as it was."""
+    """Repeat the check of available decoders, and restore Pillow afterwards."""
     Image.init()
     known, ids = dict(Image.OPEN), list(Image.ID)
     missing_decoder.cache_clear()
@@ -57,7 +57,7 @@ def fresh_decoders() -> Iterator[None]:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Return a folder with a HEIC image by each of its names."""
+    """Return a folder with a HEIC image for each HEIC suffix."""
     for name in ("a.heic", "b.HEIF", "c.hif", "named as.jpg"):
         (tmp_path / name).write_bytes(HEIC)
     return tmp_path

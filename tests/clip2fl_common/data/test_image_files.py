@@ -1,4 +1,4 @@
-"""What of a folder is taken for an image, and which names of folders are refused."""
+"""Which files of a folder are images, and which folder names are refused."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ NFC, NFD = (unicodedata.normalize(form, "élan") for form in ("NFC", "NFD"))
 
 @pytest.fixture(autouse=True)
 def fresh_decoders() -> Iterator[None]:
-    """Ask anew what this machine can decode, and afterwards again."""
+    """Repeat the check of available decoders before and after the test."""
     missing_decoder.cache_clear()
     yield
     missing_decoder.cache_clear()

@@ -1,4 +1,4 @@
-"""Lists of images: what cannot be one is said with the list's name."""
+"""Lists of images: an error names the list."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of every kind become the right colours, or are refused with a reason."""
+"""Files of every kind give the right colours, or are refused with a reason."""
 
 import errno
 import io
@@ -48,7 +48,7 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
 
 
 def refusal(path: Path) -> str:
-    """Return why a file is refused, after the file's name."""
+    """Return the reason why a file is refused."""
     with pytest.raises(UnreadableImageError) as caught:
         read_image(path, 8)
     assert str(caught.value) == f"{path}: {caught.value.reason}"
@@ -86,7 +86,7 @@ def test_sixteen_bit_tiff_of_either_byte_order(tmp_path: Path, order: str) -> No
 
 
 def test_sixteen_bit_tiff_whose_white_is_zero_is_inverted(tmp_path: Path) -> None:
-    """As Pillow inverts those of 8 bits."""
+    """Pillow inverts only 8-bit files of this kind."""
     data = tiff_image(256, 256, RAMP.tobytes(), more=[(262, SHORT, [0])])
     (tmp_path / "x.tif").write_bytes(data)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif", 256)[0], 255 - SCALED)
@@ -110,7 +110,7 @@ def test_sixteen_bit_modes_in_memory(mode: str) -> None:
 
 
 def test_sixteen_bit_colours_lose_their_low_byte(tmp_path: Path) -> None:
-    """Pillow does this by itself; it is right to one of 255 steps."""
+    """Pillow drops the low byte; the result is correct within one of 255 steps."""
     samples = np.random.default_rng(0).integers(0, 65536, (16, 16, 3), np.uint16)
     (tmp_path / "x.png").write_bytes(png_of(samples))
     data = samples.astype("<u2").tobytes()
@@ -178,7 +178,7 @@ def test_every_mode_becomes_rgb(image: Image.Image, colour: tuple[int, ...]) -> 
 
 
 def read_as_ever(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Return what every version of this program made of an ordinary image."""
+    """Return the pixels that every version of this program gave for an image."""
     with Image.open(path) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -213,7 +213,7 @@ def test_ordinary_images_keep_their_pixels(
 def test_turned_tiff_of_every_mode(
     tmp_path: Path, mode: str, compression: str | None
 ) -> None:
-    """Pillow scrambles uncompressed ones that it maps into memory."""
+    """Pillow scrambles uncompressed rotated TIFF files that it maps into memory."""
     if mode == "I;16":
         image = Image.fromarray(RAMP[:40, :60])
     else:
@@ -277,7 +277,7 @@ def test_bomb_names_file_size_and_limit(
     side: int,
     pillow_limit: int | None,
 ) -> None:
-    """Whatever Pillow's own limit, which other code of the process may change."""
+    """The result must not depend on Pillow's limit, which other code may change."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     (tmp_path / "x.png").write_bytes(png(side, side, b"\0" * 3 * side))
     reason = refusal(tmp_path / "x.png")
@@ -323,7 +323,7 @@ def test_large_jpeg_is_decoded_smaller(
 def test_jpeg_of_several_scans_counts_as_kept_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One scan a component: sequential, yet all of it must be there at the end."""
+    """With one scan per component, the decoder must keep the whole image."""
     content = save(tmp_path / "x.jpg", noise(), subsampling=0).read_bytes()
     scan = content.index(b"\xff\xda\x00\x0c\x03")
     alone = b"\xff\xda\x00\x08\x01" + content[scan + 5 : scan + 7] + b"\x00\x3f\x00"
@@ -361,7 +361,7 @@ print(peak() - before)
 def test_peak_memory_of_the_largest_accepted_image(
     tmp_path: Path, name: str, mode: str, options: dict[str, object]
 ) -> None:
-    """The bound is made a 32nd, and so is the image."""
+    """Bound and image are both reduced to a 32nd, so that the test is fast."""
     bound = 2**25
     format = Image.registered_extensions()[f".{name.split('.')[1]}"]
     side = int((pixel_limit(format) / 32) ** 0.5)
@@ -401,18 +401,18 @@ def test_file_that_is_mostly_no_pixels_is_refused(
 
 
 def overlapping_fields(count: int) -> bytes:
-    """Return a TIFF block whose fields all are the same bytes."""
+    """Return a TIFF block whose fields all refer to the same bytes."""
     data = bytes(2**14)
     return tiff([(50_000 + n, UNDEFINED, [len(data)]) for n in range(count)], data)
 
 
 def exif_of_many_values() -> bytes:
-    """Return an EXIF block with far too many resolutions."""
+    """Return an EXIF block whose resolution field has far too many values."""
     return tiff([(282, LONG, range(MAX_VALUES + 1))], b"")
 
 
 def jpeg_with(exif: bytes) -> bytes:
-    """Return a JPEG with an EXIF block in as many segments as it takes."""
+    """Return a JPEG with an EXIF block, divided into as many segments as needed."""
     plain = io.BytesIO()
     noise().save(plain, "JPEG")
     pieces = [exif[n : n + 65000] for n in range(0, len(exif), 65000)]
@@ -467,7 +467,7 @@ def test_header_that_would_fill_the_memory_is_refused(
 
 
 def test_damaged_exif_leaves_the_pixels(tmp_path: Path) -> None:
-    """Fields that point outside the block are common, and no attack."""
+    """Fields that point outside the block are common, and are not an attack."""
     outside = struct.pack("<2sHLHHHLLL", b"II", 42, 8, 1, 37500, 7, 2**31, 2**20, 0)
     for exif in (b"no exif at all", outside):
         (tmp_path / "x.jpg").write_bytes(jpeg_with(exif))

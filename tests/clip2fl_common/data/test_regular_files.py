@@ -1,4 +1,4 @@
-"""Nothing but a regular file of bounded size is read, and nothing is waited for."""
+"""Only regular files of bounded size are read, and reading never waits."""
 
 import os
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_pipes_sockets_and_devices_are_not_waited_for(
 def test_pipe_that_takes_a_files_place_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was a file when it was looked at, and is none when it is opened."""
+    """The path is a file at the first check, and a pipe when it is opened."""
     make_special_files(tmp_path)
     (tmp_path / "file").write_text("x")
     facts = (tmp_path / "file").stat()

@@ -1,4 +1,4 @@
-"""A site's folder: which files are taken, and which of them evaluate."""
+"""A site's folder: which files are used, and which of them for validation."""
 
 import hashlib
 import os
@@ -77,7 +77,7 @@ def test_unknown_folder_is_named_with_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_split_is_by_content_alone(tmp_path: Path) -> None:
-    """Names, dates, other files and the class do not matter; the hash does."""
+    """Only the hash of the content matters, not name, date, other files or class."""
     one, other = tmp_path / "one", tmp_path / "other"
     write(one / "dog", 40)
     write(other / "big_cat", 20, first=10)

@@ -1,4 +1,4 @@
-"""What a source of image files says, once, and what it keeps."""
+"""The warnings of a source of image files, each given once, and its cache."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def source(folder: Path, skip: bool) -> FileSource:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a good image, a refused one, and one of a name that cannot be printed."""
+    """Return a good image, a refused one, and one with an unprintable name."""
     picture(tmp_path / "images" / "a.png", 9)
     values = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     values.save(tmp_path / "images" / "b.tif")
@@ -99,7 +99,7 @@ def test_several_pictures_in_files_are_said_once(
 def test_file_that_cannot_be_read_today_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
-    """Rights that are given leave a file's size and date as they are."""
+    """New permissions change neither size nor date of a file."""
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     images = source(tmp_path, True)

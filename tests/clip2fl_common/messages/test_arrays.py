@@ -1,4 +1,4 @@
-"""Arrays of messages: decoded without a copy, as numpy reads them, and checked."""
+"""Arrays of messages are checked, and decoded as numpy does, without a copy."""
 
 import io
 

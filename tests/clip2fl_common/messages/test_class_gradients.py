@@ -1,4 +1,4 @@
-"""Class gradients over the wire: what goes in comes out, and nothing else does."""
+"""Class gradients in messages: a round trip is exact, and other content is refused."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ CLASSES, DIM = 6, 9
 def expected_format(
     precision: Precision, min_cosine: float = 0.99
 ) -> messages.GradientFormat:
-    """Return what a server expects; ranks up to 3 are smaller than dense."""
+    """Return the server's expectation; ranks up to 3 are smaller than dense."""
     upload = run_config(
         upload__precision=precision, upload__min_cosine=min_cosine
     ).upload
@@ -54,7 +54,7 @@ def gradients_of_rank(
 
 
 def assert_same(actual: CodedGradient, expected: CodedGradient) -> None:
-    """Check kind and every value."""
+    """Check the kind of a gradient and each of its values."""
     assert isinstance(actual, LowRankGradient) == isinstance(expected, LowRankGradient)
     if isinstance(actual, LowRankGradient) and isinstance(expected, LowRankGradient):
         assert torch.equal(actual.left, expected.left)
@@ -70,7 +70,7 @@ def assert_same(actual: CodedGradient, expected: CodedGradient) -> None:
     seed=st.integers(0, 1000),
 )
 def test_round_trip(ranks: list[int], precision: Precision, seed: int) -> None:
-    """Any mixture, to the last bit; the size is the one that is counted."""
+    """A round trip is exact to the last bit for any mixture; the size is as counted."""
     gradients = gradients_of_rank(ranks, precision, seed)
     arrays = messages.gradients_to_arrays(gradients, precision)
     decoded = messages.gradients_from_arrays(arrays, expected_format(precision))
@@ -83,7 +83,7 @@ def test_round_trip(ranks: list[int], precision: Precision, seed: int) -> None:
 
 @pytest.mark.parametrize("precision", ["half", "full"])
 def test_client_may_have_no_class_to_send(precision: Precision) -> None:
-    """All of its classes are smaller than privacy.min-class-samples."""
+    """All classes of the client are smaller than privacy.min-class-samples."""
     expected = expected_format(precision)
     shape = (expected.num_classes, expected.feature_dim)
     arrays = messages.gradients_to_arrays({}, precision, shape)
@@ -92,7 +92,7 @@ def test_client_may_have_no_class_to_send(precision: Precision) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e10])
 def test_half_precision_keeps_small_and_large_values(scale: float) -> None:
-    """To 1 part in 256: bfloat16 has the exponents of float32."""
+    """Values keep a precision of 1 in 256: bfloat16 has the exponents of float32."""
     (gradient,) = gradients_of_rank([0], "full").values()
     scaled = ClassGradient(scale * gradient.weight, scale * gradient.bias)
     gradients: dict[int, CodedGradient] = {2: scaled}
@@ -105,7 +105,7 @@ def test_half_precision_keeps_small_and_large_values(scale: float) -> None:
 
 @pytest.mark.parametrize("precision", ["half", "full"])
 def test_server_decodes_what_the_client_encoded(precision: Precision) -> None:
-    """From gradients to gradients; the classes' order on the way does not matter."""
+    """Decoded gradients equal encoded ones, for any order of the classes."""
     (gradient,) = gradients_of_rank([0], "full").values()
     weight, bias = gradient.weight, gradient.bias
     gradients = {
@@ -125,7 +125,7 @@ Damage = Callable[[ArrayRecord], None]
 
 
 def put(name: str, change: Callable[[npt.NDArray[np.generic]], object]) -> Damage:
-    """Return what replaces an array by another one made from it."""
+    """Return a damage that replaces an array by another one made from it."""
 
     def damage(arrays: ArrayRecord) -> None:
         arrays[name] = Array(np.asarray(change(arrays[name].numpy())))
@@ -134,7 +134,7 @@ def put(name: str, change: Callable[[npt.NDArray[np.generic]], object]) -> Damag
 
 
 def put_bytes(name: str, data: bytes) -> Damage:
-    """Return what puts an array that is said to be like ``bias``, but is not."""
+    """Return a damage that inserts an array which is falsely declared like ``bias``."""
 
     def damage(arrays: ArrayRecord) -> None:
         array = arrays["bias"]
@@ -144,7 +144,7 @@ def put_bytes(name: str, data: bytes) -> Damage:
 
 
 def put_surplus(name: str) -> Damage:
-    """Return what puts bytes behind an array's values, which numpy passes over."""
+    """Return a damage that appends bytes to an array's values, which numpy ignores."""
 
     def damage(arrays: ArrayRecord) -> None:
         array = arrays[name]
@@ -156,7 +156,7 @@ def put_surplus(name: str) -> Damage:
 
 
 def with_item(value: float) -> Callable[[npt.NDArray[np.generic]], object]:
-    """Return what sets an array's first item."""
+    """Return a damage that sets an array's first item."""
 
     def change(array: npt.NDArray[np.generic]) -> object:
         changed = array.copy()
@@ -183,7 +183,7 @@ def header_only(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
 
 
 def without(name: str) -> Damage:
-    """Return what takes an array away."""
+    """Return a damage that removes an array."""
 
     def damage(arrays: ArrayRecord) -> None:
         del arrays[name]

@@ -1,4 +1,4 @@
-"""Cached features come back exact or not at all; damage is taken out."""
+"""Cached features are returned exactly or not at all; damage is removed."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ KEYS = [bytes([i]) * 16 for i in range(40)]
 
 
 def features(keys: Sequence[bytes]) -> torch.Tensor:
-    """Return what belongs to some keys."""
+    """Return the features of some keys."""
     return torch.tensor([[key[0] / 7 + j for j in range(64)] for key in keys])
 
 
@@ -26,7 +26,7 @@ def cache(tmp_path: Path) -> FeatureCache:
 
 
 def holds(cache: FeatureCache, keys: Sequence[bytes]) -> bool:
-    """Tell whether exactly these keys are there, with their exact features."""
+    """Return whether the cache has exactly these keys, with their exact features."""
     found = cache.get(KEYS)
     return sorted(found) == sorted(keys) and all(
         torch.equal(found[key], features([key])[0]) for key in keys
@@ -42,7 +42,7 @@ def test_features_come_back(cache: FeatureCache) -> None:
 def test_damaged_file_is_replaced_once(
     cache: FeatureCache, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    """The first access says so and clears the way; then all is as before."""
+    """The first access warns and removes the file; then the cache works again."""
     content = cache.path.read_bytes()
     assert len(content) > 8192
     cache.path.write_bytes(
@@ -94,7 +94,7 @@ def test_damaged_row_is_computed_again(
 
 
 def test_file_that_another_process_renewed_stays(cache: FeatureCache) -> None:
-    """The damage was seen before, the lock is held after the renewal."""
+    """The process sees the damage before the renewal, and gets the lock after it."""
     cache._remove_damaged(sqlite3.DatabaseError("seen before"))
     assert holds(cache, KEYS)
 

@@ -1,4 +1,4 @@
-"""Teachers: cached exactly, told apart by fingerprint, missed with a way out."""
+"""Teachers: exact caches, identity by fingerprint, errors with a remedy."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ def _next(value: float) -> float:
 def test_teacher_is_known_by_its_fingerprint_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process, on a GPU, noted a scale that differs in the last digit."""
+    """A process with a GPU has stored a scale that differs in the last digit."""
     monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
     facts = load_teacher("demo").network.facts
     other = replace(facts, logit_scale=_next(facts.logit_scale))
@@ -75,7 +75,7 @@ def test_facts_are_computed_on_the_cpu(teacher: Teacher) -> None:
     scale = teacher._model.logit_scale.detach()
 
     class OnDevice(torch.nn.Module):
-        """The teacher's weights; only its scale is asked for otherwise."""
+        """Return the teacher's weights; only the scale is replaced."""
 
         logit_scale = _ScaleOnDevice(scale)
 
@@ -202,14 +202,14 @@ def test_fingerprint_follows_the_weights(teacher: Teacher) -> None:
 
 
 def never() -> Network:
-    """Load no teacher."""
+    """Fail if a teacher is loaded."""
     pytest.fail("the teacher was loaded")
 
 
 def test_known_teacher_is_not_loaded(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fingerprint, scale, texts and images all come from disk the second time."""
+    """The second time, fingerprint, scale, texts and images all come from disk."""
     names, batch = ["star", "ring"], images(3)
     expected = teacher.text_features(names), teacher.cached_image_features(batch)
     monkeypatch.setattr(teachers, "_load_network", lambda *_: never())
@@ -226,7 +226,7 @@ def test_known_teacher_is_not_loaded(
 def own_folder(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Return a folder whose teacher is the demo's, shifted by what its file says."""
+    """Return a folder with the demo's teacher, shifted by the value in its file."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     (folder / "weights").write_text("0")
@@ -244,7 +244,7 @@ def own_folder(
 
 @pytest.mark.parametrize("change", ["content", "time"])
 def test_changed_file_is_another_teacher(own_folder: Path, change: str) -> None:
-    """Also where size and time of change are set back: then the inode's tells."""
+    """A reset of size and modification time does not help: the inode's time differs."""
     name = f"local-dir:{own_folder}"
     first = load_teacher(name)
     assert known_facts(name, "") == first.network.facts
