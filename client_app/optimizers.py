@@ -294,8 +294,8 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 
     Newton-Schulz iterations ``X <- a X + (b A + c A^2) X`` with ``A = X X^T`` start at
     X over its Frobenius norm. The coefficients are steep at zero: five iterations bring
-    all but very small singular values to between 0.7 and 1.2, but no number of them
-    ends at 1.
+    singular values from 0.002 on to between 0.68 and 1.21, but no number of them ends
+    at 1.
 
     Parameters
     ----------

@@ -121,7 +121,7 @@ def test_newton_schulz_brings_singular_values_near_one(
 ) -> None:
     matrices = (scale * random_matrices(5, *shape)).float()
     values = torch.linalg.svdvals(orthogonalised(matrices))
-    assert values.min() > 0.65 and values.max() < 1.2
+    assert values.min() > 0.68 and values.max() < 1.2
 
 
 def test_matrices_of_one_shape_are_orthogonalised_as_each_alone() -> None:
