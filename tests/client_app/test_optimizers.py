@@ -80,8 +80,8 @@ def test_parameters_without_gradient_stay(name: OptimizerName) -> None:
         if all(parameter is not other for other in frozen):
             parameter.grad = torch.ones_like(parameter)
     make_optimizer(OptimizerSettings(name, weight_decay=0.1), model, 0.1).step()
-    for parameter, value in zip(frozen, before, strict=True):
-        assert torch.equal(parameter, value)
+    for stayed, value in zip(frozen, before, strict=True):
+        assert torch.equal(stayed, value)
     assert not torch.equal(model.classifier.weight, moved)
 
 

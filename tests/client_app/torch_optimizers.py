@@ -28,7 +28,7 @@ def expected_steps(
         def decoupled() -> None:
             with torch.no_grad():
                 for parameter in parameters:
-                    parameter -= learning_rate * decay * parameter
+                    parameter.sub_(learning_rate * decay * parameter)
             optimizer.step()
 
         return decoupled
@@ -90,6 +90,6 @@ def _mean_descent(
             assert gradient is not None
             mean.copy_(share * mean + (1 - share) * gradient)
             ahead = share * mean + (1 - share) * gradient
-            parameter -= size * (settings.weight_decay * parameter + ahead)
+            parameter.sub_(size * (settings.weight_decay * parameter + ahead))
 
     return step
