@@ -4,11 +4,13 @@
 
 The images are random: the work does not depend on their content. All optimizers train
 the same model in turn in one process, and an epoch's time is divided by plain SGD's of
-the same turn.
+the same turn. Epochs of two batches keep the turns short, and quartiles leave out the
+turns that other work on the machine delayed.
 """
 
 import argparse
 import copy
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
@@ -71,7 +73,7 @@ def table(
     batch_size, images : int
         Mini-batch size and number of images of the epoch.
     repeats : int
-        Number of timed epochs of each optimizer.
+        Number of timed epochs of each optimizer, at least 2.
     device : torch.device
         Device on which they train.
     """
@@ -86,14 +88,13 @@ def table(
     for name, own in seconds.items():
         ratios = [a / b for a, b in zip(own, seconds["sgd"], strict=True)]
         milliseconds = [1000 * value / steps for value in own]
-        rows.append(
-            [
-                name,
-                median_and_spread(milliseconds),
-                "1" if name == "sgd" else median_and_spread(ratios),
-            ]
-        )
+        rows.append([name, _quartiles(milliseconds), _quartiles(ratios)])
     return markdown(["optimizer", "ms a step", "of sgd's"], rows)
+
+
+def _quartiles(values: list[float]) -> str:
+    """Return "median (first quartile-third quartile)"."""
+    return median_and_spread(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def main() -> None:
@@ -101,8 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=defaults()["model.name"])
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=150)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--note", default="", help="a sentence below the table")
     options = parser.parse_args()
@@ -112,8 +113,8 @@ def main() -> None:
     )
     text = (
         f"{options.model}, batch {options.batch_size}, {options.images} images of 32 "
-        f"pixels, with distillation; median (least-most) of {options.repeats} epochs, "
-        f"ratios pair by pair.\n\n{found}"
+        f"pixels, with distillation, {torch.get_num_threads()} threads; median "
+        f"(quartiles) of {options.repeats} epochs, ratios pair by pair.\n\n{found}"
     )
     if options.note:
         text += f"\n\n{options.note}"
