@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from client_app import shared_training
+from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
@@ -53,6 +54,7 @@ def training(model: ImageClassifier, **changes: Any) -> Any:
         "offsets": None,
         "augment_per_image": False,
         "precision": torch.float32,
+        "optimizer": PLAIN_SGD,
         **changes,
     }
     first = ("images", "labels", "teacher_logits", "objective")
@@ -97,6 +99,7 @@ OTHERS: dict[str, Any] = {
     "offsets": torch.zeros(3),
     "augment_per_image": True,
     "precision": torch.bfloat16,
+    "optimizer": OptimizerSettings(weight_decay=0.1),
 }
 
 
