@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tests.deployment.conftest import COUNTS, TINY
 from tests.deployment.stack import Stack, wait_for
+from tests.site_folders import write_site
 
 pytestmark = pytest.mark.slow
 ALL = sorted(COUNTS)
@@ -103,19 +104,22 @@ def write_teacher(folder: Path, seed: int) -> None:
     )
 
 
-def test_node_with_another_teacher_is_left_out_by_name(federation: Stack) -> None:
+def test_node_with_another_teacher_is_left_out_by_name(server: Stack) -> None:
     """Under the same path, each machine having a home of its own."""
-    for machine in (federation.server, *federation.nodes.values()):
-        other = machine is federation.nodes["east"]
-        write_teacher(machine.folder / "teacher", seed=int(other))
-    federation.start_run(
-        f'{TINY} federation.rounds=1 teacher.model="local-dir:~/teacher"'
-    )
-    assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
-    assert clients(federation) == [["north", "west"]]
+    write_teacher(server.server.folder / "teacher", seed=0)
+    for name, counts in COUNTS.items():
+        node = server.add_node(name)
+        write_site(node.folder / "images", counts)
+        write_teacher(node.folder / "teacher", seed=int(name == "east"))
+        rules = f'teacher-folders = ["{node.folder / "teacher"}"]\n'
+        (node.folder / "keys" / "policy.toml").write_text(rules, "utf-8")
+        server.start_node(name, node.folder / "images")
+    server.start_run(f'{TINY} federation.rounds=1 teacher.model="local-dir:~/teacher"')
+    assert server.wait_for_run(3 * ROUND_S) == 0, server.server.log("run")
+    assert clients(server) == [["north", "west"]]
     (line,) = [
         line
-        for line in federation.server.log("run").splitlines()
+        for line in server.server.log("run").splitlines()
         if "dropped the reply of node" in line
     ]
     assert "(east)" in line and "has the fingerprint" in line
