@@ -138,6 +138,15 @@ class PixelImages:
         return self.normalize(chosen.to(self.device))
 
 
+class Views(Protocol):
+    """Augmented pictures of the images, with the teacher's logits of each picture."""
+
+    def batch(
+        self, epoch: int, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return normalised pictures [n, 3, H, W] and logits [n, C] of the images."""
+
+
 @dataclass(frozen=True)
 class TrainingLosses:
     """Mean losses over the last local epoch."""
@@ -161,6 +170,7 @@ def train_locally(
     offsets: torch.Tensor | None = None,
     augment_per_image: bool = False,
     precision: torch.dtype = torch.float32,
+    views: Views | None = None,
 ) -> TrainingLosses:
     """Train a model in place by plain SGD; return its losses.
 
@@ -191,6 +201,9 @@ def train_locally(
         Draw crop and flip for each image instead of each batch.
     precision : torch.dtype
         Precision of the passes: float32, or bfloat16 for mixed precision.
+    views : Views or None
+        Pictures to train on instead of the images with a crop and a flip; their logits
+        take the place of ``teacher_logits``.
 
     Returns
     -------
@@ -208,22 +221,27 @@ def train_locally(
         if objective.proximal_mu > 0
         else []
     )
-    for _ in range(epochs):
+    for epoch in range(epochs):
         total = distilled = torch.zeros((), device=images.device)
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             chosen = batch.to(images.device)
-            augmented = random_crop_flip(
-                images[chosen], crop_padding, generator, per_image=augment_per_image
-            )
+            taught: torch.Tensor | None
+            if views is not None:
+                augmented, taught = views.batch(epoch, batch)
+            else:
+                augmented = random_crop_flip(
+                    images[chosen], crop_padding, generator, per_image=augment_per_image
+                )
+                taught = None if teacher_logits is None else teacher_logits[chosen]
             with mixed_precision(images.device, precision):
                 logits = model(augmented)
             # In half precision the loss would be rounded to three digits.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             scores = logits if offsets is None else logits + offsets
             loss = functional.cross_entropy(scores, labels[chosen])
-            if teacher_logits is not None:
+            if taught is not None:
                 distillation = distillation_loss(
-                    logits, teacher_logits[chosen], objective.distillation_temperature
+                    logits, taught, objective.distillation_temperature
                 )
                 loss = loss + objective.distillation_weight * distillation
                 distilled = distilled + distillation.detach() * len(batch)

@@ -67,6 +67,7 @@ NUMERIC_KEYS = (
     "client.logit-adjustment",
     "distillation.weight",
     "distillation.temperature",
+    "distillation.views",
     "class-gradients.draws",
     "class-gradients.samples-per-class",
     "upload.min-cosine",
