@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from client_app.chosen_views import ChosenViews, choose_views
 from client_app.images import (
     OtherCodeError,
     training_images,
@@ -25,7 +26,7 @@ from client_app.training import (
     logit_offsets,
     train_locally,
 )
-from client_app.views import ChosenViews, ViewRecipe, choose_views
+from client_app.views import ViewRecipe
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset

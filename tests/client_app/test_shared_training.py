@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from client_app import shared_training
+from client_app.chosen_views import ChosenViews
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
-from client_app.views import ChosenViews, ViewRecipe
+from client_app.views import ViewRecipe
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.models import ImageClassifier, build_model
 from tests.federation import federate, metrics

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from client_app.chosen_views import choose_views
 from client_app.training import LocalObjective, PixelImages, train_locally
-from client_app.views import ViewRecipe, choose_views, make_views, view_numbers
+from client_app.views import ViewRecipe, make_views, view_numbers
 from clip2fl_common.data import demo
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.models import build_model
