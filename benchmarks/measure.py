@@ -7,6 +7,7 @@ computed pair by pair. Absolute times hold only for this machine at this moment.
 import os
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -280,7 +281,7 @@ def write_results(
         The page; it replaces a page of the same day.
     """
     module = Path(sys.argv[0]).stem
-    command = " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     today = date.today().isoformat()
     kind = "-gpu" if device.type == "cuda" else ""
     folder.mkdir(parents=True, exist_ok=True)

@@ -302,7 +302,7 @@ def published_epoch(
 
 
 def our_epoch(
-    start: nn.Module,
+    start: ImageClassifier,
     pixels: torch.Tensor,
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,

@@ -14,6 +14,7 @@ from client_app.images import (
     training_images,
     validation_images,
 )
+from client_app.optimizers import OptimizerSettings
 from client_app.own_site import OwnSite
 from client_app.part import ClientRound
 from client_app.registry import part_for
@@ -194,6 +195,21 @@ def _train(
         distillation_weight=request.distillation_weight,
         distillation_temperature=request.distillation_temperature,
         proximal_mu=request.proximal_mu,
+        label_weight=settings.label_weight,
+    )
+    learning_rate = step_size(
+        settings.learning_rate,
+        settings.learning_rate_final,
+        request.server_round,
+        client.config.federation.rounds,
+    )
+    optimizer = OptimizerSettings(
+        name=settings.optimizer,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        # One schedule for all parameters: the ratio of the step sizes stays.
+        other_learning_rate=settings.learning_rate_other
+        * (learning_rate / settings.learning_rate),
     )
     return train_or_reuse(
         partial(
@@ -205,12 +221,7 @@ def _train(
             objective,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            learning_rate=step_size(
-                settings.learning_rate,
-                settings.learning_rate_final,
-                request.server_round,
-                client.config.federation.rounds,
-            ),
+            learning_rate=learning_rate,
             crop_padding=settings.crop_padding,
             generator=client.random("batches"),
             offsets=(
@@ -220,6 +231,7 @@ def _train(
             ),
             augment_per_image=settings.augment_per == "image",
             precision=client.precision,
+            optimizer=optimizer,
             views=views,
         )
     )

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
+from client_app.optimizers import PLAIN_SGD, OptimizerSettings, make_optimizer
 from clip2fl_common.models import ImageClassifier, folded
 from clip2fl_common.parallel import map_pieces
 
@@ -76,7 +76,7 @@ def logit_offsets(
 
 @dataclass(frozen=True)
 class LocalObjective:
-    """The terms of the local loss besides cross-entropy.
+    """The terms of the local loss and their weights.
 
     Attributes
     ----------
@@ -87,11 +87,14 @@ class LocalObjective:
     proximal_mu : float
         Weight of half the squared distance to the global model (FedProx, Li et al.
         2020, Eq. 2); 0 turns it off.
+    label_weight : float
+        Weight of the cross-entropy with the labels; with 0 the teacher alone trains.
     """
 
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
     proximal_mu: float = 0.0
+    label_weight: float = 1.0
 
 
 class Images(Protocol):
@@ -156,7 +159,7 @@ class TrainingLosses:
 
 
 def train_locally(
-    model: nn.Module,
+    model: ImageClassifier,
     images: Images,
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -170,13 +173,14 @@ def train_locally(
     offsets: torch.Tensor | None = None,
     augment_per_image: bool = False,
     precision: torch.dtype = torch.float32,
+    optimizer: OptimizerSettings = PLAIN_SGD,
     views: Views | None = None,
 ) -> TrainingLosses:
-    """Train a model in place by plain SGD; return its losses.
+    """Train a model in place; return its losses.
 
     Parameters
     ----------
-    model : nn.Module
+    model : ImageClassifier
         Global model; trained in place.
     images : Images, N of them
         The client's normalised images.
@@ -189,7 +193,7 @@ def train_locally(
     epochs, batch_size : int
         Passes over the images and mini-batch size; the last batch may be smaller.
     learning_rate : float
-        Step size.
+        Step size of the optimizer.
     crop_padding : int
         Zero pixels around an image before its crop (see `random_crop_flip`).
     generator : torch.Generator
@@ -201,6 +205,8 @@ def train_locally(
         Draw crop and flip for each image instead of each batch.
     precision : torch.dtype
         Precision of the passes: float32, or bfloat16 for mixed precision.
+    optimizer : OptimizerSettings
+        Plain SGD by default. Its state starts at zero and ends with this call.
     views : Views or None
         Pictures to train on instead of the images with a crop and a flip; their logits
         take the place of ``teacher_logits``.
@@ -221,6 +227,7 @@ def train_locally(
         if objective.proximal_mu > 0
         else []
     )
+    descent = make_optimizer(optimizer, model, learning_rate)
     for epoch in range(epochs):
         total = distilled = torch.zeros((), device=images.device)
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
@@ -239,6 +246,8 @@ def train_locally(
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             scores = logits if offsets is None else logits + offsets
             loss = functional.cross_entropy(scores, labels[chosen])
+            if objective.label_weight != 1:
+                loss = objective.label_weight * loss
             if taught is not None:
                 distillation = distillation_loss(
                     logits, taught, objective.distillation_temperature
@@ -255,7 +264,7 @@ def train_locally(
                 loss = loss + objective.proximal_mu / 2 * squared
             model.zero_grad()
             loss.backward()
-            _descend(model, learning_rate)
+            descent.step()
             total = total + loss.detach() * len(batch)
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -263,18 +272,6 @@ def train_locally(
                 f"client.learning-rate (now {learning_rate})"
             )
     return TrainingLosses(float(total / len(images)), float(distilled / len(images)))
-
-
-@torch.no_grad()
-def _descend(model: nn.Module, learning_rate: float) -> None:
-    """Take one step of plain SGD, like `torch.optim.SGD`.
-
-    Creating a torch optimizer imports torch's compiler, which takes more than a second,
-    and a ClientApp starts a new process for every message.
-    """
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.add_(parameter.grad, alpha=-learning_rate)
 
 
 def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip2fl_common.config.messages import shown
-from clip2fl_common.config.types import MOMENTUM_METHODS, listed_names, path_fits
+from clip2fl_common.config.types import (
+    MOMENTUM_METHODS,
+    TEACHER_METHODS,
+    listed_names,
+    path_fits,
+)
 from clip2fl_common.partition import long_tail_counts
 
 if TYPE_CHECKING:  # the schema calls these checks
@@ -95,6 +100,18 @@ def _method_problems(config: "RunConfig") -> Iterator[str]:
             "server's momentum steps from the clients' mean; set aggregation.rule = "
             "'mean' or choose another method"
         )
+    if config.client.label_weight == 0:
+        if config.method not in TEACHER_METHODS:
+            yield (
+                f"client.label-weight = 0, but method = {config.method!r} has no "
+                "teacher, so nothing would train the local models; raise the weight or "
+                "choose clip2fl or clip2flm"
+            )
+        elif config.distillation.weight == 0:
+            yield (
+                "client.label-weight = 0 and distillation.weight = 0: nothing would "
+                "train the local models; raise one of them"
+            )
 
 
 def _path_problems(config: "RunConfig") -> Iterator[str]:

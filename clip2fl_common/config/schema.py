@@ -50,7 +50,9 @@ from clip2fl_common.config.types import (
     ImageSize,
     LengthRatio,
     MethodName,
+    Momentum,
     NameList,
+    OptimizerName,
     Padding,
     PathText,
     Positive,
@@ -212,11 +214,27 @@ class Client:
     """Passes over a client's images each round."""
     batch_size: Positive = 32
     """Mini-batch size of local training."""
+    optimizer: OptimizerName = "sgd"
+    """sgd (plain, as published), momentum, adam or muon (orthogonalised momentum); each
+    round starts without memory of earlier ones."""
     learning_rate: StepSize = 0.1
-    """Step size of local training (plain SGD)."""
+    """Step size of the optimizer: about 0.1 for sgd, 0.02 for momentum and muon, 0.002
+    for adam."""
     learning_rate_final: FinalStepSize = 0.0
     """Step size of the last round, on a geometric schedule; 0: the same in all
     rounds."""
+    learning_rate_other: StepSize = 0.1
+    """muon: step size of the biases, BatchNorm and the classifier, which are not
+    orthogonalised; it follows the same schedule."""
+    momentum: Momentum = 0.9
+    """momentum, muon and adam (beta_1): share of the earlier direction in the next one;
+    sgd has none."""
+    weight_decay: Weight = 0.0
+    """Each step first shrinks every parameter by this share times the step size; 0: no
+    decay."""
+    label_weight: Weight = 1.0
+    """Weight of the cross-entropy with the labels; 0: distillation alone trains the
+    local models."""
     crop_padding: Padding = 4
     """Zero pixels around an image before its random crop; 0: no crop."""
     augment_per: Literal["batch", "image"] = "batch"
@@ -256,7 +274,7 @@ class FedProx:
 class FedAvgM:
     """Momentum at the server."""
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Momentum = 0.9
     """Momentum of the server's steps."""
     learning_rate: Annotated[float, Field(ge=1e-06, le=1)] = 1.0
     """Step size of the server; 1 goes all the way to the clients' average."""

@@ -43,6 +43,8 @@ MOMENTUM_METHODS = ("clip2flm", "fedavgm")
 """Methods with momentum at the server."""
 METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
+OptimizerName = Literal["sgd", "momentum", "adam", "muon"]
+"""Optimizers of local training (client_app/optimizers.py)."""
 
 
 class ConfigError(ValueError):
@@ -170,6 +172,7 @@ Ratio = Annotated[float, Field(ge=1, le=1e6)]
 # A smaller delta is no bound that an accountant can compute with.
 Delta = Annotated[float, Field(ge=1e-15, lt=1)]
 Cosine = Annotated[float, Field(ge=0.01, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(lt=1), zero_or_at_least("0.001")]
 Weight = Annotated[float, Field(le=1e6), zero_or_at_least("1e-9")]
 # A smaller ratio would drop the median update itself, or about half of the others.

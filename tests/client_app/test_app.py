@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -284,6 +285,55 @@ def test_step_size_changes_with_the_round() -> None:
     first, second = (answer(message, config=c) for c in (scheduled, constant))
     assert array_bytes(first) == array_bytes(second)
     assert array_bytes(first) != array_bytes(answer(message, config=CONFIG))
+
+
+def test_muons_step_sizes_change_together() -> None:
+    """From 0.04 and 0.2 to a quarter in 3 rounds, round 2 has half of both."""
+    message = request()
+    changes: dict[str, Any] = {"client__optimizer": "muon", "federation__rounds": 3}
+    scheduled = run_config(
+        client__learning_rate=0.04,
+        client__learning_rate_final=0.01,
+        client__learning_rate_other=0.2,
+        **changes,
+    )
+    constant = run_config(
+        client__learning_rate=0.02, client__learning_rate_other=0.1, **changes
+    )
+    first, second = (answer(message, config=c) for c in (scheduled, constant))
+    assert array_bytes(first) == array_bytes(second)
+
+
+def test_optimizer_of_the_configuration_reaches_training() -> None:
+    """Each of its keys changes the result."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"client__weight_decay": 0.1},
+        {"client__optimizer": "momentum"},
+        {"client__optimizer": "momentum", "client__momentum": 0.5},
+        {"client__optimizer": "adam"},
+        {"client__optimizer": "adam", "client__momentum": 0.5},
+        {"client__optimizer": "muon"},
+        {"client__optimizer": "muon", "client__momentum": 0.5},
+        {"client__optimizer": "muon", "client__learning_rate_other": 0.2},
+    ]
+    outcomes = []
+    for changes in settings:
+        config = run_config(client__epochs=2, **changes)  # the first step has no memory
+        outcomes.append(array_bytes(answer(request(), config=config))[messages.ARRAYS])
+    assert all(a != b for a, b in combinations(outcomes, 2))
+
+
+def test_labels_weigh_as_much_as_the_configuration_says() -> None:
+    """With 0 they do not matter, and the loss is the distillation alone."""
+    replies = [
+        answer(distilling(), config=run_config(client__label_weight=weight))
+        for weight in (0.0, 0.5, 1.0)
+    ]
+    models = {array_bytes(reply)[messages.ARRAYS]["bn1.bias"] for reply in replies}
+    assert len(models) == 3
+    values = replies[0].content.metric_records[messages.METRICS]
+    assert values["loss"] == values["distillation-loss"]
 
 
 def test_logit_adjustment_of_the_configuration_reaches_training() -> None:

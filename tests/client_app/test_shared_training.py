@@ -10,6 +10,7 @@ import torch
 
 from client_app import shared_training
 from client_app.chosen_views import ChosenViews
+from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
 from client_app.views import ViewRecipe
@@ -56,6 +57,7 @@ def training(model: ImageClassifier, **changes: Any) -> Any:
         "offsets": None,
         "augment_per_image": False,
         "precision": torch.float32,
+        "optimizer": PLAIN_SGD,
         "views": None,
         **changes,
     }
@@ -101,6 +103,7 @@ OTHERS: dict[str, Any] = {
     "offsets": torch.zeros(3),
     "augment_per_image": True,
     "precision": torch.bfloat16,
+    "optimizer": OptimizerSettings(weight_decay=0.1),
     "views": ChosenViews(
         PixelImages(
             torch.zeros(8, 3, 32, 32, dtype=torch.uint8),

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from client_app.augmentation import random_crop_flip, siamese_augment
 from client_app.gradients import class_gradients
+from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -21,6 +22,7 @@ from client_app.training import (
 )
 from clip2fl_common.models import ImageClassifier, build_model
 from tests import reference
+from tests.client_app.torch_optimizers import expected_steps
 
 
 def slow_distillation_loss(
@@ -142,7 +144,18 @@ def test_adjusted_loss_is_the_pairwise_form(seed: int, strength: float) -> None:
     assert loss == pytest.approx(slow, rel=1e-5)
 
 
-def test_classes_that_a_client_lacks_are_left_alone() -> None:
+OPTIMIZERS = (
+    PLAIN_SGD,
+    OptimizerSettings("momentum", 0.7),
+    OptimizerSettings("adam", 0.8),
+    OptimizerSettings("muon", 0.6, other_learning_rate=0.03),
+)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
+def test_classes_that_a_client_lacks_are_left_alone(
+    optimizer: OptimizerSettings,
+) -> None:
     """The classifier's rows of these classes do not move; the others are trained."""
     model, images, labels, _ = small_problem()
     labels = labels.clamp(max=1)
@@ -159,6 +172,7 @@ def test_classes_that_a_client_lacks_are_left_alone() -> None:
         crop_padding=0,
         generator=torch.Generator().manual_seed(5),
         offsets=logit_offsets(labels, 3, 1.0),
+        optimizer=optimizer,
     )
     moved = (model.classifier.weight != before.weight).any(dim=1)
     assert moved.tolist() == [True, True, False]
@@ -216,6 +230,60 @@ def test_training_equals_a_plain_loop(alpha: float, mu: float, tau: float) -> No
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
     assert losses.total == pytest.approx(sum(totals) / 10, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mu", "hard"), [(0.5, 0.3, 1.0), (0.5, 0.0, 0.2), (1.0, 0.0, 0.0)]
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
+def test_training_with_an_optimizer_equals_a_plain_loop(
+    optimizer: OptimizerSettings,
+    alpha: float,
+    mu: float,
+    hard: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hard * CE + alpha * distillation + mu/2 * squared distance, by torch's steps."""
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)
+    model, images, labels, teacher = small_problem()
+    model, images, teacher = model.double(), images.double(), teacher.double()
+    slow = copy.deepcopy(model)
+    start = copy.deepcopy(model)
+    losses = train_locally(
+        model,
+        images,
+        labels,
+        teacher,
+        LocalObjective(alpha, 3.0, mu, hard),
+        epochs=2,
+        batch_size=4,
+        learning_rate=0.01,
+        crop_padding=2,
+        generator=torch.Generator().manual_seed(5),
+        optimizer=optimizer,
+    )
+
+    generator = torch.Generator().manual_seed(5)
+    step = expected_steps(optimizer, slow.train(), 0.01)
+    for _ in range(2):
+        totals = []
+        for batch in torch.split(torch.randperm(10, generator=generator), 4):
+            logits = slow(random_crop_flip(images[batch], 2, generator))
+            soft = functional.softmax(teacher[batch] / 3, dim=1)
+            log_student = functional.log_softmax(logits / 3, dim=1)
+            divergence = (soft * (soft.log() - log_student)).sum(1).mean()
+            loss = hard * functional.cross_entropy(logits, labels[batch])
+            loss = loss + alpha * 9 * divergence
+            for now, then in zip(slow.parameters(), start.parameters(), strict=True):
+                loss = loss + mu / 2 * ((now - then.detach()) ** 2).sum()
+            slow.zero_grad()
+            torch.autograd.backward(loss)
+            step()
+            totals.append(loss.item() * len(batch))
+    expected = slow.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    assert losses.total == pytest.approx(sum(totals) / 10, abs=1e-6)
 
 
 def test_training_that_diverges_names_the_learning_rate() -> None:
@@ -374,7 +442,10 @@ def test_pixels_train_as_normalised_images_do() -> None:
         assert torch.equal(value, results[1][2][name])
 
 
-def test_mixed_precision_stays_near_single_precision() -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
+def test_mixed_precision_stays_near_single_precision(
+    optimizer: OptimizerSettings,
+) -> None:
     """bfloat16 keeps 8 bits: losses agree within 2 %, weights stay in float32."""
     model, images, labels, teacher = small_problem()
     losses = []
@@ -387,9 +458,10 @@ def test_mixed_precision_stays_near_single_precision() -> None:
             teacher,
             LocalObjective(1.0, 3.0),
             precision=precision,
+            optimizer=optimizer,
             epochs=2,
             batch_size=4,
-            learning_rate=0.05,
+            learning_rate=0.05 if optimizer == PLAIN_SGD else 0.005,
             crop_padding=2,
             generator=torch.Generator().manual_seed(5),
         )

@@ -57,6 +57,10 @@ FLOATS: dict[str, tuple[float, float]] = {
     "aggregation.max-gradient-norm": (1e-9, 1e6),
     "client.learning-rate": (1e-9, 1e4),
     "client.learning-rate-final": (1e-9, 1e4),
+    "client.learning-rate-other": (1e-9, 1e4),
+    "client.momentum": (5e-324, math.nextafter(1, 0)),
+    "client.weight-decay": (1e-9, 1e6),
+    "client.label-weight": (1e-9, 1e6),
     "client.logit-adjustment": (1e-9, 1e6),
     "distillation.weight": (1e-9, 1e6),
     "distillation.temperature": (1e-3, 1e4),
@@ -82,6 +86,9 @@ ZERO_IS_OFF = {
     "aggregation.max-update-norm",
     "aggregation.max-gradient-norm",
     "client.learning-rate-final",
+    "client.momentum",
+    "client.weight-decay",
+    "client.label-weight",
     "client.logit-adjustment",
     "distillation.weight",
     "fedprox.mu",
@@ -97,7 +104,13 @@ ZERO_IS_OFF = {
 
 # A share of something counted, or of a step: nothing is divided by it. And a
 # probability, which Python accounts for in float64.
-MAY_VANISH = {"aggregation.trim", "fedavgm.momentum", "ema.decay", "privacy.delta"}
+MAY_VANISH = {
+    "aggregation.trim",
+    "client.momentum",
+    "fedavgm.momentum",
+    "ema.decay",
+    "privacy.delta",
+}
 
 
 def parse(**changes: Any) -> RunConfig:
@@ -404,6 +417,14 @@ def test_full_batches_of_small_images_fit() -> None:
         (
             {"dataset.imbalance-factor": 1e6},
             "dataset.imbalance-factor = 1e+06 leaves no image of the rarest class",
+        ),
+        (
+            {"client.label-weight": 0, "distillation.weight": 0},
+            "client.label-weight = 0 and distillation.weight = 0",
+        ),
+        (
+            {"client.label-weight": 0, "method": "fedprox"},
+            "client.label-weight = 0, but method = 'fedprox' has no teacher",
         ),
         ({"teacher.model": "local-dir:/" + "a" * 256}, "longer than a path can be"),
         ({"teacher.model": "local-dir:~nobody-x/t"}, "user without a home folder"),

@@ -37,9 +37,9 @@ def test_a_key_newer_than_the_run_had_its_default() -> None:
 
 def test_a_key_that_is_gone_or_unknown_is_a_difference() -> None:
     now = default_config()
-    then = {**now, "client.momentum": 0.9, "a.key": 1}
+    then = {**now, "client.of-old": 0.9, "a.key": 1}
     assert differences(then, now) == [
         ("a.key", 1, "nothing"),
-        ("client.momentum", 0.9, "nothing"),
+        ("client.of-old", 0.9, "nothing"),
     ]
     assert differences(now, {**now, "a.key": 1}) == [("a.key", "nothing", 1)]
