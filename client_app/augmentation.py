@@ -170,13 +170,42 @@ def random_crop_flip(
 def _crop_flip_each(
     images: torch.Tensor, padding: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Crop and flip each image separately, with one gather for all images."""
-    number, _, height, width = images.shape
+    """Draw crop and flip of each image separately."""
+    number = len(images)
     draw = torch.randint(2 * padding + 1, (2, number, 1), generator=generator)
     mirrored = torch.rand(number, 1, generator=generator) < FLIP_PROBABILITY
+    return crop_flip(images, padding, draw[0, :, 0], draw[1, :, 0], mirrored[:, 0])
+
+
+def crop_flip(
+    images: torch.Tensor,
+    padding: int,
+    top: torch.Tensor,
+    left: torch.Tensor,
+    mirrored: torch.Tensor,
+) -> torch.Tensor:
+    """Return each image after its own crop and flip, by one gather for all images.
+
+    Parameters
+    ----------
+    images : Tensor of any type, shape [N, 3, H, W]
+        Images.
+    padding : int
+        Zero pixels added on every side before the crop.
+    top, left : Tensor of int64, shape [N]
+        Corner of each crop in the padded image, from 0 to twice the padding.
+    mirrored : Tensor of bool, shape [N]
+        Which crops are mirrored, left and right.
+
+    Returns
+    -------
+    Tensor, shape [N, 3, H, W]
+        Of the images' type.
+    """
+    number, _, height, width = images.shape
     columns = torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(0), columns) + draw[1]
-    rows = torch.arange(height) + draw[0]
+    columns = torch.where(mirrored[:, None], columns.flip(0), columns) + left[:, None]
+    rows = torch.arange(height) + top[:, None]
     padded = functional.pad(images, (padding, padding, padding, padding))
     index = torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]
     device = images.device

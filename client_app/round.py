@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
+from client_app.chosen_views import ChosenViews, choose_views
 from client_app.images import (
     OtherCodeError,
     training_images,
@@ -26,6 +27,7 @@ from client_app.training import (
     logit_offsets,
     train_locally,
 )
+from client_app.views import ViewRecipe
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset
@@ -70,13 +72,14 @@ def train_round(
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         client = _prepare(config, request, site)
-        teacher_logits = _distilled_logits(client)
+        views = _views(client)
+        teacher_logits = None if views is not None else _distilled_logits(client)
     content = RecordDict()
     parts = [part_for(name) for name in request.fields]
     with _timed(seconds, "gradients"):
         _add(content, {part.field: part.before_training(client) for part in parts})
     with _timed(seconds, "training"):
-        losses = _train(client, teacher_logits)
+        losses = _train(client, teacher_logits, views)
     _add(content, {part.field: part.after_training(client) for part in parts})
     content[messages.ARRAYS] = messages.model_to_arrays(client.model)
     content[messages.METRICS] = _metrics(client, losses, seconds)
@@ -153,6 +156,26 @@ def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
     ).to(device)
 
 
+def _views(client: ClientRound) -> ChosenViews | None:
+    """Return this round's views if the teacher's logits are to be those of views."""
+    config, request = client.config, client.request
+    settings = config.distillation
+    recipe = ViewRecipe(settings.views, settings.view_kind, config.client.crop_padding)
+    if recipe.number == 0 or request.distillation_weight == 0:
+        return None
+    teacher, prototypes = _checked_teacher(
+        config, client.dataset, request, client.images.device, client.site
+    )
+    return choose_views(
+        client.images,
+        recipe,
+        config.client.epochs,
+        client.random("views"),
+        teacher,
+        prototypes,
+    )
+
+
 def _add(content: RecordDict, computed: Mapping[str, ArrayRecord | None]) -> None:
     """Add the computed fields to a reply."""
     for field, arrays in computed.items():
@@ -160,7 +183,11 @@ def _add(content: RecordDict, computed: Mapping[str, ArrayRecord | None]) -> Non
             content[field] = arrays
 
 
-def _train(client: ClientRound, teacher_logits: torch.Tensor | None) -> TrainingLosses:
+def _train(
+    client: ClientRound,
+    teacher_logits: torch.Tensor | None,
+    views: ChosenViews | None,
+) -> TrainingLosses:
     """Train the model in place, or reuse the stored result of the same training."""
     settings, request = client.config.client, client.request
     strength = settings.logit_adjustment
@@ -205,6 +232,7 @@ def _train(client: ClientRound, teacher_logits: torch.Tensor | None) -> Training
             augment_per_image=settings.augment_per == "image",
             precision=client.precision,
             optimizer=optimizer,
+            views=views,
         )
     )
 
@@ -247,12 +275,24 @@ def _teacher_logits(
     site: OwnSite | None,
 ) -> torch.Tensor:
     """Return the teacher's logits [N, C] for un-augmented images, on the CPU."""
+    teacher, prototypes = _checked_teacher(config, dataset, request, device, site)
+    features = teacher.cached_image_features(images)
+    return teacher.logit_scale * features @ prototypes.T
+
+
+def _checked_teacher(
+    config: RunConfig,
+    dataset: ImageDataset,
+    request: TrainRequest,
+    device: torch.device,
+    site: OwnSite | None,
+) -> tuple[Teacher, torch.Tensor]:
+    """Return the teacher that the server expects, and its class prototypes [C, d]."""
     if site is not None:
         site.check_teacher(config.teacher, request.teacher_fingerprint)
     teacher, prototypes = _teacher(config.teacher, dataset.class_names, device)
     _check_teacher(teacher, request.teacher_fingerprint)
-    features = teacher.cached_image_features(images)
-    return teacher.logit_scale * features @ prototypes.T
+    return teacher, prototypes
 
 
 @lru_cache(maxsize=1)

@@ -141,6 +141,15 @@ class PixelImages:
         return self.normalize(chosen.to(self.device))
 
 
+class Views(Protocol):
+    """Augmented pictures of the images, with the teacher's logits of each picture."""
+
+    def batch(
+        self, epoch: int, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return normalised pictures [n, 3, H, W] and logits [n, C] of the images."""
+
+
 @dataclass(frozen=True)
 class TrainingLosses:
     """Mean losses over the last local epoch."""
@@ -165,6 +174,7 @@ def train_locally(
     augment_per_image: bool = False,
     precision: torch.dtype = torch.float32,
     optimizer: OptimizerSettings = PLAIN_SGD,
+    views: Views | None = None,
 ) -> TrainingLosses:
     """Train a model in place; return its losses.
 
@@ -197,6 +207,9 @@ def train_locally(
         Precision of the passes: float32, or bfloat16 for mixed precision.
     optimizer : OptimizerSettings
         Plain SGD by default. Its state starts at zero and ends with this call.
+    views : Views or None
+        Pictures to train on instead of the images with a crop and a flip; their logits
+        take the place of ``teacher_logits``.
 
     Returns
     -------
@@ -215,13 +228,18 @@ def train_locally(
         else []
     )
     descent = make_optimizer(optimizer, model, learning_rate)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         total = distilled = torch.zeros((), device=images.device)
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             chosen = batch.to(images.device)
-            augmented = random_crop_flip(
-                images[chosen], crop_padding, generator, per_image=augment_per_image
-            )
+            taught: torch.Tensor | None
+            if views is not None:
+                augmented, taught = views.batch(epoch, batch)
+            else:
+                augmented = random_crop_flip(
+                    images[chosen], crop_padding, generator, per_image=augment_per_image
+                )
+                taught = None if teacher_logits is None else teacher_logits[chosen]
             with mixed_precision(images.device, precision):
                 logits = model(augmented)
             # In half precision the loss would be rounded to three digits.
@@ -230,9 +248,9 @@ def train_locally(
             loss = functional.cross_entropy(scores, labels[chosen])
             if objective.label_weight != 1:
                 loss = objective.label_weight * loss
-            if teacher_logits is not None:
+            if taught is not None:
                 distillation = distillation_loss(
-                    logits, teacher_logits[chosen], objective.distillation_temperature
+                    logits, taught, objective.distillation_temperature
                 )
                 loss = loss + objective.distillation_weight * distillation
                 distilled = distilled + distillation.detach() * len(batch)

@@ -75,6 +75,13 @@ class CLIP2FL(CReFF):
             self.distillation.weight,
             self.distillation.temperature,
         )
+        if self.distillation.views:
+            log(
+                INFO,
+                "\t│\t├── Views of each image: %d (%s)",
+                self.distillation.views,
+                self.distillation.view_kind,
+            )
         log(
             INFO,
             "\t│\t├── Prototype contrast: weight %g, temperature %g",

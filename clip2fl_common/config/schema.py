@@ -65,6 +65,8 @@ from clip2fl_common.config.types import (
     Temperature,
     Text,
     TrackerNames,
+    ViewKind,
+    Views,
     Weight,
 )
 from clip2fl_common.precision import Precision
@@ -251,6 +253,13 @@ class Distillation:
     """alpha: weight of the distillation loss; 0 switches distillation off."""
     temperature: Temperature = 3.0
     """T: distillation temperature of teacher and student."""
+    views: Views = 0
+    """Augmented pictures (views) of each training image. Each epoch trains on a random
+    one and distils from the teacher's logits of the same picture. 0: the image is
+    augmented anew, and the teacher sees it without augmentation."""
+    view_kind: ViewKind = "crop-flip"
+    """How views are made: crop-flip (client.crop-padding and a flip), or resized-crop
+    (35 to 100 % of the area, a flip and other colours)."""
 
 
 @dataclass(frozen=True, config=_strict)

@@ -1,8 +1,9 @@
 """Teacher features on disk: each is computed once and then reused.
 
-A teacher is frozen and never sees an augmented image, so its features are a fixed
-function of teacher and sample. One SQLite file per teacher holds them, with the hash of
-the sample's content as key. SQLite makes writes atomic and safe between processes.
+A teacher is frozen. It sees an image without augmentation, or one of the image's views,
+which are a fixed set of pictures. So its features are a fixed function of teacher and
+sample. One SQLite file per teacher holds them, with the hash of the sample's content as
+key. SQLite makes writes atomic and safe between processes.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def content_keys(images: torch.Tensor) -> list[bytes]:
     Parameters
     ----------
     images : Tensor of uint8, shape [N, 3, H, W]
-        Images before any augmentation.
+        Images, or views of them.
 
     Returns
     -------

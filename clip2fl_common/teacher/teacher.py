@@ -181,7 +181,7 @@ class Teacher:
         Parameters
         ----------
         images : Tensor of uint8, shape [N, 3, H, W]
-            RGB images, not augmented.
+            RGB images.
 
         Returns
         -------
@@ -200,7 +200,7 @@ class Teacher:
         Parameters
         ----------
         images : Tensor of uint8, shape [N, 3, H, W]
-            RGB images, not augmented.
+            RGB images without augmentation, or views of them.
 
         Returns
         -------
@@ -222,7 +222,9 @@ class Teacher:
         if missing:
             computed = compute(missing)
             self._feature_cache.put([keys[i] for i in missing], computed)
-            known |= {keys[i]: v for i, v in zip(missing, computed, strict=True)}
+            # The first of equal samples counts, as on disk: its last digits may differ.
+            for i, feature in zip(missing, computed, strict=True):
+                known.setdefault(keys[i], feature)
         return torch.stack([known[key] for key in keys])
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Test that local models common to several runs are trained once, and are the same."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 from client_app import shared_training
+from client_app.chosen_views import ChosenViews
 from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
+from client_app.views import ViewRecipe
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.models import ImageClassifier, build_model
 from tests.federation import federate, metrics
@@ -55,6 +58,7 @@ def training(model: ImageClassifier, **changes: Any) -> Any:
         "augment_per_image": False,
         "precision": torch.float32,
         "optimizer": PLAIN_SGD,
+        "views": None,
         **changes,
     }
     first = ("images", "labels", "teacher_logits", "objective")
@@ -100,6 +104,18 @@ OTHERS: dict[str, Any] = {
     "augment_per_image": True,
     "precision": torch.bfloat16,
     "optimizer": OptimizerSettings(weight_decay=0.1),
+    "views": ChosenViews(
+        PixelImages(
+            torch.zeros(8, 3, 32, 32, dtype=torch.uint8),
+            CIFAR10_NORMALIZATION,
+            torch.device("cpu"),
+        ),
+        ViewRecipe(1, "crop-flip", 4),
+        places=torch.arange(8),
+        numbers=torch.zeros(8, 8, dtype=torch.float64),
+        rows=torch.arange(8)[None],
+        logits=torch.zeros(8, 3),
+    ),
 }
 
 
@@ -109,6 +125,25 @@ def test_another_argument_is_another_training(
 ) -> None:
     train_or_reuse(training(slim()))
     train_or_reuse(training(slim(), **{name: OTHERS[name]}))
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": ViewRecipe(1, "crop-flip", 3)},
+        {"recipe": ViewRecipe(1, "resized-crop", 4)},
+        {"places": torch.arange(8).flip(0)},
+        {"numbers": torch.ones(8, 8, dtype=torch.float64) / 2},
+        {"rows": torch.arange(8).flip(0)[None]},
+        {"logits": torch.ones(8, 3)},
+    ],
+)
+def test_other_views_are_another_training(
+    folder: Path, trained: list[str], change: dict[str, Any]
+) -> None:
+    for views in (OTHERS["views"], replace(OTHERS["views"], **change)):
+        train_or_reuse(training(slim(), views=views))
     assert len(trained) == 2
 
 

@@ -20,6 +20,7 @@ from client_app.training import (
     augmented_features,
     train_locally,
 )
+from client_app.views import ViewRecipe, make_views, view_numbers
 from clip2fl_common.class_gradients import (
     ClassGradient,
     CodedGradient,
@@ -69,6 +70,25 @@ def check_augmentation(device: torch.device) -> None:
             random_crop_flip(images, 4, seeded(), per_image=per_image),
             0.0,
         )
+
+
+def check_views(device: torch.device) -> None:
+    """Crops are the same pictures; interpolated levels may be rounded otherwise."""
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), generator=seeded()).byte()
+    keys = [bytes([n] * 16) for n in range(6)]
+    crop = ViewRecipe(1, "crop-flip", 4)
+    resized = ViewRecipe(1, "resized-crop", 4)
+    for recipe, levels in ((crop, 0), (resized, 3)):
+        numbers = view_numbers(keys, [0] * 6, recipe.kind)
+        expected = make_views(pixels, numbers, recipe)
+        found = make_views(pixels.to(device), numbers, recipe)
+        assert found.device.type == device.type
+        assert (found.cpu().int() - expected.int()).abs().max() <= levels
+        alone = [
+            make_views(pixels[n : n + 1].to(device), numbers[n : n + 1], recipe)
+            for n in range(6)
+        ]
+        assert torch.equal(torch.cat(alone), found)
 
 
 def check_class_gradients(device: torch.device) -> None:
@@ -215,6 +235,7 @@ def check_coding(device: torch.device) -> None:
 
 CHECKS: tuple[Callable[[torch.device], None], ...] = (
     check_augmentation,
+    check_views,
     check_class_gradients,
     check_local_training,
     check_synthesis,

@@ -71,6 +71,7 @@ NUMERIC_KEYS = (
     "client.label-weight",
     "distillation.weight",
     "distillation.temperature",
+    "distillation.views",
     "class-gradients.draws",
     "class-gradients.samples-per-class",
     "upload.min-cosine",

@@ -33,6 +33,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "client.epochs": (1, 10**6),
     "client.batch-size": (1, 10**6),
     "client.crop-padding": (0, 1024),
+    "distillation.views": (0, 100),
     "class-gradients.draws": (1, 10**4),
     "class-gradients.samples-per-class": (1, 10**6),
     "privacy.min-class-samples": (1, 10**6),

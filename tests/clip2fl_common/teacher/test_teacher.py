@@ -145,6 +145,20 @@ def test_features_are_computed_once(
     assert computed == [2]
 
 
+def test_equal_images_keep_the_feature_that_is_stored(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the place in a batch changes a feature's last digits."""
+
+    def by_place(self: Teacher, missing: torch.Tensor) -> torch.Tensor:
+        return torch.arange(len(missing)).float()[:, None]
+
+    monkeypatch.setattr(Teacher, "image_features", by_place)
+    batch = images(2)[[0, 1, 0, 1]]
+    assert teacher.cached_image_features(batch).flatten().tolist() == [0, 1, 0, 1]
+    assert teacher.cached_image_features(batch).flatten().tolist() == [0, 1, 0, 1]
+
+
 def test_damaged_cache_costs_time_not_the_run(
     teacher: Teacher, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,164 @@
+"""Choose a round's views, and get the teacher's logits of the same pictures."""
+
+import time
+from dataclasses import dataclass
+from logging import getLogger
+
+import torch
+
+from client_app.training import PixelImages
+from client_app.views import ViewRecipe, make_views, view_numbers
+from clip2fl_common.teacher import Teacher
+from clip2fl_common.teacher.feature_cache import content_keys
+
+# Flower's log shows the lines of a client at this level, other logs only warnings.
+log = getLogger("flwr")
+# A pass over views that takes longer is logged, and its progress once a minute.
+LONG_S = 10.0
+LOG_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class ChosenViews:
+    """The views on which a client trains in one round: one of each image an epoch.
+
+    Attributes
+    ----------
+    images : PixelImages, N of them
+        The client's images.
+    recipe : ViewRecipe
+        How views are made.
+    places : Tensor of int64, shape [V]
+        Image of each of the V different views that the round takes.
+    numbers : Tensor of float64, shape [V, 8]
+        Random numbers of these views.
+    rows : Tensor of int64, shape [epochs, N]
+        Which of the V views each epoch takes of each image.
+    logits : Tensor, shape [V, C]
+        The teacher's logits of the views, on the images' device.
+    """
+
+    images: PixelImages
+    recipe: ViewRecipe
+    places: torch.Tensor
+    numbers: torch.Tensor
+    rows: torch.Tensor
+    logits: torch.Tensor
+
+    def batch(
+        self, epoch: int, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an epoch's views of some images, with the teacher's logits.
+
+        Parameters
+        ----------
+        epoch : int
+            Epoch, from 0.
+        indices : Tensor of int64, shape [n]
+            Images, on the CPU.
+
+        Returns
+        -------
+        tuple of Tensor
+            Normalised pictures [n, 3, H, W] and logits [n, C], on the images' device.
+        """
+        rows = self.rows[epoch, indices]
+        images = self.images
+        pictures = _pictures(images, self.places[rows], self.numbers[rows], self.recipe)
+        normalised = images.normalize(pictures.to(images.device))
+        return normalised, self.logits[rows.to(self.logits.device)]
+
+
+def choose_views(
+    images: PixelImages,
+    recipe: ViewRecipe,
+    epochs: int,
+    generator: torch.Generator,
+    teacher: Teacher,
+    prototypes: torch.Tensor,
+) -> ChosenViews:
+    """Choose a view of each image for each epoch, and show them to the teacher.
+
+    Only views that the round takes are made, so the teacher's passes are spread over
+    the rounds. It sees each view once in all rounds. Features are stored after each
+    batch, so that a client that is killed loses at most one batch.
+
+    Parameters
+    ----------
+    images : PixelImages, N of them
+        The client's images.
+    recipe : ViewRecipe
+        How views are made; the number is above 0.
+    epochs : int
+        Passes over the images in this round.
+    generator : torch.Generator
+        CPU generator of the choice.
+    teacher : Teacher
+        The teacher.
+    prototypes : Tensor, shape [C, d]
+        Its unit text features of the classes.
+
+    Returns
+    -------
+    ChosenViews
+    """
+    choice = torch.randint(recipe.number, (epochs, len(images)), generator=generator)
+    different, rows = torch.unique(
+        torch.arange(len(images)) * recipe.number + choice, return_inverse=True
+    )
+    places, views = different // recipe.number, different % recipe.number
+    keys = content_keys(images.pixels)
+    numbers = view_numbers(
+        [keys[place] for place in places.tolist()], views.tolist(), recipe.kind
+    )
+    # In batches that do not depend on what is stored, so that the last digits do not.
+    logits = []
+    progress = _Progress(teacher.name, len(different))
+    for batch in torch.arange(len(different)).split(teacher.batch_size):
+        features = teacher.cached_image_features(
+            _pictures(images, places[batch], numbers[batch], recipe)
+        )
+        logits.append(teacher.logit_scale * features @ prototypes.T)
+        progress.note(int(batch[-1]) + 1)
+    return ChosenViews(
+        images, recipe, places, numbers, rows, torch.cat(logits).to(images.device)
+    )
+
+
+class _Progress:
+    """Log how long the teacher's pass over views takes, if it is long."""
+
+    def __init__(self, teacher: str, total: int) -> None:
+        self._teacher, self._total = teacher, total
+        self._started = self._logged = 0.0
+        self._first = 0
+        self._announced = False
+
+    def note(self, done: int) -> None:
+        """Log an estimate once two batches are done, and the progress each minute."""
+        now = time.monotonic()
+        if not self._first:
+            # The first batch may load the teacher, so that it tells too much.
+            self._started, self._first = now, done
+            return
+        left = self._total - done
+        seconds = (now - self._started) / (done - self._first) * left
+        if self._announced and now - self._logged >= LOG_EVERY_S:
+            text = "teacher %s: %d of %d views done; at most about %.0f s to go"
+            log.info(text, self._teacher, done, self._total, seconds)
+            self._logged = now
+        elif not self._announced and seconds >= LONG_S:
+            text = "teacher %s looks at %d views, once; this takes at most about %.0f s"
+            log.info(text, self._teacher, self._total, seconds)
+            self._announced, self._logged = True, now
+
+
+def _pictures(
+    images: PixelImages,
+    places: torch.Tensor,
+    numbers: torch.Tensor,
+    recipe: ViewRecipe,
+) -> torch.Tensor:
+    """Return views [n, 3, H, W], uint8, of the images at these places [n]."""
+    chosen = images.pixels[places.to(images.pixels.device)]
+    return make_views(chosen, numbers, recipe)
