@@ -25,8 +25,8 @@ from benchmarks.measure import (
 )
 from client_app.optimizers import OptimizerSettings
 from client_app.training import LocalObjective, TrainingLosses, train_locally
+from clip2fl_common.choices import OptimizerName
 from clip2fl_common.config import defaults
-from clip2fl_common.config.types import OptimizerName
 from clip2fl_common.devices import resolve_device
 from clip2fl_common.models import build_model
 

@@ -15,7 +15,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import nn
 
-from clip2fl_common.config.types import OptimizerName
+from clip2fl_common.choices import OptimizerName
 from clip2fl_common.models import ImageClassifier
 
 # Adam (Kingma and Ba 2015): decay of the squared gradients, and what is added to the

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from clip2fl_common.choices import Precision as Precision
 from clip2fl_common.parallel import map_pieces
-from clip2fl_common.precision import Precision as Precision
 
 ITEM_BYTES: dict[Precision, int] = {"half": 2, "full": 4}
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from clip2fl_common.choices import OptimizerName, Precision
 from clip2fl_common.config.checks import SITES, contradictions
 from clip2fl_common.config.keys import (
     Key,
@@ -52,7 +53,6 @@ from clip2fl_common.config.types import (
     MethodName,
     Momentum,
     NameList,
-    OptimizerName,
     Padding,
     PathText,
     Positive,
@@ -69,7 +69,6 @@ from clip2fl_common.config.types import (
     Views,
     Weight,
 )
-from clip2fl_common.precision import Precision
 
 _strict = ConfigDict(
     extra="forbid",

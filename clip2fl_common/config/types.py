@@ -43,8 +43,6 @@ MOMENTUM_METHODS = ("clip2flm", "fedavgm")
 """Methods with momentum at the server."""
 METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
-OptimizerName = Literal["sgd", "momentum", "adam", "muon"]
-"""Optimizers of local training (client_app/optimizers.py)."""
 
 
 class ConfigError(ValueError):

@@ -15,8 +15,8 @@ from client_app.optimizers import (
     make_optimizer,
     orthogonalised,
 )
+from clip2fl_common.choices import OptimizerName
 from clip2fl_common.config import RunConfig
-from clip2fl_common.config.types import OptimizerName
 from clip2fl_common.models import ImageClassifier, build_model
 from tests.client_app.torch_optimizers import expected_steps
 
