@@ -11,13 +11,20 @@ from flwr.serverapp import Grid
 POLL_S = 1.0
 
 
-class DelegatingGrid(Grid):
-    """Pass every call on to another grid; subclasses change some of the calls.
+class AttentiveGrid(Grid):
+    """Poll for replies often, and name the node that went offline.
+
+    A killed node may reconnect seconds after the SuperLink counted it as offline. Its
+    message is lost then. Flower's grid polls every three seconds; a node that
+    reconnects between two polls is not noticed. Its errors for lost nodes also name
+    the SuperLink as their source, not the node.
+
+    It hands every other call on to Flower's grid.
 
     Parameters
     ----------
     grid : Grid
-        Flower's grid.
+        Flower's.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -57,22 +64,6 @@ class DelegatingGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have arrived."""
         return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages, and return the replies that arrive in time."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
-
-
-class AttentiveGrid(DelegatingGrid):
-    """Poll for replies often, and name the node that went offline.
-
-    A killed node may reconnect seconds after the SuperLink counted it as offline. Its
-    message is lost then. Flower's grid polls every three seconds; a node that
-    reconnects between two polls is not noticed. Its errors for lost nodes also name
-    the SuperLink as their source, not the node.
-    """
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

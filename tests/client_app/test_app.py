@@ -11,17 +11,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
+from client_app import registry
 from client_app.app import app
 from client_app.gradients import class_gradients
 from client_app.images import training_images
+from client_app.part import ClientPart, ClientRound
 from client_app.round import _teacher
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import LowRankGradient, row_cosines
 from clip2fl_common.config import RunConfig
 from clip2fl_common.data.datasets import load_dataset, partition_indices
+from clip2fl_common.messages import fields
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import TeacherError, load_teacher
@@ -446,3 +449,44 @@ def _run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
+
+
+def test_part_computes_before_or_after_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the global model before local training, with the local model after it."""
+
+    class Sums(ClientPart):
+        def sums(self, client: ClientRound) -> ArrayRecord:
+            total = sum(p.detach().sum() for p in client.model.parameters())
+            return client.encode(self.field, {"sum": torch.as_tensor(total)})
+
+    class Before(Sums):
+        field = "before"
+
+        def before_training(self, client: ClientRound) -> ArrayRecord:
+            return self.sums(client)
+
+    class After(Sums):
+        field = "after"
+
+        def after_training(self, client: ClientRound) -> ArrayRecord:
+            return self.sums(client)
+
+    for part in (Before, After):
+        field = messages.ArrayFields(part.field, {"sum": ()})
+        monkeypatch.setitem(fields.REPLY_FIELDS, part.field, lambda *_, f=field: f)
+        monkeypatch.setitem(registry.PARTS, part.field, part)
+    message = request()
+    config = message.content.config_records[messages.CONFIG]
+    config[messages.FIELDS] = ["before", "after"]
+    content = answer(message).content.array_records
+    names = [name for name, _ in student().named_parameters()]
+    for field_name, arrays in (
+        ("before", message.content.array_records[messages.ARRAYS]),
+        ("after", content[messages.ARRAYS]),
+    ):
+        total = sum(float(arrays[name].numpy().sum()) for name in names)
+        found = float(content[field_name]["sum"].numpy())
+        assert found == pytest.approx(total, rel=1e-4)
+    assert content["before"]["sum"].data != content["after"]["sum"].data
