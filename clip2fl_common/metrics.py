@@ -16,6 +16,9 @@ FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
 TEACHER_HEAD = "teacher"
 HEADS = (RETRAINED_HEAD, FEDAVG_HEAD, TEACHER_HEAD)
+# Parts of the test images: those on which settings are chosen, and all others.
+TUNING = "tuning"
+HELD_OUT = "held_out"
 
 # Shares of the classes by frequency rank, used if the counts leave a group empty.
 MANY_SHARE, MEDIUM_SHARE = 0.3, 0.4

@@ -10,6 +10,8 @@ from torch import nn
 
 from clip2fl_common.data.datasets import ImageDataset, LoadedImages
 from clip2fl_common.metrics import (
+    HELD_OUT,
+    TUNING,
     AccuracyReport,
     ShotGroups,
     accuracy_report,
@@ -24,6 +26,8 @@ from clip2fl_common.teacher import Teacher
 KEEP_BYTES = 2**30
 # Test images are read in blocks of this many at a time.
 BLOCK = 1024
+# The images for tuning are the same for every seed of a run.
+TUNING_SEED = 0
 
 
 @dataclass
@@ -45,8 +49,14 @@ class Evaluator:
         Where the model runs.
     seed : int
         Seed of the drawn test images.
+    tuning_share : float
+        Share of each class's test images on which settings are chosen. They are the
+        same in all runs; 0: none.
     confusion : dict of str to ndarray of int64, shape [C, C]
         Test images by true and predicted class: each head's last evaluation.
+    parts : dict of str to dict of str to AccuracyReport
+        Each head's accuracy on the two parts of the test images, `TUNING` and
+        `HELD_OUT`, in the last evaluation; empty without a tuning share.
     """
 
     dataset: ImageDataset
@@ -55,14 +65,17 @@ class Evaluator:
     batch_size: int
     device: torch.device
     seed: int
+    tuning_share: float = 0.0
 
     def __post_init__(self) -> None:
-        """Draw the test images for all evaluations but the final one."""
+        """Draw the images for tuning, and for all evaluations but the final one."""
         self._all = np.arange(len(self.dataset.test.labels))
+        self._tuning = self._draw_tuning()
         self._subset = self._draw_subset()
         self._kept: dict[tuple[bool, int], LoadedImages] = {}
         self.unreadable = 0
         self.confusion: dict[str, npt.NDArray[np.int64]] = {}
+        self.parts: dict[str, dict[str, AccuracyReport]] = {}
 
     def indices(self, final: bool) -> npt.NDArray[np.int64]:
         """Return the indices of the test images that an evaluation uses."""
@@ -88,7 +101,8 @@ class Evaluator:
         Returns
         -------
         dict of str to AccuracyReport
-            The attribute ``confusion`` holds the confusion matrices of these reports.
+            The attributes ``confusion`` and ``parts`` hold the confusion matrices of
+            these reports, and the reports on parts of the test images.
         """
         network = folded(model.to(self.device))
         labels: list[torch.Tensor] = []
@@ -107,10 +121,19 @@ class Evaluator:
             list(map_pieces(predict, batches(), self.device)), dim=1
         ).cpu()
         truth = torch.cat(labels)
+        by_head = dict(zip(heads, predictions, strict=True))
         self.confusion = {
             name: self._confusion(truth, predicted)
-            for name, predicted in zip(heads, predictions, strict=True)
+            for name, predicted in by_head.items()
         }
+        self.parts = {}
+        if self.tuning_share > 0:
+            tuning = torch.from_numpy(self._tuning[self.indices(final)])
+            for part, chosen in ((TUNING, tuning), (HELD_OUT, ~tuning)):
+                self.parts[part] = {
+                    name: self._report(truth[chosen], predicted[chosen])
+                    for name, predicted in by_head.items()
+                }
         return {
             name: accuracy_report(confusion, self.groups)
             for name, confusion in self.confusion.items()
@@ -124,8 +147,12 @@ class Evaluator:
             labels.append(block.labels)
             features = teacher.cached_image_features(block.images)
             predictions.append((features @ prototypes.T).argmax(1))
-        confusion = self._confusion(torch.cat(labels), torch.cat(predictions))
-        return accuracy_report(confusion, self.groups)
+        return self._report(torch.cat(labels), torch.cat(predictions))
+
+    def _report(
+        self, labels: torch.Tensor, predictions: torch.Tensor
+    ) -> AccuracyReport:
+        return accuracy_report(self._confusion(labels, predictions), self.groups)
 
     def _confusion(
         self, labels: torch.Tensor, predictions: torch.Tensor
@@ -155,10 +182,21 @@ class Evaluator:
         classes = len(self.dataset.class_names)
         if not 0 < self.max_images < len(self._all):
             return self._all
-        order = torch.randperm(
-            len(self._all), generator=generator(self.seed, "evaluation")
-        ).numpy()
-        shuffled_labels = self.dataset.test.labels[order]
         share = -(-self.max_images // classes)
-        drawn = [order[shuffled_labels == c][:share] for c in range(classes)]
+        drawn = [places[:share] for places in self._shuffled(self.seed, "evaluation")]
         return np.sort(np.concatenate(drawn))
+
+    def _draw_tuning(self) -> npt.NDArray[np.bool_]:
+        """Return whether each test image is for tuning; the run's seed has no part."""
+        tuning = np.zeros(len(self._all), dtype=bool)
+        for places in self._shuffled(TUNING_SEED, "tuning"):
+            tuning[places[: round(self.tuning_share * len(places))]] = True
+        return tuning
+
+    def _shuffled(self, seed: int, purpose: str) -> list[npt.NDArray[np.int64]]:
+        """Return the shuffled places of each class's test images."""
+        order = torch.randperm(
+            len(self._all), generator=generator(seed, purpose)
+        ).numpy()
+        labels = self.dataset.test.labels[order]
+        return [order[labels == c] for c in range(len(self.dataset.class_names))]

@@ -69,6 +69,10 @@ def metrics_line(
         },
         "seconds": {name: round(s, 4) for name, s in seconds.items()},
     }
+    for part, of_heads in evaluator.parts.items():
+        line[f"accuracy_{part}"] = {
+            name: accuracy_fields(report) for name, report in of_heads.items()
+        }
     if medians:
         line["accuracy_median_site"] = {
             name: accuracy_fields(report) for name, report in medians.items()

@@ -67,6 +67,7 @@ class ServerRun:
             config.evaluation.batch_size,
             self.device,
             config.seed,
+            config.evaluation.tuning_share,
         )
         self.teacher = self._load_teacher()
         self._progress = Progress(config.federation.rounds)
