@@ -5,6 +5,7 @@ import difflib
 from clip2fl_common.config import ConfigError
 from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2fl_plus import CLIP2FLPlus
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
@@ -14,6 +15,7 @@ from strategy.fedprox import FedProx
 METHODS: dict[str, type[Method]] = {
     "clip2fl": CLIP2FL,
     "clip2flm": CLIP2FLM,
+    "clip2fl-plus": CLIP2FLPlus,
     "creff": CReFF,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,

@@ -105,7 +105,7 @@ def _method_problems(config: "RunConfig") -> Iterator[str]:
             yield (
                 f"client.label-weight = 0, but method = {config.method!r} has no "
                 "teacher, so nothing would train the local models; raise the weight or "
-                "choose clip2fl or clip2flm"
+                f"choose one of {', '.join(TEACHER_METHODS)}"
             )
         elif config.distillation.weight == 0:
             yield (

@@ -19,6 +19,8 @@ from pydantic.dataclasses import dataclass
 from clip2fl_common.choices import OptimizerName, Precision
 from clip2fl_common.config.checks import SITES, contradictions
 from clip2fl_common.config.keys import (
+    AUTO,
+    DefaultOf,
     Key,
     MayChange,
     ReadBy,
@@ -34,6 +36,7 @@ from clip2fl_common.config.messages import (
 from clip2fl_common.config.types import (
     GRADIENT_METHODS,
     MOMENTUM_METHODS,
+    PLUS,
     TEACHER_METHODS,
     Concentration,
     ConfigError,
@@ -213,10 +216,10 @@ class Client:
     """Passes over a client's images each round."""
     batch_size: Positive = 32
     """Mini-batch size of local training."""
-    optimizer: OptimizerName = "sgd"
+    optimizer: Annotated[OptimizerName, DefaultOf({PLUS: "muon"})] = "sgd"
     """sgd (plain, as published), momentum, adam or muon (orthogonalised momentum); each
     round starts without memory of earlier ones."""
-    learning_rate: StepSize = 0.1
+    learning_rate: Annotated[StepSize, DefaultOf({PLUS: 0.04})] = 0.1
     """Step size of the optimizer: about 0.1 for sgd, 0.02 for momentum and muon, 0.002
     for adam."""
     learning_rate_final: FinalStepSize = 0.0
@@ -248,11 +251,11 @@ class Client:
 class Distillation:
     """Knowledge distillation from the teacher."""
 
-    weight: Weight = 1.0
+    weight: Annotated[Weight, DefaultOf({PLUS: 3.0})] = 1.0
     """alpha: weight of the distillation loss; 0 switches distillation off."""
     temperature: Temperature = 3.0
     """T: distillation temperature of teacher and student."""
-    views: Views = 0
+    views: Annotated[Views, DefaultOf({PLUS: 10})] = 0
     """Augmented pictures (views) of each training image. Each epoch trains on a random
     one and distils from the teacher's logits of the same picture. 0: the image is
     augmented anew, and the teacher sees it without augmentation."""
@@ -273,7 +276,7 @@ class FedProx:
 class FedAvgM:
     """Momentum at the server."""
 
-    momentum: Momentum = 0.9
+    momentum: Annotated[Momentum, DefaultOf({PLUS: 0.5})] = 0.9
     """Momentum of the server's steps."""
     learning_rate: Annotated[float, Field(ge=1e-06, le=1)] = 1.0
     """Step size of the server; 1 goes all the way to the clients' average."""
@@ -283,7 +286,7 @@ class FedAvgM:
 class EMA:
     """Exponential moving average of the rounds' models, evaluated and delivered."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay: Annotated[float, Field(ge=0, lt=1), DefaultOf({PLUS: 0.6})] = 0.0
     """Decay of the exponential moving average of the rounds' models, which is evaluated
     and delivered. Each round has decay times the weight of the next round; 0: only the
     last model."""
@@ -403,8 +406,8 @@ class RunConfig:
     """Everything that decides a run's outcome."""
 
     method: MethodName = "clip2fl"
-    """Algorithm: clip2fl, clip2flm (with momentum at the server), creff (no teacher),
-    fedavg, fedprox or fedavgm."""
+    """Algorithm: clip2fl, clip2flm (with momentum at the server), clip2fl-plus (with
+    all extensions), creff (no teacher), fedavg, fedprox or fedavgm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""
     device: Device = "auto"
@@ -451,18 +454,22 @@ class RunConfig:
         """
         problems = list(key_problems(flat, known_keys()))
         nested: dict[str, Any] = {}
-        for key in KEYS:
+        for key, known in KEYS.items():
             if key in flat and scalar_problem(flat[key]) is None:
+                value = flat[key]
+                if known.by_method and value == AUTO:
+                    value = known.default_of(flat.get("method"))
                 group, dot, leaf = key.partition(".")
                 if dot:
-                    nested.setdefault(group, {})[leaf] = flat[key]
+                    nested.setdefault(group, {})[leaf] = value
                 else:
-                    nested[key] = flat[key]
+                    nested[key] = value
         try:
             # Only JSON input lets strict types and nested dataclasses go together.
             config = _adapter.validate_json(json.dumps(nested))
         except ValidationError as error:
-            problems += [explain(dict(problem)) for problem in error.errors()]
+            auto = {name for name, key in KEYS.items() if key.by_method}
+            problems += [explain(dict(problem), auto) for problem in error.errors()]
         if not problems:
             problems = contradictions(config)
         if problems:
@@ -499,5 +506,9 @@ def known_keys() -> list[str]:
 
 
 def defaults() -> dict[str, Scalar]:
-    """Return every dotted key with its default, in the order of `KEYS`."""
-    return {name: key.default for name, key in KEYS.items()}
+    """Return every dotted key with its default, in the order of `KEYS`.
+
+    A key whose default depends on the method has ``"auto"``, which
+    `RunConfig.from_run_config` replaces.
+    """
+    return {name: key.written_default for name, key in KEYS.items()}

@@ -35,11 +35,13 @@ TRACKERS = ("tensorboard", "mlflow", "wandb")
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 """The part of `one_line` that JSON Schema can express."""
 
-TEACHER_METHODS = ("clip2fl", "clip2flm")
+PLUS = "clip2fl-plus"
+"""CLIP2FL with all of this project's extensions, and with defaults of its own."""
+TEACHER_METHODS = ("clip2fl", "clip2flm", PLUS)
 """Methods whose clients need the teacher; nodes do not import strategies."""
-GRADIENT_METHODS = ("clip2fl", "clip2flm", "creff")
+GRADIENT_METHODS = (*TEACHER_METHODS, "creff")
 """Methods whose clients send class gradients and whose server re-trains."""
-MOMENTUM_METHODS = ("clip2flm", "fedavgm")
+MOMENTUM_METHODS = ("clip2flm", PLUS, "fedavgm")
 """Methods with momentum at the server."""
 METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""

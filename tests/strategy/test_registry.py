@@ -8,6 +8,7 @@ from clip2fl_common.teacher import load_teacher
 from strategy import registry
 from strategy.base import Method
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2fl_plus import CLIP2FLPlus
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
@@ -40,6 +41,7 @@ def setting(method: str) -> Setting:
     [
         ("clip2fl", CLIP2FL),
         ("clip2flm", CLIP2FLM),
+        ("clip2fl-plus", CLIP2FLPlus),
         ("creff", CReFF),
         ("fedavg", FedAvg),
         ("fedavgm", FedAvgM),
@@ -75,6 +77,7 @@ def test_method_takes_its_settings_from_the_configuration(
     wanted: dict[type[Method], set[str]] = {
         CLIP2FL: {"features", "text_features"},
         CLIP2FLM: {"features", "text_features"},
+        CLIP2FLPlus: {"features", "text_features"},
         CReFF: {"features"},
     }
     assert set(strategy.artifacts()) == wanted.get(expected, set())
@@ -83,7 +86,7 @@ def test_method_takes_its_settings_from_the_configuration(
 def test_unknown_method_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"method = 'fedavgn', but it must be one of clip2fl, clip2flm, creff, "
-        r"fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
+        match=r"method = 'fedavgn', but it must be one of clip2fl, clip2flm, "
+        r"clip2fl-plus, creff, fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")
