@@ -69,6 +69,7 @@ from clip2fl_common.config.types import (
     Text,
     TrackerNames,
     ViewKind,
+    ViewMix,
     Views,
     Weight,
 )
@@ -262,6 +263,9 @@ class Distillation:
     view_kind: ViewKind = "crop-flip"
     """How views are made: crop-flip (client.crop-padding and a flip), or resized-crop
     (35 to 100 % of the area, a flip and other colours)."""
+    view_mix: ViewMix = "none"
+    """Mix each view with a view of another image of the same client: mixup (weighted
+    sum) or cutmix (a square of the other). The labels are weighted alike."""
 
 
 @dataclass(frozen=True, config=_strict)

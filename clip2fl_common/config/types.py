@@ -160,6 +160,7 @@ Draws = Annotated[int, Field(ge=1, le=10_000)]
 # The teacher looks once at each view of each image.
 Views = Annotated[int, Field(ge=0, le=100)]
 ViewKind = Literal["crop-flip", "resized-crop"]
+ViewMix = Literal["none", "mixup", "cutmix"]
 
 StepSize = Annotated[float, Field(ge=TINY, le=1e4)]
 # A temperature divides logits, and its square multiplies the distillation loss.
