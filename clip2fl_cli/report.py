@@ -15,6 +15,7 @@ from clip2fl_cli.page import (
     TableRow,
     write_page,
 )
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun, refuse_other_classes
 from clip2fl_cli.sections import (
     Line,
@@ -25,7 +26,14 @@ from clip2fl_cli.sections import (
     features_section,
     losses_section,
 )
-from clip2fl_cli.summary import Failure, Row, failed_runs, summarise, teachers
+from clip2fl_cli.summary import (
+    Failure,
+    Row,
+    failed_runs,
+    summarise,
+    teachers,
+    tested_on,
+)
 from clip2fl_cli.tables import (
     COLUMNS,
     TITLES,
@@ -167,6 +175,9 @@ def _run_results(run: FinishedRun) -> Section:
         rows.append(
             TableRow([Cell(name), Cell(f"last {LAST_ROUNDS}"), *accuracy_cells(means)])
         )
+        if run.images is Images.HELD_OUT:
+            whole = accuracy_cells(run.on(Images.ALL).final(head))
+            rows.append(TableRow([Cell(name), Cell("last round, all images"), *whole]))
     rows += teacher_rows({"": [run]}, 1)
     table = Table(
         "results",
@@ -180,7 +191,7 @@ def _run_results(run: FinishedRun) -> Section:
         ["", "rounds", *TITLES],
         rows,
     )
-    text = " ".join([_groups_text(run), *_privacy_text(run)])
+    text = " ".join([*_part_text(run), _groups_text(run), *_privacy_text(run)])
     return Section("results", "Results", text, tables=[table])
 
 
@@ -205,6 +216,7 @@ def _comparison_results(
     baseline: str,
     failures: Sequence[Failure],
 ) -> Section:
+    beside = ["balanced, all images"] if rows[0].all_images else []
     body = [
         TableRow(
             [
@@ -212,13 +224,14 @@ def _comparison_results(
                 Cell(row.head),
                 Cell("-" if row.difference is None else str(row.difference)),
                 *(spread_cell(row.columns[column]) for column in COLUMNS),
+                *(spread_cell(row.all_images) for _ in beside),
                 Cell(", ".join(map(str, row.seeds))),
             ],
             marked=row.delivered,
         )
         for row in rows
     ]
-    unknown = [Cell("-")] * (len(TITLES) + 2)
+    unknown = [Cell("-")] * (len(TITLES) + len(beside) + 2)
     body += [
         TableRow([Cell(variant), *unknown, Cell(failed)])
         for variant, failed in failed_runs(failures).items()
@@ -229,11 +242,12 @@ def _comparison_results(
         f"deviation over seeds. Difference: to what {baseline} delivers, in balanced "
         "accuracy, seed by seed, with its 95 % confidence interval. Bold: what is "
         "delivered.",
-        ["variant", "head", "difference", *TITLES, "seeds"],
-        [*body, *teacher_rows(runs, 2, 1)],
+        ["variant", "head", "difference", *TITLES, *beside, "seeds"],
+        [*body, *teacher_rows(runs, 2, len(beside) + 1)],
     )
     first = next(iter(runs.values()))[0]
-    return Section("results", "Results", _groups_text(first), tables=[table])
+    text = " ".join([*_part_text(first), _groups_text(first)])
+    return Section("results", "Results", text, tables=[table])
 
 
 def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
@@ -412,6 +426,11 @@ def _groups_text(run: FinishedRun) -> str:
         "listed": "30/40/30 % of the classes in the order of dataset.class-names",
     }[groups["rule"]]
     return f"Many-, medium- and few-shot classes ({rule}): {named}."
+
+
+def _part_text(run: FinishedRun) -> list[str]:
+    """Return a sentence about the test images, if they are a part of all."""
+    return [] if run.whole is None else [f"Accuracy on {tested_on(run)}."]
 
 
 def _teacher_text(runs: Sequence[FinishedRun]) -> str:

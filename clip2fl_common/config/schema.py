@@ -397,9 +397,9 @@ class Evaluation:
     max_images: ImageLimit = 0
     """Number of test images in each round; the last round uses all. 0: always all."""
     tuning_share: Share = 0.0
-    """Share of each class's test images on which settings are chosen, the same images
-    in all runs. Accuracy on them and on all others (held out) is then recorded apart.
-    0: none."""
+    """Share of each class's test images on which settings and the best round are
+    chosen, the same images in all runs. Accuracy on them and on all others (held out)
+    is then recorded apart. 0: none."""
     batch_size: Positive = 32
     """Images in one forward pass without gradients; 32 suits a CPU's cache, 512 a
     GPU."""

@@ -81,6 +81,14 @@ def test_round_trip() -> None:
             r"validation-share = 0\.0.*let the sites keep some",
         ),
         (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": "cat, dog",
+                "evaluation.tuning-share": 0.2,
+            },
+            r"tuning-share = 0\.2.*no test images to divide: set it to 0\.0",
+        ),
+        (
             {"dataset.validation-share": 1.0},
             r"share = 1\.0.*less than 1",
         ),
