@@ -79,7 +79,6 @@ FLOATS: dict[str, tuple[float, float]] = {
     "synthesis.contrast-weight": (1e-9, 1e6),
     "synthesis.contrast-temperature": (1e-3, 1e4),
     "retraining.learning-rate": (1e-9, 1e4),
-    "evaluation.tuning-share": (1e-3, math.nextafter(1, 0)),
 }
 ZERO_IS_OFF = {
     "dataset.validation-share",
@@ -102,7 +101,6 @@ ZERO_IS_OFF = {
     "privacy.update-noise-multiplier",
     "synthesis.contrast-weight",
     "synthesis.learning-rate-final",
-    "evaluation.tuning-share",
 }
 
 
