@@ -4,6 +4,7 @@ import difflib
 
 from clip2fl_common.config import ConfigError
 from strategy.base import Method
+from strategy.ccvr import CCVR
 from strategy.clip2fl import CLIP2FL
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
@@ -12,6 +13,7 @@ from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
 
 METHODS: dict[str, type[Method]] = {
+    "ccvr": CCVR,
     "clip2fl": CLIP2FL,
     "clip2flm": CLIP2FLM,
     "creff": CReFF,
