@@ -279,6 +279,10 @@ def _memory_problems(config: "RunConfig") -> Iterator[str]:
         f"{classes} classes and model.feature-dim = {width}": (
             4 * classes * synthesis.features_per_class * width
         ),
+        f"ccvr.virtual-features = {config.ccvr.virtual_features}, "
+        f"{classes} classes and model.feature-dim = {width}": (
+            4 * classes * config.ccvr.virtual_features * width
+        ),
         f"class-gradients.draws = {gradients.draws}, "
         f"class-gradients.samples-per-class = {gradients.samples_per_class} and "
         f"model.feature-dim = {width}": (

@@ -37,6 +37,7 @@ from clip2fl_common.config.types import (
     GRADIENT_METHODS,
     MOMENTUM_METHODS,
     PLUS,
+    RETRAINING_METHODS,
     TEACHER_METHODS,
     Concentration,
     ConfigError,
@@ -184,7 +185,9 @@ class Aggregation:
     """Rule that averages the clients' models and class gradients: mean (models are
     weighted by images), or per coordinate median or trimmed-mean (not weighted)."""
     trim: Annotated[
-        float, Field(ge=0, lt=0.5), ReadBy("clip2fl", "creff", "fedavg", "fedprox")
+        float,
+        Field(ge=0, lt=0.5),
+        ReadBy("clip2fl", "creff", "ccvr", "fedavg", "fedprox"),
     ] = 0.2
     """trimmed-mean: share of the values cut off at each end, below 0.5."""
     max_length_ratio: LengthRatio = 10.0
@@ -325,9 +328,10 @@ class Upload:
 class Privacy:
     """Limits on what class gradients and models reveal (docs/privacy.md)."""
 
-    min_class_samples: Annotated[Positive, ReadBy(*GRADIENT_METHODS)] = 1
-    """Smallest number of a class's images for which a client sends a class gradient.
-    The gradient of a single image reveals the image's feature (docs/privacy.md)."""
+    min_class_samples: Annotated[Positive, ReadBy(*RETRAINING_METHODS)] = 1
+    """Smallest number of a class's images for which a client sends a class gradient or
+    class statistics. Those of a single image reveal the image's feature
+    (docs/privacy.md)."""
     gradient_clip_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
     """Norm to which each image's part of a class gradient is clipped; 0: no bound."""
     gradient_noise_multiplier: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
@@ -376,6 +380,15 @@ class Retraining:
 
 
 @dataclass(frozen=True, config=_strict)
+class CCVR:
+    """Virtual features."""
+
+    virtual_features: FeaturesPerClass = 100
+    """Features of each class that the server draws from the class's normal distribution
+    each round, to re-train the classifier on them."""
+
+
+@dataclass(frozen=True, config=_strict)
 class TeacherConfig:
     """The frozen vision-language model."""
 
@@ -411,7 +424,7 @@ class RunConfig:
 
     method: MethodName = "clip2fl"
     """Algorithm: clip2fl, clip2flm (with momentum at the server), clip2fl-plus (with
-    all extensions), creff (no teacher), fedavg, fedprox or fedavgm."""
+    all extensions), creff (no teacher), ccvr, fedavg, fedprox or fedavgm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""
     device: Device = "auto"
@@ -434,7 +447,8 @@ class RunConfig:
     upload: Annotated[Upload, ReadBy(*GRADIENT_METHODS)] = Upload()
     privacy: Privacy = Privacy()
     synthesis: Annotated[Synthesis, ReadBy(*GRADIENT_METHODS)] = Synthesis()
-    retraining: Annotated[Retraining, ReadBy(*GRADIENT_METHODS)] = Retraining()
+    retraining: Annotated[Retraining, ReadBy(*RETRAINING_METHODS)] = Retraining()
+    ccvr: Annotated[CCVR, ReadBy("ccvr")] = CCVR()
     teacher: Annotated[TeacherConfig, ReadBy(*TEACHER_METHODS)] = TeacherConfig()
     evaluation: Evaluation = Evaluation()
 

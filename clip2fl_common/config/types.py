@@ -43,7 +43,10 @@ GRADIENT_METHODS = (*TEACHER_METHODS, "creff")
 """Methods whose clients send class gradients and whose server re-trains."""
 MOMENTUM_METHODS = ("clip2flm", PLUS, "fedavgm")
 """Methods with momentum at the server."""
-METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
+RETRAINING_METHODS = (*GRADIENT_METHODS, "ccvr")
+"""Methods whose clients send something for each class they hold, from which the server
+re-trains a classifier."""
+METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
 
 

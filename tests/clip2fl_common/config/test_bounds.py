@@ -39,6 +39,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "privacy.min-class-samples": (1, 10**6),
     "synthesis.features-per-class": (1, 10**5),
     "synthesis.steps": (1, 10**6),
+    "ccvr.virtual-features": (1, 10**5),
     "retraining.epochs": (1, 10**6),
     "retraining.batch-size": (1, 10**6),
     "teacher.batch-size": (1, 10**6),
