@@ -187,16 +187,41 @@ class Evaluator:
         return np.sort(np.concatenate(drawn))
 
     def _draw_tuning(self) -> npt.NDArray[np.bool_]:
-        """Return whether each test image is for tuning; the run's seed has no part."""
-        tuning = np.zeros(len(self._all), dtype=bool)
-        for places in self._shuffled(TUNING_SEED, "tuning"):
-            tuning[places[: round(self.tuning_share * len(places))]] = True
-        return tuning
+        labels, classes = self.dataset.test.labels, len(self.dataset.class_names)
+        return tuning_images(labels, classes, self.tuning_share)
 
     def _shuffled(self, seed: int, purpose: str) -> list[npt.NDArray[np.int64]]:
-        """Return the shuffled places of each class's test images."""
-        order = torch.randperm(
-            len(self._all), generator=generator(seed, purpose)
-        ).numpy()
-        labels = self.dataset.test.labels[order]
-        return [order[labels == c] for c in range(len(self.dataset.class_names))]
+        labels, classes = self.dataset.test.labels, len(self.dataset.class_names)
+        return _shuffled_places(labels, classes, seed, purpose)
+
+
+def tuning_images(
+    labels: npt.NDArray[np.int64], num_classes: int, share: float
+) -> npt.NDArray[np.bool_]:
+    """Return which test images are for tuning; a run's seed does not change them.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape [N]
+        Classes of the test images.
+    num_classes : int
+        Number of classes C.
+    share : float
+        Share of each class's images.
+
+    Returns
+    -------
+    ndarray of bool, shape [N]
+    """
+    tuning = np.zeros(len(labels), dtype=bool)
+    for places in _shuffled_places(labels, num_classes, TUNING_SEED, "tuning"):
+        tuning[places[: round(share * len(places))]] = True
+    return tuning
+
+
+def _shuffled_places(
+    labels: npt.NDArray[np.int64], num_classes: int, seed: int, purpose: str
+) -> list[npt.NDArray[np.int64]]:
+    """Return the shuffled places of each class's images."""
+    order = torch.randperm(len(labels), generator=generator(seed, purpose)).numpy()
+    return [order[labels[order] == c] for c in range(num_classes)]
