@@ -17,10 +17,13 @@ images.
 import argparse
 import copy
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +265,10 @@ def _mean(found: Sequence[Accuracy]) -> Accuracy:
 
 
 def measure(
-    config: RunConfig, seeds: Sequence[int], step_sizes: Sequence[float]
+    config: RunConfig,
+    seeds: Sequence[int],
+    step_sizes: Sequence[float],
+    workers: int,
 ) -> tuple[str, str]:
     """Return Markdown tables of the accuracies, and of the choice of step sizes.
 
@@ -274,6 +280,8 @@ def measure(
         Seeds; the step sizes are chosen at the first one.
     step_sizes : sequence of float
         Step sizes to choose from, for each start and loss.
+    workers : int
+        Processes that train heads at the same time, each with one thread.
     """
     teacher = load_teacher(
         config.teacher.model,
@@ -286,28 +294,41 @@ def measure(
     # The test images and the teacher are the same for all seeds.
     rows = [["teacher", "zero-shot", "-", *_cells([first.zero_shot()]), "-"]]
     choices = []
-    for start, adjustment in product(first.starts, (0.0, 1.0)):
-        tried = {size: first.trained(start, adjustment, size) for size in step_sizes}
-        on_tuning = {
-            size: _mean(found)[TUNING, "balanced"] for size, found in tried.items()
+    heads = list(product(first.starts, (0.0, 1.0)))
+    with ProcessPoolExecutor(
+        workers,
+        get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),  # the matrices are small
+    ) as pool:
+        tried = {
+            (head, size): pool.submit(first.trained, *head, size)
+            for head in heads
+            for size in step_sizes
         }
-        best = max(on_tuning, key=lambda size: on_tuning[size])
-        runs = [tried[best]]
-        runs += [other.trained(start, adjustment, best) for other in others]
-        loss = "adjusted" if adjustment else "plain"
-        rows.append(
-            [
-                f"head from {start}",
-                loss,
-                f"{best:g}",
-                *_cells([_mean(found) for found in runs]),
-                _spread([found[-1][ALL, "balanced"] for found in runs]),
+        chosen, runs = {}, {}
+        for head in heads:
+            on_tuning = [
+                _mean(tried[head, size].result())[TUNING, "balanced"]
+                for size in step_sizes
             ]
-        )
-        choices.append(
-            [f"head from {start}", loss, *(f"{v:.1f}" for v in on_tuning.values())]
-        )
-        print(" | ".join(rows[-1]), flush=True)
+            best = step_sizes[on_tuning.index(max(on_tuning))]
+            chosen[head] = best
+            choices.append([*_names(*head), *(f"{value:.1f}" for value in on_tuning)])
+            print(" | ".join(choices[-1]), flush=True)
+            runs[head] = [tried[head, best]] + [
+                pool.submit(other.trained, *head, best) for other in others
+            ]
+        for head in heads:
+            found = [run.result() for run in runs[head]]
+            rows.append(
+                [
+                    *_names(*head),
+                    f"{chosen[head]:g}",
+                    *_cells([_mean(own) for own in found]),
+                    _spread([own[-1][ALL, "balanced"] for own in found]),
+                ]
+            )
     parts = [f"{part}, {name}" for part in ("held out", "all") for name in ACCURACIES]
     header = ["classifier", "loss", "step size", *parts, "last round, all"]
     tried_sizes = [f"{size:g}" for size in step_sizes]
@@ -315,6 +336,10 @@ def measure(
         markdown(header, rows),
         markdown(["classifier", "loss", *tried_sizes], choices),
     )
+
+
+def _names(start: str, adjustment: float) -> list[str]:
+    return [f"head from {start}", "adjusted" if adjustment else "plain"]
 
 
 def _cells(seeds: Sequence[Accuracy]) -> list[str]:
@@ -339,12 +364,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--set", nargs="*", default=[], help="key=value pairs")
     parser.add_argument("--step-sizes", type=float, nargs="+", default=STEP_SIZES)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--note", default="", help="a sentence below the tables")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the matrices are small
     config = complete_config(merge_run_config(PROJECT, options.run_config, options.set))
-    accuracies, choices = measure(config, options.seeds, options.step_sizes)
+    accuracies, choices = measure(
+        config, options.seeds, options.step_sizes, options.workers
+    )
     federation, client = config.federation, config.client
     text = (
         f"{federation.rounds} rounds of {federation.clients_per_round} of "

@@ -1,6 +1,7 @@
 """A federated linear head on the teacher's features, against a slow federation."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,14 @@ from clip2fl_common.teacher import load_teacher
 from tests.defaults import run_config
 
 CONFIG = run_config(seed=5, dataset__demo_test_per_class=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the teacher's features out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,7 @@ def test_page_has_the_choice_and_a_row_for_each_head(tmp_path: Path) -> None:
     )
     main(
         [str(file), "--seeds", "7", "8", "--step-sizes", "0.01", "0.1"]
-        + ["--results", str(tmp_path / "results")]
+        + ["--workers", "1", "--results", str(tmp_path / "results")]
     )
     (page,) = (tmp_path / "results").iterdir()
     lines = page.read_text("utf-8").splitlines()

@@ -14,10 +14,10 @@ from clip2fl_common.data.datasets import (
     LoadedImages,
     Normalization,
 )
-from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from clip2fl_common.metrics import HELD_OUT, TUNING, AccuracyReport, ShotGroups
 from clip2fl_common.models import ImageClassifier, build_model
 from server_app import evaluation
-from server_app.evaluation import Evaluator
+from server_app.evaluation import Evaluator, tuning_images
 
 CLASSES, DIM, SIZE = 4, 16, 8
 GROUPS = ShotGroups("rank", many=(0,), medium=(1, 2), few=(3,))
@@ -57,7 +57,11 @@ class Source:
 
 
 def evaluator(
-    source: Source, max_images: int = 0, batch_size: int = 7, seed: int = 7
+    source: Source,
+    max_images: int = 0,
+    batch_size: int = 7,
+    seed: int = 7,
+    tuning_share: float = 0.0,
 ) -> Evaluator:
     """Return the evaluator of a data set with these test images."""
     test: ImageSource = source
@@ -70,7 +74,9 @@ def evaluator(
         image_size=SIZE,
     )
     device = torch.device("cpu")
-    return Evaluator(dataset, GROUPS, max_images, batch_size, device, seed)
+    return Evaluator(
+        dataset, GROUPS, max_images, batch_size, device, seed, tuning_share
+    )
 
 
 def student() -> ImageClassifier:
@@ -177,6 +183,28 @@ def test_final_evaluation_uses_all() -> None:
     central = evaluator(Source([9, 5, 2, 6]), max_images=4)
     assert central.indices(final=True).tolist() == list(range(22))
     assert len(central.indices(final=False)) == 4
+
+
+def test_tuning_images_are_a_share_of_each_class_whatever_the_seed() -> None:
+    labels = Source([10, 5, 20, 1]).labels
+    tuning = tuning_images(labels, 4, 0.2)
+    assert np.bincount(labels[tuning], minlength=4).tolist() == [2, 1, 4, 0]
+    # A larger share only adds images.
+    assert (tuning_images(labels, 4, 0.4) >= tuning).all()
+    assert not tuning_images(labels, 4, 0.0).any()
+
+
+def test_parts_of_the_test_images_are_evaluated_apart() -> None:
+    source = Source([10, 5, 20, 10])
+    central = evaluator(source, seed=8, tuning_share=0.2)
+    model, classifiers = student(), heads()
+    central.evaluate(model, classifiers, final=True)
+    tuning = tuning_images(source.labels, 4, 0.2)
+    for part, chosen in ((TUNING, tuning), (HELD_OUT, ~tuning)):
+        places = np.flatnonzero(chosen).tolist()
+        for name, head in classifiers.items():
+            expected = slow_report(source, places, model, head)
+            assert close(central.parts[part][name], expected)
 
 
 def test_images_are_kept_in_memory_where_they_fit(
