@@ -20,7 +20,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -306,7 +306,8 @@ def measure(
             for head in heads
             for size in step_sizes
         }
-        chosen, runs = {}, {}
+        chosen: dict[tuple[str, float], float] = {}
+        runs: dict[tuple[str, float], list[Future[list[Accuracy]]]] = {}
         for head in heads:
             on_tuning = [
                 _mean(tried[head, size].result())[TUNING, "balanced"]
