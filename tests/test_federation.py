@@ -45,6 +45,22 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_client_with_all_images_can_train_alone(
+    tmp_path: Path, method: str
+) -> None:
+    """The upper bound of a table: the global model is the one client's model."""
+    alone: dict[str, Any] = {
+        "partition__clients": 1,
+        "federation__clients_per_round": 1,
+    }
+    federate(tmp_path / "run", method, **alone)
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    held = [sum(facts["train_images_per_class"])]
+    assert facts["train_images_per_client"] == held
+    assert [line["clients"] for line in metrics(tmp_path / "run")] == [[0], [0]]
+
+
 def _top1(model: ImageClassifier, card: ModelCard) -> float:
     """Return the accuracy on all test images in percent."""
     test = load_dataset(run_config().dataset).test
