@@ -17,7 +17,7 @@ from clip2fl_common.data.datasets import (
     LoadedImages,
     Normalization,
 )
-from clip2fl_common.metrics import HELD_OUT, TUNING, AccuracyReport, ShotGroups
+from clip2fl_common.metrics import AccuracyReport, ShotGroups
 from clip2fl_common.models import ImageClassifier, build_model
 from server_app import evaluation
 from server_app.evaluation import Evaluator, tuning_images
