@@ -171,6 +171,15 @@ MODELS: dict[str, Callable[[int, int], ImageClassifier]] = {
 }
 
 
+# Width of each network's pooled output.
+POOLED_DIM: dict[str, int] = {
+    "resnet8": 256,
+    "resnet8-slim": 64,
+    "resnet18": 512,
+    "resnet50": 2048,
+}
+
+
 def build_model(name: str, num_classes: int, feature_dim: int = 512) -> ImageClassifier:
     """Return a student network with new weights from torch's global generator.
 

@@ -41,7 +41,7 @@ GRADIENT_METHODS = ("clip2fl", "clip2flm", "creff")
 """Methods whose clients send class gradients and whose server re-trains."""
 MOMENTUM_METHODS = ("clip2flm", "fedavgm")
 """Methods with momentum at the server."""
-METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
+METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedlda", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
 
 

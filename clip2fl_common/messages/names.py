@@ -3,6 +3,8 @@
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
 GRADIENTS = "class-gradients"
+MOMENTS = "class-moments"
+DISCRIMINANT = "discriminant-classifier"
 CONFIG = "config"
 METRICS = "metrics"
 
