@@ -6,6 +6,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from client_app.part import ClientPart, ClientRound
+from client_app.site_policy import SiteRefusal
 from client_app.training import held_images, mixed_precision
 from clip2fl_common.class_moments import (
     ClassMoments,
@@ -15,7 +16,7 @@ from clip2fl_common.class_moments import (
 )
 from clip2fl_common.config import Privacy
 from clip2fl_common.head_choice import uses_moments
-from clip2fl_common.messages import MOMENTS, ReplyError
+from clip2fl_common.messages import MOMENTS
 from clip2fl_common.models import folded
 from clip2fl_common.parallel import map_pieces
 
@@ -30,12 +31,12 @@ class MomentSums(ClientPart):
 
         Raises
         ------
-        ReplyError
+        SiteRefusal
             If the run's configuration asks for no moments. A site's rules are checked
             against the configuration, so a request must not ask for more.
         """
         if not uses_moments(client.config):
-            raise ReplyError(f"the run's configuration asks for no {MOMENTS}")
+            raise SiteRefusal(f"the run's configuration asks for no {MOMENTS}")
         privacy = client.config.privacy
         moments = _moments(client)
         if privacy.moment_noise_multiplier > 0:
