@@ -5,4 +5,4 @@ from clip2fl_common.config import RunConfig
 
 def uses_moments(config: RunConfig) -> bool:
     """Return whether a run computes the discriminant, so that clients send moments."""
-    return config.method == "fedlda" or config.head.delivered == "discriminant"
+    return config.head.delivered == "discriminant" or config.method == "fedlda"
