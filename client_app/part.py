@@ -68,9 +68,9 @@ class ClientRound:
             self.config.seed, purpose, request.server_round, request.stream
         )
 
-    def noise_source(self) -> torch.Generator:
+    def noise_source(self, purpose: str = "privacy") -> torch.Generator:
         """Return the generator of noise; only simulated clients use the run's seed."""
-        return self.random("privacy") if self.site is None else secret_generator()
+        return self.random(purpose) if self.site is None else secret_generator()
 
     def fixed_images(self) -> dict[int, torch.Tensor] | None:
         """Return which images statistics may be computed from, if the site fixes them.

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
+from clip2fl_common.head_choice import uses_moments
 
 logger = getLogger(__name__)
 
@@ -83,8 +84,9 @@ class SitePolicy:
     """A site's rules. Each is a key of the policy file, with ``-`` for ``_``."""
 
     min_class_samples: Positive = 1
-    """Fewest different images that a class gradient needs. From 2 on, the site also
-    fixes which images these are: the same in all rounds and runs."""
+    """Fewest different images of a class that a class gradient or class moments need.
+    From 2 on, the site also fixes which images these are: the same in all rounds and
+    runs."""
     gradient_samples: Positive | None = None
     """Most images of a class that enter its gradient, if the site fixes them."""
     gradient_cuts: Positive = 1
@@ -96,9 +98,11 @@ class SitePolicy:
     validation_share: Annotated[float, Field(ge=0.001, le=0.9)] | None = None
     """Share of the images for validation; by default the share of the first run."""
     min_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """Least privacy.gradient-noise-multiplier of a run."""
+    """Least privacy.gradient-noise-multiplier of a run, and least
+    privacy.moment-noise-multiplier if it asks for class moments."""
     max_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Greatest privacy.gradient-clip-norm of a run, which must have one."""
+    """Greatest privacy.gradient-clip-norm of a run, which must have one, and greatest
+    privacy.moment-clip-norm if it asks for class moments."""
     teachers: tuple[Fingerprint, ...] | None = None
     """Fingerprints (or their first characters) of the allowed teachers."""
     teacher_folders: tuple[Folder, ...] = ()
@@ -172,15 +176,25 @@ class SitePolicy:
                 f"the run has privacy.min-class-samples = {privacy.min_class_samples}, "
                 f"and the site's gradient-samples is {self.set_size}"
             )
-        noise, norm = privacy.gradient_noise_multiplier, privacy.gradient_clip_norm
+        yield from self._noise_violations(
+            "gradient", privacy.gradient_noise_multiplier, privacy.gradient_clip_norm
+        )
+        if uses_moments(config):
+            yield from self._noise_violations(
+                "moment", privacy.moment_noise_multiplier, privacy.moment_clip_norm
+            )
+
+    def _noise_violations(
+        self, statistic: str, noise: float, norm: float
+    ) -> Iterator[str]:
         if noise < self.min_noise_multiplier:
             yield (
-                f"the run has privacy.gradient-noise-multiplier = {noise:g}, and the "
-                f"site's min-noise-multiplier is {self.min_noise_multiplier:g}"
+                f"the run has privacy.{statistic}-noise-multiplier = {noise:g}, and "
+                f"the site's min-noise-multiplier is {self.min_noise_multiplier:g}"
             )
         if self.max_clip_norm is not None and not 0 < norm <= self.max_clip_norm:
             yield (
-                f"the run has privacy.gradient-clip-norm = {norm:g}, and the site's "
+                f"the run has privacy.{statistic}-clip-norm = {norm:g}, and the site's "
                 f"max-clip-norm is {self.max_clip_norm:g}"
             )
 

@@ -377,13 +377,7 @@ def augmented_features(
         Features [n, d] in float32 and their labels [n], in the order of the draws.
     """
     network = folded(model)
-    members = {
-        int(c): torch.nonzero(labels == c).flatten().cpu()
-        for c, count in zip(*labels.unique(return_counts=True), strict=True)
-        if count >= min_class_samples
-    }
-    if fixed is not None:
-        members = {c: places.cpu() for c, places in fixed.items()}
+    members = held_images(labels, min_class_samples, fixed)
     if not members:
         dim = model.classifier.in_features
         return torch.empty(0, dim, device=labels.device), labels[:0]
@@ -407,6 +401,36 @@ def augmented_features(
     batches = _rebatch(parts(), batch_size)
     features = torch.cat(list(map_pieces(features_of, batches, images.device)))
     return features, labels[torch.cat(chosen)]
+
+
+def held_images(
+    labels: torch.Tensor,
+    min_class_samples: int,
+    fixed: Mapping[int, torch.Tensor] | None,
+) -> dict[int, torch.Tensor]:
+    """Return the images from which statistics may be computed, by class.
+
+    Parameters
+    ----------
+    labels : Tensor of int64, shape [N]
+        The client's labels.
+    min_class_samples : int
+        Classes with fewer images are left out.
+    fixed : mapping of int to Tensor of int64, or None
+        The site's own choice in place of this rule.
+
+    Returns
+    -------
+    dict of int to Tensor of int64
+        Positions among the N images, on the CPU.
+    """
+    if fixed is not None:
+        return {c: places.cpu() for c, places in fixed.items()}
+    return {
+        int(c): torch.nonzero(labels == c).flatten().cpu()
+        for c, count in zip(*labels.unique(return_counts=True), strict=True)
+        if count >= min_class_samples
+    }
 
 
 def _rebatch(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -33,6 +33,8 @@ Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 ClassIndex = Annotated[int, Field(ge=0, lt=MAX_CLASSES)]
 PerClass = Annotated[list[Percent | None], Field(max_length=MAX_CLASSES)]
 
+Mechanism = Literal["class_gradients", "class_moments", "images", "updates"]
+
 _strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
@@ -191,7 +193,7 @@ class Round(BaseModel):
     losses: Annotated[dict[Name, Loss], Field(max_length=100)]
     seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
     bytes: Bytes
-    privacy: dict[Literal["class_gradients", "updates"], Spent] = {}
+    privacy: dict[Mechanism, Spent] = {}
 
 
 class FailedRun(BaseModel):

@@ -17,7 +17,6 @@ from clip2fl_common.devices import resolve_device
 from clip2fl_common.metrics import (
     FEDAVG_HEAD,
     HELD_OUT,
-    RETRAINED_HEAD,
     TEACHER_HEAD,
     TUNING,
     AccuracyReport,
@@ -287,10 +286,9 @@ class ServerRun:
     def _delivered(
         self, strategy: Method
     ) -> tuple[ImageClassifier, dict[str, nn.Linear]]:
-        """Return the delivered model and its classifiers, its own as the last."""
+        """Return the delivered model and its classifiers, the delivered one first."""
         model = strategy.delivered_model(self.model)
-        retrained = strategy.delivered_classifier
-        heads = {} if retrained is None else {RETRAINED_HEAD: retrained}
+        heads = strategy.delivered_heads(model.state_dict())
         return model, {**heads, FEDAVG_HEAD: model.classifier}
 
     def _made_with(self) -> dict[str, str]:

@@ -25,8 +25,15 @@ from torch import nn
 
 from clip2fl_common import messages
 from clip2fl_common.messages import TrainReply
-from clip2fl_common.metrics import FEDAVG_HEAD, HEADS, RETRAINED_HEAD, TEACHER_HEAD
+from clip2fl_common.metrics import (
+    DISCRIMINANT_HEAD,
+    FEDAVG_HEAD,
+    HEADS,
+    RETRAINED_HEAD,
+    TEACHER_HEAD,
+)
 from clip2fl_common.models import ImageClassifier
+from strategy.discriminant import Discriminant
 from strategy.log import log
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
 from strategy.model_mean import Model, combined_model, noisy_model, summed_metrics
@@ -63,6 +70,9 @@ class Method(Strategy):
         The global model that the round's clients began with.
     classifier : torch.nn.Linear or None
         Classifier that is delivered in place of the global model's own, if any.
+    discriminant : Discriminant or None
+        Closed-form classifier that is evaluated beside the others and delivered, if the
+        run computes it.
     average : ModelAverage
         Average over rounds of the model and the classifier, if ``ema.decay`` is above
         0.
@@ -83,13 +93,15 @@ class Method(Strategy):
         self.aggregation = config.aggregation
         self.privacy = config.privacy
         self.min_replies = config.federation.min_replies
+        self.discriminant = Discriminant.of(config, setting.num_classes)
+        moments = () if self.discriminant is None else (messages.MOMENTS,)
         self.fields = [
             messages.reply_field(name, config, setting.num_classes)
-            for name in self.reply_fields
+            for name in (*self.reply_fields, *moments)
         ]
         self.average = ModelAverage(config.ema.decay)
         gradients = messages.GRADIENTS in self.reply_fields
-        self.ledger = PrivacyLedger.of(self.privacy, gradients)
+        self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
         self.round = RoundRecord()
         self.earlier: Callable[[int], Earlier | None] = _nothing_kept
         self.safeguards = Safeguards(
@@ -158,6 +170,21 @@ class Method(Strategy):
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
         """Use the fields of good replies that only this method asks for."""
 
+    def objection(self, reply: TrainReply) -> str:
+        """Return why a reply must not be used though its arrays are as declared.
+
+        Parameters
+        ----------
+        reply : TrainReply
+            A reply that has passed all other checks.
+
+        Returns
+        -------
+        str
+            Empty if it may be used.
+        """
+        return "" if self.discriminant is None else self.discriminant.objection(reply)
+
     def artifacts(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the method's state that a report may show, by name."""
         return {}
@@ -168,7 +195,9 @@ class Method(Strategy):
         Random numbers are not part of it: every generator is seeded from the run's
         seed, its purpose, the round and the client.
         """
+        closed_form = {} if self.discriminant is None else self.discriminant.state()
         return {
+            **closed_form,
             **self.ledger.state(),
             **self.average.state(),
             **self.safeguards.state(),
@@ -176,6 +205,8 @@ class Method(Strategy):
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore a state that `state` returned."""
+        if self.discriminant is not None:
+            self.discriminant.load_state(state)
         self.ledger.load_state(state)
         self.average.load_state(state)
         self.safeguards.load_state(state)
@@ -204,6 +235,28 @@ class Method(Strategy):
             return None
         return self.average.applied_to(self.classifier, CLASSIFIER_WEIGHTS)
 
+    def delivered_heads(
+        self, model: Mapping[str, torch.Tensor]
+    ) -> dict[str, nn.Linear]:
+        """Return the classifiers besides the model's own, the delivered one first.
+
+        Parameters
+        ----------
+        model : mapping of str to Tensor
+            State of the model that is evaluated and delivered.
+
+        Returns
+        -------
+        dict of str to nn.Linear
+            By name of the head.
+        """
+        heads = {}
+        if self.discriminant is not None:
+            heads[DISCRIMINANT_HEAD] = self.discriminant.head(model)
+        if (retrained := self.delivered_classifier) is not None:
+            heads[RETRAINED_HEAD] = retrained
+        return heads
+
     # Flower's loop calls these hooks in this order.
 
     def configure_train(
@@ -213,8 +266,8 @@ class Method(Strategy):
         self.clients.refresh(grid)
         self.sent = messages.arrays_to_numpy(arrays)
         self._asked_at = time.perf_counter()
-        if self.reply_fields:
-            config[messages.FIELDS] = list(self.reply_fields)
+        if self.fields:
+            config[messages.FIELDS] = [field.name for field in self.fields]
         numbers = self.safeguards.sample(server_round)
         content = self._content(server_round, arrays, config, training=True)
         self.round = RoundRecord(
@@ -241,7 +294,7 @@ class Method(Strategy):
         self._requests.log_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
         started = time.perf_counter()
-        check = ReplyCheck(self.sent, self._requests.asked, self.fields)
+        check = ReplyCheck(self.sent, self._requests.asked, self.fields, self.objection)
         verdicts = self.safeguards.judge(
             server_round, check, replies, self._requests.name
         )
@@ -269,6 +322,10 @@ class Method(Strategy):
         self.round.upload_bytes = [reply.upload_bytes for reply in accepted]
         self.round.gradient_bytes = [reply.field_bytes for reply in accepted]
         self.book("checks", started)
+        if self.discriminant is not None:
+            started = time.perf_counter()
+            self.discriminant.add(server_round, accepted)
+            self.book("discriminant", started)
         self.use_replies(server_round, accepted)
         started = time.perf_counter()
         model, metrics = self._combined(server_round, accepted)
@@ -292,7 +349,13 @@ class Method(Strategy):
         if not numbers:
             return []
         content = self._content(server_round, arrays, config, training=False)
+        if self.discriminant is not None:
+            state = messages.arrays_to_tensors(arrays)
+            content[messages.DISCRIMINANT] = messages.model_to_arrays(
+                self.discriminant.head(state)
+            )
         asked = {
+            DISCRIMINANT_HEAD: messages.DISCRIMINANT in content,
             RETRAINED_HEAD: messages.CLASSIFIER in content,
             FEDAVG_HEAD: True,
             TEACHER_HEAD: messages.TEACHER_FINGERPRINT in config,
@@ -322,6 +385,8 @@ class Method(Strategy):
         needed = self.min_replies or self.clients.replies_needed(0)
         log(INFO, "\t│\t└── Good replies a round needs: %s", needed)
         log_rule(self.aggregation, self.clients.clients_per_round)
+        if self.discriminant is not None:
+            self.discriminant.log_settings()
         log(INFO, "\t└──> Evaluated and delivered:")
         decay = self.average.decay
         what = f"average of the rounds' models, decay {decay:g}" if decay else "last"

@@ -13,7 +13,7 @@ import torch
 
 from clip2fl_common.config import Aggregation
 from clip2fl_common.messages import VARIANCE
-from strategy.robust import Arrays, trimmed_mean
+from strategy.robust import Arrays, robust_mean
 
 Model = dict[str, npt.NDArray[Any]]
 
@@ -66,11 +66,7 @@ def combined_model(
     combined: Model = {}
     for name in models[0]:
         stacked = np.stack([model[name] for model in models])
-        combined[name] = np.asarray(
-            np.median(stacked, axis=0)
-            if aggregation.rule == "median"
-            else trimmed_mean(stacked, aggregation.trim)
-        )
+        combined[name] = robust_mean(stacked, aggregation)
     return combined
 
 

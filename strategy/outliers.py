@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from clip2fl_common.class_gradients import CodedGradient
+from clip2fl_common.class_moments import ClassMoments
 from clip2fl_common.messages import RUNNING_STATISTICS
 from strategy.robust import Arrays, weight_norm
 
@@ -29,6 +30,8 @@ STATISTICS_FACTOR = 10.0
 LARGEST_RESIDUAL = sqrt(2)
 # Allows for rounding: uploads in half precision (bfloat16) keep eight bits.
 ROUNDING = 1.02
+# Error of sums that were sent in float32, relative to the largest entry.
+SUM_ROUNDING = 1e-4
 
 # Name of the entry in the strategy's state.
 TYPICAL = "typical-lengths"
@@ -132,6 +135,53 @@ def impossible_gradient(gradients: Mapping[int, CodedGradient]) -> str:
                 f"minus one-hot has {LARGEST_RESIDUAL:.3g} at most"
             )
     return ""
+
+
+def impossible_moments(moments: ClassMoments, images: int) -> str:
+    """Return why no images have these class moments, or an empty string.
+
+    Parameters
+    ----------
+    moments : ClassMoments
+        A client's moments, without noise.
+    images : int
+        Number of training images that the client claims.
+
+    Returns
+    -------
+    str
+        Empty if some images have them. Counts need not be integers.
+    """
+    count, total, scatter = moments.count, moments.total, moments.scatter
+    if count.min() < 0 or count.sum() > images * ROUNDING:
+        return (
+            f"class moments count {float(count.sum()):.6g} images, the least of a "
+            f"class {float(count.min()):.3g}, and the client has {images}"
+        )
+    largest = float(scatter.abs().max())
+    if (scatter - scatter.T).abs().max() > SUM_ROUNDING * largest:
+        return "the scatter of the class moments is not symmetric"
+    held = count > 0
+    if total[~held].any():
+        return "class moments have a sum for a class without images"
+    means = total[held] / count[held, None]
+    within = scatter - total[held].T @ means
+    # Rounding in float32 is relative to the scatter, from which the means' part is
+    # taken away. The check also bounds the means: |s_c|^2 <= n_c trace(Q).
+    least = float(torch.linalg.eigvalsh((within + within.T) / 2).min())
+    if not least >= -SUM_ROUNDING * float(scatter.trace()):
+        return "the scatter of the class moments is smaller than that of its means"
+    return ""
+
+
+def statistic_length(moments: ClassMoments) -> float:
+    """Return a norm of a client's features: root mean square, or the longest mean."""
+    held = moments.count > 0
+    if not held.any():
+        return 0.0
+    means = moments.total[held].norm(dim=1) / moments.count[held]
+    square = float(moments.scatter.trace() / moments.count.sum())
+    return max(sqrt(max(square, 0.0)), float(means.max()))
 
 
 class LengthRule:

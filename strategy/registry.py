@@ -11,6 +11,7 @@ from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
+from strategy.fedlda import FedLDA
 from strategy.fedprox import FedProx
 
 METHODS: dict[str, type[Method]] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "creff": CReFF,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
+    "fedlda": FedLDA,
     "fedprox": FedProx,
 }
 

@@ -57,6 +57,10 @@ class Verdicts:
         return [f"{name(reply)}: {reason}" for reply, reason in self.dropped]
 
 
+def _none(reply: TrainReply) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class ReplyCheck:
     """The expectations that a round's replies must meet.
@@ -70,11 +74,15 @@ class ReplyCheck:
         can have.
     fields : sequence of ReplyField
         Fields that replies hold besides model and metrics.
+    objection : callable
+        Returns why a reply whose arrays are as declared must not be used all the same;
+        an empty string if it may be used.
     """
 
     sent: Arrays
     asked: Mapping[int, Mapping[int, int]]
     fields: Sequence[ReplyField[object]]
+    objection: Callable[[TrainReply], str] = _none
 
     def judge(
         self, replies: Sequence[Message], lengths: LengthRule, *, noisy: bool
@@ -144,6 +152,8 @@ class ReplyCheck:
         asked = self.asked.get(message.metadata.src_node_id, {})
         reply = TrainReply.parse(message, self.sent, self.fields, asked)
         self._check_counts(reply)
+        if reason := self.objection(reply):
+            raise messages.ReplyError(reason)
         scale = self._scale(reply) if measured else None
         return reply, reply_size(reply.model, self.sent, reply.images, scale)
 

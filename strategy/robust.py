@@ -77,6 +77,13 @@ def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
     return np.asarray(np.mean(ordered[cut:kept], axis=0))
 
 
+def robust_mean(values: npt.NDArray[Any], rule: Aggregation) -> npt.NDArray[Any]:
+    """Return the median or the trimmed mean along the first axis, by the rule."""
+    if rule.rule == "median":
+        return np.asarray(np.median(values, axis=0))
+    return trimmed_mean(values, rule.trim)
+
+
 def shorten_update(
     local: Arrays, reference: Arrays, max_norm: float
 ) -> dict[str, npt.NDArray[Any]] | None:
@@ -163,13 +170,8 @@ def combine_class_gradients(
     held = list(replies)
 
     def combine(values: list[torch.Tensor]) -> torch.Tensor:
-        stacked = torch.stack(values).numpy()
-        combined = (
-            np.median(stacked, axis=0)
-            if aggregation.rule == "median"
-            else trimmed_mean(stacked, aggregation.trim)
-        )
-        return torch.from_numpy(np.asarray(combined, dtype=np.float32))
+        combined = robust_mean(torch.stack(values).numpy(), aggregation)
+        return torch.from_numpy(combined.astype(np.float32))
 
     combined = {}
     for c in sorted({c for reply in held for c in reply}):

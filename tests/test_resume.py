@@ -125,6 +125,26 @@ def test_resumed_run_goes_on_with_noise_and_account(tmp_path: Path) -> None:
     }
 
 
+def test_resumed_run_goes_on_with_noisy_class_moments(tmp_path: Path) -> None:
+    """Sums of earlier rounds count, and the noise in them decides what is believed."""
+    changes: dict[str, Scalar] = {
+        "method": "creff",
+        "head__delivered": "discriminant",
+        "privacy__moment_clip_norm": 3.0,
+        "privacy__moment_noise_multiplier": 0.1,
+        "privacy__gradient_clip_norm": 1.0,
+        "privacy__gradient_noise_multiplier": 4.0,
+    }
+    run(tmp_path / "whole", **changes)
+    with pytest.raises(Stop):
+        run(tmp_path / "run", stop_in(3), **changes)
+    go_on(tmp_path / "run", **changes)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    last = metrics(tmp_path / "run")[-1]
+    assert list(last["accuracy"]) == ["discriminant", "retrained", "fedavg"]
+    assert last["privacy"].keys() == {"class_gradients", "class_moments", "images"}
+
+
 @settings(max_examples=3)
 @given(
     stops=st.lists(st.integers(1, ROUNDS), max_size=4).map(sorted),

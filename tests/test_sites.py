@@ -141,6 +141,8 @@ def _image() -> Any:
         ("fedavg", "fedavg", 0.5),
         ("creff", "retrained", 0.0),
         ("creff", "retrained", 0.5),
+        ("fedlda", "discriminant", 0.0),
+        ("fedlda", "discriminant", 0.5),
     ],
 )
 def test_accuracy_is_the_mean_over_the_sites_that_have_the_class(

@@ -160,6 +160,18 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
             f"{privacy.gradient_noise_multiplier}, but privacy.gradient-clip-norm = 0 "
             "does not bound what one image can change; set it, for example to 1.0"
         )
+    if privacy.moment_noise_multiplier > 0 and privacy.moment_clip_norm == 0:
+        yield (
+            f"privacy.moment-noise-multiplier = {privacy.moment_noise_multiplier}, but "
+            "privacy.moment-clip-norm = 0 does not bound what one image can change; "
+            "set it, for example to 10.0"
+        )
+    if privacy.moment_noise_multiplier > 0 and aggregation.rule != "mean":
+        yield (
+            "privacy.moment-noise-multiplier = "
+            f"{privacy.moment_noise_multiplier} needs aggregation.rule = 'mean', but "
+            f"it is {aggregation.rule!r}: only sums over clients average the noise out"
+        )
     if privacy.update_noise_multiplier > 0 and (
         aggregation.rule != "mean" or aggregation.max_update_norm == 0
     ):

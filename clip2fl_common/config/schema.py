@@ -187,7 +187,7 @@ class Aggregation:
     trim: Annotated[
         float,
         Field(ge=0, lt=0.5),
-        ReadBy("clip2fl", "creff", "ccvr", "fedavg", "fedprox"),
+        ReadBy("clip2fl", "creff", "ccvr", "fedavg", "fedlda", "fedprox"),
     ] = 0.2
     """trimmed-mean: share of the values cut off at each end, below 0.5."""
     max_length_ratio: LengthRatio = 10.0
@@ -300,6 +300,19 @@ class EMA:
 
 
 @dataclass(frozen=True, config=_strict)
+class Head:
+    """The classifier that is delivered."""
+
+    delivered: Literal["method", "discriminant"] = "method"
+    """Classifier that is delivered: method (the re-trained one where there is one, else
+    the model's own), or discriminant (closed form: clients send sums of features). All
+    of a run's classifiers are evaluated. fedlda always delivers the discriminant."""
+    decay: Momentum = 0.5
+    """discriminant: weight of a round's statistics relative to the next round's; 0:
+    only the clients of the last round count."""
+
+
+@dataclass(frozen=True, config=_strict)
 class ClassGradients:
     """Class gradients of the re-trained classifier."""
 
@@ -326,17 +339,23 @@ class Upload:
 
 @dataclass(frozen=True, config=_strict)
 class Privacy:
-    """Limits on what class gradients and models reveal (docs/privacy.md)."""
+    """Limits on what statistics and models reveal (docs/privacy.md)."""
 
-    min_class_samples: Annotated[Positive, ReadBy(*RETRAINING_METHODS)] = 1
-    """Smallest number of a class's images for which a client sends a class gradient or
-    class statistics. Those of a single image reveal the image's feature
+    min_class_samples: Positive = 1
+    """Smallest number of a class's images for which a client sends a class gradient,
+    class statistics or class moments. Those of a single image reveal its feature
     (docs/privacy.md)."""
     gradient_clip_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
     """Norm to which each image's part of a class gradient is clipped; 0: no bound."""
     gradient_noise_multiplier: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
     """Scale of the Gaussian noise that clients add to class gradients, relative to the
     largest change that one image can cause; 0: no noise."""
+    moment_clip_norm: Weight = 0.0
+    """discriminant: norm to which each image's features in the class moments are
+    clipped; 0: no bound."""
+    moment_noise_multiplier: Weight = 0.0
+    """discriminant: scale of the Gaussian noise that clients add to class moments,
+    relative to the largest change that one image can cause; 0: no noise."""
     update_noise_multiplier: Weight = 0.0
     """Scale of the Gaussian noise that the server adds to the mean update, relative to
     the largest change that one client can cause, which aggregation.max-update-norm
@@ -424,7 +443,8 @@ class RunConfig:
 
     method: MethodName = "clip2fl"
     """Algorithm: clip2fl, clip2flm (with momentum at the server), clip2fl-plus (with
-    all extensions), creff (no teacher), ccvr, fedavg, fedprox or fedavgm."""
+    all extensions), creff (no teacher), ccvr, fedavg, fedprox, fedavgm or fedlda
+    (fedavg with a closed-form classifier)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""
     device: Device = "auto"
@@ -441,6 +461,7 @@ class RunConfig:
     fedprox: Annotated[FedProx, ReadBy("fedprox")] = FedProx()
     fedavgm: Annotated[FedAvgM, ReadBy(*MOMENTUM_METHODS)] = FedAvgM()
     ema: EMA = EMA()
+    head: Head = Head()
     class_gradients: Annotated[ClassGradients, ReadBy(*GRADIENT_METHODS)] = (
         ClassGradients()
     )

@@ -46,7 +46,7 @@ MOMENTUM_METHODS = ("clip2flm", PLUS, "fedavgm")
 RETRAINING_METHODS = (*GRADIENT_METHODS, "ccvr")
 """Methods whose clients send something for each class they hold, from which the server
 re-trains a classifier."""
-METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedprox")
+METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedlda", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
 
 

@@ -10,6 +10,9 @@ from clip2fl_common.messages.arrays import (
     arrays_to_numpy as arrays_to_numpy,
 )
 from clip2fl_common.messages.arrays import (
+    arrays_to_tensors as arrays_to_tensors,
+)
+from clip2fl_common.messages.arrays import (
     load_arrays as load_arrays,
 )
 from clip2fl_common.messages.arrays import (
@@ -97,6 +100,9 @@ from clip2fl_common.messages.names import (
     DATA_ERROR as DATA_ERROR,
 )
 from clip2fl_common.messages.names import (
+    DISCRIMINANT as DISCRIMINANT,
+)
+from clip2fl_common.messages.names import (
     DISTILLATION_TEMPERATURE as DISTILLATION_TEMPERATURE,
 )
 from clip2fl_common.messages.names import (
@@ -119,6 +125,9 @@ from clip2fl_common.messages.names import (
 )
 from clip2fl_common.messages.names import (
     METRICS as METRICS,
+)
+from clip2fl_common.messages.names import (
+    MOMENTS as MOMENTS,
 )
 from clip2fl_common.messages.names import (
     NUM_EXAMPLES as NUM_EXAMPLES,

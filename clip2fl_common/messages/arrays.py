@@ -60,7 +60,7 @@ def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
 
 def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
     """Load the arrays from `model_to_arrays` into a model of the same architecture."""
-    state = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
+    state = arrays_to_tensors(arrays)
     counters = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -72,6 +72,11 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
 def arrays_to_numpy(arrays: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
     """Return the values of arrays that were checked before, by name."""
     return {name: array.numpy() for name, array in arrays.items()}
+
+
+def arrays_to_tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Return copies of arrays that were checked before as tensors, by name."""
+    return {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
 
 
 def numpy_to_arrays(values: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 
+from clip2fl_common.class_moments import moment_width
 from clip2fl_common.config import RunConfig
 from clip2fl_common.messages.arrays import ReplyError, checked
 from clip2fl_common.messages.class_gradients import GradientFormat
 from clip2fl_common.messages.class_statistics import StatisticsFormat
-from clip2fl_common.messages.names import CLASS_STATISTICS, GRADIENTS
+from clip2fl_common.messages.names import CLASS_STATISTICS, GRADIENTS, MOMENTS
 
 Content_co = TypeVar("Content_co", covariant=True)
 
@@ -95,10 +96,25 @@ class ArrayFields:
 
 Declaration = Callable[[RunConfig, int], ReplyField[object]]
 
+
+def moment_fields(config: RunConfig, num_classes: int) -> ArrayFields:
+    """Return the declaration of class moments (`clip2fl_common.class_moments`)."""
+    width = moment_width(config)
+    return ArrayFields(
+        MOMENTS,
+        {
+            "count": (num_classes,),
+            "total": (num_classes, width),
+            "scatter": (width, width),
+        },
+    )
+
+
 # By name: a function of configuration and number of classes that declares the field.
 REPLY_FIELDS: dict[str, Declaration] = {
     GRADIENTS: GradientFormat.of,
     CLASS_STATISTICS: StatisticsFormat.of,
+    MOMENTS: moment_fields,
 }
 
 

@@ -4,6 +4,8 @@ ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
 GRADIENTS = "class-gradients"
 CLASS_STATISTICS = "class-statistics"
+MOMENTS = "class-moments"
+DISCRIMINANT = "discriminant-classifier"
 CONFIG = "config"
 METRICS = "metrics"
 

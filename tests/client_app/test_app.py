@@ -490,3 +490,40 @@ def test_part_computes_before_or_after_training(
         found = float(content[field_name]["sum"].numpy())
         assert found == pytest.approx(total, rel=1e-4)
     assert content["before"]["sum"].data != content["after"]["sum"].data
+
+
+def test_class_moments_are_sums_over_the_global_models_pooled_output() -> None:
+    """Image by image; classes with fewer than three images have zeros."""
+    config = run_config(method="fedlda", privacy__min_class_samples=3)
+    message = request(partition=1)
+    wanted = message.content.config_records[messages.CONFIG]
+    wanted[messages.FIELDS] = [messages.MOMENTS]
+    reply = answer(message, config=config)
+    arrays = reply.content.array_records[messages.MOMENTS]
+    images, labels = images_of(1)
+    model = student().eval()
+    count = torch.zeros(CLASSES, dtype=torch.float64)
+    total, scatter = torch.zeros(CLASSES, 64), torch.zeros(64, 64)
+    held = torch.bincount(labels, minlength=CLASSES)
+    assert 0 < int((held[held > 0] < 3).sum()) < int((held > 0).sum())
+    for image, label in zip(images, labels.tolist(), strict=True):
+        if held[label] < 3:
+            continue
+        with torch.no_grad():
+            pooled = model.pooled(image[None])[0]
+        count[label] += 1
+        total[label] += pooled
+        scatter += torch.outer(pooled, pooled)
+    for name, expected in (("count", count), ("total", total), ("scatter", scatter)):
+        found = torch.from_numpy(arrays[name].numpy().copy())
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_no_class_moments_are_sent_if_the_configuration_asks_for_none() -> None:
+    """A site's rules on them are checked against the configuration."""
+    message = request(partition=1)
+    wanted = message.content.config_records[messages.CONFIG]
+    wanted[messages.FIELDS] = [messages.MOMENTS]
+    error = answer(message, config=run_config(method="fedavg")).error
+    assert error.code == messages.SITE_REFUSES
+    assert "asks for no class-moments" in str(error.reason)

@@ -152,6 +152,10 @@ def test_node_that_was_told_nothing_is_no_simulated_client(
 
 
 # Rule, forbidden setting of a run, allowed setting, and reason of the refusal.
+NOISY: dict[str, Scalar] = {
+    "privacy__gradient_clip_norm": 1.0,
+    "privacy__gradient_noise_multiplier": 0.5,
+}
 RULES: list[tuple[dict[str, Any], dict[str, Scalar], dict[str, Scalar], str]] = [
     (
         {"min_class_samples": 4},
@@ -182,6 +186,23 @@ RULES: list[tuple[dict[str, Any], dict[str, Scalar], dict[str, Scalar], str]] = 
         {"privacy__gradient_clip_norm": 0.0},
         {"privacy__gradient_clip_norm": 1.0},
         "privacy.gradient-clip-norm = 0, and the site's max-clip-norm is 2",
+    ),
+    (
+        {"min_noise_multiplier": 0.5},
+        {**NOISY, "method": "fedlda"},
+        {
+            **NOISY,
+            "method": "fedlda",
+            "privacy__moment_clip_norm": 1.0,
+            "privacy__moment_noise_multiplier": 0.5,
+        },
+        "moment-noise-multiplier = 0, and the site's min-noise-multiplier is 0.5",
+    ),
+    (
+        {"max_clip_norm": 2.0},
+        {**NOISY, "head__delivered": "discriminant", "privacy__moment_clip_norm": 3.0},
+        {**NOISY, "head__delivered": "discriminant", "privacy__moment_clip_norm": 2.0},
+        "privacy.moment-clip-norm = 3, and the site's max-clip-norm is 2",
     ),
     (
         {"max_rounds": 3},

@@ -77,6 +77,8 @@ NUMERIC_KEYS = (
     "upload.min-cosine",
     "privacy.gradient-clip-norm",
     "privacy.gradient-noise-multiplier",
+    "privacy.moment-clip-norm",
+    "privacy.moment-noise-multiplier",
     "privacy.min-class-samples",
     "model.feature-dim",
     "synthesis.features-per-class",

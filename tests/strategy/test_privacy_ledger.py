@@ -106,6 +106,25 @@ def test_methods_without_class_gradients_claim_nothing_about_them() -> None:
     assert list(ledger.spent()) == ["class_gradients"]
 
 
+def test_image_in_gradients_and_moments_spends_on_both() -> None:
+    """Together they are as one release with the summed squares of 1 / multiplier."""
+    privacy = run_config(
+        privacy__gradient_clip_norm=1.0,
+        privacy__gradient_noise_multiplier=3.0,
+        privacy__moment_clip_norm=1.0,
+        privacy__moment_noise_multiplier=4.0,
+    ).privacy
+    ledger = PrivacyLedger.of(privacy, class_gradients=True, class_moments=True)
+    ledger.note(1)
+    spent = {name: cost["epsilon_round"] for name, cost in ledger.spent().items()}
+    assert spent["class_gradients"] == epsilon(3.0, 1, DELTA)
+    assert spent["class_moments"] == epsilon(4.0, 1, DELTA)
+    assert spent["images"] == pytest.approx(epsilon(2.4, 1, DELTA))
+    assert spent["images"] > max(spent["class_gradients"], spent["class_moments"])
+    alone = PrivacyLedger.of(privacy, class_gradients=False, class_moments=True)
+    assert list(alone.spent()) == ["class_moments"]
+
+
 def test_noise_on_the_mean_update() -> None:
     """All clients have equal weight; the deviation covers one reversed update."""
     arrays = global_model()
@@ -180,6 +199,18 @@ def test_demo_comparison_has_the_noise_that_it_says() -> None:
         (
             {"privacy__gradient_noise_multiplier": 1.0},
             "privacy.gradient-clip-norm = 0 does not bound",
+        ),
+        (
+            {"privacy__moment_noise_multiplier": 1.0},
+            "privacy.moment-clip-norm = 0 does not bound",
+        ),
+        (
+            {
+                "privacy__moment_noise_multiplier": 1.0,
+                "privacy__moment_clip_norm": 1.0,
+                "aggregation__rule": "median",
+            },
+            "needs aggregation.rule = 'mean', but it is 'median'",
         ),
         (
             {"privacy__update_noise_multiplier": 1.0},

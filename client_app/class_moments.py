@@ -1,0 +1,100 @@
+"""The client's part of the balanced discriminant: sums over its images."""
+
+from typing import ClassVar
+
+import torch
+from flwr.app import ArrayRecord
+
+from client_app.part import ClientPart, ClientRound
+from client_app.site_policy import SiteRefusal
+from client_app.training import held_images, mixed_precision
+from clip2fl_common.class_moments import (
+    ClassMoments,
+    moment_width,
+    noise_deviations,
+    shorten_rows,
+)
+from clip2fl_common.config import Privacy
+from clip2fl_common.head_choice import uses_moments
+from clip2fl_common.messages import MOMENTS
+from clip2fl_common.models import folded
+from clip2fl_common.parallel import map_pieces
+
+
+class MomentSums(ClientPart):
+    """Class moments of the global model, of images without augmentation."""
+
+    field: ClassVar[str] = MOMENTS
+
+    def before_training(self, client: ClientRound) -> ArrayRecord:
+        """Return the moments, bounded and with noise if privacy asks for it.
+
+        Raises
+        ------
+        SiteRefusal
+            If the run's configuration asks for no moments. A site's rules are checked
+            against the configuration, so a request must not ask for more.
+        """
+        if not uses_moments(client.config):
+            raise SiteRefusal(f"the run's configuration asks for no {MOMENTS}")
+        privacy = client.config.privacy
+        moments = _moments(client)
+        if privacy.moment_noise_multiplier > 0:
+            moments = with_noise(moments, privacy, client.noise_source("moment-noise"))
+        return client.encode(MOMENTS, moments.named())
+
+
+@torch.no_grad()
+def _moments(client: ClientRound) -> ClassMoments:
+    """Return the exact moments of the classes that may be sent, in float64."""
+    config = client.config
+    width = moment_width(config)
+    network = folded(client.model)
+    held = held_images(
+        client.labels, config.privacy.min_class_samples, client.fixed_images()
+    )
+    moments = ClassMoments.zeros(client.num_classes, width)
+    if not held:
+        return moments
+    places = torch.cat(list(held.values())).to(client.images.device)
+
+    def statistics(batch: torch.Tensor) -> torch.Tensor:
+        with mixed_precision(client.images.device, client.precision):
+            return network.narrow(batch).float()
+
+    batches = (client.images[p] for p in places.split(config.evaluation.batch_size))
+    found = torch.cat(list(map_pieces(statistics, batches, client.images.device)))
+    return ClassMoments.of(
+        shorten_rows(found.double().cpu(), config.privacy.moment_clip_norm),
+        client.labels[places].cpu(),
+        client.num_classes,
+    )
+
+
+def with_noise(
+    moments: ClassMoments, privacy: Privacy, generator: torch.Generator
+) -> ClassMoments:
+    """Return moments with Gaussian noise on all entries, absent classes included.
+
+    The noise on the scatter is made symmetric afterwards, which reveals nothing more.
+
+    Parameters
+    ----------
+    moments : ClassMoments
+        Of statistics no longer than ``privacy.moment-clip-norm``.
+    privacy : Privacy
+        Settings of privacy.
+    generator : torch.Generator
+        CPU generator of the noise; for real images a `secret_generator`.
+    """
+    count, total, scatter = (
+        tensor
+        + deviation
+        * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for tensor, deviation in zip(
+            moments.named().values(),
+            noise_deviations(privacy.moment_noise_multiplier, privacy.moment_clip_norm),
+            strict=True,
+        )
+    )
+    return ClassMoments(count, total, (scatter + scatter.T) / 2)
