@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip2fl_cli import figures
+from clip2fl_cli.charts import Chart, in_picture
+from clip2fl_cli.colours import IN_BACKGROUND, MAX_COLOURED, Style, styles
+from clip2fl_cli.figures import Estimate
+from clip2fl_cli.headline import comparison_headline, run_headline
 from clip2fl_cli.page import (
     PAGE_FILE,
     Cell,
@@ -15,7 +19,7 @@ from clip2fl_cli.page import (
     TableRow,
     write_page,
 )
-from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun, refuse_other_classes
+from clip2fl_cli.runs import FinishedRun, refuse_other_classes
 from clip2fl_cli.sections import (
     Line,
     accuracy_section,
@@ -24,8 +28,16 @@ from clip2fl_cli.sections import (
     confusion_section,
     features_section,
     losses_section,
+    rounds_of,
 )
-from clip2fl_cli.summary import Failure, Row, failed_runs, summarise, teachers
+from clip2fl_cli.summary import (
+    Failure,
+    Row,
+    failed_runs,
+    paired_difference,
+    summarise,
+    teachers,
+)
 from clip2fl_cli.tables import (
     COLUMNS,
     TITLES,
@@ -34,12 +46,19 @@ from clip2fl_cli.tables import (
     cost_values,
     loss_values,
     mean_bytes,
+    mean_minutes,
     rounds_table,
+    row_of,
     runs_table,
     spread_cell,
     teacher_rows,
     text_table,
 )
+from clip2fl_cli.wording import head_title, method_title
+from clip2fl_common.config import defaults
+
+# Keys that every run has to itself.
+OWN_KEYS = ("run.dir", "run.name")
 
 
 def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Path:
@@ -64,28 +83,43 @@ def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Pa
     OutputError
         If the report cannot be written.
     """
-    lines = [Line(f"{head} head", head, [run]) for head in run.heads]
-    others = []
+    method = method_title(run.config["method"])
+    compared = {"run": run.config["method"]}
     if against is not None:
         refuse_other_classes([run, against])
-        others = [Line(f"run {against.name}", against.heads[0], [against])]
+        compared["baseline"] = against.config["method"]
+    style_of = styles(compared)
+    lines = [
+        Line(f"{method}, {head_title(head)}", head, [run], style_of["run"].of_head(n))
+        for n, head in enumerate(run.heads)
+    ]
+    if against is not None:
+        label = f"baseline {method_title(against.config['method'])}"
+        lines.append(
+            Line(label, against.heads[0], [against], style_of["baseline"].of_head(0))
+        )
+    losses = {method: [run]}
     sections = [
-        _run_results(run),
+        _run_results(run, against),
         accuracy_section(lines, rounds_table(run, accuracy_values, "accuracy-rounds")),
-        classes_section([*lines, *others]),
+        classes_section(lines),
         clients_section(run),
         features_section(run),
-        losses_section({"": [run]}, [rounds_table(run, loss_values, "losses-rounds")]),
-        _run_costs(run),
+        losses_section(
+            losses,
+            [rounds_table(run, loss_values, "losses-rounds")],
+            {method: style_of["run"].of_head(0)},
+        ),
+        _run_costs(run, style_of["run"]),
         confusion_section(run),
         _configuration(run),
     ]
-    config = run.config
     lead = (
-        f"{config['method']} on {config['dataset.name']}, seed {run.seed}, "
-        f"{len(run.rounds)} rounds; {_teacher_text([run])}."
+        f"{len(run.rounds)} rounds, seed {run.seed}; {_teacher_text([run])}. "
+        f"Folder: {run.name}."
     )
-    return write_page(run.folder, f"Run {run.name}", lead, sections)
+    title = f"{method} on {run.config['dataset.name']}"
+    return write_page(run.folder, title, run_headline(run, against), lead, sections)
 
 
 def write_comparison_report(
@@ -123,51 +157,72 @@ def write_comparison_report(
         If the report cannot be written.
     """
     rows = summarise(runs, baseline)
-    lines = [Line(variant, group[0].heads[0], group) for variant, group in runs.items()]
-    best = runs[
-        max((row for row in rows if row.delivered), key=_balanced_mean).variant
-    ][0]
+    ranking = sorted(
+        (row for row in rows if row.delivered), key=_balanced_mean, reverse=True
+    )
+    best = runs[ranking[0].variant][0]
     every = [run for group in runs.values() for run in group]
-    aside = _aside(rows, baseline)
+    style_of = _styles_of(rows, runs, baseline)
+    lines = [
+        Line(variant, group[0].heads[0], group, style_of[variant])
+        for variant, group in runs.items()
+    ]
     sections = [
-        _comparison_results(rows, runs, baseline, failures),
-        accuracy_section(lines, runs_table(runs), aside),
-        classes_section(lines, aside),
+        _comparison_results(rows, ranking, runs, baseline, failures, style_of),
+        accuracy_section(lines, runs_table(runs)),
+        classes_section(lines),
         clients_section(best),
         features_section(best),
-        losses_section(runs, [], aside),
+        losses_section(runs, [], style_of),
         _comparison_costs(runs),
         confusion_section(best),
         _comparison_configuration(runs),
         _links(runs),
     ]
     lead = (
-        f"{len(every)} runs of {len(runs)} variants; {_teacher_text(every)}. Single "
-        f"runs below are {best.name}'s, the first of the variant with the best "
-        "balanced accuracy."
+        f"{len(every)} {'run' if len(every) == 1 else 'runs'} of {len(runs)} "
+        f"{'variant' if len(runs) == 1 else 'variants'}; {_teacher_text(every)}. "
+        f"Figures of a single run (clients, features, confusion) show {best.name}, "
+        "the first run of the variant with the best balanced accuracy."
     )
-    if failures:
-        lead += f" {len(failures)} runs failed; the table of results names them."
-    return write_page(folder, f"Comparison {name}", lead, sections)
+    headline = comparison_headline(ranking, runs, baseline, failures)
+    return write_page(folder, f"Comparison {name}", headline, lead, sections)
 
 
-def _run_results(run: FinishedRun) -> Section:
+def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
+    header = ["classifier", "accuracy of", *TITLES]
     rows = []
     for head in run.heads:
-        final = run.final(head)
-        name = f"{run.config['method']}, {head} head"
-        delivered = head == run.heads[0]
+        name = Cell(f"{method_title(run.config['method'])}, {head_title(head)}")
+        cells = accuracy_cells(run.final(head))
         rows.append(
-            TableRow(
-                [Cell(name), Cell("last round"), *accuracy_cells(final)],
-                marked=delivered,
+            row_of(
+                header,
+                {"classifier": name, "accuracy of": Cell("the last round"), **cells},
+                marked=head == run.heads[0],
             )
         )
-        means = {column: run.last(head, column) for column in COLUMNS}
+        if len(run.evaluated) > 1:
+            covered = Cell(f"{rounds_of([run])}, mean")
+            means = accuracy_cells({c: run.last(head, c) for c in COLUMNS})
+            rows.append(
+                row_of(header, {"classifier": name, "accuracy of": covered, **means})
+            )
+    if against is not None:
         rows.append(
-            TableRow([Cell(name), Cell(f"last {LAST_ROUNDS}"), *accuracy_cells(means)])
+            row_of(
+                header,
+                {
+                    "classifier": Cell(
+                        f"baseline {method_title(against.config['method'])}, "
+                        f"{head_title(against.heads[0])}"
+                    ),
+                    "accuracy of": Cell("the last round"),
+                    **accuracy_cells(against.final(against.heads[0])),
+                },
+            )
         )
-    rows += teacher_rows({"": [run]}, 1)
+    rows += teacher_rows({"": [run]}, header)
     table = Table(
         "results",
         (
@@ -177,7 +232,7 @@ def _run_results(run: FinishedRun) -> Section:
             else "Accuracy in percent on the sites' validation images, mean over the "
             "sites that hold a class; bold: what the run delivers."
         ),
-        ["", "rounds", *TITLES],
+        header,
         rows,
     )
     text = " ".join([_groups_text(run), *_privacy_text(run)])
@@ -201,43 +256,107 @@ def _privacy_text(run: FinishedRun) -> list[str]:
 
 def _comparison_results(
     rows: Sequence[Row],
+    ranking: Sequence[Row],
     runs: Mapping[str, Sequence[FinishedRun]],
     baseline: str,
     failures: Sequence[Failure],
+    style_of: Mapping[str, Style],
 ) -> Section:
-    body = [
-        TableRow(
-            [
-                Cell(row.variant),
-                Cell(row.head),
-                Cell("-" if row.difference is None else str(row.difference)),
-                *(spread_cell(row.columns[column]) for column in COLUMNS),
-                Cell(", ".join(map(str, row.seeds))),
-            ],
-            marked=row.delivered,
-        )
-        for row in rows
-    ]
-    unknown = [Cell("-")] * (len(TITLES) + 2)
+    place = {row.variant: number for number, row in enumerate(ranking)}
+    header = ["variant", "head", "difference", *TITLES, "minutes", "MB up", "seeds"]
+    body = []
+    # Of each variant, the delivered classifier comes first.
+    for row in sorted(rows, key=lambda row: (place[row.variant], not row.delivered)):
+        cells = {
+            "variant": Cell(row.variant),
+            "head": Cell(head_title(row.head)),
+            "seeds": Cell(", ".join(map(str, row.seeds))),
+            **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
+        }
+        if row.difference is not None:
+            cells["difference"] = Cell(str(row.difference))
+        if row.delivered:
+            group = runs[row.variant]
+            cells["minutes"] = Cell.number(mean_minutes(group))
+            cells["MB up"] = Cell.number(mean_bytes(group, "up") / 1e6)
+        body.append(row_of(header, cells, row.delivered))
     body += [
-        TableRow([Cell(variant), *unknown, Cell(failed)])
+        row_of(header, {"variant": Cell(variant), "seeds": Cell(failed)})
         for variant, failed in failed_runs(failures).items()
     ]
+    first = next(iter(runs.values()))[0]
     table = Table(
         "results",
-        f"Accuracy in percent, mean of the last {LAST_ROUNDS} rounds ± standard "
-        f"deviation over seeds. Difference: to what {baseline} delivers, in balanced "
-        "accuracy, seed by seed, with its 95 % confidence interval. Bold: what is "
-        "delivered.",
-        ["variant", "head", "difference", *TITLES, "seeds"],
-        [*body, *teacher_rows(runs, 2, 1)],
+        f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
+        f"seeds. Difference: to what {baseline} delivers, in balanced accuracy, seed "
+        "by seed, with its 95 % confidence interval. Minutes of a run; megabytes that "
+        "all clients send in a round. Bold: what is delivered.",
+        header,
+        [*body, *teacher_rows(runs, header)],
     )
-    first = next(iter(runs.values()))[0]
-    return Section("results", "Results", _groups_text(first), tables=[table])
+    text = _groups_text(first)
+    picture = _ranking_picture(ranking, runs, baseline, style_of)
+    return Section("results", "Results", text, [picture], [table])
 
 
-def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Return the variants that figures show in grey, if there are too many.
+def _ranking_picture(
+    ranking: Sequence[Row],
+    runs: Mapping[str, Sequence[FinishedRun]],
+    baseline: str,
+    style_of: Mapping[str, Style],
+) -> Picture:
+    """Return accuracy, differences and costs of the variants, the best on top."""
+    accuracies, differences = [], []
+    for row in ranking:
+        values = {
+            run.seed: value
+            for run in runs[row.variant]
+            if (value := run.last(row.head, "balanced")) is not None
+        }
+        # The interval of the mean is the one of its difference to 0.
+        spread = paired_difference(values, dict.fromkeys(values, 0.0))
+        style = style_of[row.variant]
+        accuracies.append(
+            Estimate(
+                row.variant,
+                _balanced_mean(row),
+                None if spread is None else spread.interval,
+                list(values.values()),
+                style,
+            )
+        )
+        if row.difference is not None:
+            found = row.difference
+            differences.append(
+                Estimate(row.variant, found.mean, found.interval, [], style)
+            )
+    colours = {variant: style.colour for variant, style in style_of.items()}
+    panels = [figures.estimates_panel("Balanced accuracy, %", accuracies)]
+    if differences:
+        panels.append(
+            figures.estimates_panel(
+                f"Points against {in_picture(baseline)}", differences, 0.0
+            )
+        )
+    for title, cost in (
+        ("Minutes a run", mean_minutes),
+        ("Megabytes up a round", lambda group: mean_bytes(group, "up") / 1e6),
+    ):
+        values_of = {row.variant: cost(runs[row.variant]) for row in ranking}
+        panels.append(figures.bars_panel(title, values_of, colours))
+    order = ", ".join(f"{row.variant} {_balanced_mean(row):.1f} %" for row in ranking)
+    return Picture(
+        "ranking",
+        f"Variants by balanced accuracy, the best on top: {order}. Lines: 95 % "
+        "confidence intervals; ticks: single seeds. Beside them minutes and megabytes.",
+        Chart(panels, columns=2),
+    )
+
+
+def _styles_of(
+    rows: Sequence[Row], runs: Mapping[str, Sequence[FinishedRun]], baseline: str
+) -> dict[str, Style]:
+    """Return the style of each variant; if there are too many, some are grey.
 
     The baseline gets a colour first, then variants with more seeds, then with higher
     accuracy.
@@ -250,10 +369,18 @@ def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
             -_balanced_mean(row),
         ),
     )
-    return [row.variant for row in delivered[figures.MAX_COLOURED :]]
+    coloured = {row.variant for row in delivered[:MAX_COLOURED]}
+    known = styles(
+        {
+            variant: group[0].config["method"]
+            for variant, group in runs.items()
+            if variant in coloured
+        }
+    )
+    return {variant: known.get(variant, IN_BACKGROUND) for variant in runs}
 
 
-def _run_costs(run: FinishedRun) -> Section:
+def _run_costs(run: FinishedRun, style: Style) -> Section:
     phases = run.phases()
     wall = {n: s for n, s in phases.items() if not n.startswith("clients-")}
     own = {
@@ -267,9 +394,9 @@ def _run_costs(run: FinishedRun) -> Section:
         "class gradients in it": mean_bytes([run], "class_gradients"),
     }
     shown = {
-        "seconds of the run, by phase": wall,
-        "seconds of all clients, added up": own,
-        "megabytes a round": {n: v / 1e6 for n, v in traffic.items()},
+        "Seconds of the run, by phase": wall,
+        "Seconds of all clients, added up": own,
+        "Megabytes a round": {n: v / 1e6 for n, v in traffic.items()},
     }
     picture = Picture(
         "costs",
@@ -278,7 +405,15 @@ def _run_costs(run: FinishedRun) -> Section:
             f"{title}: " + ", ".join(f"{n} {v:,.3g}" for n, v in panel.items())
             for title, panel in shown.items()
         ),
-        figures.bars(shown),
+        Chart(
+            [
+                figures.bars_panel(
+                    title, panel, dict.fromkeys(panel, style.of_head(0).colour)
+                )
+                for title, panel in shown.items()
+            ],
+            columns=2,
+        ),
     )
     text = (
         f"The run took {run.wall_seconds() / 60:,.1f} minutes. Clients work side by "
@@ -289,16 +424,6 @@ def _run_costs(run: FinishedRun) -> Section:
 
 
 def _comparison_costs(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    minutes = {
-        variant: statistics.fmean(run.wall_seconds() / 60 for run in group)
-        for variant, group in runs.items()
-    }
-    shown = {
-        "minutes a run": minutes,
-        "megabytes up a round": {
-            variant: mean_bytes(group, "up") / 1e6 for variant, group in runs.items()
-        },
-    }
     phases = list(
         dict.fromkeys(
             phase for group in runs.values() for run in group for phase in run.phases()
@@ -324,12 +449,11 @@ def _comparison_costs(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
         ],
         folded=True,
     )
-    alt = "; ".join(
-        f"{variant} {value:.1f} minutes" for variant, value in minutes.items()
+    text = (
+        "Results has the minutes and megabytes beside the accuracy. Minutes are not "
+        "comparable where other work shared the machine."
     )
-    picture = Picture("costs", f"Minutes a run: {alt}.", figures.bars(shown))
-    text = "Minutes are not comparable where other work shared the machine."
-    return Section("costs", "Seconds and bytes", text, [picture], [table])
+    return Section("costs", "Seconds and bytes", text, tables=[table])
 
 
 def _configuration(run: FinishedRun) -> Section:
@@ -337,14 +461,34 @@ def _configuration(run: FinishedRun) -> Section:
         *((f"version of {name}", v) for name, v in run.facts["versions"].items()),
         ("client code", run.facts["code"]),
     ]
+    usual = {key: json.dumps(value) for key, value in defaults().items()}
     rows = [(key, json.dumps(value)) for key, value in run.config.items()]
+    changed = [
+        (key, value, usual.get(key, "-"))
+        for key, value in rows
+        if key not in OWN_KEYS and usual.get(key) != value
+    ]
     return Section(
         "configuration",
         "Configuration",
-        "Every key as the run resolved it; a run with the same gives the same numbers.",
+        "A run with the same keys and versions gives the same numbers.",
         tables=[
-            text_table("configuration-table", "Keys", ["key", "value"], rows),
-            text_table("versions-table", "Versions", ["what", "which"], facts),
+            text_table(
+                "changed-table",
+                "Keys that differ from the defaults",
+                ["key", "value", "default"],
+                changed,
+            ),
+            text_table(
+                "configuration-table",
+                f"All {len(rows)} keys as the run resolved them",
+                ["key", "value"],
+                rows,
+                folded=True,
+            ),
+            text_table(
+                "versions-table", "Versions", ["what", "which"], facts, folded=True
+            ),
         ],
     )
 
@@ -354,7 +498,7 @@ def _comparison_configuration(runs: Mapping[str, Sequence[FinishedRun]]) -> Sect
         variant: {
             key: json.dumps(value)
             for key, value in group[0].config.items()
-            if key not in ("run.dir", "run.name", "seed")
+            if key not in (*OWN_KEYS, "seed")
         }
         for variant, group in runs.items()
     }
@@ -376,6 +520,7 @@ def _comparison_configuration(runs: Mapping[str, Sequence[FinishedRun]]) -> Sect
             "Keys that all share",
             ["key", "value"],
             [(key, found[key][0]) for key in keys if key not in differing],
+            folded=True,
         ),
     ]
     return Section("configuration", "Configuration", "", tables=tables)
