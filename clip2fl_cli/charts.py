@@ -53,8 +53,17 @@ STYLE: Any = {
 
 @dataclass
 class Hints:
-    """The hover texts of a figure, by matplotlib's ``gid``."""
+    """The hover texts of a figure.
 
+    Attributes
+    ----------
+    wanted : bool
+        Whether the figure has any; a file has none, because areas take time to draw.
+    texts : dict of str to str
+        Hover text of each part, by matplotlib's ``gid``.
+    """
+
+    wanted: bool
     texts: dict[str, str] = field(default_factory=dict)
 
     def add(self, artist: Artist, text: str) -> None:
@@ -82,6 +91,8 @@ class Hints:
         transform: Transform,
         text: str,
     ) -> None:
+        if not self.wanted:
+            return
         x, y, width, height = box
         area = Rectangle(
             (x, y), width, height, facecolor="none", linewidth=0, transform=transform
@@ -164,7 +175,7 @@ class Chart:
         ).flat
         for axis, panel in zip(axes, self.panels, strict=False):
             axis.set_title(panel.title)
-            panel.draw(axis, Hints())
+            panel.draw(axis, Hints(wanted=False))
         for axis in list(axes)[len(self.panels) :]:
             axis.remove()
         if self.keys:
@@ -184,7 +195,7 @@ class Chart:
             figure = Figure(panel.inches, layout="constrained")
             axis = figure.subplots()
             axis.set_title(panel.title)
-            hints = Hints()
+            hints = Hints(wanted=True)
             panel.draw(axis, hints)
             parts.append(Part(panel.title, figure, hints.texts))
         return parts

@@ -40,6 +40,8 @@ MAX_HINTED_ROUNDS = 60
 MAX_TICK_NAME = 24
 # Number of classes whose features are drawn; more classes merge into one cloud.
 MAX_CLOUDS = 10
+# Height of a label, in points.
+LABEL_HEIGHT = 10.0
 # Number of points drawn for each class.
 MAX_POINTS = 20
 # Text on colours of a heat map; not exactly white, which is a page's background.
@@ -133,7 +135,8 @@ def over_rounds(
         def draw(axis: Axes, hints: Hints) -> None:
             _draw_curves(axis, hints, group, form)
             if top is not None:
-                axis.set_ylim(0, top)
+                # A line at 0 stays visible above the axis.
+                axis.set_ylim(-0.02 * top, top)
 
         return Panel(title, (NARROW, 2.5), draw)
 
@@ -501,6 +504,13 @@ def clouds(
                 va="center",
                 ha="center",
                 fontsize=8,
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": MUTED.light,
+                    "linewidth": 0.5,
+                    # A label beside its marker needs no line.
+                    "visible": abs(shift[1]) > LABEL_HEIGHT,
+                },
             )
 
     panels = [Panel("Federated features", (NARROW, 3.0), draw_features)]
@@ -532,27 +542,28 @@ def label_shifts(
         From each marker to the middle of its label, in points. If there is no free
         place near a marker, its label covers others.
     """
-    height, taken = 10.0, [(x, y, 4.0, 4.0) for x, y in places]
+    taken = [(x, y, 4.0, 4.0) for x, y in places]
     shifts = []
     for (x, y), text in zip(places, texts, strict=True):
         half = 2.4 * len(text) + 1
-        near = [
-            (side * across, 0.5 * height * up)
-            for distance in (1, 2, 3)
-            for up, across in ((2.0, 0.0), (-2.0, 0.0), (0.0, half + 5), (1, half + 4))
-            for side in (1, -1)
-            for up, across in ((up * distance, across * (0.7 + 0.3 * distance)),)
+        near: list[tuple[float, float]] = [(half + 5, 0), (-half - 5, 0)]
+        near += [
+            (across, up * distance * LABEL_HEIGHT)
+            for distance in (1, 1.7, 2.5, 3.5)
+            for across in (0, half / 2, -half / 2, half, -half)
+            for up in (1, -1)
         ]
         free = [
             (dx, dy)
             for dx, dy in near
             if not any(
-                abs(x + dx - ox) < half + ow and abs(y + dy - oy) < height / 2 + oh
+                abs(x + dx - ox) < half + ow
+                and abs(y + dy - oy) < LABEL_HEIGHT / 2 + oh
                 for ox, oy, ow, oh in taken
             )
         ]
         shift = (free or near)[0]
-        taken.append((x + shift[0], y + shift[1], half, height / 2))
+        taken.append((x + shift[0], y + shift[1], half, LABEL_HEIGHT / 2))
         shifts.append(shift)
     return shifts
 
@@ -589,7 +600,7 @@ def bars_panel(
             hints.add(bar, f"{shown(name)}: {value:,.4g}")
         axis.set_yticks(places, [in_picture(name, MAX_TICK_NAME) for name in values])
         axis.tick_params("y", length=0)
-        axis.bar_label(drawn, fmt=" {:,.3g}", fontsize=8)
+        axis.bar_label(drawn, fmt="{:,.3g}", fontsize=8, padding=3)
         axis.margins(x=0.18)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.grid(visible=False, axis="y")
@@ -636,7 +647,10 @@ def estimates_panel(
                 estimate.mean,
                 row,
                 color=colour,
-                marker=estimate.style.marker,
+                # The background's marker, a tick, stands for single values here.
+                marker="o"
+                if estimate.style == IN_BACKGROUND
+                else estimate.style.marker,
                 markersize=6.5,
                 markeredgecolor=SURFACE.light,
             )

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from clip2fl_cli.page import Cell, Headline, Number
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.summary import Failure, Row, teachers
-from clip2fl_cli.tables import spread_cell
 from clip2fl_cli.wording import method_title
 
 MAX_NUMBERS = 3
+BALANCED, FEW = "balanced accuracy", "on rare (few-shot) classes"
 
 
 def run_headline(run: FinishedRun, against: FinishedRun | None = None) -> Headline:
@@ -29,7 +29,9 @@ def run_headline(run: FinishedRun, against: FinishedRun | None = None) -> Headli
     """
     final = run.final(run.heads[0])
     known = teachers({"": [run]})
-    others = {f"teacher {name}": accuracy for name, accuracy in known.items()}
+    others = {
+        f"its teacher {name}, zero-shot": accuracy for name, accuracy in known.items()
+    }
     sentence = (
         f"{method_title(run.config['method'])} reaches {final['balanced']:.1f} % "
         f"balanced{_on_rare(final)}"
@@ -43,8 +45,8 @@ def run_headline(run: FinishedRun, against: FinishedRun | None = None) -> Headli
         balanced = others[f"baseline {name}"]["balanced"]
         sentence += f"; the baseline {name} {balanced:.1f} %"
     numbers = [
-        _percent(final["balanced"], "balanced accuracy"),
-        _percent(final["few"], "on rare (few-shot) classes"),
+        _percent(final["balanced"], BALANCED),
+        _percent(final["few"], FEW),
         *(_percent(found["balanced"], name) for name, found in others.items()),
         _percent(final["top1"], "top-1 accuracy"),
         _percent(final["many"], "on frequent (many-shot) classes"),
@@ -87,11 +89,14 @@ def comparison_headline(
         f"{_on_rare(means)}"
     )
     numbers = [
-        Number(spread_cell(best.columns["balanced"]), "%", "balanced accuracy"),
+        Number(
+            Cell.number(spread.mean),
+            "%" if spread.deviation is None else f"% ± {spread.deviation:.1f}",
+            label,
+        )
+        for column, label in (("balanced", BALANCED), ("few", FEW))
+        if (spread := best.columns[column]) is not None
     ]
-    if best.columns["few"] is not None:
-        label = "on rare (few-shot) classes"
-        numbers.append(Number(spread_cell(best.columns["few"]), "%", label))
     if best.difference is not None:
         sentence += f"; {best.difference} points against {baseline}"
         found = best.difference

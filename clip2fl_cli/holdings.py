@@ -69,9 +69,7 @@ class Holdings:
         drawn = io.BytesIO()
         try:
             with rc_context(STYLE):
-                figure.savefig(
-                    drawn, format=file.suffix.removeprefix("."), dpi=200
-                )
+                figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
         except ValueError as error:
             raise ValueError(f"--figure {shown(file)}: {error}") from None
         write_file(file, drawn.getvalue())

@@ -190,38 +190,22 @@ def write_comparison_report(
 
 
 def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
-    header = ["classifier", "accuracy of", *TITLES]
+    header = ["classifier", *TITLES]
     rows = []
+
+    def add(name: str, accuracy: Mapping[str, float | None], marked: bool) -> None:
+        cells = {"classifier": Cell(name), **accuracy_cells(accuracy)}
+        rows.append(row_of(header, cells, marked))
+
     for head in run.heads:
-        name = Cell(f"{method_title(run.config['method'])}, {head_title(head)}")
-        cells = accuracy_cells(run.final(head))
-        rows.append(
-            row_of(
-                header,
-                {"classifier": name, "accuracy of": Cell("the last round"), **cells},
-                marked=head == run.heads[0],
-            )
-        )
+        name = head_title(head)
+        add(f"{name}, last round", run.final(head), head == run.heads[0])
         if len(run.evaluated) > 1:
-            covered = Cell(f"{rounds_of([run])}, mean")
-            means = accuracy_cells({c: run.last(head, c) for c in COLUMNS})
-            rows.append(
-                row_of(header, {"classifier": name, "accuracy of": covered, **means})
-            )
+            means = {column: run.last(head, column) for column in COLUMNS}
+            add(f"{name}, mean of {rounds_of([run])}", means, False)
     if against is not None:
-        rows.append(
-            row_of(
-                header,
-                {
-                    "classifier": Cell(
-                        f"baseline {method_title(against.config['method'])}, "
-                        f"{head_title(against.heads[0])}"
-                    ),
-                    "accuracy of": Cell("the last round"),
-                    **accuracy_cells(against.final(against.heads[0])),
-                },
-            )
-        )
+        name = f"baseline {method_title(against.config['method'])}, last round"
+        add(name, against.final(against.heads[0]), False)
     rows += teacher_rows({"": [run]}, header)
     table = Table(
         "results",
@@ -262,24 +246,18 @@ def _comparison_results(
     failures: Sequence[Failure],
     style_of: Mapping[str, Style],
 ) -> Section:
-    place = {row.variant: number for number, row in enumerate(ranking)}
-    header = ["variant", "head", "difference", *TITLES, "minutes", "MB up", "seeds"]
+    header = [
+        *("variant", "balanced", "difference", "few", "medium", "many"),
+        *("minutes", "MB up", "top-1", "head", "seeds"),
+    ]
     body = []
-    # Of each variant, the delivered classifier comes first.
-    for row in sorted(rows, key=lambda row: (place[row.variant], not row.delivered)):
-        cells = {
-            "variant": Cell(row.variant),
-            "head": Cell(head_title(row.head)),
-            "seeds": Cell(", ".join(map(str, row.seeds))),
-            **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
+    for row in ranking:
+        group = runs[row.variant]
+        costs = {
+            "minutes": Cell.number(mean_minutes(group)),
+            "MB up": Cell.number(mean_bytes(group, "up") / 1e6),
         }
-        if row.difference is not None:
-            cells["difference"] = Cell(str(row.difference))
-        if row.delivered:
-            group = runs[row.variant]
-            cells["minutes"] = Cell.number(mean_minutes(group))
-            cells["MB up"] = Cell.number(mean_bytes(group, "up") / 1e6)
-        body.append(row_of(header, cells, row.delivered))
+        body.append(row_of(header, _classifier_cells(row) | costs))
     body += [
         row_of(header, {"variant": Cell(variant), "seeds": Cell(failed)})
         for variant, failed in failed_runs(failures).items()
@@ -290,13 +268,35 @@ def _comparison_results(
         f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
         f"seeds. Difference: to what {baseline} delivers, in balanced accuracy, seed "
         "by seed, with its 95 % confidence interval. Minutes of a run; megabytes that "
-        "all clients send in a round. Bold: what is delivered.",
+        "all clients send in a round.",
         header,
         [*body, *teacher_rows(runs, header)],
     )
     text = _groups_text(first)
     picture = _ranking_picture(ranking, runs, baseline, style_of)
-    return Section("results", "Results", text, [picture], [table])
+    return Section(
+        "results", "Results", text, [picture], [table, *_other_classifiers(rows)]
+    )
+
+
+def _other_classifiers(rows: Sequence[Row]) -> list[Table]:
+    """Return a folded table of the classifiers that variants do not deliver, if any."""
+    header = ["variant", "balanced", "difference", "few", "medium", "many", "top-1"]
+    header += ["head", "seeds"]
+    others = [row_of(header, _classifier_cells(r)) for r in rows if not r.delivered]
+    caption = "Numbers: classifiers that are not delivered"
+    return [Table("others", caption, header, others, folded=True)] if others else []
+
+
+def _classifier_cells(row: Row) -> dict[str, Cell]:
+    """Return the cells of a variant's classifier, by title."""
+    return {
+        "variant": Cell(row.variant),
+        "difference": Cell("-" if row.difference is None else str(row.difference)),
+        **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
+        "head": Cell(head_title(row.head)),
+        "seeds": Cell(", ".join(map(str, row.seeds))),
+    }
 
 
 def _ranking_picture(
@@ -475,7 +475,9 @@ def _configuration(run: FinishedRun) -> Section:
         tables=[
             text_table(
                 "changed-table",
-                "Keys that differ from the defaults",
+                "Keys that differ from the defaults"
+                if changed
+                else "No key differs from its default",
                 ["key", "value", "default"],
                 changed,
             ),

@@ -293,8 +293,8 @@ def confusion_section(run: FinishedRun) -> Section:
         ],
     )
     text = (
-        f"Of {head_title(head)}, after the last round. Each row adds up to 100 % of "
-        "a true class; the most frequent class comes first."
+        f"Classifier: {head_title(head)}, after the last round. Each row adds up to "
+        "100 % of a true class; the most frequent class comes first."
     )
     return Section("confusion", title, text, [picture], tables)
 
