@@ -1,42 +1,33 @@
-"""The report of a run or a comparison: its sections, figures and tables."""
+"""The report of a run: its sections, figures and tables."""
 
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from clip2fl_cli import figures
-from clip2fl_cli.charts import Chart, in_picture
-from clip2fl_cli.colours import IN_BACKGROUND, MAX_COLOURED, Style, styles
-from clip2fl_cli.figures import Estimate
-from clip2fl_cli.headline import comparison_headline, run_headline
+from clip2fl_cli.charts import Chart
+from clip2fl_cli.colours import Style, styles
+from clip2fl_cli.headline import run_headline
 from clip2fl_cli.page import (
-    PAGE_FILE,
     Cell,
     Picture,
     Section,
     Table,
-    TableRow,
     write_page,
 )
 from clip2fl_cli.runs import FinishedRun, refuse_other_classes
 from clip2fl_cli.sections import (
+    OWN_KEYS,
     Line,
     accuracy_section,
     classes_section,
     clients_section,
     confusion_section,
     features_section,
+    groups_text,
     losses_section,
     rounds_of,
-)
-from clip2fl_cli.summary import (
-    Failure,
-    Row,
-    failed_runs,
-    paired_difference,
-    summarise,
-    teachers,
+    teacher_text,
 )
 from clip2fl_cli.tables import (
     COLUMNS,
@@ -46,19 +37,13 @@ from clip2fl_cli.tables import (
     cost_values,
     loss_values,
     mean_bytes,
-    mean_minutes,
     rounds_table,
     row_of,
-    runs_table,
-    spread_cell,
     teacher_rows,
     text_table,
 )
 from clip2fl_cli.wording import head_title, method_title
 from clip2fl_common.config import defaults
-
-# Keys that every run has to itself.
-OWN_KEYS = ("run.dir", "run.name")
 
 
 def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Path:
@@ -115,78 +100,11 @@ def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Pa
         _configuration(run),
     ]
     lead = (
-        f"{len(run.rounds)} rounds, seed {run.seed}; {_teacher_text([run])}. "
+        f"{len(run.rounds)} rounds, seed {run.seed}; {teacher_text([run])}. "
         f"Folder: {run.name}."
     )
     title = f"{method} on {run.config['dataset.name']}"
     return write_page(run.folder, title, run_headline(run, against), lead, sections)
-
-
-def write_comparison_report(
-    folder: Path,
-    name: str,
-    runs: Mapping[str, Sequence[FinishedRun]],
-    baseline: str,
-    failures: Sequence[Failure] = (),
-) -> Path:
-    """Write a comparison's ``report.html`` and figures into its folder.
-
-    Parameters
-    ----------
-    folder : Path
-        The comparison's folder, in which the runs' folders lie.
-    name : str
-        Name of the comparison.
-    runs : mapping of str to sequence of FinishedRun
-        Each variant's runs, at least one.
-    baseline : str
-        The variant with which the others are compared.
-    failures : sequence of Failure
-        Runs that did not complete.
-
-    Returns
-    -------
-    Path
-        Path of the page.
-
-    Raises
-    ------
-    RunError
-        If runs cannot be compared, or a file of a run is damaged.
-    OutputError
-        If the report cannot be written.
-    """
-    rows = summarise(runs, baseline)
-    ranking = sorted(
-        (row for row in rows if row.delivered), key=_balanced_mean, reverse=True
-    )
-    best = runs[ranking[0].variant][0]
-    every = [run for group in runs.values() for run in group]
-    style_of = _styles_of(rows, runs, baseline)
-    lines = [
-        Line(variant, group[0].heads[0], group, style_of[variant])
-        for variant, group in runs.items()
-    ]
-    sections = [
-        _comparison_results(rows, ranking, runs, baseline, failures, style_of),
-        accuracy_section(lines, runs_table(runs)),
-        classes_section(lines),
-        clients_section(best),
-        features_section(best),
-        losses_section(runs, [], style_of),
-        _comparison_costs(runs),
-        confusion_section(best),
-        _comparison_configuration(runs),
-        _links(runs),
-    ]
-    lead = (
-        f"{len(every)} {'run' if len(every) == 1 else 'runs'} of {len(runs)} "
-        f"{'variant' if len(runs) == 1 else 'variants'}; {_teacher_text(every)}. "
-        f"Figures of a single run (clients, features, confusion) show {best.name}, "
-        "the first run of the variant with the best balanced accuracy."
-    )
-    headline = comparison_headline(ranking, runs, baseline, failures)
-    return write_page(folder, f"Comparison {name}", headline, lead, sections)
 
 
 def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
@@ -219,7 +137,7 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         header,
         rows,
     )
-    text = " ".join([_groups_text(run), *_privacy_text(run)])
+    text = " ".join([groups_text(run), *_privacy_text(run)])
     return Section("results", "Results", text, tables=[table])
 
 
@@ -236,148 +154,6 @@ def _privacy_text(run: FinishedRun) -> list[str]:
         "leaves open."
         for name, spent in run.rounds[-1].get("privacy", {}).items()
     ]
-
-
-def _comparison_results(
-    rows: Sequence[Row],
-    ranking: Sequence[Row],
-    runs: Mapping[str, Sequence[FinishedRun]],
-    baseline: str,
-    failures: Sequence[Failure],
-    style_of: Mapping[str, Style],
-) -> Section:
-    header = [
-        *("variant", "balanced", "difference", "few", "medium", "many"),
-        *("minutes", "MB up", "top-1", "head", "seeds"),
-    ]
-    body = []
-    for row in ranking:
-        group = runs[row.variant]
-        costs = {
-            "minutes": Cell.number(mean_minutes(group)),
-            "MB up": Cell.number(mean_bytes(group, "up") / 1e6),
-        }
-        body.append(row_of(header, _classifier_cells(row) | costs))
-    body += [
-        row_of(header, {"variant": Cell(variant), "seeds": Cell(failed)})
-        for variant, failed in failed_runs(failures).items()
-    ]
-    first = next(iter(runs.values()))[0]
-    table = Table(
-        "results",
-        f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
-        f"seeds. Difference: to what {baseline} delivers, in balanced accuracy, seed "
-        "by seed, with its 95 % confidence interval. Minutes of a run; megabytes that "
-        "all clients send in a round.",
-        header,
-        [*body, *teacher_rows(runs, header)],
-    )
-    text = _groups_text(first)
-    picture = _ranking_picture(ranking, runs, baseline, style_of)
-    return Section(
-        "results", "Results", text, [picture], [table, *_other_classifiers(rows)]
-    )
-
-
-def _other_classifiers(rows: Sequence[Row]) -> list[Table]:
-    """Return a folded table of the classifiers that variants do not deliver, if any."""
-    header = ["variant", "balanced", "difference", "few", "medium", "many", "top-1"]
-    header += ["head", "seeds"]
-    others = [row_of(header, _classifier_cells(r)) for r in rows if not r.delivered]
-    caption = "Numbers: classifiers that are not delivered"
-    return [Table("others", caption, header, others, folded=True)] if others else []
-
-
-def _classifier_cells(row: Row) -> dict[str, Cell]:
-    """Return the cells of a variant's classifier, by title."""
-    return {
-        "variant": Cell(row.variant),
-        "difference": Cell("-" if row.difference is None else str(row.difference)),
-        **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
-        "head": Cell(head_title(row.head)),
-        "seeds": Cell(", ".join(map(str, row.seeds))),
-    }
-
-
-def _ranking_picture(
-    ranking: Sequence[Row],
-    runs: Mapping[str, Sequence[FinishedRun]],
-    baseline: str,
-    style_of: Mapping[str, Style],
-) -> Picture:
-    """Return accuracy, differences and costs of the variants, the best on top."""
-    accuracies, differences = [], []
-    for row in ranking:
-        values = {
-            run.seed: value
-            for run in runs[row.variant]
-            if (value := run.last(row.head, "balanced")) is not None
-        }
-        # The interval of the mean is the one of its difference to 0.
-        spread = paired_difference(values, dict.fromkeys(values, 0.0))
-        style = style_of[row.variant]
-        accuracies.append(
-            Estimate(
-                row.variant,
-                _balanced_mean(row),
-                None if spread is None else spread.interval,
-                list(values.values()),
-                style,
-            )
-        )
-        if row.difference is not None:
-            found = row.difference
-            differences.append(
-                Estimate(row.variant, found.mean, found.interval, [], style)
-            )
-    colours = {variant: style.colour for variant, style in style_of.items()}
-    panels = [figures.estimates_panel("Balanced accuracy, %", accuracies)]
-    if differences:
-        panels.append(
-            figures.estimates_panel(
-                f"Points against {in_picture(baseline)}", differences, 0.0
-            )
-        )
-    for title, cost in (
-        ("Minutes a run", mean_minutes),
-        ("Megabytes up a round", lambda group: mean_bytes(group, "up") / 1e6),
-    ):
-        values_of = {row.variant: cost(runs[row.variant]) for row in ranking}
-        panels.append(figures.bars_panel(title, values_of, colours))
-    order = ", ".join(f"{row.variant} {_balanced_mean(row):.1f} %" for row in ranking)
-    return Picture(
-        "ranking",
-        f"Variants by balanced accuracy, the best on top: {order}. Lines: 95 % "
-        "confidence intervals; ticks: single seeds. Beside them minutes and megabytes.",
-        Chart(panels, columns=2),
-    )
-
-
-def _styles_of(
-    rows: Sequence[Row], runs: Mapping[str, Sequence[FinishedRun]], baseline: str
-) -> dict[str, Style]:
-    """Return the style of each variant; if there are too many, some are grey.
-
-    The baseline gets a colour first, then variants with more seeds, then with higher
-    accuracy.
-    """
-    delivered = sorted(
-        (row for row in rows if row.delivered),
-        key=lambda row: (
-            row.variant != baseline,
-            -len(row.seeds),
-            -_balanced_mean(row),
-        ),
-    )
-    coloured = {row.variant for row in delivered[:MAX_COLOURED]}
-    known = styles(
-        {
-            variant: group[0].config["method"]
-            for variant, group in runs.items()
-            if variant in coloured
-        }
-    )
-    return {variant: known.get(variant, IN_BACKGROUND) for variant in runs}
 
 
 def _run_costs(run: FinishedRun, style: Style) -> Section:
@@ -423,39 +199,6 @@ def _run_costs(run: FinishedRun, style: Style) -> Section:
     return Section("costs", "Seconds and bytes", text, [picture], [table])
 
 
-def _comparison_costs(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    phases = list(
-        dict.fromkeys(
-            phase for group in runs.values() for run in group for phase in run.phases()
-        )
-    )
-    table = Table(
-        "costs-phases",
-        "Numbers: seconds of a run by phase (clients-...: all clients, added up)",
-        ["variant", *phases],
-        [
-            TableRow(
-                [
-                    Cell(variant),
-                    *(
-                        Cell.number(
-                            statistics.fmean(r.phases().get(phase, 0.0) for r in group)
-                        )
-                        for phase in phases
-                    ),
-                ]
-            )
-            for variant, group in runs.items()
-        ],
-        folded=True,
-    )
-    text = (
-        "Results has the minutes and megabytes beside the accuracy. Minutes are not "
-        "comparable where other work shared the machine."
-    )
-    return Section("costs", "Seconds and bytes", text, tables=[table])
-
-
 def _configuration(run: FinishedRun) -> Section:
     facts = [
         *((f"version of {name}", v) for name, v in run.facts["versions"].items()),
@@ -493,80 +236,3 @@ def _configuration(run: FinishedRun) -> Section:
             ),
         ],
     )
-
-
-def _comparison_configuration(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    configs = {
-        variant: {
-            key: json.dumps(value)
-            for key, value in group[0].config.items()
-            if key not in (*OWN_KEYS, "seed")
-        }
-        for variant, group in runs.items()
-    }
-    keys = sorted({key for config in configs.values() for key in config})
-    found = {key: [c.get(key, "-") for c in configs.values()] for key in keys}
-    differing = [key for key in keys if len(set(found[key])) > 1]
-    tables = [
-        text_table(
-            "differences-table",
-            "Keys in which variants differ",
-            ["variant", *differing],
-            [
-                (variant, *(config.get(key, "-") for key in differing))
-                for variant, config in configs.items()
-            ],
-        ),
-        text_table(
-            "configuration-table",
-            "Keys that all share",
-            ["key", "value"],
-            [(key, found[key][0]) for key in keys if key not in differing],
-            folded=True,
-        ),
-    ]
-    return Section("configuration", "Configuration", "", tables=tables)
-
-
-def _links(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    rows = [
-        TableRow(
-            [
-                Cell(variant),
-                Cell(str(run.seed)),
-                Cell.file(run.name, Path(run.folder.name, PAGE_FILE)),
-            ]
-        )
-        for variant, group in runs.items()
-        for run in group
-    ]
-    table = Table(
-        "runs-table", "Reports of single runs", ["variant", "seed", "run"], rows
-    )
-    return Section("runs", "Runs", "", tables=[table])
-
-
-def _groups_text(run: FinishedRun) -> str:
-    groups = run.facts["shot_groups"]
-    named = "; ".join(
-        f"{title}: {', '.join(run.class_names[c] for c in groups[title][:10])}"
-        + (f" and {len(groups[title]) - 10} more" if len(groups[title]) > 10 else "")
-        for title in ("many", "medium", "few")
-    )
-    rule = {
-        "count": "more than 100, 20 to 100, fewer than 20 training images",
-        "rank": "30/40/30 % of the classes by frequency",
-        "listed": "30/40/30 % of the classes in the order of dataset.class-names",
-    }[groups["rule"]]
-    return f"Many-, medium- and few-shot classes ({rule}): {named}."
-
-
-def _teacher_text(runs: Sequence[FinishedRun]) -> str:
-    names = list(teachers({"": runs}))
-    return f"teacher {', '.join(names)}" if names else "no teacher"
-
-
-def _balanced_mean(row: Row) -> float:
-    balanced = row.columns["balanced"]
-    assert balanced is not None, "balanced accuracy has no holes"
-    return balanced.mean

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip2fl_cli import figures
+from clip2fl_cli import feature_plane, figures
 from clip2fl_cli.colours import IN_BACKGROUND, TEACHER, Style
 from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
@@ -25,6 +25,8 @@ PANELS = {
     "medium": "Medium-shot classes, %",
     "few": "Few-shot classes, %",
 }
+# Keys that every run has to itself.
+OWN_KEYS = ("run.dir", "run.name")
 UNTOLD = "Sites do not report their number of images by class."
 
 
@@ -203,7 +205,7 @@ def features_section(run: FinishedRun) -> Section:
             if text_features is not None
             else "."
         ),
-        figures.clouds(
+        feature_plane.clouds(
             features,
             None if text_features is None else text_features.double().numpy(),
             run.class_names,
@@ -211,14 +213,14 @@ def features_section(run: FinishedRun) -> Section:
             {group: groups[group] for group in ("many", "medium", "few")},
         ),
     )
-    drawn = min(figures.MAX_CLOUDS, len(features))
+    drawn = min(feature_plane.MAX_CLOUDS, len(features))
     text = (
         f"Each name is at the mean of its class's {features.shape[1]} features, which "
         f"have {features.shape[2]} dimensions. The plane shows most of the distances "
         "between the class means"
         + (" and between the prototypes" if text_features is not None else "")
-        + f". Small points: {figures.MAX_POINTS} features a class at most, where they "
-        "lie inside the drawing."
+        + f". Small points: at most {feature_plane.MAX_POINTS} features of a class, "
+        "where they lie inside the drawing."
     )
     if drawn < len(features):
         text += f" {drawn} of {len(features)} classes, evenly over the frequencies."
@@ -297,6 +299,28 @@ def confusion_section(run: FinishedRun) -> Section:
         "100 % of a true class; the most frequent class comes first."
     )
     return Section("confusion", title, text, [picture], tables)
+
+
+def groups_text(run: FinishedRun) -> str:
+    """Return the classes of the many-, medium- and few-shot groups, in words."""
+    groups = run.facts["shot_groups"]
+    named = "; ".join(
+        f"{title}: {', '.join(run.class_names[c] for c in groups[title][:10])}"
+        + (f" and {len(groups[title]) - 10} more" if len(groups[title]) > 10 else "")
+        for title in ("many", "medium", "few")
+    )
+    rule = {
+        "count": "more than 100, 20 to 100, fewer than 20 training images",
+        "rank": "30/40/30 % of the classes by frequency",
+        "listed": "30/40/30 % of the classes in the order of dataset.class-names",
+    }[groups["rule"]]
+    return f"Many-, medium- and few-shot classes ({rule}): {named}."
+
+
+def teacher_text(runs: Sequence[FinishedRun]) -> str:
+    """Return the names of the teachers, in words."""
+    names = list(teachers({"": runs}))
+    return f"teacher {', '.join(names)}" if names else "no teacher"
 
 
 def _absent(name: str, title: str, reason: str = "") -> Section:
