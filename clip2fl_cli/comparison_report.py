@@ -146,7 +146,7 @@ def _comparison_results(
     ]
     first = next(iter(runs.values()))[0]
     table = Table(
-        "results",
+        "results-table",
         f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
         f"seeds. Difference: to what {baseline} delivers, in balanced accuracy, seed "
         "by seed, with its 95 % confidence interval. Minutes of a run; megabytes that "

@@ -126,7 +126,7 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         add(name, against.final(against.heads[0]), False)
     rows += teacher_rows({"": [run]}, header)
     table = Table(
-        "results",
+        "results-table",
         (
             f"Accuracy in percent on {run.facts['test_images']:,} test images; bold: "
             "what the run delivers, on all of them."
