@@ -25,7 +25,7 @@ from clip2fl_cli.runs import by_frequency
 from clip2fl_common.shown import shown
 
 # Inches of a panel that stands alone, and of one beside others.
-WIDE = 4.8
+WIDE = 4.2
 NARROW = 4.0
 # More class names than this do not fit beside an axis.
 MAX_NAMES = 30

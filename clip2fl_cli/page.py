@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 
 from clip2fl_cli import colours
@@ -198,6 +198,7 @@ def write_page(
     html = environment.get_template("report.html.j2").render(
         title=title,
         headline=headline,
+        sentence=_unbroken(headline.sentence),
         lead=lead,
         sections=sections,
         panels=panels,
@@ -227,6 +228,11 @@ def _files(picture: Picture) -> dict[str, bytes]:
         f"{picture.name}.svg": svg.getvalue(),
         f"{picture.name}.png": png.getvalue(),
     }
+
+
+def _unbroken(sentence: str) -> Markup:
+    """Return text as HTML in which numbers and their percent signs stay together."""
+    return Markup(str(escape(shown(sentence))).replace(" %", "&nbsp;%"))
 
 
 def _printable(value: object) -> object:

@@ -119,6 +119,6 @@ class Page(HTMLParser):
         elif tag == "dt":
             self._text = data.strip()
         elif tag == "p" and not self.headline:
-            self.headline = data.strip()
+            self.headline = data.strip().replace("\N{NO-BREAK SPACE}", " ")
         elif tag == "h2" and data.strip():
             self.headings[self.sections[-1]] = data.strip()
