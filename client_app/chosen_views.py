@@ -3,19 +3,46 @@
 import time
 from dataclasses import dataclass
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 import torch
 
+from client_app.mixing import mix_shares, mix_views, partners
 from client_app.training import PixelImages
 from client_app.views import ViewRecipe, make_views, view_numbers
 from clip2fl_common.teacher import Teacher
 from clip2fl_common.teacher.feature_cache import content_keys
+
+if TYPE_CHECKING:  # the mathematics needs no package of the configuration
+    from clip2fl_common.config.types import ViewKind, ViewMix
 
 # Flower's log shows the lines of a client at this level, other logs only warnings.
 log = getLogger("flwr")
 # A pass over views that takes longer is logged, and its progress once a minute.
 LONG_S = 10.0
 LOG_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What is mixed into each of V views: the same view of another image.
+
+    Attributes
+    ----------
+    places : Tensor of int64, shape [V]
+        The other image.
+    numbers : Tensor of float64, shape [V, 8]
+        Random numbers of its view.
+    chances : Tensor of float64, shape [V, 8]
+        Random numbers of the mixing.
+    shares : Tensor of float32, shape [V]
+        Share of the first image in the mixed picture.
+    """
+
+    places: torch.Tensor
+    numbers: torch.Tensor
+    chances: torch.Tensor
+    shares: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,8 @@ class ChosenViews:
         Which of the V views each epoch takes of each image.
     logits : Tensor, shape [V, C]
         The teacher's logits of the views, on the images' device.
+    mixing : Mixing or None
+        What is mixed into them.
     """
 
     images: PixelImages
@@ -44,6 +73,7 @@ class ChosenViews:
     numbers: torch.Tensor
     rows: torch.Tensor
     logits: torch.Tensor
+    mixing: Mixing | None = None
 
     def batch(
         self, epoch: int, indices: torch.Tensor
@@ -64,9 +94,34 @@ class ChosenViews:
         """
         rows = self.rows[epoch, indices]
         images = self.images
-        pictures = _pictures(images, self.places[rows], self.numbers[rows], self.recipe)
+        pictures = _pictures(
+            images, self.recipe, self.places, self.numbers, self.mixing, rows
+        )
         normalised = images.normalize(pictures.to(images.device))
         return normalised, self.logits[rows.to(self.logits.device)]
+
+    def mixture(
+        self, epoch: int, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what an epoch's views of some images are mixed with.
+
+        Parameters
+        ----------
+        epoch : int
+            Epoch, from 0.
+        indices : Tensor of int64, shape [n]
+            Images, on the CPU.
+
+        Returns
+        -------
+        tuple of Tensor, or None
+            Other images [n] and shares of the first images [n], on the images' device.
+            None where views are not mixed.
+        """
+        if self.mixing is None:
+            return None
+        rows, device = self.rows[epoch, indices], self.images.device
+        return self.mixing.places[rows].to(device), self.mixing.shares[rows].to(device)
 
 
 def choose_views(
@@ -108,20 +163,58 @@ def choose_views(
     )
     places, views = different // recipe.number, different % recipe.number
     keys = content_keys(images.pixels)
-    numbers = view_numbers(
-        [keys[place] for place in places.tolist()], views.tolist(), recipe.kind
+    numbers = _numbers(keys, places, views, recipe.kind)
+    mixing = (
+        None if recipe.mix == "none" else _mixing(images, keys, places, views, recipe)
     )
     # In batches that do not depend on what is stored, so that the last digits do not.
     logits = []
     progress = _Progress(teacher.name, len(different))
     for batch in torch.arange(len(different)).split(teacher.batch_size):
         features = teacher.cached_image_features(
-            _pictures(images, places[batch], numbers[batch], recipe)
+            _pictures(images, recipe, places, numbers, mixing, batch)
         )
         logits.append(teacher.logit_scale * features @ prototypes.T)
         progress.note(int(batch[-1]) + 1)
     return ChosenViews(
-        images, recipe, places, numbers, rows, torch.cat(logits).to(images.device)
+        images,
+        recipe,
+        places,
+        numbers,
+        rows,
+        torch.cat(logits).to(images.device),
+        mixing,
+    )
+
+
+def _numbers(
+    keys: list[bytes],
+    places: torch.Tensor,
+    views: torch.Tensor,
+    kind: "ViewKind | ViewMix",
+) -> torch.Tensor:
+    """Return the random numbers [V, 8] of views [V] of the images at places [V]."""
+    return view_numbers(
+        [keys[place] for place in places.tolist()], views.tolist(), kind
+    )
+
+
+def _mixing(
+    images: PixelImages,
+    keys: list[bytes],
+    places: torch.Tensor,
+    views: torch.Tensor,
+    recipe: ViewRecipe,
+) -> Mixing:
+    """Return what is mixed into views [V] of the images at places [V]."""
+    others = torch.tensor(partners(keys, places.tolist(), views.tolist()))
+    chances = _numbers(keys, places, views, recipe.mix)
+    height, width = images.pixels.shape[2:]
+    return Mixing(
+        others,
+        _numbers(keys, others, views, recipe.kind),
+        chances,
+        mix_shares(chances, recipe.mix, height, width),
     )
 
 
@@ -155,10 +248,20 @@ class _Progress:
 
 def _pictures(
     images: PixelImages,
+    recipe: ViewRecipe,
     places: torch.Tensor,
     numbers: torch.Tensor,
-    recipe: ViewRecipe,
+    mixing: Mixing | None,
+    rows: torch.Tensor,
 ) -> torch.Tensor:
-    """Return views [n, 3, H, W], uint8, of the images at these places [n]."""
-    chosen = images.pixels[places.to(images.pixels.device)]
-    return make_views(chosen, numbers, recipe)
+    """Return the views [n, 3, H, W], uint8, in these rows [n] of places and numbers."""
+
+    def unmixed(places: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        chosen = images.pixels[places[rows].to(images.pixels.device)]
+        return make_views(chosen, numbers[rows], recipe)
+
+    pictures = unmixed(places, numbers)
+    if mixing is None:
+        return pictures
+    others = unmixed(mixing.places, mixing.numbers)
+    return mix_views(pictures, others, mixing.chances[rows], recipe.mix)

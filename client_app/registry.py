@@ -1,11 +1,13 @@
 """The client parts by field. A new one is a file in this package and a line here."""
 
 from client_app.class_gradients import ClassGradients
+from client_app.class_statistics import ClassStatisticsPart
 from client_app.part import ClientPart
 from clip2fl_common.messages import ReplyError
 
 PARTS: dict[str, type[ClientPart]] = {
     ClassGradients.field: ClassGradients,
+    ClassStatisticsPart.field: ClassStatisticsPart,
 }
 
 

@@ -160,7 +160,12 @@ def _views(client: ClientRound) -> ChosenViews | None:
     """Return this round's views if the teacher's logits are to be those of views."""
     config, request = client.config, client.request
     settings = config.distillation
-    recipe = ViewRecipe(settings.views, settings.view_kind, config.client.crop_padding)
+    recipe = ViewRecipe(
+        settings.views,
+        settings.view_kind,
+        config.client.crop_padding,
+        settings.view_mix,
+    )
     if recipe.number == 0 or request.distillation_weight == 0:
         return None
     teacher, prototypes = _checked_teacher(

@@ -149,6 +149,46 @@ class Views(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return normalised pictures [n, 3, H, W] and logits [n, C] of the images."""
 
+    def mixture(
+        self, epoch: int, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return which images are mixed in [n], and the shares of the first [n].
+
+        None where the pictures are not mixed.
+        """
+
+
+def label_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mixture: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return the cross-entropy with the labels, averaged over the batch.
+
+    For a mixed picture it is ``lambda * CE(y_i) + (1 - lambda) * CE(y_j)`` (mixup,
+    Zhang et al. 2018; CutMix, Yun et al. 2019).
+
+    Parameters
+    ----------
+    scores : Tensor, shape [n, C]
+        Logits. They may be -infinity for classes that are no label.
+    labels : Tensor of int64, shape [n]
+        Labels of the (first) images.
+    mixture : tuple of Tensor or None
+        Labels [n] of the images that are mixed in, and lambda [n].
+
+    Returns
+    -------
+    Tensor, scalar
+    """
+    if mixture is None:
+        return functional.cross_entropy(scores, labels)
+    others, shares = mixture
+    # Soft labels in one cross-entropy would multiply -infinity by zero.
+    own = functional.cross_entropy(scores, labels, reduction="none")
+    other = functional.cross_entropy(scores, others, reduction="none")
+    return (shares * own + (1 - shares) * other).mean()
+
 
 @dataclass(frozen=True)
 class TrainingLosses:
@@ -209,7 +249,8 @@ def train_locally(
         Plain SGD by default. Its state starts at zero and ends with this call.
     views : Views or None
         Pictures to train on instead of the images with a crop and a flip; their logits
-        take the place of ``teacher_logits``.
+        take the place of ``teacher_logits``. Mixed pictures have mixed labels
+        (`label_loss`).
 
     Returns
     -------
@@ -233,8 +274,11 @@ def train_locally(
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             chosen = batch.to(images.device)
             taught: torch.Tensor | None
+            mixture = None
             if views is not None:
                 augmented, taught = views.batch(epoch, batch)
+                if (mixed := views.mixture(epoch, batch)) is not None:
+                    mixture = labels[mixed[0]], mixed[1]
             else:
                 augmented = random_crop_flip(
                     images[chosen], crop_padding, generator, per_image=augment_per_image
@@ -245,7 +289,7 @@ def train_locally(
             # In half precision the loss would be rounded to three digits.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             scores = logits if offsets is None else logits + offsets
-            loss = functional.cross_entropy(scores, labels[chosen])
+            loss = label_loss(scores, labels[chosen], mixture)
             if objective.label_weight != 1:
                 loss = objective.label_weight * loss
             if taught is not None:

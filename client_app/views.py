@@ -7,7 +7,7 @@ teacher sees each view once, and its features are stored.
 
 A view depends only on the image's content, the number of the view and the kind. So it
 is made again whenever it is needed, and clients, partitions and runs share its
-features.
+features. `mixing` mixes two views.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch.nn import functional
 from client_app.augmentation import FLIP_PROBABILITY, crop_flip
 
 if TYPE_CHECKING:  # the mathematics needs no package of the configuration
-    from clip2fl_common.config.types import ViewKind
+    from clip2fl_common.config.types import ViewKind, ViewMix
 
 LEAST_AREA = 0.35
 MAX_ASPECT = 4 / 3
@@ -42,14 +42,19 @@ class ViewRecipe:
         crop-flip or resized-crop.
     padding : int
         crop-flip: black pixels around an image before its crop.
+    mix : str
+        none, mixup or cutmix.
     """
 
     number: int
     kind: "ViewKind"
     padding: int
+    mix: "ViewMix" = "none"
 
 
-def view_numbers(keys: list[bytes], views: list[int], kind: "ViewKind") -> torch.Tensor:
+def view_numbers(
+    keys: list[bytes], views: list[int], kind: "ViewKind | ViewMix"
+) -> torch.Tensor:
     """Return the random numbers of views, which are a hash of image, view and kind.
 
     Parameters
@@ -59,7 +64,7 @@ def view_numbers(keys: list[bytes], views: list[int], kind: "ViewKind") -> torch
     views : list of int, length n
         Number of the view of each image, from 0.
     kind : str
-        Kind of view.
+        Kind of view, or of mixing.
 
     Returns
     -------
@@ -89,7 +94,7 @@ def make_views(
     numbers : Tensor of float64, shape [n, 8]
         Random numbers of the views (`view_numbers`), on the CPU.
     recipe : ViewRecipe
-        How views are made.
+        How views are made; they are not mixed here.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from clip2fl_cli.holdings import Holdings
@@ -172,6 +172,7 @@ def compare(
     runs: PathLike = "runs",
     *,
     seeds: Sequence[int] = (),
+    images: Literal["all", "held-out", "tuning"] | None = None,
     quiet: bool = False,
     **settings: object,
 ) -> Compared:
@@ -187,6 +188,9 @@ def compare(
         Folder in which the comparison gets its own folder.
     seeds : sequence of int
         Seeds that replace the file's.
+    images : str or None
+        Test images on which accuracy is shown, with ``evaluation.tuning-share``:
+        "tuning" while you choose settings; None: "held-out" if there are any.
     quiet : bool
         Do not print the progress.
     **settings
@@ -211,10 +215,13 @@ def compare(
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_cli.progress import ComparisonProgress
     from clip2fl_cli.results import write_results
+    from clip2fl_cli.run_schema import Images
     from clip2fl_common.project import experiment
 
     pairs = [f"{key}={json.dumps(value)}" for key, value in _flat(settings)]
     compared = Comparison.read(experiment(Path(file)), Path(runs), pairs, seeds)
+    shown_images = Images(images) if images else None
+    compared.refuse_absent(shown_images)
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     with ComparisonProgress(missing, there, Console(stderr=True, quiet=quiet)) as shown:
@@ -226,7 +233,10 @@ def compare(
     command = ["clip2fl", "compare", str(file), "--runs", str(runs)]
     command += [word for seed in seeds for word in ("--seed", str(seed))]
     command += ["--set", " ".join(pairs)] if pairs else []
-    written = write_results(compared, finished, shlex.join(command), failed)
+    command += ["--images", images] if images else []
+    written = write_results(
+        compared, finished, shlex.join(command), failed, shown_images
+    )
     return Compared(
         compared.folder,
         written.results.markdown,

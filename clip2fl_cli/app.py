@@ -21,6 +21,7 @@ from clip2fl_cli.options import (
     ModelPath,
     RunConfigFile,
     Settings,
+    ShownImages,
     finite,
     positive,
 )
@@ -200,6 +201,7 @@ def compare(
         list[int],
         typer.Option("--seed", help="Instead of the file's; may be repeated."),
     ] = [],  # noqa: B006
+    images: ShownImages = None,
     as_json: AsJson = False,
 ) -> None:
     """Run variants over seeds; write their table and report.
@@ -214,6 +216,7 @@ def compare(
     compared = comparisons.Comparison.read(
         experiment(comparison), runs, settings, seeds
     )
+    compared.refuse_absent(images)
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
@@ -228,7 +231,7 @@ def compare(
     if finished := compared.finished():
         command = shlex.join(["clip2fl", *sys.argv[1:]])
         console.tell("Drawing the reports of all runs")
-        written = write_results(compared, finished, command, failed)
+        written = write_results(compared, finished, command, failed, images)
         console.out.print(written.results.answer(as_json), soft_wrap=True)
         console.tell(f"Report: {written.report}")
     else:
@@ -296,6 +299,7 @@ def report(
         Path | None,
         typer.Option(help="Run of FedAvg to set a run's classes against."),
     ] = None,
+    images: ShownImages = None,
     as_json: AsJson = False,
 ) -> None:
     """Write report.html, with its pictures also as PNG and SVG, into the folder.
@@ -304,16 +308,17 @@ def report(
     """
     from clip2fl_cli.report import write_run_report
     from clip2fl_cli.results import SUMMARY_FILE, redraw, rewrite_report
-    from clip2fl_cli.runs import FinishedRun
+    from clip2fl_cli.runs import FinishedRun, chosen_images
 
     if folder.suffix == ".csv" and not folder.is_dir():
-        console.out.print(redraw(folder).answer(as_json), soft_wrap=True)
+        console.out.print(redraw(folder, images).answer(as_json), soft_wrap=True)
         return
     if os.path.lexists(folder / SUMMARY_FILE):
-        page = rewrite_report(folder)
+        page = rewrite_report(folder, images)
     else:
-        other = None if against is None else FinishedRun.read(against)
-        page = write_run_report(FinishedRun.read(folder), other)
+        runs = [FinishedRun.read(path) for path in (folder, against) if path]
+        chosen = chosen_images(runs, images)
+        page = write_run_report(*(run.on(chosen) for run in runs))
     console.print_json({"report": str(page)}) if as_json else console.answer(str(page))
 
 

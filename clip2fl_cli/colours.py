@@ -50,7 +50,7 @@ VARIABLES: dict[str, Colour] = {
 }
 
 # The place of each method in `SERIES`. Other names take the places that are left.
-METHODS = ("clip2fl", "fedavg", "creff", "fedprox", "clip2flm", "fedavgm")
+METHODS = ("clip2fl", "fedavg", "creff", "fedprox", "clip2flm", "fedavgm", "ccvr")
 
 # Lengths of dashes and gaps in multiples of the line's width; none for a solid line.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (4, 1.5, 1, 1.5), (1.2, 1.2))

@@ -14,7 +14,13 @@ from safetensors import SafetensorError
 
 from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
-from clip2fl_cli.run_schema import MAX_RUNS, MAX_VARIANTS, Seed, component_problem
+from clip2fl_cli.run_schema import (
+    MAX_RUNS,
+    MAX_VARIANTS,
+    Images,
+    Seed,
+    component_problem,
+)
 from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_cli.summary import Failure
@@ -167,6 +173,7 @@ class Comparison:
                     own_seeds, "--seed" if seeds else f"{named}.seeds"
                 )
             ]
+        _refuse_other_images(of_variant, where)
         longest = max(map(len, of_variant.values()))
         plan = [
             planned[n]
@@ -181,6 +188,22 @@ class Comparison:
             tuple(plan),
             content.share_local_training,
         )
+
+    def refuse_absent(self, images: Images | None) -> None:
+        """Raise before the first run if no run will have these test images.
+
+        Raises
+        ------
+        ComparisonError
+            If a part of the test images is wanted, but they are not divided.
+        """
+        if images in (None, Images.ALL):
+            return
+        if any(run.config.evaluation.tuning_share == 0 for run in self.plan):
+            raise ComparisonError(
+                f"--images {images}: evaluation.tuning-share = 0, so the test images "
+                "are not divided: set it for all variants, for example to 0.2"
+            )
 
     def finished(self) -> dict[str, list[FinishedRun]]:
         """Return each variant's complete runs."""
@@ -301,6 +324,24 @@ def _parse(file: Path) -> ComparisonFile:
             f"variants {shown(', '.join(content.variants))}"
         )
     return content
+
+
+def _refuse_other_images(
+    of_variant: Mapping[str, Sequence[PlannedRun]], where: str
+) -> None:
+    """Raise if variants would be judged on other test images than the baseline."""
+    shares = {
+        variant: planned[0].config.evaluation.tuning_share
+        for variant, planned in of_variant.items()
+    }
+    (first, share), *others = shares.items()
+    for variant, other in others:
+        if other != share:
+            raise ComparisonError(
+                f"{where}: evaluation.tuning-share is {share} in the variant "
+                f"{shown(first)} and {other} in {shown(variant)}, so other test images "
+                "would be held out: set it for all variants, in [settings]"
+            )
 
 
 def _checked_seeds(seeds: object, where: str) -> list[int]:

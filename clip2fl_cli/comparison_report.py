@@ -30,6 +30,7 @@ from clip2fl_cli.sections import (
     features_section,
     groups_text,
     losses_section,
+    part_text,
     rounds_of,
     teacher_text,
 )
@@ -51,6 +52,9 @@ from clip2fl_cli.tables import (
     text_table,
 )
 from clip2fl_cli.wording import head_title
+
+# Title of the accuracy on all test images, beside the one on those held out.
+ALL_IMAGES = "balanced, all images"
 
 
 def write_comparison_report(
@@ -128,9 +132,10 @@ def _comparison_results(
     failures: Sequence[Failure],
     style_of: Mapping[str, Style],
 ) -> Section:
+    beside = [ALL_IMAGES] if ranking[0].all_images else []
     header = [
         *("variant", "balanced", "difference", "few", "medium", "many"),
-        *("minutes", "MB up", "top-1", "head", "seeds"),
+        *("minutes", "MB up", "top-1", *beside, "head", "seeds"),
     ]
     body = []
     for row in ranking:
@@ -154,7 +159,7 @@ def _comparison_results(
         header,
         [*body, *teacher_rows(runs, header)],
     )
-    text = groups_text(first)
+    text = " ".join([*part_text(first), groups_text(first)])
     picture = _ranking_picture(ranking, runs, baseline, style_of)
     return Section(
         "results", "Results", text, [picture], [table, *_other_classifiers(rows)]
@@ -176,6 +181,7 @@ def _classifier_cells(row: Row) -> dict[str, Cell]:
         "variant": Cell(row.variant),
         "difference": Cell("-" if row.difference is None else str(row.difference)),
         **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
+        ALL_IMAGES: spread_cell(row.all_images),
         "head": Cell(head_title(row.head)),
         "seeds": Cell(", ".join(map(str, row.seeds))),
     }

@@ -1,7 +1,8 @@
 """A comparison as data: a CSV table with one row per run and round, and a JSON file.
 
 The table contains the values that change from round to round. Its columns have the
-names of the fields of ``metrics.jsonl``, with dots: ``accuracy.retrained.balanced``,
+names of the fields of ``metrics.jsonl``, with dots: ``accuracy.retrained.balanced``
+(on all test images; ``accuracy_held_out.retrained.balanced`` on a part of them),
 ``accuracy.retrained.per_class.0``, ``losses.client``, ``seconds.clients``,
 ``bytes.up``. A cell is empty if the round has no such value. The JSON file contains the
 rest: the settings that all runs share, and the differing settings of each run.
@@ -18,8 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip2fl_cli.run_schema import Facts, Recorded, Round
-from clip2fl_cli.runs import COLUMNS, FinishedRun
+from clip2fl_cli.run_schema import Facts, Images, Recorded, Round
+from clip2fl_cli.runs import (
+    ACCURACIES,
+    COLUMNS,
+    FinishedRun,
+    accuracies,
+    refuse_missing_parts,
+)
 from clip2fl_cli.summary import Failure, Origin
 from clip2fl_cli.tables import gradient_bytes
 from clip2fl_common.shown import short, shown
@@ -38,7 +45,7 @@ MAX_LINE = 16 * MEGABYTE
 MAX_SUMMARY_BYTES = 32 * MEGABYTE
 KEY = ("variant", "seed", "round")
 # Groups of columns after the key, in this order.
-GROUPS = ("test_images", "accuracy", "losses", "seconds", "bytes", "privacy")
+GROUPS = ("test_images", *ACCURACIES, "losses", "seconds", "bytes", "privacy")
 # Integers beyond 20 digits are no counts; Python writes no float with more digits.
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,25})?(e[-+]?[0-9]{1,3})?")
 
@@ -56,11 +63,13 @@ class Compared:
     baseline : str
         The variant with which the others are compared.
     runs : mapping of str to sequence of FinishedRun
-        Each variant's complete runs.
+        Each variant's complete runs, on all test images.
     failures : sequence of Failure
         Runs that did not complete.
     origin : Origin
         Command, date and hardware of the comparison.
+    images : Images or None
+        The test images of the page; None: as `chosen_images` chooses.
     """
 
     name: str
@@ -68,6 +77,7 @@ class Compared:
     runs: Mapping[str, Sequence[FinishedRun]]
     failures: Sequence[Failure]
     origin: Origin
+    images: Images | None = None
 
 
 def rounds_csv(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
@@ -178,6 +188,7 @@ def read_compared(table: Path) -> Compared:
             for failed in recorded.get("failed", [])
         ],
         Origin(recorded["command"], recorded["date"], recorded["hardware"]),
+        Images(images) if (images := recorded.get("images")) else None,
     )
 
 
@@ -190,8 +201,8 @@ class _Lines:
         Name of the file, for errors.
     header : list of str
         Names of the columns.
-    classes : dict of str to int
-        Number of per-class columns of each classifier.
+    classes : dict of (str, str) to int
+        Number of per-class columns of each accuracy, by field and classifier.
     """
 
     def __init__(self, table: Path) -> None:
@@ -237,13 +248,14 @@ class _Lines:
             "round": int(key[-1]),
             **{group: {} for group in GROUPS if group != "test_images"},
         }
-        accuracies: dict[str, dict[str, Any]] = {}
+        by_field: dict[str, dict[str, dict[str, Any]]] = {}
         for path, column, cell in zip(self._paths, self.header, cells, strict=True):
             if not path:
                 continue
             value = _value(cell, column, where)
-            if path[0] == "accuracy":
-                accuracy = accuracies.setdefault(path[1], {"per_class": []})
+            if path[0] in ACCURACIES:
+                of_heads = by_field.setdefault(path[0], {})
+                accuracy = of_heads.setdefault(path[1], {"per_class": []})
                 if path[2] == "per_class":
                     accuracy["per_class"].append(value)
                 else:
@@ -255,15 +267,16 @@ class _Lines:
                 for part in path[:-1]:
                     inner = inner.setdefault(part, {})
                 inner[path[-1]] = value
-        known = {head: a for head, a in accuracies.items() if not _is_empty(a)}
-        if stray := known.keys() - heads.keys():
-            raise ForeignFileError(
-                f"{where} has an accuracy of {short(min(stray))}, which the JSON file "
-                f"does not list among the heads of {key[0]}"
-            )
-        content["accuracy"] = {
-            name: known[head] for head, name in heads.items() if head in known
-        }
+        for field, of_heads in by_field.items():
+            known = {head: a for head, a in of_heads.items() if not _is_empty(a)}
+            if stray := known.keys() - heads.keys():
+                raise ForeignFileError(
+                    f"{where} has an accuracy of {short(min(stray))}, which the JSON "
+                    f"file does not list among the heads of {key[0]}"
+                )
+            content[field] = {
+                name: known[head] for head, name in heads.items() if head in known
+            }
         check(content, Round, where)
         return content
 
@@ -297,18 +310,23 @@ def _read_run(
     facts = _read_facts(name, recorded, shown(beside))
     heads = {shown(head): head for head in recorded["heads"][variant]}
     classes = len(facts["class_names"])
-    for head in heads:
-        if lines.classes.get(head) != classes:
-            raise ForeignFileError(
-                f"{lines.where} has {lines.classes.get(head, 0)} columns of "
-                f"accuracy.{head}.per_class, but {shown(beside)} has {classes} "
-                f"class_names of {shown(name)}"
-            )
+    divided = facts["config"].get("evaluation.tuning-share", 0.0) > 0
+    for field in ACCURACIES if divided else ACCURACIES[:1]:
+        for head in heads:
+            if lines.classes.get((field, head)) != classes:
+                raise ForeignFileError(
+                    f"{lines.where} has {lines.classes.get((field, head), 0)} columns "
+                    f"of {field}.{head}.per_class, but {shown(beside)} has {classes} "
+                    f"class_names of {shown(name)}"
+                )
     seed = str(facts["config"]["seed"])
     rounds = [
         lines.line((shown(variant), seed, str(number)), heads)
         for number in range(1, facts["config"]["federation.rounds"] + 1)
     ]
+    for line in rounds:
+        where = f"{lines.where}: round {line['round']} of {shown(name)}"
+        refuse_missing_parts(line, facts["config"], where)
     run = FinishedRun(beside.parent / name, facts, rounds)
     if not run.evaluated or len(run.heads) < len(heads):
         raise ForeignFileError(
@@ -332,8 +350,8 @@ def _read_facts(name: str, recorded: Mapping[str, Any], where: str) -> dict[str,
 def _cells_of(line: Mapping[str, Any]) -> dict[str, float | None]:
     """Return a round's values by column; names are escaped, so have no line breaks."""
     cells: dict[str, float | None] = {"test_images": line.get("test_images")}
-    for head, accuracy in line["accuracy"].items():
-        prefix = f"accuracy.{shown(head)}"
+    for field, head, accuracy in accuracies(line):
+        prefix = f"{field}.{shown(head)}"
         cells |= {f"{prefix}.{column}": accuracy[column] for column in COLUMNS}
         cells |= {
             f"{prefix}.per_class.{c}": v for c, v in enumerate(accuracy["per_class"])
@@ -358,7 +376,7 @@ def _path(column: str) -> _Path:
     group, _, rest = column.partition(".")
     if column == "test_images":
         return (column,)
-    if group == "accuracy":
+    if group in ACCURACIES:
         head, _, field = rest.rpartition(".")
         if head.endswith(".per_class"):
             return group, head.removesuffix(".per_class"), "per_class"
@@ -373,18 +391,19 @@ def _path(column: str) -> _Path:
 
 def _class_columns(
     header: Sequence[str], paths: Sequence[_Path], where: str
-) -> dict[str, int]:
-    """Return the number of per-class columns of each classifier; check their order."""
-    found: dict[str, int] = {}
+) -> dict[tuple[str, str], int]:
+    """Return the number of per-class columns of each accuracy; check their order."""
+    found: dict[tuple[str, str], int] = {}
     for column, path in zip(header, paths, strict=True):
-        if path[:1] == ("accuracy",) and path[2] == "per_class":
-            number = found.get(path[1], 0)
+        if path and path[0] in ACCURACIES and path[2] == "per_class":
+            field, head, _ = path
+            number = found.get((field, head), 0)
             if not column.endswith(f".{number}"):
                 raise ForeignFileError(
-                    f"{where}: columns of accuracy.{shown(path[1])[:200]}.per_class "
+                    f"{where}: columns of {field}.{shown(head)[:200]}.per_class "
                     "must be numbered from 0"
                 )
-            found[path[1]] = number + 1
+            found[field, head] = number + 1
     return found
 
 

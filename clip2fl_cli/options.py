@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from clip2fl_cli.run_schema import Images
+
 # A simulated node is an entry in a database; the clients alone decide the result.
 MOST_NODES = 100_000
 
@@ -42,6 +44,15 @@ Settings = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+ShownImages = Annotated[
+    Images | None,
+    typer.Option(
+        "--images",
+        help="Test images on which accuracy is shown, of runs with an "
+        "evaluation.tuning-share: tuning while you choose settings. If not given: "
+        "those of the comparison's page, or else those held out.",
+    ),
+]
 ModelPath = Annotated[
     Path,
     typer.Option("--model", help="A run's folder, or its model.safetensors."),

@@ -15,6 +15,7 @@ from clip2fl_cli.page import (
     Table,
     write_page,
 )
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import FinishedRun, refuse_other_classes
 from clip2fl_cli.sections import (
     OWN_KEYS,
@@ -26,6 +27,7 @@ from clip2fl_cli.sections import (
     features_section,
     groups_text,
     losses_section,
+    part_text,
     rounds_of,
     teacher_text,
 )
@@ -121,6 +123,9 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         if len(run.evaluated) > 1:
             means = {column: run.last(head, column) for column in COLUMNS}
             add(f"{name}, mean of {rounds_of([run])}", means, False)
+        if run.images is Images.HELD_OUT:
+            whole = run.on(Images.ALL).final(head)
+            add(f"{name}, last round, all test images", whole, False)
     if against is not None:
         name = f"baseline {method_title(against.config['method'])}, last round"
         add(name, against.final(against.heads[0]), False)
@@ -137,7 +142,7 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         header,
         rows,
     )
-    text = " ".join([groups_text(run), *_privacy_text(run)])
+    text = " ".join([*part_text(run), groups_text(run), *_privacy_text(run)])
     return Section("results", "Results", text, tables=[table])
 
 

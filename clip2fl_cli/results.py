@@ -17,8 +17,8 @@ from clip2fl_cli.comparison_table import (
 )
 from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.report import write_run_report
-from clip2fl_cli.run_schema import Summary
-from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
+from clip2fl_cli.run_schema import Images, Summary
+from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun, chosen_images
 from clip2fl_cli.summary import (
     CONFIDENCE,
     Failure,
@@ -49,9 +49,10 @@ class Results:
         Raises
         ------
         RunError
-            If runs cannot be compared.
+            If runs cannot be compared, or not on the wanted test images.
         """
-        runs, baseline = compared.runs, compared.baseline
+        baseline = compared.baseline
+        runs, divided = _shown(compared.runs, compared.images)
         refuse_unlike(runs)
         title = f"Comparison {compared.name}"
         page = markdown(runs, baseline, title, compared.origin, compared.failures)
@@ -61,14 +62,15 @@ class Results:
             **dataclasses.asdict(compared.origin),
             "last_rounds": LAST_ROUNDS,
             "confidence": CONFIDENCE,
-            "rows": [dataclasses.asdict(row) for row in summarise(runs, baseline)],
+            **divided,
+            "rows": [row.fields() for row in summarise(runs, baseline)],
             "teachers": teachers(runs),
             "runs": {
                 variant: [run.folder.name for run in group]
                 for variant, group in runs.items()
             },
             "failed": [dataclasses.asdict(failure) for failure in compared.failures],
-            **recorded_facts(runs),
+            **recorded_facts(compared.runs),
         }
         return cls(page, json.dumps(summary, indent=2))
 
@@ -90,6 +92,7 @@ def write_results(
     runs: Mapping[str, Sequence[FinishedRun]],
     command: str,
     failures: Sequence[Failure] = (),
+    images: Images | None = None,
 ) -> Written:
     """Write a comparison's page, table, summary, report and the report of every run.
 
@@ -103,6 +106,8 @@ def write_results(
         The command to name on the page.
     failures : sequence of Failure
         Runs that did not complete; the results name them.
+    images : Images or None
+        The test images of the results; None: as `chosen_images` chooses.
 
     Returns
     -------
@@ -111,35 +116,40 @@ def write_results(
     Raises
     ------
     RunError
-        If runs cannot be compared, or a file of a run is damaged.
+        If runs cannot be compared, or not on these images, or a file of a run is
+        damaged.
     OutputError
         If results cannot be written.
     """
     origin = Origin.here(command)
     results = Results.of(
-        Compared(comparison.name, comparison.baseline, runs, failures, origin)
+        Compared(comparison.name, comparison.baseline, runs, failures, origin, images)
     )
     with OutputFolder.open(comparison.folder) as folder:
         folder.write(MARKDOWN_FILE, results.markdown.encode())
         folder.write(TABLE_FILE, rounds_csv(runs).encode())
         folder.write(SUMMARY_FILE, f"{results.json}\n".encode())
-    for run in (run for group in runs.values() for run in group):
-        write_run_report(run, _baseline_run(run, runs.get(comparison.baseline, [])))
+    shown, _ = _shown(runs, images)
+    for run in (run for group in shown.values() for run in group):
+        write_run_report(run, _baseline_run(run, shown.get(comparison.baseline, [])))
     return Written(results, rewrite_report(comparison.folder))
 
 
-def redraw(table: Path) -> Results:
+def redraw(table: Path, images: Images | None = None) -> Results:
     """Draw a comparison's page again, without the folders of its runs.
 
     Parameters
     ----------
     table : Path
         A comparison's table of rounds, with the JSON file of the same name beside it.
+    images : Images or None
+        The test images of the page; None: those of the comparison's own page.
 
     Returns
     -------
     Results
-        The same results as when the comparison wrote the two files.
+        The same results as when the comparison wrote the two files, unless the images
+        are others.
 
     Raises
     ------
@@ -148,16 +158,21 @@ def redraw(table: Path) -> Results:
     RunError
         If runs cannot be compared.
     """
-    return Results.of(read_compared(table))
+    compared = read_compared(table)
+    if images is not None:
+        compared = dataclasses.replace(compared, images=images)
+    return Results.of(compared)
 
 
-def rewrite_report(folder: Path) -> Path:
+def rewrite_report(folder: Path, images: Images | None = None) -> Path:
     """Write the report of a comparison from its folder.
 
     Parameters
     ----------
     folder : Path
         A comparison's folder, with its ``comparison.json``.
+    images : Images or None
+        The test images of the report; None: those of the comparison's own page.
 
     Returns
     -------
@@ -174,10 +189,15 @@ def rewrite_report(folder: Path) -> Path:
         If the report cannot be written.
     """
     summary = read_json(folder / SUMMARY_FILE, Summary, MAX_SUMMARY_BYTES)
-    runs = {
-        variant: [FinishedRun.read(folder / name) for name in names]
-        for variant, names in summary["runs"].items()
-    }
+    if images is None and summary.get("images"):
+        images = Images(summary["images"])
+    runs, _ = _shown(
+        {
+            variant: [FinishedRun.read(folder / name) for name in names]
+            for variant, names in summary["runs"].items()
+        },
+        images,
+    )
     refuse_unlike(runs)
     failures = [
         Failure(failed["variant"], failed["seed"], failed["reason"])
@@ -186,6 +206,22 @@ def rewrite_report(folder: Path) -> Path:
     return write_comparison_report(
         folder, summary["name"], runs, summary["baseline"], failures
     )
+
+
+def _shown(
+    runs: Mapping[str, Sequence[FinishedRun]], wanted: Images | None
+) -> tuple[dict[str, list[FinishedRun]], dict[str, str]]:
+    """Return the runs on the test images of a page, and the images' name for JSON.
+
+    Runs that do not divide their test images have no name, as in earlier versions.
+    """
+    every = [run for group in runs.values() for run in group]
+    images = chosen_images(every, wanted)
+    found = {
+        variant: [run.on(images) for run in group] for variant, group in runs.items()
+    }
+    divided = any(run.tuning_share > 0 for run in every)
+    return found, {"images": images.value} if divided else {}
 
 
 def _baseline_run(

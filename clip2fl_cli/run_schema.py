@@ -4,6 +4,7 @@ Only fields that are used are checked: runs of another version may have other fi
 """
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,6 +36,19 @@ PerClass = Annotated[list[Percent | None], Field(max_length=MAX_CLASSES)]
 _strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+class Images(StrEnum):
+    """The test images on which accuracies are shown."""
+
+    ALL = "all"
+    HELD_OUT = "held-out"
+    TUNING = "tuning"
+
+    @property
+    def part(self) -> str:
+        """The name of this part of the test images in the files of a run."""
+        return self.value.replace("-", "_")
+
+
 def component_problem(name: str) -> str | None:
     """Return why a name cannot be a file's or folder's name; None if it can."""
     if not name or name in (".", ".."):
@@ -61,6 +75,8 @@ class Config(BaseModel):
     dataset_name: Annotated[Name, Field(alias="dataset.name")]
     rounds: Annotated[int, Field(alias="federation.rounds", ge=1, le=MAX_ROUNDS)]
     tested: Annotated[Count, Field(alias="evaluation.max-images")]
+    # Optional, since runs of early versions did not divide the test images.
+    share: Annotated[float, Field(alias="evaluation.tuning-share", ge=0, lt=1)] = 0.0
     teacher_model: Annotated[Text, Field(alias="teacher.model")]
     teacher_pretrained: Annotated[Text, Field(alias="teacher.pretrained")]
     teacher_prompt: Annotated[Text, Field(alias="teacher.prompt")]
@@ -86,6 +102,8 @@ class Teacher(BaseModel):
 
     name: Annotated[Text, Field(min_length=1)]
     zero_shot: Accuracy | None = None
+    zero_shot_tuning: Accuracy | None = None
+    zero_shot_held_out: Accuracy | None = None
 
 
 class Groups(BaseModel):
@@ -110,6 +128,8 @@ class Facts(BaseModel):
         Annotated[list[Count], Field(max_length=MAX_CLASSES)] | None
     ) = None
     test_images: Count
+    test_images_tuning: Count | None = None
+    test_images_held_out: Count | None = None
     shot_groups: Groups
     versions: Annotated[dict[Name, Name], Field(max_length=100)]
     code: Name
@@ -121,10 +141,9 @@ class Facts(BaseModel):
         counts = self.train_images_per_class
         if counts is not None:
             _same_length("train_images_per_class", counts, classes)
-        if self.teacher and self.teacher.zero_shot:
-            _same_length(
-                "teacher.zero_shot.per_class", self.teacher.zero_shot.per_class, classes
-            )
+        for field in ("zero_shot", "zero_shot_tuning", "zero_shot_held_out"):
+            if accuracy := getattr(self.teacher, field, None):
+                _same_length(f"teacher.{field}.per_class", accuracy.per_class, classes)
         groups = self.shot_groups
         listed = [*groups.many, *groups.medium, *groups.few]
         if len(set(listed)) < len(listed) or max(listed, default=0) >= classes:
@@ -166,6 +185,9 @@ class Round(BaseModel):
     test_images: Count | None = None
     # Empty if no site has evaluated the model.
     accuracy: Annotated[dict[Name, Accuracy], Field(max_length=20)]
+    # On parts of the test images; empty without evaluation.tuning-share.
+    accuracy_tuning: Annotated[dict[Name, Accuracy], Field(max_length=20)] = {}
+    accuracy_held_out: Annotated[dict[Name, Accuracy], Field(max_length=20)] = {}
     losses: Annotated[dict[Name, Loss], Field(max_length=100)]
     seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
     bytes: Bytes
@@ -195,6 +217,8 @@ class Summary(BaseModel):
     ]
     # Optional, since comparisons of early versions did not list them.
     failed: Annotated[list[FailedRun], Field(max_length=MAX_RUNS)] = []
+    # Absent if the runs do not divide the test images.
+    images: Literal["all", "held-out", "tuning"] | None = None
 
     @model_validator(mode="after")
     def _names_stay_inside(self) -> "Summary":

@@ -2,8 +2,8 @@
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clip2fl_cli.artifacts import read_artifacts
-from clip2fl_cli.run_schema import Facts, Round
+from clip2fl_cli.run_schema import Facts, Images, Round
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -26,6 +26,9 @@ from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 # Accuracy varies by some points from round to round, so means of the last are compared.
 LAST_ROUNDS = 5
 COLUMNS = ("top1", "balanced", "many", "medium", "few")
+PARTS = (Images.TUNING, Images.HELD_OUT)
+# Fields of a round's line, each with the accuracy of its classifiers.
+ACCURACIES = ("accuracy", *(f"accuracy_{images.part}" for images in PARTS))
 # A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
 MAX_FACTS_BYTES = 32 * MEGABYTE
 MAX_METRICS_BYTES = 256 * MEGABYTE
@@ -54,11 +57,18 @@ class FinishedRun:
         Content of ``config.json``.
     rounds : list of dict
         Lines of ``metrics.jsonl``.
+    images : Images
+        The test images of ``accuracy`` in these lines, and of the teacher's accuracy
+        and ``test_images`` in ``facts``.
+    whole : FinishedRun or None
+        The same run on all test images, if ``images`` are a part of them.
     """
 
     folder: Path
     facts: dict[str, Any]
     rounds: list[dict[str, Any]]
+    images: Images = Images.ALL
+    whole: "FinishedRun | None" = None
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
@@ -86,6 +96,45 @@ class FinishedRun:
             return cls(folder, facts, _read_rounds(folder / METRICS, facts))
         except ForeignFileError as error:
             raise RunError(f"{error}; {DAMAGED}") from None
+
+    def on(self, images: Images) -> "FinishedRun":
+        """Return this run with accuracies on the given test images.
+
+        Parameters
+        ----------
+        images : Images
+            A part only for a run with a `tuning_share`; `chosen_images` checks that.
+
+        Returns
+        -------
+        FinishedRun
+        """
+        whole = self.whole or self
+        if images is Images.ALL:
+            return whole
+        field = f"accuracy_{images.part}"
+        facts = {**whole.facts, "test_images": whole.part_size(images)}
+        if whole.teacher:
+            # Without an accuracy on these images, the teacher has no row in tables.
+            own = whole.teacher.get(f"zero_shot_{images.part}")
+            facts["teacher"] = {**whole.teacher, "zero_shot": own}
+        rounds = [{**line, "accuracy": line[field]} for line in whole.rounds]
+        return replace(whole, facts=facts, rounds=rounds, images=images, whole=whole)
+
+    def part_size(self, images: Images) -> int:
+        """Return the number of images in a part of the test images."""
+        counted = self.facts.get(f"test_images_{images.part}")
+        if counted is not None:
+            return int(counted)
+        # The first runs with a share did not count them; equal classes give the same.
+        every = int(self.facts["test_images"])
+        tuning = round(self.tuning_share * every)
+        return tuning if images is Images.TUNING else every - tuning
+
+    @property
+    def tuning_share(self) -> float:
+        """Share of the test images on which settings are chosen; 0: none."""
+        return float(self.config.get("evaluation.tuning-share", 0.0))
 
     @property
     def name(self) -> str:
@@ -213,7 +262,88 @@ def refuse_other_classes(runs: Sequence[FinishedRun]) -> None:
             )
 
 
+def chosen_images(runs: Sequence[FinishedRun], wanted: Images | None = None) -> Images:
+    """Return the test images on which a page shows runs.
+
+    Settings are chosen on the images for tuning, so a page shows the held-out images
+    if there are any. If only some runs have held-out images, it does not fall back to
+    all images, since these include those on which settings were chosen.
+
+    Parameters
+    ----------
+    runs : sequence of FinishedRun
+        All runs of the page, at least one.
+    wanted : Images or None
+        The user's choice; None: the held-out images, or all if none are held out.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    RunError
+        If the runs have no such images, or different ones.
+    """
+    if wanted is Images.ALL:
+        return wanted
+    first, *others = runs
+    for run in others:
+        if run.tuning_share != first.tuning_share:
+            raise RunError(
+                f"{shown(run.folder)} has evaluation.tuning-share = "
+                f"{run.tuning_share}, but {shown(first.folder)} has "
+                f"{first.tuning_share}, so other test images are held out: make runs "
+                "with the same share, or show all test images with --images all"
+            )
+    if first.tuning_share > 0:
+        return wanted or Images.HELD_OUT
+    if wanted is not None:
+        raise RunError(
+            f"--images {wanted}: {shown(first.folder)} has evaluation.tuning-share = "
+            "0, so its test images are not divided; only --images all is possible"
+        )
+    return Images.ALL
+
+
+def refuse_missing_parts(
+    line: Mapping[str, Any], config: Mapping[str, Any], where: str
+) -> None:
+    """Raise if a run with a tuning share lacks the accuracy on a part in a round.
+
+    Parameters
+    ----------
+    line : mapping
+        A line of ``metrics.jsonl``.
+    config : mapping
+        The run's configuration.
+    where : str
+        Name of the line, for errors.
+
+    Raises
+    ------
+    ForeignFileError
+        Names the field.
+    """
+    if config.get("evaluation.tuning-share", 0.0) == 0:
+        return
+    heads = list(line["accuracy"])
+    for field in ACCURACIES[1:]:
+        if list(line.get(field, {})) != heads:
+            raise ForeignFileError(
+                f"{where}: {field} must have the classifiers of accuracy, since the "
+                "run has an evaluation.tuning-share"
+            )
+
+
 DAMAGED = "the run's folder is damaged or was not written by this program"
+
+
+def accuracies(line: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield each accuracy of a round with its field and classifier."""
+    for field in ACCURACIES:
+        for head, accuracy in line.get(field, {}).items():
+            yield field, head, accuracy
 
 
 def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -231,13 +361,14 @@ def _read_rounds(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"{where}: line {number} is of round {line['round']}, but lines must "
                 "follow one another from round 1"
             )
-        for head, accuracy in line["accuracy"].items():
+        for field, head, accuracy in accuracies(line):
             if len(accuracy["per_class"]) != classes:
                 raise ForeignFileError(
-                    f"{where}: line {number}: accuracy.{shown(head)}.per_class has "
+                    f"{where}: line {number}: {field}.{shown(head)}.per_class has "
                     f"{len(accuracy['per_class'])} entries, but {CONFIG} has "
                     f"{classes} class_names"
                 )
+        refuse_missing_parts(line, facts["config"], f"{where}: line {number}")
         rounds.append(line)
     if len(rounds) != expected:
         raise ForeignFileError(

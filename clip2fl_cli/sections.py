@@ -14,7 +14,7 @@ from clip2fl_cli.colours import IN_BACKGROUND, TEACHER, Style
 from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_cli.summary import teachers
+from clip2fl_cli.summary import teachers, tested_on
 from clip2fl_cli.tables import LOSSES, matrix_tables
 from clip2fl_cli.wording import head_title, last_rounds, method_title
 
@@ -298,6 +298,8 @@ def confusion_section(run: FinishedRun) -> Section:
         f"Classifier: {head_title(head)}, after the last round. Each row adds up to "
         "100 % of a true class; the most frequent class comes first."
     )
+    if run.whole is not None:
+        text += " The matrix counts all test images."
     return Section("confusion", title, text, [picture], tables)
 
 
@@ -315,6 +317,11 @@ def groups_text(run: FinishedRun) -> str:
         "listed": "30/40/30 % of the classes in the order of dataset.class-names",
     }[groups["rule"]]
     return f"Many-, medium- and few-shot classes ({rule}): {named}."
+
+
+def part_text(run: FinishedRun) -> list[str]:
+    """Return a sentence about the test images, if they are a part of all."""
+    return [] if run.whole is None else [f"Accuracy on {tested_on(run)}."]
 
 
 def teacher_text(runs: Sequence[FinishedRun]) -> str:

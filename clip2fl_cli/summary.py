@@ -5,11 +5,13 @@ import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
+from typing import Any
 
 from scipy import stats
 
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import (
     COLUMNS,
     LAST_ROUNDS,
@@ -91,6 +93,9 @@ class Row:
     difference : PairedDifference or None
         Difference to the baseline's delivered classifier, in balanced accuracy; None
         for that classifier itself, and without a common seed.
+    all_images : Spread or None
+        Balanced accuracy on all test images, mean of the last rounds; None unless the
+        other columns are of the held-out images.
     """
 
     variant: str
@@ -100,6 +105,14 @@ class Row:
     columns: dict[str, Spread | None]
     last_round: Spread
     difference: PairedDifference | None
+    all_images: Spread | None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the row for JSON."""
+        found = asdict(self)
+        if self.all_images is None:
+            del found["all_images"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -252,6 +265,9 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
                     None
                     if itself
                     else paired_difference(_balanced(group, head), reference),
+                    _spread(_whole(group), head, "balanced")
+                    if group[0].images is Images.HELD_OUT
+                    else None,
                 )
             )
     return rows
@@ -308,7 +324,7 @@ Date: {origin.date}. Command:
 
     {shown(origin.command)}
 
-Accuracy in percent on {_test_images(every[0])}, mean of the last
+Accuracy in percent on {tested_on(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
 many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
 Difference: to the delivered classifier of {reference}, in balanced accuracy, seed by
@@ -327,12 +343,35 @@ Minutes a run, not comparable where other work shared the machine: {minutes}.
 """
 
 
-def _test_images(run: FinishedRun) -> str:
-    """Return the number of test images behind the accuracy of a run's rounds."""
+def tested_on(run: FinishedRun) -> str:
+    """Return the number of test images behind the accuracy of a run's rounds.
+
+    Parameters
+    ----------
+    run : FinishedRun
+        A run, on the test images that a page shows.
+
+    Returns
+    -------
+    str
+        For example ``8,000 test images that had no part in choosing settings; balanced
+        accuracy on all 10,000 beside them``.
+    """
     final, others = run.facts["test_images"], run.config["evaluation.max-images"]
-    if 0 < others < final:
-        return f"{others} test images ({final} after the last round)"
-    return f"{final} test images"
+    if run.whole is None:
+        if 0 < others < final:
+            return f"{others} test images ({final} after the last round)"
+        return f"{final} test images"
+    every = run.whole.facts["test_images"]
+    drawn = ""
+    if 0 < others < every:
+        drawn = f" (before the last round, those of them among {others:,} drawn images)"
+    if run.images is Images.TUNING:
+        return f"{final:,} test images on which settings are chosen{drawn}"
+    return (
+        f"{final:,} test images that had no part in choosing settings{drawn}; balanced "
+        f"accuracy on all {every:,} beside them"
+    )
 
 
 def main_table(
@@ -342,6 +381,8 @@ def main_table(
 ) -> str:
     """Return the Markdown table of `summarise`, of failed runs and the teachers."""
     titles = ["top-1", *COLUMNS[1:]]
+    summary = summarise(runs, baseline)
+    beside = ["all images"] if summary[0].all_images else []
     rows = [
         [
             plain(row.variant),
@@ -349,21 +390,24 @@ def main_table(
             ", ".join(map(str, row.seeds)),
             *("-" if cell is None else str(cell) for cell in row.columns.values()),
             str(row.last_round),
+            *(str(row.all_images) for _ in beside),
             "-" if row.difference is None else str(row.difference),
         ]
-        for row in summarise(runs, baseline)
+        for row in summary
     ]
-    unknown = ["-"] * (len(titles) + 2)
+    unknown = ["-"] * (len(titles) + len(beside) + 2)
     rows += [
         [plain(variant), "-", plain(failed), *unknown]
         for variant, failed in failed_runs(failures).items()
     ]
     known = teachers(runs)
+    of_all = teachers({variant: _whole(group) for variant, group in runs.items()})
     for name, accuracy in known.items():
         cells = [_percent(accuracy[column]) for column in COLUMNS]
         label = "teacher" if len(known) == 1 else f"teacher {plain(name)}"
-        rows.append([label, "zero-shot", "-", *cells, cells[1], "-"])
-    header = ["variant", "head", "seeds", *titles, "last round", "difference"]
+        whole = [_percent(of_all[name]["balanced"]) for _ in beside]
+        rows.append([label, "zero-shot", "-", *cells, cells[1], *whole, "-"])
+    header = ["variant", "head", "seeds", *titles, "last round", *beside, "difference"]
     return _markdown_table(header, rows)
 
 
@@ -386,6 +430,11 @@ def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
             rows.append([plain(variant), plain(head), *cells])
     header = ["variant", "head", *(plain(first.class_names[c]) for c in order)]
     return _markdown_table(header, rows)
+
+
+def _whole(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Return the runs on all test images."""
+    return [run.on(Images.ALL) for run in runs]
 
 
 def _spread(runs: Sequence[FinishedRun], head: str, column: str) -> Spread | None:

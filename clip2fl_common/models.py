@@ -51,6 +51,25 @@ class ImageClassifier(nn.Module):
         projected: torch.Tensor = self.projection(self.pooled(images))
         return projected
 
+    def narrow(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the pooled output or the projected features, whichever are narrower.
+
+        The projection is linear, so mean and covariance of the projected features
+        follow exactly from those of the pooled output.
+
+        Parameters
+        ----------
+        images : Tensor, shape [N, 3, H, W]
+            Normalised images.
+
+        Returns
+        -------
+        Tensor, shape [N, D]
+            D is the smaller of ``pooled_dim`` and ``feature_dim`` (`narrow_width`).
+        """
+        pooled = self.projection.in_features < self.projection.out_features
+        return self.pooled(images) if pooled else self.features(images)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits, shape [N, C], of images [N, 3, H, W]."""
         logits: torch.Tensor = self.classifier(self.features(images))
@@ -169,6 +188,15 @@ MODELS: dict[str, Callable[[int, int], ImageClassifier]] = {
     "resnet18": partial(_torchvision, "resnet18"),
     "resnet50": partial(_torchvision, "resnet50"),
 }
+
+
+POOLED_WIDTH = {"resnet8": 256, "resnet8-slim": 64, "resnet18": 512, "resnet50": 2048}
+"""Width of each backbone's pooled output, known without building the model."""
+
+
+def narrow_width(name: str, feature_dim: int) -> int:
+    """Return the width D of `ImageClassifier.narrow` for a model in `MODELS`."""
+    return min(POOLED_WIDTH[name], feature_dim)
 
 
 def build_model(name: str, num_classes: int, feature_dim: int = 512) -> ImageClassifier:

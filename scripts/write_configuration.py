@@ -105,6 +105,8 @@ def block() -> str:
             sentence = key.sentence
             if not together and not reads_all(key):
                 sentence += f" Read by {', '.join(key.methods)}."
+            if key.by_method:
+                sentence += f" auto: {defaults_in_words(key)}."
             lines += textwrap.wrap(
                 sentence,
                 WIDTH,
@@ -114,7 +116,7 @@ def block() -> str:
                 break_long_words=False,
             )
             # JSON writes booleans, numbers and strings as TOML does.
-            lines.append(f"{key.name} = {_as_value(key.default)}")
+            lines.append(f"{key.name} = {_as_value(key.written_default)}")
         parts.append("\n".join(lines) + "\n")
     return "\n".join([*parts, ""])
 
@@ -122,6 +124,12 @@ def block() -> str:
 def reads_all(key: Key) -> bool:
     """Return whether every method reads a key."""
     return set(key.methods) == set(METHODS)
+
+
+def defaults_in_words(key: Key) -> str:
+    """Return a key's default and those of methods that have another."""
+    others = [f"{_as_value(v)} for {method}" for method, v in key.by_method.items()]
+    return "; ".join([_as_value(key.default), *others])
 
 
 def page() -> str:
@@ -136,7 +144,9 @@ def page() -> str:
             rows.append(
                 (
                     f"`{key.name}`",
-                    f"`{_as_value(key.default)}`",
+                    f"`{_as_value(key.default)}`"
+                    if not key.by_method
+                    else f"auto: {defaults_in_words(key)}",
                     allowed(key.field),
                     "all" if reads_all(key) else ", ".join(key.methods),
                     "yes" if key.may_change else "no",
@@ -182,7 +192,18 @@ def run_schema() -> dict[str, Any]:
     for of_key in schema["properties"].values():
         if "$ref" in of_key:  # the group's keys have their own defaults
             del of_key["default"]
+    for key in KEYS.values():
+        _of_key(schema, key.name)["default"] = key.written_default
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _of_key(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the JSON schema of a key within that of a file."""
+    group, _, leaf = name.rpartition(".")
+    if group:
+        schema = schema["$defs"][schema["properties"][group]["$ref"].split("/")[-1]]
+    found: dict[str, Any] = schema["properties"][leaf]
+    return found
 
 
 def comparison_schema() -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Progress:
         participation: str = "",
         went_back_to: int | None = None,
         medians: Mapping[str, AccuracyReport] | None = None,
+        tuning: Mapping[str, AccuracyReport] | None = None,
     ) -> str:
         """Return the line of the round that has just ended.
 
@@ -47,6 +48,8 @@ class Progress:
             Round whose model replaced a bad one.
         medians : mapping of str to AccuracyReport or None
             Accuracy of each head at the median site; None without sites.
+        tuning : mapping of str to AccuracyReport or None
+            Accuracy of each head on the test images for tuning; None without any.
 
         Returns
         -------
@@ -61,6 +64,7 @@ class Progress:
         accuracy = "; ".join(
             f"{name} balanced {report.balanced:.1f} % ({_groups(report)})"
             + (f", median site {medians[name].balanced:.1f} %" if medians else "")
+            + (f", for tuning {tuning[name].balanced:.1f} %" if tuning else "")
             for name, report in reports.items()
         )
         trained = "old model kept" if loss is None else f"loss {loss:.3f}"

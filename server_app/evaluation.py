@@ -8,9 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from clip2fl_common.config import ConfigError
 from clip2fl_common.data.datasets import ImageDataset, LoadedImages
 from clip2fl_common.metrics import (
     HELD_OUT,
+    TEACHER_HEAD,
     TUNING,
     AccuracyReport,
     ShotGroups,
@@ -28,6 +30,38 @@ KEEP_BYTES = 2**30
 BLOCK = 1024
 # The images for tuning are the same for every seed of a run.
 TUNING_SEED = 0
+
+
+def tuning_images(labels: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
+    """Draw the test images on which settings are chosen; all others are held out.
+
+    The drawing depends on the labels and the share alone, so that all runs on a data
+    set have the same images for tuning.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape [N]
+        Class of each test image.
+    share : float
+        Share of each class's images, rounded to whole images; 0: none.
+
+    Returns
+    -------
+    ndarray of bool, shape [N]
+        Whether each image is for tuning.
+    """
+    tuning = np.zeros(len(labels), dtype=bool)
+    for places in _shuffled(labels, TUNING_SEED, "tuning"):
+        tuning[places[: round(share * len(places))]] = True
+    return tuning
+
+
+def _shuffled(
+    labels: npt.NDArray[np.int64], seed: int, purpose: str
+) -> list[npt.NDArray[np.int64]]:
+    """Return the shuffled places of each class's images."""
+    order = torch.randperm(len(labels), generator=generator(seed, purpose)).numpy()
+    return [order[labels[order] == c] for c in np.unique(labels)]
 
 
 @dataclass
@@ -57,6 +91,11 @@ class Evaluator:
     parts : dict of str to dict of str to AccuracyReport
         Each head's accuracy on the two parts of the test images, `TUNING` and
         `HELD_OUT`, in the last evaluation; empty without a tuning share.
+
+    Raises
+    ------
+    ConfigError
+        If the tuning share leaves one of the two parts without an image.
     """
 
     dataset: ImageDataset
@@ -70,8 +109,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         """Draw the images for tuning, and for all evaluations but the final one."""
         self._all = np.arange(len(self.dataset.test.labels))
-        self._tuning = self._draw_tuning()
+        self._tuning = tuning_images(self.dataset.test.labels, self.tuning_share)
         self._subset = self._draw_subset()
+        if self.tuning_share > 0:
+            for used in (self._all, self._subset):
+                self._for_tuning(used)
         self._kept: dict[tuple[bool, int], LoadedImages] = {}
         self.unreadable = 0
         self.confusion: dict[str, npt.NDArray[np.int64]] = {}
@@ -106,10 +148,12 @@ class Evaluator:
         """
         network = folded(model.to(self.device))
         labels: list[torch.Tensor] = []
+        places: list[npt.NDArray[np.int64]] = []
 
         def batches() -> Iterator[torch.Tensor]:
-            for block in self._blocks(final):
+            for found, block in self._blocks(final):
                 labels.append(block.labels)
+                places.append(found)
                 yield from block.images.split(self.batch_size)
 
         def predict(images: torch.Tensor) -> torch.Tensor:
@@ -126,28 +170,67 @@ class Evaluator:
             name: self._confusion(truth, predicted)
             for name, predicted in by_head.items()
         }
-        self.parts = {}
-        if self.tuning_share > 0:
-            tuning = torch.from_numpy(self._tuning[self.indices(final)])
-            for part, chosen in ((TUNING, tuning), (HELD_OUT, ~tuning)):
-                self.parts[part] = {
-                    name: self._report(truth[chosen], predicted[chosen])
-                    for name, predicted in by_head.items()
-                }
+        self.parts = self._part_reports(np.concatenate(places), truth, by_head)
         return {
             name: accuracy_report(confusion, self.groups)
             for name, confusion in self.confusion.items()
         }
 
     def teacher_accuracy(self, teacher: Teacher) -> AccuracyReport:
-        """Return the teacher's zero-shot accuracy on all test images."""
+        """Return the teacher's zero-shot accuracy on all test images.
+
+        The attribute ``parts`` holds its accuracy on parts of them.
+        """
         prototypes = teacher.text_features(self.dataset.class_names)
-        labels, predictions = [], []
-        for block in self._blocks(final=True):
+        labels, predictions, places = [], [], []
+        for found, block in self._blocks(final=True):
             labels.append(block.labels)
+            places.append(found)
             features = teacher.cached_image_features(block.images)
             predictions.append((features @ prototypes.T).argmax(1))
-        return self._report(torch.cat(labels), torch.cat(predictions))
+        truth, predicted = torch.cat(labels), torch.cat(predictions)
+        self.parts = self._part_reports(
+            np.concatenate(places), truth, {TEACHER_HEAD: predicted}
+        )
+        return self._report(truth, predicted)
+
+    def part_sizes(self) -> dict[str, int]:
+        """Return the number of test images of each part; empty without a share."""
+        if self.tuning_share == 0:
+            return {}
+        tuning = int(self._tuning.sum())
+        return {TUNING: tuning, HELD_OUT: len(self._tuning) - tuning}
+
+    def _part_reports(
+        self,
+        places: npt.NDArray[np.int64],
+        truth: torch.Tensor,
+        by_head: Mapping[str, torch.Tensor],
+    ) -> dict[str, dict[str, AccuracyReport]]:
+        """Return each head's accuracy on the two parts of images at these places."""
+        if self.tuning_share == 0:
+            return {}
+        tuning = torch.from_numpy(self._for_tuning(places))
+        return {
+            part: {
+                name: self._report(truth[chosen], predicted[chosen])
+                for name, predicted in by_head.items()
+            }
+            for part, chosen in ((TUNING, tuning), (HELD_OUT, ~tuning))
+        }
+
+    def _for_tuning(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether each of these test images is for tuning, not held out."""
+        tuning = self._tuning[places]
+        number = int(tuning.sum())
+        if not 0 < number < len(places):
+            raise ConfigError(
+                f"evaluation.tuning-share = {self.tuning_share} leaves {number} of "
+                f"{len(places)} test images (evaluation.max-images = "
+                f"{self.max_images}) for choosing settings and {len(places) - number} "
+                "held out, but both need some; choose another share or more images"
+            )
+        return tuning
 
     def _report(
         self, labels: torch.Tensor, predictions: torch.Tensor
@@ -161,8 +244,10 @@ class Evaluator:
             labels.numpy(), predictions.numpy(), len(self.dataset.class_names)
         )
 
-    def _blocks(self, final: bool) -> Iterator[LoadedImages]:
-        """Yield the test images in blocks, from memory if they fit into it."""
+    def _blocks(
+        self, final: bool
+    ) -> Iterator[tuple[npt.NDArray[np.int64], LoadedImages]]:
+        """Yield the test images and their indices, from memory if they fit into it."""
         indices = self.indices(final)
         size = self.dataset.image_size
         keep = 3 * size * size * len(self._all) <= KEEP_BYTES
@@ -175,7 +260,7 @@ class Evaluator:
             if keep:
                 self._kept[key] = block
             unreadable += len(block.unreadable)
-            yield block
+            yield np.delete(indices[start : start + BLOCK], block.left_out), block
         self.unreadable = unreadable
 
     def _draw_subset(self) -> npt.NDArray[np.int64]:
@@ -183,20 +268,6 @@ class Evaluator:
         if not 0 < self.max_images < len(self._all):
             return self._all
         share = -(-self.max_images // classes)
-        drawn = [places[:share] for places in self._shuffled(self.seed, "evaluation")]
+        shuffled = _shuffled(self.dataset.test.labels, self.seed, "evaluation")
+        drawn = [places[:share] for places in shuffled]
         return np.sort(np.concatenate(drawn))
-
-    def _draw_tuning(self) -> npt.NDArray[np.bool_]:
-        """Return whether each test image is for tuning; the run's seed has no part."""
-        tuning = np.zeros(len(self._all), dtype=bool)
-        for places in self._shuffled(TUNING_SEED, "tuning"):
-            tuning[places[: round(self.tuning_share * len(places))]] = True
-        return tuning
-
-    def _shuffled(self, seed: int, purpose: str) -> list[npt.NDArray[np.int64]]:
-        """Return the shuffled places of each class's test images."""
-        order = torch.randperm(
-            len(self._all), generator=generator(seed, purpose)
-        ).numpy()
-        labels = self.dataset.test.labels[order]
-        return [order[labels == c] for c in range(len(self.dataset.class_names))]

@@ -16,8 +16,10 @@ from clip2fl_common.config import RunConfig
 from clip2fl_common.devices import resolve_device
 from clip2fl_common.metrics import (
     FEDAVG_HEAD,
+    HELD_OUT,
     RETRAINED_HEAD,
     TEACHER_HEAD,
+    TUNING,
     AccuracyReport,
     median_site_reports,
     recall_report,
@@ -143,6 +145,10 @@ class ServerRun:
             "code": code_fingerprint(),
             "versions": _versions(),
             **self.data.counts(),
+            **{
+                f"test_images_{part}": size
+                for part, size in self.evaluator.part_sizes().items()
+            },
         }
         if self.state.resumed_after:
             facts["resumed_after_rounds"] = self.state.resumed_after
@@ -156,6 +162,10 @@ class ServerRun:
             report = self.evaluator.teacher_accuracy(self.teacher)
             self._teacher_row = {TEACHER_ROW: report}
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
+            for part, of_teacher in self.evaluator.parts.items():
+                facts["teacher"][f"zero_shot_{part}"] = accuracy_fields(
+                    of_teacher[TEACHER_HEAD]
+                )
         return facts
 
     def _resume(self, strategy: Method) -> int:
@@ -205,7 +215,9 @@ class ServerRun:
                     strategy.artifacts(), self.evaluator.confusion, self.data.held
                 )
             if final or server_round % self.config.checkpoint.every == 0:
-                delivered = next(iter((medians or reports).values()), None)
+                # The best round is chosen, so images that are held out have no part.
+                judged = medians or self.evaluator.parts.get(TUNING) or reports
+                delivered = next(iter(judged.values()), None)
                 if self.state.keep(server_round, strategy, delivered):
                     self._save_model(BEST_MODEL, server_round, strategy)
                 self.state.prune()
@@ -219,6 +231,7 @@ class ServerRun:
                 participation=record.participation,
                 went_back_to=record.went_back_to,
                 medians=medians,
+                tuning=self.evaluator.parts.get(TUNING),
             ),
             flush=True,
         )
@@ -244,8 +257,13 @@ class ServerRun:
             tracker.close()
         last = json.loads(self.folder.metrics.splitlines()[-1])
         students = {
-            f"{self.config.method}, {head} head": accuracy_from_fields(fields)
-            for head, fields in last["accuracy"].items()
+            f"{self.config.method}, {head} head{on}": accuracy_from_fields(fields)
+            for key, on in (
+                ("accuracy", ""),
+                (f"accuracy_{HELD_OUT}", ", held out"),
+                (f"accuracy_{TUNING}", ", for tuning"),
+            )
+            for head, fields in last.get(key, {}).items()
         }
         table = final_table(
             students | self._teacher_row,

@@ -96,7 +96,7 @@ class Method(Strategy):
             setting.clients,
             LengthRule(self.aggregation.max_length_ratio),
             self.min_replies,
-            noisy_gradients=self.privacy.gradient_noise_multiplier > 0,
+            noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
         self._num_classes = setting.num_classes
         self._requests = Requests(setting.clients)

@@ -78,9 +78,10 @@ class CLIP2FL(CReFF):
         if self.distillation.views:
             log(
                 INFO,
-                "\t│\t├── Views of each image: %d (%s)",
+                "\t│\t├── Views of each image: %d (%s, mixing: %s)",
                 self.distillation.views,
                 self.distillation.view_kind,
+                self.distillation.view_mix,
             )
         log(
             INFO,

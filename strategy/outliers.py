@@ -48,7 +48,7 @@ class ReplySize:
         Euclidean norm of BatchNorm's running means and variances.
     features : float or None
         Norm of the client's features, estimated from its class gradients (see
-        `feature_scale`); None without class gradients.
+        `feature_scale`) or computed from its class statistics; None without them.
     """
 
     images: int
@@ -201,7 +201,10 @@ class LengthRule:
                     size.statistics,
                     STATISTICS_FACTOR * statistics,
                 ),
-                "class gradients imply features with": (size.features, features),
+                "class gradients or statistics imply features with": (
+                    size.features,
+                    features,
+                ),
             }
             for what, (found, usual) in bounds.items():
                 if found is not None and usual > 0 and found > self.ratio * usual:

@@ -4,7 +4,9 @@ import difflib
 
 from clip2fl_common.config import ConfigError
 from strategy.base import Method
+from strategy.ccvr import CCVR
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2fl_plus import CLIP2FLPlus
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
@@ -12,8 +14,10 @@ from strategy.fedavgm import FedAvgM
 from strategy.fedprox import FedProx
 
 METHODS: dict[str, type[Method]] = {
+    "ccvr": CCVR,
     "clip2fl": CLIP2FL,
     "clip2flm": CLIP2FLM,
+    "clip2fl-plus": CLIP2FLPlus,
     "creff": CReFF,
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from clip2fl_common import messages
-from clip2fl_common.messages import GradientFormat, ReplyField, TrainReply
+from clip2fl_common.messages import (
+    GradientFormat,
+    ReplyField,
+    StatisticsFormat,
+    TrainReply,
+)
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -138,15 +143,35 @@ class ReplyCheck:
         """
         asked = self.asked.get(message.metadata.src_node_id, {})
         reply = TrainReply.parse(message, self.sent, self.fields, asked)
+        self._check_counts(reply)
         scale = self._scale(reply) if measured else None
         return reply, reply_size(reply.model, self.sent, reply.images, scale)
 
+    def _check_counts(self, reply: TrainReply) -> None:
+        """Raise `ReplyError` if class statistics count more images than the client has.
+
+        Raises
+        ------
+        ReplyError
+            With both numbers.
+        """
+        for declared in self.fields:
+            if isinstance(declared, StatisticsFormat):
+                counted = reply.field(declared).images
+                if counted > reply.images:
+                    raise messages.ReplyError(
+                        f"class statistics of {counted} images, but the client has "
+                        f"{reply.images}"
+                    )
+
     def _scale(self, reply: TrainReply) -> float | None:
-        """Return the norm of features estimated from class gradients, if any."""
+        """Return the norm of features that class gradients or statistics imply."""
         for declared in self.fields:
             if isinstance(declared, GradientFormat):
                 gradients = reply.field(declared)
                 if reason := impossible_gradient(gradients):
                     raise messages.ReplyError(reason)
                 return feature_scale(gradients) if gradients else None
+            if isinstance(declared, StatisticsFormat):
+                return reply.field(declared).feature_scale()
         return None

@@ -21,6 +21,8 @@ def retrain_classifier(
     learning_rate: float,
     generator: torch.Generator,
     initial: nn.Linear | None = None,
+    classes: torch.Tensor | None = None,
+    num_classes: int | None = None,
 ) -> nn.Linear:
     """Train a linear classifier on the federated features.
 
@@ -44,20 +46,25 @@ def retrain_classifier(
         generator is not used.
     initial : torch.nn.Linear or None
         Classifier to start from, not changed; None starts from a new one.
+    classes : Tensor of int64, shape [K], or None
+        If there are features of some classes only, [K, m, d]: the class of each row.
+    num_classes : int or None
+        Number of classes C, if there are features of some classes only.
 
     Returns
     -------
     torch.nn.Linear
         With d inputs and C outputs, on the features' device.
     """
-    num_classes, per_class, dim = features.shape
+    rows, per_class, dim = features.shape
+    num_classes = num_classes or rows
     classifier = new_classifier(dim, num_classes, generator)
     classifier.to(features.device, features.dtype)
     if initial is not None:
         classifier.load_state_dict(initial.state_dict())
     # The bias is the weight of an additional feature, which is always 1.
     samples = torch.cat(
-        [features.flatten(0, 1), features.new_ones(num_classes * per_class, 1)], dim=1
+        [features.flatten(0, 1), features.new_ones(rows * per_class, 1)], dim=1
     )
     weight = torch.cat([classifier.weight, classifier.bias[:, None]], dim=1)
     minus_one = -features.new_ones(1, batch_size)
@@ -67,6 +74,8 @@ def retrain_classifier(
             order = torch.randperm(len(samples), generator=generator)
             order = order.to(features.device)
             labels = (order // per_class)[None]
+            if classes is not None:
+                labels = classes[labels]
             for chosen, targets in zip(
                 order.split(batch_size), labels.split(batch_size, dim=1), strict=True
             ):

@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def default_config() -> dict[str, Scalar]:
-    """Return dotted keys and their defaults."""
-    return defaults()
+    """Return dotted keys and their defaults for clip2fl, the default method."""
+    return RunConfig.from_run_config(defaults()).to_flat()
 
 
 def run_config(**changes: Scalar) -> RunConfig:
@@ -31,4 +31,4 @@ def run_config(**changes: Scalar) -> RunConfig:
         key.replace("__", ".").replace("_", "-"): value
         for key, value in changes.items()
     }
-    return RunConfig.from_run_config({**default_config(), **tiny, **named})
+    return RunConfig.from_run_config({**defaults(), **tiny, **named})

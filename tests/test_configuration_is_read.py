@@ -41,6 +41,7 @@ OTHERS: dict[str, Scalar] = {
     "distillation.temperature": 1.0,
     "distillation.views": 2,
     "distillation.view-kind": "resized-crop",
+    "distillation.view-mix": "mixup",
     "fedprox.mu": 0.5,
     "fedavgm.momentum": 0.3,
     "fedavgm.learning-rate": 0.5,
@@ -62,6 +63,7 @@ OTHERS: dict[str, Scalar] = {
     "retraining.epochs": 2,
     "retraining.batch-size": 8,
     "retraining.learning-rate": 0.1,
+    "ccvr.virtual-features": 7,
     "teacher.model": "ViT-B-32",
     "teacher.pretrained": "openai",
     "teacher.prompt": "{class}, drawn",
@@ -150,7 +152,7 @@ def test_other_values_do_change_what_comes_out(tmp_path: Path, key: str) -> None
     """Without this, that a key changes nothing would show nothing."""
     method = KEYS[key].methods[0]
     needed = ["privacy.gradient-clip-norm"] if "noise" in key else []
-    needed += ["distillation.views"] if "view-kind" in key else []
+    needed += ["distillation.views"] if "distillation.view-" in key else []
     changed = small_run(tmp_path / "changed", method, **others([*needed, key]))
     assert changed != small_run(tmp_path / "plain", method, **others(needed))
 

@@ -13,6 +13,7 @@ from flwr.app import Array, Error, Message
 
 from clip2fl_common import messages
 from clip2fl_common.config import TEACHER_METHODS
+from clip2fl_common.config.types import RETRAINING_METHODS
 from clip2fl_common.data.datasets import DatasetError, load_dataset, partition_indices
 from clip2fl_common.models import ImageClassifier
 from server_app.checkpoints import load_checkpoint
@@ -40,8 +41,24 @@ def test_run_leaves_config_metrics_and_a_model_that_predicts(
     assert [line["round"] for line in rounds] == [1, 2]
 
     top1 = _top1(*load_model(tmp_path / "run" / "model.safetensors"))
-    head = "retrained" if method in ("clip2fl", "clip2flm", "creff") else "fedavg"
+    head = "retrained" if method in RETRAINING_METHODS else "fedavg"
     assert top1 == pytest.approx(rounds[-1]["accuracy"][head]["top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_client_with_all_images_can_train_alone(
+    tmp_path: Path, method: str
+) -> None:
+    """The upper bound of a table: the global model is the one client's model."""
+    alone: dict[str, Any] = {
+        "partition__clients": 1,
+        "federation__clients_per_round": 1,
+    }
+    federate(tmp_path / "run", method, **alone)
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    held = [sum(facts["train_images_per_class"])]
+    assert facts["train_images_per_client"] == held
+    assert [line["clients"] for line in metrics(tmp_path / "run")] == [[0], [0]]
 
 
 def _top1(model: ImageClassifier, card: ModelCard) -> float:

@@ -65,7 +65,7 @@ def contradictions(config: "RunConfig") -> list[str]:
             "the class name goes, so every class would get the same text"
         )
     if not config.simulated:
-        problems += _site_problems(config.dataset)
+        problems += _site_problems(config)
     else:
         problems += _partition_problems(config)
     if config.client.crop_padding > config.dataset.image_size:
@@ -105,7 +105,7 @@ def _method_problems(config: "RunConfig") -> Iterator[str]:
             yield (
                 f"client.label-weight = 0, but method = {config.method!r} has no "
                 "teacher, so nothing would train the local models; raise the weight or "
-                "choose clip2fl or clip2flm"
+                f"choose one of {', '.join(TEACHER_METHODS)}"
             )
         elif config.distillation.weight == 0:
             yield (
@@ -178,7 +178,8 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
         )
 
 
-def _site_problems(dataset: "Dataset") -> Iterator[str]:
+def _site_problems(config: "RunConfig") -> Iterator[str]:
+    dataset = config.dataset
     names = listed_names(dataset.class_names)
     # People could not tell apart names that look the same.
     seen = Counter(name.translate(dict.fromkeys(map(ord, JOINERS))) for name in names)
@@ -207,6 +208,12 @@ def _site_problems(dataset: "Dataset") -> Iterator[str]:
         yield (
             "dataset.validation-share = 0.0, but with dataset.name = 'sites' the "
             "server has no test images: let the sites keep some, for example 0.2"
+        )
+    if config.evaluation.tuning_share > 0:
+        yield (
+            f"evaluation.tuning-share = {config.evaluation.tuning_share}, but with "
+            "dataset.name = 'sites' the server has no test images to divide: set it "
+            "to 0.0"
         )
 
 
@@ -271,6 +278,10 @@ def _memory_problems(config: "RunConfig") -> Iterator[str]:
         f"synthesis.features-per-class = {synthesis.features_per_class}, "
         f"{classes} classes and model.feature-dim = {width}": (
             4 * classes * synthesis.features_per_class * width
+        ),
+        f"ccvr.virtual-features = {config.ccvr.virtual_features}, "
+        f"{classes} classes and model.feature-dim = {width}": (
+            4 * classes * config.ccvr.virtual_features * width
         ),
         f"class-gradients.draws = {gradients.draws}, "
         f"class-gradients.samples-per-class = {gradients.samples_per_class} and "

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 INT64 = 2**63
@@ -94,11 +94,25 @@ def key_problems(flat: Mapping[str, object], known: Sequence[str]) -> Iterator[s
             )
 
 
-def explain(problem: Mapping[str, Any]) -> str:
-    """Return one line for one of pydantic's problems with a key's value."""
+def explain(problem: Mapping[str, Any], auto: Container[str] = ()) -> str:
+    """Return one line for one of pydantic's problems with a key's value.
+
+    Parameters
+    ----------
+    problem : mapping
+        One of ``ValidationError.errors()``.
+    auto : container of str
+        Keys that may also be ``"auto"``.
+
+    Returns
+    -------
+    str
+    """
     key = ".".join(str(part) for part in problem["loc"])
     # pydantic's text is "Input should be ..."; the key and value say which input.
     wanted = str(problem["msg"]).replace("Input should be ", "")
+    if key in auto:
+        wanted += " or 'auto'"
     return f"{key} = {shown(problem['input'])}, but it must be {wanted}"
 
 

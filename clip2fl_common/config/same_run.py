@@ -51,7 +51,8 @@ def differences(
         known = KEYS.get(key)
         if known and known.may_change:
             continue
-        before = then.get(key, known.default if known else NOTHING)
+        absent = known.default_of(then.get("method")) if known else NOTHING
+        before = then.get(key, absent)
         after = now.get(key, NOTHING)
         if before != after:
             found.append(Difference(key, before, after))

@@ -19,6 +19,8 @@ from pydantic.dataclasses import dataclass
 from clip2fl_common.choices import OptimizerName, Precision
 from clip2fl_common.config.checks import SITES, contradictions
 from clip2fl_common.config.keys import (
+    AUTO,
+    DefaultOf,
     Key,
     MayChange,
     ReadBy,
@@ -34,6 +36,8 @@ from clip2fl_common.config.messages import (
 from clip2fl_common.config.types import (
     GRADIENT_METHODS,
     MOMENTUM_METHODS,
+    PLUS,
+    RETRAINING_METHODS,
     TEACHER_METHODS,
     Concentration,
     ConfigError,
@@ -66,6 +70,7 @@ from clip2fl_common.config.types import (
     Text,
     TrackerNames,
     ViewKind,
+    ViewMix,
     Views,
     Weight,
 )
@@ -180,7 +185,9 @@ class Aggregation:
     """Rule that averages the clients' models and class gradients: mean (models are
     weighted by images), or per coordinate median or trimmed-mean (not weighted)."""
     trim: Annotated[
-        float, Field(ge=0, lt=0.5), ReadBy("clip2fl", "creff", "fedavg", "fedprox")
+        float,
+        Field(ge=0, lt=0.5),
+        ReadBy("clip2fl", "creff", "ccvr", "fedavg", "fedprox"),
     ] = 0.2
     """trimmed-mean: share of the values cut off at each end, below 0.5."""
     max_length_ratio: LengthRatio = 10.0
@@ -213,10 +220,10 @@ class Client:
     """Passes over a client's images each round."""
     batch_size: Positive = 32
     """Mini-batch size of local training."""
-    optimizer: OptimizerName = "sgd"
+    optimizer: Annotated[OptimizerName, DefaultOf({PLUS: "muon"})] = "sgd"
     """sgd (plain, as published), momentum, adam or muon (orthogonalised momentum); each
     round starts without memory of earlier ones."""
-    learning_rate: StepSize = 0.1
+    learning_rate: Annotated[StepSize, DefaultOf({PLUS: 0.04})] = 0.1
     """Step size of the optimizer: about 0.1 for sgd, 0.02 for momentum and muon, 0.002
     for adam."""
     learning_rate_final: FinalStepSize = 0.0
@@ -248,17 +255,20 @@ class Client:
 class Distillation:
     """Knowledge distillation from the teacher."""
 
-    weight: Weight = 1.0
+    weight: Annotated[Weight, DefaultOf({PLUS: 3.0})] = 1.0
     """alpha: weight of the distillation loss; 0 switches distillation off."""
     temperature: Temperature = 3.0
     """T: distillation temperature of teacher and student."""
-    views: Views = 0
+    views: Annotated[Views, DefaultOf({PLUS: 10})] = 0
     """Augmented pictures (views) of each training image. Each epoch trains on a random
     one and distils from the teacher's logits of the same picture. 0: the image is
     augmented anew, and the teacher sees it without augmentation."""
     view_kind: ViewKind = "crop-flip"
     """How views are made: crop-flip (client.crop-padding and a flip), or resized-crop
     (35 to 100 % of the area, a flip and other colours)."""
+    view_mix: ViewMix = "none"
+    """Mix each view with a view of another image of the same client: mixup (weighted
+    sum) or cutmix (a square of the other). The labels are weighted alike."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -273,7 +283,7 @@ class FedProx:
 class FedAvgM:
     """Momentum at the server."""
 
-    momentum: Momentum = 0.9
+    momentum: Annotated[Momentum, DefaultOf({PLUS: 0.5})] = 0.9
     """Momentum of the server's steps."""
     learning_rate: Annotated[float, Field(ge=1e-06, le=1)] = 1.0
     """Step size of the server; 1 goes all the way to the clients' average."""
@@ -283,7 +293,7 @@ class FedAvgM:
 class EMA:
     """Exponential moving average of the rounds' models, evaluated and delivered."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay: Annotated[float, Field(ge=0, lt=1), DefaultOf({PLUS: 0.6})] = 0.0
     """Decay of the exponential moving average of the rounds' models, which is evaluated
     and delivered. Each round has decay times the weight of the next round; 0: only the
     last model."""
@@ -318,9 +328,10 @@ class Upload:
 class Privacy:
     """Limits on what class gradients and models reveal (docs/privacy.md)."""
 
-    min_class_samples: Annotated[Positive, ReadBy(*GRADIENT_METHODS)] = 1
-    """Smallest number of a class's images for which a client sends a class gradient.
-    The gradient of a single image reveals the image's feature (docs/privacy.md)."""
+    min_class_samples: Annotated[Positive, ReadBy(*RETRAINING_METHODS)] = 1
+    """Smallest number of a class's images for which a client sends a class gradient or
+    class statistics. Those of a single image reveal the image's feature
+    (docs/privacy.md)."""
     gradient_clip_norm: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
     """Norm to which each image's part of a class gradient is clipped; 0: no bound."""
     gradient_noise_multiplier: Annotated[Weight, ReadBy(*GRADIENT_METHODS)] = 0.0
@@ -369,6 +380,15 @@ class Retraining:
 
 
 @dataclass(frozen=True, config=_strict)
+class CCVR:
+    """Virtual features."""
+
+    virtual_features: FeaturesPerClass = 100
+    """Features of each class that the server draws from the class's normal distribution
+    each round, to re-train the classifier on them."""
+
+
+@dataclass(frozen=True, config=_strict)
 class TeacherConfig:
     """The frozen vision-language model."""
 
@@ -390,9 +410,9 @@ class Evaluation:
     max_images: ImageLimit = 0
     """Number of test images in each round; the last round uses all. 0: always all."""
     tuning_share: Share = 0.0
-    """Share of each class's test images on which settings are chosen, the same images
-    in all runs. Accuracy on them and on all others (held out) is then recorded apart.
-    0: none."""
+    """Share of each class's test images on which settings and the best round are
+    chosen, the same images in all runs. Accuracy on them and on all others (held out)
+    is then recorded apart. 0: none."""
     batch_size: Positive = 32
     """Images in one forward pass without gradients; 32 suits a CPU's cache, 512 a
     GPU."""
@@ -403,8 +423,8 @@ class RunConfig:
     """Everything that decides a run's outcome."""
 
     method: MethodName = "clip2fl"
-    """Algorithm: clip2fl, clip2flm (with momentum at the server), creff (no teacher),
-    fedavg, fedprox or fedavgm."""
+    """Algorithm: clip2fl, clip2flm (with momentum at the server), clip2fl-plus (with
+    all extensions), creff (no teacher), ccvr, fedavg, fedprox or fedavgm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""
     device: Device = "auto"
@@ -427,7 +447,8 @@ class RunConfig:
     upload: Annotated[Upload, ReadBy(*GRADIENT_METHODS)] = Upload()
     privacy: Privacy = Privacy()
     synthesis: Annotated[Synthesis, ReadBy(*GRADIENT_METHODS)] = Synthesis()
-    retraining: Annotated[Retraining, ReadBy(*GRADIENT_METHODS)] = Retraining()
+    retraining: Annotated[Retraining, ReadBy(*RETRAINING_METHODS)] = Retraining()
+    ccvr: Annotated[CCVR, ReadBy("ccvr")] = CCVR()
     teacher: Annotated[TeacherConfig, ReadBy(*TEACHER_METHODS)] = TeacherConfig()
     evaluation: Evaluation = Evaluation()
 
@@ -451,18 +472,22 @@ class RunConfig:
         """
         problems = list(key_problems(flat, known_keys()))
         nested: dict[str, Any] = {}
-        for key in KEYS:
+        for key, known in KEYS.items():
             if key in flat and scalar_problem(flat[key]) is None:
+                value = flat[key]
+                if known.by_method and value == AUTO:
+                    value = known.default_of(flat.get("method"))
                 group, dot, leaf = key.partition(".")
                 if dot:
-                    nested.setdefault(group, {})[leaf] = flat[key]
+                    nested.setdefault(group, {})[leaf] = value
                 else:
-                    nested[key] = flat[key]
+                    nested[key] = value
         try:
             # Only JSON input lets strict types and nested dataclasses go together.
             config = _adapter.validate_json(json.dumps(nested))
         except ValidationError as error:
-            problems += [explain(dict(problem)) for problem in error.errors()]
+            auto = {name for name, key in KEYS.items() if key.by_method}
+            problems += [explain(dict(problem), auto) for problem in error.errors()]
         if not problems:
             problems = contradictions(config)
         if problems:
@@ -499,5 +524,9 @@ def known_keys() -> list[str]:
 
 
 def defaults() -> dict[str, Scalar]:
-    """Return every dotted key with its default, in the order of `KEYS`."""
-    return {name: key.default for name, key in KEYS.items()}
+    """Return every dotted key with its default, in the order of `KEYS`.
+
+    A key whose default depends on the method has ``"auto"``, which
+    `RunConfig.from_run_config` replaces.
+    """
+    return {name: key.written_default for name, key in KEYS.items()}

@@ -35,13 +35,18 @@ TRACKERS = ("tensorboard", "mlflow", "wandb")
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 """The part of `one_line` that JSON Schema can express."""
 
-TEACHER_METHODS = ("clip2fl", "clip2flm")
+PLUS = "clip2fl-plus"
+"""CLIP2FL with all of this project's extensions, and with defaults of its own."""
+TEACHER_METHODS = ("clip2fl", "clip2flm", PLUS)
 """Methods whose clients need the teacher; nodes do not import strategies."""
-GRADIENT_METHODS = ("clip2fl", "clip2flm", "creff")
+GRADIENT_METHODS = (*TEACHER_METHODS, "creff")
 """Methods whose clients send class gradients and whose server re-trains."""
-MOMENTUM_METHODS = ("clip2flm", "fedavgm")
+MOMENTUM_METHODS = ("clip2flm", PLUS, "fedavgm")
 """Methods with momentum at the server."""
-METHODS = (*GRADIENT_METHODS, "fedavg", "fedavgm", "fedprox")
+RETRAINING_METHODS = (*GRADIENT_METHODS, "ccvr")
+"""Methods whose clients send something for each class they hold, from which the server
+re-trains a classifier."""
+METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
 
 
@@ -158,6 +163,7 @@ Draws = Annotated[int, Field(ge=1, le=10_000)]
 # The teacher looks once at each view of each image.
 Views = Annotated[int, Field(ge=0, le=100)]
 ViewKind = Literal["crop-flip", "resized-crop"]
+ViewMix = Literal["none", "mixup", "cutmix"]
 
 StepSize = Annotated[float, Field(ge=TINY, le=1e4)]
 # A temperature divides logits, and its square multiplies the distillation loss.

@@ -23,7 +23,8 @@ def unread_warning(config: RunConfig) -> str | None:
     unread = [
         f"{name} = {value!r}"
         for name, value in config.to_flat().items()
-        if config.method not in KEYS[name].methods and value != KEYS[name].default
+        if config.method not in KEYS[name].methods
+        and value != KEYS[name].default_of(config.method)
     ]
     if not unread:
         return None

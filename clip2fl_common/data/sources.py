@@ -37,11 +37,14 @@ class LoadedImages:
         Their classes.
     unreadable : tuple of str
         Files that could not be read.
+    left_out : tuple of int
+        Their positions among the indices that were asked for.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     unreadable: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()
 
 
 class ImageSource(Protocol):
@@ -193,7 +196,9 @@ class FileSource:
         there = [n for n in range(len(paths)) if n not in refused]
         labels = self.labels[np.asarray(indices)[there]]
         unreadable = tuple(shown(paths[n]) for n in refused)
-        return LoadedImages(pixels, torch.from_numpy(labels), unreadable)
+        return LoadedImages(
+            pixels, torch.from_numpy(labels), unreadable, tuple(refused)
+        )
 
     def _compare(self) -> None:
         """Warn of test images that are also training images."""

@@ -42,6 +42,21 @@ from clip2fl_common.messages.class_gradients import (
 from clip2fl_common.messages.class_gradients import (
     gradients_to_arrays as gradients_to_arrays,
 )
+from clip2fl_common.messages.class_statistics import (
+    ClassStatistics as ClassStatistics,
+)
+from clip2fl_common.messages.class_statistics import (
+    StatisticsFormat as StatisticsFormat,
+)
+from clip2fl_common.messages.class_statistics import (
+    symmetric as symmetric,
+)
+from clip2fl_common.messages.class_statistics import (
+    triangle_size as triangle_size,
+)
+from clip2fl_common.messages.class_statistics import (
+    upper_triangle as upper_triangle,
+)
 from clip2fl_common.messages.fields import (
     ArrayFields as ArrayFields,
 )
@@ -62,6 +77,9 @@ from clip2fl_common.messages.names import (
 )
 from clip2fl_common.messages.names import (
     AVERAGED_METRICS as AVERAGED_METRICS,
+)
+from clip2fl_common.messages.names import (
+    CLASS_STATISTICS as CLASS_STATISTICS,
 )
 from clip2fl_common.messages.names import (
     CLASSES as CLASSES,

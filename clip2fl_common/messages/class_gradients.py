@@ -215,7 +215,7 @@ def gradients_from_arrays(
             f"{sorted(names)}"
         )
     num_classes, dim = expected.num_classes, expected.feature_dim
-    classes = _held_classes(arrays["classes"], num_classes)
+    classes = held_classes("class-gradients", arrays["classes"], num_classes)
     held = len(classes)
     ranks = checked("class-gradients.ranks", arrays["ranks"], (held,), np.int64)
     if held and (ranks.min() < 0 or ranks.max() > expected.max_rank):
@@ -247,8 +247,29 @@ def gradients_from_arrays(
     return ClassGradients(classes, ranks, weight, left, right, bias)
 
 
-def _held_classes(array: Array, num_classes: int) -> list[int]:
-    name = "class-gradients.classes"
+def held_classes(record: str, array: Array, num_classes: int) -> list[int]:
+    """Return the classes that a client lists after checking them.
+
+    Parameters
+    ----------
+    record : str
+        Name of the record in errors.
+    array : Array
+        The array that arrived.
+    num_classes : int
+        Number of classes C.
+
+    Returns
+    -------
+    list of int
+        Different classes, in the order of the array.
+
+    Raises
+    ------
+    ReplyError
+        If type or shape are not as expected, or a class is out of range or repeated.
+    """
+    name = f"{record}.classes"
     header = read_header(name, array)
     shape = header.shape
     if header.dtype != np.int64 or len(shape) != 1 or shape[0] > num_classes:
@@ -259,8 +280,8 @@ def _held_classes(array: Array, num_classes: int) -> list[int]:
     listed: list[int] = decode(name, array, header).tolist()
     if len(set(listed)) < len(listed) or not all(0 <= c < num_classes for c in listed):
         raise ReplyError(
-            f"class gradients for classes {listed}; they must differ and be from 0 to "
-            f"{num_classes - 1}"
+            f"{record.replace('-', ' ')} for classes {listed}; they must differ and be "
+            f"from 0 to {num_classes - 1}"
         )
     return listed
 

@@ -16,7 +16,8 @@ from flwr.app import Array, ArrayRecord
 from clip2fl_common.config import RunConfig
 from clip2fl_common.messages.arrays import ReplyError, checked
 from clip2fl_common.messages.class_gradients import GradientFormat
-from clip2fl_common.messages.names import GRADIENTS
+from clip2fl_common.messages.class_statistics import StatisticsFormat
+from clip2fl_common.messages.names import CLASS_STATISTICS, GRADIENTS
 
 Content_co = TypeVar("Content_co", covariant=True)
 
@@ -97,6 +98,7 @@ Declaration = Callable[[RunConfig, int], ReplyField[object]]
 # By name: a function of configuration and number of classes that declares the field.
 REPLY_FIELDS: dict[str, Declaration] = {
     GRADIENTS: GradientFormat.of,
+    CLASS_STATISTICS: StatisticsFormat.of,
 }
 
 

@@ -3,6 +3,7 @@
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
 GRADIENTS = "class-gradients"
+CLASS_STATISTICS = "class-statistics"
 CONFIG = "config"
 METRICS = "metrics"
 

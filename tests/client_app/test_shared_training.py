@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from client_app import shared_training
-from client_app.chosen_views import ChosenViews
+from client_app.chosen_views import ChosenViews, Mixing
 from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
@@ -86,6 +86,12 @@ def test_recalled_model_and_losses_are_the_trained_ones(
             assert other.state_dict()[name].dtype == tensor.dtype
 
 
+MIXING = Mixing(
+    places=torch.arange(8).flip(0),
+    numbers=torch.zeros(8, 8),
+    chances=torch.zeros(8, 8),
+    shares=torch.full((8,), 0.75),
+)
 OTHERS: dict[str, Any] = {
     "images": PixelImages(
         torch.zeros(8, 3, 32, 32, dtype=torch.uint8),
@@ -110,11 +116,12 @@ OTHERS: dict[str, Any] = {
             CIFAR10_NORMALIZATION,
             torch.device("cpu"),
         ),
-        ViewRecipe(1, "crop-flip", 4),
+        ViewRecipe(1, "crop-flip", 4, "mixup"),
         places=torch.arange(8),
         numbers=torch.zeros(8, 8, dtype=torch.float64),
         rows=torch.arange(8)[None],
         logits=torch.zeros(8, 3),
+        mixing=MIXING,
     ),
 }
 
@@ -131,8 +138,14 @@ def test_another_argument_is_another_training(
 @pytest.mark.parametrize(
     "change",
     [
-        {"recipe": ViewRecipe(1, "crop-flip", 3)},
-        {"recipe": ViewRecipe(1, "resized-crop", 4)},
+        {"recipe": ViewRecipe(1, "crop-flip", 3, "mixup")},
+        {"recipe": ViewRecipe(1, "resized-crop", 4, "mixup")},
+        {"recipe": ViewRecipe(1, "crop-flip", 4, "cutmix")},
+        {"mixing": None},
+        {"mixing": replace(MIXING, places=torch.arange(8))},
+        {"mixing": replace(MIXING, numbers=torch.ones(8, 8) / 2)},
+        {"mixing": replace(MIXING, chances=torch.ones(8, 8) / 2)},
+        {"mixing": replace(MIXING, shares=torch.ones(8))},
         {"places": torch.arange(8).flip(0)},
         {"numbers": torch.ones(8, 8, dtype=torch.float64) / 2},
         {"rows": torch.arange(8).flip(0)[None]},

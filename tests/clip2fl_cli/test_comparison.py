@@ -15,6 +15,7 @@ from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
 from clip2fl_cli.progress import ComparisonProgress, RoundLines
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
@@ -365,3 +366,24 @@ def test_lines_of_rounds_are_handed_on_once_whole() -> None:
     for character in "x\nround 12/20: a\nround 3: b\n round 4/20: c\n":
         lines.write(character)
     assert found == [(12, "round 12/20: a")]
+
+
+def test_variants_must_hold_out_the_same_images(file: Path) -> None:
+    """The share belongs into the common settings."""
+    file.write_text(FILE + "evaluation.tuning-share = 0.2\n")
+    message = r"share is 0\.0 in the variant plain and 0\.2 in adjusted.*\[settings\]"
+    with pytest.raises(ComparisonError, match=message):
+        read(file)
+    shared = read(file, "evaluation.tuning-share=0.3")
+    assert {run.config.evaluation.tuning_share for run in shared.plan} == {0.3}
+
+
+def test_images_that_no_run_has_are_refused_before_the_first_run(file: Path) -> None:
+    undivided, divided = read(file), read(file, "evaluation.tuning-share=0.3")
+    for images in (None, *Images):
+        divided.refuse_absent(images)
+    undivided.refuse_absent(None)
+    undivided.refuse_absent(Images.ALL)
+    for images in (Images.TUNING, Images.HELD_OUT):
+        with pytest.raises(ComparisonError, match=f"--images {images}: .*set it for"):
+            undivided.refuse_absent(images)

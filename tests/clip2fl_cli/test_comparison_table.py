@@ -13,8 +13,10 @@ from clip2fl_cli import results
 from clip2fl_cli.comparison import Comparison
 from clip2fl_cli.comparison_table import read_compared, rounds_csv
 from clip2fl_cli.results import redraw, write_results
-from clip2fl_cli.runs import FinishedRun
+from clip2fl_cli.run_schema import Images
+from clip2fl_cli.runs import FinishedRun, RunError
 from clip2fl_cli.summary import Failure
+from server_app.foreign_files import ForeignFileError
 from tests.clip2fl_cli.commands import run
 from tests.clip2fl_cli.made_up import accuracy, write_run
 from tests.defaults import ROOT
@@ -233,3 +235,111 @@ def test_means_and_spreads_of_the_committed_page_come_out_of_its_table() -> None
         ]
         checked += 1
     assert checked == len(stated) - 1 == 48
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> dict[str, list[FinishedRun]]:
+    """Two variants with a tuning share."""
+    place = tmp_path / "x"
+    return {
+        name: [
+            write_run(
+                place / f"{name}-seed{seed}",
+                [value, value + seed, value + 2 * seed],
+                seed=seed,
+                evaluation__tuning_share=0.2,
+            )
+            for seed in (1, 2)
+        ]
+        for name, value in (("plain", 30.0), ("better", 40.0))
+    }
+
+
+def test_table_holds_the_accuracy_on_all_three_sets(
+    divided: dict[str, list[FinishedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = written(divided, monkeypatch) / "comparison.csv"
+    first = next(csv.DictReader(table.read_text().splitlines()))
+    for field, value in (("", "30.0"), ("_tuning", "34.0"), ("_held_out", "29.0")):
+        assert first[f"accuracy{field}.fedavg.balanced"] == value
+    found = read_compared(table).runs
+    for name, group in divided.items():
+        for one, other in zip(group, found[name], strict=True):
+            for line, back in zip(one.rounds, other.rounds, strict=True):
+                for field in ("accuracy", "accuracy_tuning", "accuracy_held_out"):
+                    assert back[field] == line[field]
+
+
+def test_page_of_each_set_comes_back_from_the_table(
+    divided: dict[str, list[FinishedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a choice, the page is the comparison's own: of the held-out images."""
+    place = written(divided, monkeypatch)
+    page = (place / "comparison.md").read_text()
+    assert "16 test images that had no part in choosing settings; bal" in page
+    table = place / "comparison.csv"
+    assert redraw(table).markdown == page
+    assert f"{redraw(table).json}\n" == (place / "comparison.json").read_text()
+    balanced = {}
+    for images in Images:
+        numbers = json.loads(redraw(table, images).json)
+        assert numbers["images"] == images
+        row = numbers["rows"][0]
+        balanced[images] = row["columns"]["balanced"]["mean"]
+        assert ("all_images" in row) == (images is Images.HELD_OUT)
+    assert balanced == pytest.approx(
+        {Images.ALL: 31.5, Images.HELD_OUT: 30.5, Images.TUNING: 35.5}
+    )
+
+
+def test_page_keeps_the_images_that_the_comparison_was_made_with(
+    divided: dict[str, list[FinishedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = written(divided, monkeypatch)
+    comparison = Comparison("x", "plain", place, ())
+    made = write_results(comparison, divided, "command", (), Images.TUNING)
+    assert "on 4 test images on which settings are chosen" in made.results.markdown
+    assert redraw(place / "comparison.csv") == made.results
+
+
+def test_table_without_a_part_is_refused(
+    divided: dict[str, list[FinishedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = written(divided, monkeypatch) / "comparison.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("accuracy_held_out.fedavg.per_class.1", "x"))
+    with pytest.raises(ForeignFileError, match=r"1 columns of accuracy_held_out\.fed"):
+        redraw(table)
+    table.write_text(whole.replace(",29.0,29.0,29.0,29.0,29.0,29.0,31.0", "," * 7, 1))
+    with pytest.raises(ForeignFileError, match=r"round 1 of .*accuracy_held_out must"):
+        redraw(table)
+
+
+def test_runs_with_and_without_a_share_are_not_mixed(
+    divided: dict[str, list[FinishedRun]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the accuracy on all images is the same in all of them."""
+    divided["third"] = [write_run(tmp_path / "x" / "third-seed1", [50.0] * 3)]
+    with pytest.raises(RunError, match="other test images are held out"):
+        written(divided, monkeypatch)
+    place = tmp_path / "x"
+    comparison = Comparison("x", "plain", place, ())
+    made = write_results(comparison, divided, "command", (), Images.ALL)
+    assert "on 20 test images, mean" in made.results.markdown
+    assert redraw(place / "comparison.csv") == made.results
+
+
+@pytest.mark.parametrize("images", ["tuning", "all", None])
+def test_report_shows_the_wanted_images(
+    divided: dict[str, list[FinishedRun]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    images: str | None,
+) -> None:
+    table = written(divided, monkeypatch) / "comparison.csv"
+    options = ["--images", images] if images else []
+    assert run(monkeypatch, "report", table, *options) == 0
+    expected = redraw(table, Images(images) if images else None).markdown
+    assert capsys.readouterr().out.strip() == expected.strip()

@@ -28,6 +28,7 @@ from clip2fl_cli.comparison_report import write_comparison_report
 from clip2fl_cli.feature_plane import LABEL_HEIGHT, label_shifts, principal_plane
 from clip2fl_cli.figures import Curve, Points, by_class, over_rounds
 from clip2fl_cli.report import write_run_report
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import FinishedRun, RunError
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import defaults
@@ -650,3 +651,29 @@ def test_features_of_any_number_of_dimensions_are_drawn(
     assert np.isfinite(points).all()
     assert prototypes is not None
     assert np.isfinite(prototypes).all()
+
+
+def test_reports_are_of_the_held_out_images(tmp_path: Path) -> None:
+    """Held out: 1 point below the accuracy on all images, which stands beside it."""
+    whole = {
+        name: [write_run(tmp_path / name, values, evaluation__tuning_share=0.2)]
+        for name, values in (("plain", [40.0, 50.0]), ("better", [60.0, 70.0]))
+    }
+    runs = {name: [run.on(Images.HELD_OUT) for run in g] for name, g in whole.items()}
+    said = "16 test images that had no part in choosing settings; balanced accuracy on"
+    file = write_run_report(runs["plain"][0])
+    assert said in file.read_text("utf-8")
+    page = Page(file)
+    results = page.tables["results-table"]
+    assert results.column("balanced")[:3] == ["49.0", "44.0", "50.0"]
+        "49.0",
+        "44.0",
+        "50.0",
+    ]
+    assert page.tables["accuracy-rounds"].values[1][1:] == ["49.0"] * 5
+    file = write_comparison_report(tmp_path, "x", runs, "plain")
+    assert said in file.read_text("utf-8")
+    results = Page(file).tables["results-table"]
+    assert results.column("balanced")[:2] == ["64.0", "44.0"]
+    assert results.column("balanced, all images")[:2] == ["65.0", "45.0"]
+    assert [len(row) for row in results.texts] == [len(results.header)] * 3

@@ -1,5 +1,6 @@
 """A comparison's numbers, compared with hand-computed numbers."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip2fl_cli.runs import FinishedRun
+from clip2fl_cli.run_schema import Images
+from clip2fl_cli.runs import FinishedRun, RunError, chosen_images
 from clip2fl_cli.summary import (
     Origin,
     class_table,
@@ -125,3 +127,129 @@ def test_page_says_how_many_images_were_tested(
     assert said in markdown(
         {"plain": [run]}, "plain", "Title", Origin.here("the command")
     )
+
+
+def divided(
+    folder: Path, images: Images, most: int = 0
+) -> dict[str, list[FinishedRun]]:
+    """Return two variants on a part of the test images; balanced 30 and 40 on all."""
+    return {
+        name: [
+            write_run(
+                folder / f"{name}{seed}",
+                [value + 2 * seed] * 2,
+                seed=seed,
+                evaluation__tuning_share=0.2,
+                evaluation__max_images=most,
+            ).on(images)
+            for seed in (1, 2)
+        ]
+        for name, value in (("plain", 27.0), ("better", 37.0))
+    }
+
+
+def test_table_is_of_the_held_out_images_with_all_beside(tmp_path: Path) -> None:
+    """Held out: 1 point below; all images stand in a column of their own."""
+    runs = divided(tmp_path, Images.HELD_OUT)
+    rows = main_table(runs, "plain").splitlines()
+    assert rows[0].endswith("| few | last round | all images | difference |")
+    mean, whole = "29.0 ± 1.4", "30.0 ± 1.4"
+    cells = [mean] * 6
+    assert rows[2] == f"| plain | fedavg | 1, 2 | {' | '.join(cells)} | {whole} | - |"
+    assert rows[3].endswith("| 39.0 ± 1.4 | 40.0 ± 1.4 | +10.0 [+10.0, +10.0] |")
+    assert rows[4].endswith("| 90.0 | 90.0 | 91.0 | - |")
+    classes = class_table(runs).splitlines()
+    assert classes[3] == "| plain | fedavg | 31.0 | 29.0 |"
+
+
+def test_table_for_tuning_does_not_show_the_others(tmp_path: Path) -> None:
+    rows = main_table(divided(tmp_path, Images.TUNING), "plain").splitlines()
+    assert rows[0].endswith("| few | last round | difference |")
+    assert rows[2].endswith("| 34.0 ± 1.4 | - |")
+    assert rows[4].endswith("| 95.0 | 95.0 | - |")
+
+
+def test_all_images_of_divided_runs_are_as_without_a_share(
+    tmp_path: Path, runs: dict[str, list[FinishedRun]]
+) -> None:
+    found = divided(tmp_path, Images.HELD_OUT)
+    back = {
+        name: [run.on(Images.ALL) for run in group] for name, group in found.items()
+    }
+    rows = main_table(back, "plain").splitlines()
+    assert rows[0] == main_table(runs, "plain").splitlines()[0]
+    assert rows[2].endswith("| 30.0 ± 1.4 | - |")
+
+
+@pytest.mark.parametrize(
+    ("images", "most", "said"),
+    [
+        (
+            Images.HELD_OUT,
+            0,
+            "had no part in choosing settings; balanced accuracy on all 20 beside them",
+        ),
+        (
+            Images.HELD_OUT,
+            8,
+            "settings (before the last round, those of them among 8 drawn images); bal",
+        ),
+        (Images.TUNING, 0, "on 4 test images on which settings are chosen, mean"),
+        (Images.ALL, 0, "on 20 test images, mean"),
+    ],
+)
+def test_page_says_on_which_images(
+    tmp_path: Path, images: Images, most: int, said: str
+) -> None:
+    runs = divided(tmp_path, images, most)
+    assert said in markdown(runs, "plain", "Title", Origin.here("the command"))
+
+
+def test_held_out_images_are_shown_if_all_runs_have_the_same(tmp_path: Path) -> None:
+    """A mixed table would show images on which some settings were chosen."""
+    plain = write_run(tmp_path / "a", [50.0])
+    fifth, same, other = (
+        write_run(tmp_path / name, [50.0], evaluation__tuning_share=share)
+        for name, share in (("b", 0.2), ("c", 0.2), ("d", 0.3))
+    )
+    assert chosen_images([plain]) is Images.ALL
+    assert chosen_images([fifth, same]) is Images.HELD_OUT
+    assert chosen_images([fifth, same], Images.TUNING) is Images.TUNING
+    assert chosen_images([fifth, plain, other], Images.ALL) is Images.ALL
+    for mixed in ([fifth, plain], [plain, fifth], [fifth, other]):
+        with pytest.raises(RunError, match="other test images are held out.*all"):
+            chosen_images(mixed)
+    with pytest.raises(RunError, match="--images tuning: .*share = 0.*not divided"):
+        chosen_images([plain], Images.TUNING)
+
+
+@pytest.mark.parametrize("change", ["missing", "another head", "short"])
+def test_run_without_a_part_is_damaged(tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "a"
+    write_run(folder, [50.0], evaluation__tuning_share=0.2)
+    file = folder / "metrics.jsonl"
+    line = json.loads(file.read_text())
+    if change == "missing":
+        del line["accuracy_held_out"]
+    elif change == "short":
+        line["accuracy_held_out"]["fedavg"]["per_class"].pop()
+    else:
+        line["accuracy_held_out"] = {"x": line["accuracy_held_out"]["fedavg"]}
+    file.write_text(json.dumps(line))
+    with pytest.raises(RunError, match=r"line 1: accuracy_held_out"):
+        FinishedRun.read(folder)
+
+
+def test_run_that_did_not_count_its_parts(tmp_path: Path) -> None:
+    """The first runs with a share wrote neither counts nor the teacher's accuracy."""
+    write_run(tmp_path / "a", [50.0], evaluation__tuning_share=0.2)
+    file = tmp_path / "a" / "config.json"
+    facts = json.loads(file.read_text())
+    del facts["test_images_tuning"], facts["test_images_held_out"]
+    del facts["teacher"]["zero_shot_tuning"], facts["teacher"]["zero_shot_held_out"]
+    file.write_text(json.dumps(facts))
+    run = FinishedRun.read(tmp_path / "a")
+    sizes = [run.on(part).facts["test_images"] for part in Images]
+    assert sizes == [20, 16, 4]
+    rows = main_table({"plain": [run.on(Images.HELD_OUT)]}, "plain").splitlines()
+    assert len(rows) == 3  # no row of the teacher

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
-from clip2fl_common.models import build_model, folded
+from clip2fl_common.models import build_model, folded, narrow_width
 from tests import reference
 
 NAMES = ("resnet8", "resnet8-slim", "resnet18", "resnet50")
@@ -199,4 +199,24 @@ def test_folded_network_has_the_same_features(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(
             network.features(images), model.eval().features(images)
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dim", [48, 4096])
+def test_narrow_features_are_the_pooled_or_the_projected_ones(
+    name: str, dim: int
+) -> None:
+    with torch.device("meta"):
+        model = build_model(name, 3, dim)
+        narrow = model.eval().narrow(torch.zeros(2, 3, 32, 32))
+    assert narrow.shape == (2, narrow_width(name, dim))
+    assert narrow.shape[1] == min(model.projection.in_features, dim)
+
+
+def test_projection_of_narrow_features_gives_the_features() -> None:
+    model, images = build_model("resnet8-slim", 3).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.projection(model.narrow(images)), model.features(images)
         )

@@ -7,6 +7,7 @@ runs them without pytest, on a machine that holds nothing else.
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from client_app.augmentation import OPERATIONS, random_crop_flip, siamese_augment
 from client_app.gradients import class_gradients, coded_class_gradients
+from client_app.mixing import mix_views
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -89,6 +91,14 @@ def check_views(device: torch.device) -> None:
             for n in range(6)
         ]
         assert torch.equal(torch.cat(alone), found)
+    mixes: tuple[Literal["mixup", "cutmix"], ...] = ("mixup", "cutmix")
+    for mix in mixes:
+        numbers = view_numbers(keys, [0] * 6, mix)
+        expected = mix_views(pixels, pixels.flip(0), numbers, mix)
+        there = pixels.to(device)
+        found = mix_views(there, there.flip(0), numbers, mix)
+        assert found.device.type == device.type
+        assert torch.equal(found.cpu(), expected)
 
 
 def check_class_gradients(device: torch.device) -> None:

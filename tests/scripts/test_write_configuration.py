@@ -13,7 +13,14 @@ from jsonschema import Draft202012Validator
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
+from clip2fl_common.config import (
+    KEYS,
+    ConfigError,
+    RunConfig,
+    Scalar,
+    defaults,
+    known_keys,
+)
 from clip2fl_common.config.dotted_keys import flatten
 from clip2fl_common.config.types import Rule
 from scripts.write_configuration import BEGIN, END, allowed, main, written
@@ -35,20 +42,26 @@ def test_all_is_up_to_date() -> None:
 
 
 def test_flower_gets_the_defaults_of_the_schema() -> None:
-    """With their types: Flower refuses to change a key's type."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     block = flatten(project["tool"]["flwr"]["app"]["config"])
-    assert block == default_config()
-    assert all(type(block[key]) is type(v) for key, v in default_config().items())
+    assert block == defaults()
+    assert all(type(block[key]) is type(v) for key, v in defaults().items())
+    assert {key for key, value in block.items() if value == "auto"} == {
+        "device",  # a value of its own
+        *(name for name, key in KEYS.items() if key.by_method),
+    }
 
 
 def test_every_key_has_its_default_and_a_meaning() -> None:
     found = rows()
     assert sorted(found) == known_keys()
     block = (ROOT / "pyproject.toml").read_text("utf-8").split(BEGIN)[1].split(END)[0]
-    for key, default in default_config().items():
+    for key, default in defaults().items():
         shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
-        assert found[key][1] == f"`{shown}`"
+        if KEYS[key].by_method:
+            assert found[key][1].startswith("auto: "), key
+        else:
+            assert found[key][1] == f"`{shown}`"
         assert len(found[key][5]) > 10
         above = block[: block.index(f"\n{key} = {shown}\n")].splitlines()[-1]
         assert above.startswith("# "), key
@@ -59,8 +72,10 @@ def test_page_tells_who_reads_a_key_and_when_it_may_change() -> None:
     assert found["seed"] == ["all", "no"]
     assert found["run.trackers"] == ["all", "yes"]
     assert found["fedprox.mu"] == ["fedprox", "no"]
-    assert found["synthesis.steps"] == ["clip2fl, clip2flm, creff", "no"]
-    assert found["synthesis.contrast-weight"] == ["clip2fl, clip2flm", "no"]
+    assert found["synthesis.contrast-weight"] == [
+        "clip2fl, clip2flm, clip2fl-plus",
+        "no",
+    ]
     assert found["checkpoint.every"] == ["all", "yes"]
     assert found["checkpoint.best-metric"] == ["all", "no"]
 

@@ -17,7 +17,7 @@ def test_progress_tells_accuracy_loss_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first round starts the workers, so it does not enter the remaining time."""
-    now = iter([100.0, 140.0, 150.0, 170.0, 185.0])
+    now = iter([100.0, 140.0, 150.0, 170.0, 0.0, 1.0, 185.0])
     monkeypatch.setattr(
         console, "time", SimpleNamespace(perf_counter=lambda: next(now))
     )
@@ -34,6 +34,8 @@ def test_progress_tells_accuracy_loss_and_time_left(
     assert progress.line(3, {"fedavg": POOR}, 0.5).endswith(
         "20.0 s, 1:14:15 left"  # 297 times the mean of 10 s and 20 s
     )
+    tuned = Progress(1).line(1, {"fedavg": POOR}, 0.5, tuning={"fedavg": GOOD})
+    assert "balanced 5.0 % (0/0/100), for tuning 61.2 %; loss" in tuned
     kept = progress.line(300, {"fedavg": POOR}, None)
     assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
 

@@ -6,18 +6,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from clip2fl_common.config import ConfigError
 from clip2fl_common.data.datasets import (
     ImageDataset,
     ImageSource,
     LoadedImages,
     Normalization,
 )
-from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from clip2fl_common.metrics import HELD_OUT, TUNING, AccuracyReport, ShotGroups
 from clip2fl_common.models import ImageClassifier, build_model
 from server_app import evaluation
-from server_app.evaluation import Evaluator
+from server_app.evaluation import Evaluator, tuning_images
 
 CLASSES, DIM, SIZE = 4, 16, 8
 GROUPS = ShotGroups("rank", many=(0,), medium=(1, 2), few=(3,))
@@ -46,18 +49,25 @@ class Source:
     def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
         """Return the images at these indices, in their order."""
         self.reads.append(len(indices))
-        readable = [int(i) for i in indices if i < len(self.labels) - self.unreadable]
+        unreadable = indices >= len(self.labels) - self.unreadable
+        readable = indices[~unreadable]
+        left_out = tuple(np.flatnonzero(unreadable).tolist())
         return LoadedImages(
             self.images[readable],
             torch.from_numpy(self.labels[readable]),
-            ("x.png",) * (len(indices) - len(readable)),
+            ("x.png",) * len(left_out),
+            left_out,
         )
 
     open = load
 
 
 def evaluator(
-    source: Source, max_images: int = 0, batch_size: int = 7, seed: int = 7
+    source: Source,
+    max_images: int = 0,
+    batch_size: int = 7,
+    seed: int = 7,
+    tuning_share: float = 0.0,
 ) -> Evaluator:
     """Return the evaluator of a data set with these test images."""
     test: ImageSource = source
@@ -70,7 +80,9 @@ def evaluator(
         image_size=SIZE,
     )
     device = torch.device("cpu")
-    return Evaluator(dataset, GROUPS, max_images, batch_size, device, seed)
+    return Evaluator(
+        dataset, GROUPS, max_images, batch_size, device, seed, tuning_share
+    )
 
 
 def student() -> ImageClassifier:
@@ -205,3 +217,91 @@ def test_unreadable_images_are_counted_each_time() -> None:
         assert central.unreadable == 3
     model, head = student(), heads()["fedavg"]
     assert close(reports["fedavg"], slow_report(source, range(29), model, head))
+
+
+def test_images_for_tuning_stay_the_same() -> None:
+    """These were drawn when the key was introduced; results refer to them."""
+    labels = Source([9, 5, 12, 6]).labels
+    drawn = np.flatnonzero(tuning_images(labels, 0.25)).tolist()
+    assert drawn == [4, 12, 18, 22, 24, 27, 29, 30]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.one_of(st.just(0.0), st.floats(1e-3, 0.999)),
+)
+def test_each_class_gives_its_share(per_class: list[int], share: float) -> None:
+    labels = Source(per_class).labels
+    drawn = np.bincount(labels[tuning_images(labels, share)], minlength=len(per_class))
+    off = np.abs(drawn - share * np.array(per_class))
+    assert (off <= 0.5 + 1e-9).all()
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("seed", [7, 8])
+@pytest.mark.parametrize("block", [1024, 5])
+def test_parts_equal_the_slow_evaluation_and_add_up(
+    monkeypatch: pytest.MonkeyPatch, final: bool, seed: int, block: int
+) -> None:
+    """The images for tuning are the same for each seed, in subsets, with files lost."""
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    source = Source([18, 16, 20, 14], unreadable=5)
+    central = evaluator(source, max_images=40, seed=seed, tuning_share=0.4)
+    tuning = set(np.flatnonzero(tuning_images(source.labels, 0.4)).tolist())
+    model, classifiers = student(), heads()
+    whole = central.evaluate(model, classifiers, final)
+    used = [i for i in central.indices(final).tolist() if i < 68 - 5]
+    assert len(used) > 30 and central.unreadable > 0
+    of_part = {
+        "tuning": [i for i in used if i in tuning],
+        "held_out": [i for i in used if i not in tuning],
+    }
+    assert list(central.parts) == ["tuning", "held_out"]
+    for name, head in classifiers.items():
+        for part, indices in of_part.items():
+            expected = slow_report(source, indices, model, head)
+            assert close(central.parts[part][name], expected)
+        total = sum(
+            len(indices) * (central.parts[part][name].top1 or 0.0)
+            for part, indices in of_part.items()
+        )
+        assert whole[name].top1 == pytest.approx(total / len(used))
+
+
+def test_without_a_share_there_are_no_parts() -> None:
+    central = evaluator(Source([9, 5, 12, 6]))
+    central.evaluate(student(), heads(), final=True)
+    assert central.parts == {} and central.part_sizes() == {}
+
+
+def test_number_of_images_of_each_part() -> None:
+    """Of 10, 5, 2 and 0 images, rounded to even: 3, 2, 1 and 0."""
+    central = evaluator(Source([10, 5, 2, 0]), tuning_share=0.3)
+    assert central.part_sizes() == {"tuning": 3 + 2 + 1, "held_out": 11}
+
+
+@pytest.mark.parametrize(
+    ("share", "max_images", "said"),
+    [
+        (0.01, 0, r"share = 0\.01 leaves 0 of 40 test images .* and 40 held out"),
+        (0.99, 0, r"share = 0\.99 leaves 40 of 40 test images .* and 0 held out"),
+        (0.1, 1, r"leaves 0 of 4 test images \(evaluation\.max-images = 1\)"),
+    ],
+)
+def test_part_without_images_is_refused(
+    share: float, max_images: int, said: str
+) -> None:
+    source = Source([10, 10, 10, 10])
+    with pytest.raises(ConfigError, match=said):
+        evaluator(source, max_images=max_images, seed=8, tuning_share=share)
+
+
+def test_part_whose_files_are_all_lost_is_named() -> None:
+    """With the one image for tuning unreadable, nothing is left to choose on."""
+    source = Source([2, 2, 2, 3])
+    place = int(np.flatnonzero(tuning_images(source.labels, 0.25))[-1])
+    source.unreadable = len(source.labels) - place
+    central = evaluator(source, tuning_share=0.25)
+    assert central.part_sizes() == {"tuning": 1, "held_out": 8}
+    with pytest.raises(ConfigError, match="leaves 0 of"):
+        central.evaluate(student(), heads(), final=True)

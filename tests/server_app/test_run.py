@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
+from clip2fl_common.metrics import AccuracyReport
 from server_app.run import ServerRun
 from strategy.base import Method
 from strategy.clients import SimulatedClients
@@ -183,3 +185,81 @@ def test_artifacts_are_what_a_report_shows(
     parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
     for row, part in zip(found["clients_by_class"], parts, strict=True):
         assert row.tolist() == [(labels[part] == c).sum() for c in range(10)]
+
+
+def test_parts_of_the_test_images_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each class's 6 test images, 2 are for tuning; the teacher has parts too."""
+    tuned: dict[str, Scalar] = {
+        "evaluation__tuning_share": 1 / 3,
+        "dataset__demo_test_per_class": 6,
+    }
+    run = tiny_run(tmp_path / "run", **tuned)
+    clip2fl = strategy(run)
+    run.open(clip2fl)
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert facts["test_images"] == 60
+    assert (facts["test_images_tuning"], facts["test_images_held_out"]) == (20, 40)
+    run.close_round(1, clip2fl)
+    assert ", for tuning " in capsys.readouterr().out
+    run.close_round(2, clip2fl)
+    run.close(clip2fl)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    teacher = facts["teacher"]
+    accuracies = [
+        (
+            teacher["zero_shot"],
+            teacher["zero_shot_tuning"],
+            teacher["zero_shot_held_out"],
+        )
+    ]
+    for line in map(json.loads, lines):
+        assert list(line["accuracy"]) == ["retrained", "fedavg"]
+        for head in line["accuracy"]:
+            parts = (line["accuracy_tuning"][head], line["accuracy_held_out"][head])
+            accuracies.append((line["accuracy"][head], *parts))
+    assert len(accuracies) == 5
+    for whole, tuning, held_out in accuracies:
+        assert whole["balanced"] == pytest.approx(
+            (tuning["balanced"] + 2 * held_out["balanced"]) / 3, abs=2e-4
+        )
+    table = capsys.readouterr().out
+    last = json.loads(lines[-1])
+    for key, row in (
+        ("accuracy", "clip2fl, fedavg head  "),
+        ("accuracy_held_out", "clip2fl, fedavg head, held out"),
+        ("accuracy_tuning", "clip2fl, fedavg head, for tuning"),
+    ):
+        (found,) = [text for text in table.splitlines() if text.startswith(row)]
+        values = found.removeprefix(row).split()
+        assert values[1] == f"{last[key]['fedavg']['balanced']:.1f}"
+
+
+def test_best_round_is_chosen_on_the_images_for_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(
+        tmp_path / "run",
+        method="fedavg",
+        evaluation__tuning_share=0.3,
+        federation__rounds=3,
+    )
+    fedavg = strategy(run)
+    run.open(fedavg)
+    real = run.evaluator.evaluate
+    # By round: on all images, and on those for tuning.
+    accuracies = iter([(90.0, 10.0), (10.0, 90.0), (50.0, 50.0)])
+
+    def evaluate(*arguments: Any) -> dict[str, AccuracyReport]:
+        (name,) = real(*arguments)
+        whole, tuning = (
+            AccuracyReport(v, v, v, v, v, (v,) * 10) for v in next(accuracies)
+        )
+        run.evaluator.parts = {"tuning": {name: tuning}}
+        return {name: whole}
+
+    monkeypatch.setattr(run.evaluator, "evaluate", evaluate)
+    for number in (1, 2, 3):
+        run.close_round(number, fedavg)
+    assert run.state.best is not None and run.state.best.round == 2

@@ -11,8 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client_app.class_statistics import class_statistics
 from clip2fl_common import messages
 from strategy.base import Method
+from strategy.ccvr import CCVR
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from tests.strategy.messages import (
@@ -137,12 +139,17 @@ def change_records(draw: Draw, reply: Message) -> None:
 
 
 def change_classes(draw: Draw, reply: Message) -> None:
-    """Claim other classes or other ranks."""
+    """Claim other classes, other ranks or other numbers of images."""
     gradients = reply.content.array_records.get(messages.GRADIENTS)
     if gradients:
         name = draw(st.sampled_from(["classes", "ranks"]))
         values = draw(st.lists(st.integers(-2, CLASSES + 2), max_size=CLASSES + 2))
         gradients[name] = Array(np.asarray(values, np.int64))
+    statistics = reply.content.array_records.get(messages.CLASS_STATISTICS)
+    if statistics:
+        name = draw(st.sampled_from(["classes", "counts"]))
+        values = draw(st.lists(st.integers(-2, 2**62), min_size=1, max_size=3))
+        statistics[name] = Array(np.asarray(values, np.int64))
 
 
 CHANGES = [change_array, change_array, change_metrics, change_records, change_classes]
@@ -162,6 +169,15 @@ def make(method: str, aggregation: dict[str, Any]) -> Method:
     common = safeguards(**aggregation)
     if method == "fedavg":
         return made(FedAvg, plan, **common)
+    if method == "ccvr":
+        return made(
+            CCVR,
+            plan,
+            (CLASSES, DIM),
+            ccvr__virtual_features=2,
+            retraining__epochs=1,
+            **common,
+        )
     return made(
         CReFF,
         plan,
@@ -183,7 +199,7 @@ def replies_of(
     own = [
         random_gradients([0, 2], (CLASSES, DIM), seed) for seed in range(len(requests))
     ]
-    return requests, [
+    replies = [
         train_reply(
             request,
             random_model(arrays, seed),
@@ -192,6 +208,15 @@ def replies_of(
         )
         for seed, request in enumerate(requests)
     ]
+    if isinstance(strategy, CCVR):
+        for seed, reply in enumerate(replies):
+            features = torch.randn(
+                8, DIM, generator=torch.Generator().manual_seed(seed)
+            )
+            statistics = class_statistics(features, torch.arange(8) % 2)
+            declared = messages.StatisticsFormat(CLASSES, DIM)
+            reply.content[messages.CLASS_STATISTICS] = declared.encode(statistics)
+    return requests, replies
 
 
 def flat(arrays: ArrayRecord | dict[str, Any]) -> Any:
@@ -277,7 +302,7 @@ def check_hostile(
 
 @settings(max_examples=100)
 @given(data=st.data(), aggregation=aggregations())
-@pytest.mark.parametrize("method", ["fedavg", "creff"])
+@pytest.mark.parametrize("method", ["fedavg", "creff", "ccvr"])
 def test_hostile_reply(
     method: str, data: st.DataObject, aggregation: dict[str, Any]
 ) -> None:
@@ -287,7 +312,7 @@ def test_hostile_reply(
 @pytest.mark.slow
 @settings(max_examples=1200)
 @given(data=st.data(), aggregation=aggregations())
-@pytest.mark.parametrize("method", ["fedavg", "creff"])
+@pytest.mark.parametrize("method", ["fedavg", "creff", "ccvr"])
 def test_hostile_reply_at_length(
     method: str, data: st.DataObject, aggregation: dict[str, Any]
 ) -> None:

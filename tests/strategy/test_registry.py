@@ -7,7 +7,9 @@ from clip2fl_common.config import TEACHER_METHODS, ConfigError
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
 from strategy.base import Method
+from strategy.ccvr import CCVR
 from strategy.clip2fl import CLIP2FL
+from strategy.clip2fl_plus import CLIP2FLPlus
 from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
@@ -29,6 +31,7 @@ def setting(method: str) -> Setting:
         fedavgm__momentum=0.8,
         fedavgm__learning_rate=0.7,
         federation__rounds=9,
+        ccvr__virtual_features=6,
         ema__decay=0.6,
     )
     names = ("circle", "square", "star")
@@ -38,8 +41,10 @@ def setting(method: str) -> Setting:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("ccvr", CCVR),
         ("clip2fl", CLIP2FL),
         ("clip2flm", CLIP2FLM),
+        ("clip2fl-plus", CLIP2FLPlus),
         ("creff", CReFF),
         ("fedavg", FedAvg),
         ("fedavgm", FedAvgM),
@@ -61,6 +66,9 @@ def test_method_takes_its_settings_from_the_configuration(
     if isinstance(strategy, FedAvgM):
         assert strategy.momentum == 0.8
         assert strategy.learning_rate == 0.7
+    if isinstance(strategy, CCVR):
+        assert strategy.virtual_features == 6
+        assert strategy.retraining is chosen.config.retraining
     if isinstance(strategy, CReFF):
         assert strategy.shape == (3, 4, 512)
         assert strategy.synthesis is chosen.config.synthesis
@@ -75,6 +83,7 @@ def test_method_takes_its_settings_from_the_configuration(
     wanted: dict[type[Method], set[str]] = {
         CLIP2FL: {"features", "text_features"},
         CLIP2FLM: {"features", "text_features"},
+        CLIP2FLPlus: {"features", "text_features"},
         CReFF: {"features"},
     }
     assert set(strategy.artifacts()) == wanted.get(expected, set())
@@ -83,7 +92,7 @@ def test_method_takes_its_settings_from_the_configuration(
 def test_unknown_method_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"method = 'fedavgn', but it must be one of clip2fl, clip2flm, creff, "
-        r"fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
+        match=r"method = 'fedavgn', but it must be one of ccvr, clip2fl, clip2flm, "
+        r"clip2fl-plus, creff, fedavg, fedavgm, fedprox .*; did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from strategy.retraining import retrain_classifier
+from strategy.retraining import new_classifier, retrain_classifier
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -139,6 +139,36 @@ def test_initial_values_are_those_of_a_linear_layer() -> None:
         assert own.abs().max() > 0.9 / 20
         assert own.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
     assert abs(classifier.weight.mean().item()) < 1e-3
+
+
+def test_classes_without_features_are_trained_against() -> None:
+    """Equal to a plain loop over the features of some classes, and all C outputs."""
+    features = torch.randn(2, 6, 4, generator=seeded(0))
+    classes = torch.tensor([3, 1])
+    result = retrain_classifier(
+        features,
+        epochs=10,
+        batch_size=5,
+        learning_rate=0.1,
+        generator=seeded(3),
+        classes=classes,
+        num_classes=5,
+    )
+    plain_generator = seeded(3)
+    expected = new_classifier(4, 5, plain_generator)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    labels = classes.repeat_interleave(6)
+    for _ in range(10):
+        for batch in torch.randperm(12, generator=plain_generator).split(5):
+            loss = nn.functional.cross_entropy(
+                expected(features.flatten(0, 1)[batch]), labels[batch]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert result.weight.shape == (5, 4)
+    torch.testing.assert_close(result.weight, expected.weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.bias, expected.bias, atol=1e-5, rtol=0)
 
 
 def test_learns_separable_features() -> None:

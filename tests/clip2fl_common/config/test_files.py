@@ -5,6 +5,7 @@ import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,3 +240,28 @@ def test_nested_tables_become_dotted_keys() -> None:
         deep = {"a": deep}
     assert flatten(deep) == {"a." * 5000 + "x": 1}
     assert json.dumps(flatten({"a": {"b": 1}}, "run.")) == '{"run.a.b": 1}'
+
+
+def test_one_client_sees_each_photograph_as_often_as_twenty_do() -> None:
+    """The upper bound differs from protocol S only in the clients."""
+    shared, alone = (
+        flatten(tomllib.loads((ROOT / "conf" / name).read_text("utf-8")))
+        for name in ("photos-quick.toml", "photos-one-client.toml")
+    )
+
+    def passes(settings: dict[str, Any]) -> float:
+        rounds, epochs = settings["federation.rounds"], settings["client.epochs"]
+        drawn, clients = (
+            settings["federation.clients-per-round"],
+            settings["partition.clients"],
+        )
+        return float(rounds * epochs * drawn / clients)
+
+    assert passes(alone) == passes(shared)
+    differing = {key for key in shared if alone.get(key) != shared[key]}
+    assert differing <= {
+        "client.epochs",
+        "federation.clients-per-round",
+        "partition.alpha",
+        "partition.clients",
+    }

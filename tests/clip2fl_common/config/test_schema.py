@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.config import ConfigError, RunConfig, Scalar, defaults
 from clip2fl_common.config.dotted_keys import flatten
+from clip2fl_common.config.same_run import differences
+from clip2fl_common.config.unread import unread_warning
 from tests.defaults import ROOT, default_config
 
 
@@ -79,6 +81,14 @@ def test_round_trip() -> None:
             r"validation-share = 0\.0.*let the sites keep some",
         ),
         (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": "cat, dog",
+                "evaluation.tuning-share": 0.2,
+            },
+            r"tuning-share = 0\.2.*no test images to divide: set it to 0\.0",
+        ),
+        (
             {"dataset.validation-share": 1.0},
             r"share = 1\.0.*less than 1",
         ),
@@ -136,3 +146,38 @@ def test_demo_experiment_is_the_default() -> None:
     demo = flatten(tomllib.loads((ROOT / "conf" / "demo.toml").read_text("utf-8")))
     defaults = default_config()
     assert {key: defaults[key] for key in demo} == demo
+
+
+def test_a_method_brings_defaults_of_its_own() -> None:
+    """`auto` takes the method's; a value that is written always counts."""
+    plus = RunConfig.from_run_config({**defaults(), "method": "clip2fl-plus"})
+    assert (plus.client.optimizer, plus.client.learning_rate) == ("muon", 0.04)
+    assert plus.distillation.views > 0 and plus.ema.decay == 0.6
+    published = RunConfig.from_run_config(defaults())
+    assert (published.client.optimizer, published.client.learning_rate) == ("sgd", 0.1)
+    assert (published.distillation.views, published.ema.decay) == (0, 0.0)
+    own: dict[str, Scalar] = {
+        "method": "clip2fl-plus",
+        "client.optimizer": "sgd",
+        "ema.decay": 0.0,
+    }
+    written = RunConfig.from_run_config({**defaults(), **own})
+    assert (written.client.optimizer, written.ema.decay) == ("sgd", 0.0)
+    assert written.client.learning_rate == 0.04
+
+
+def test_only_keys_with_defaults_by_method_may_be_auto() -> None:
+    with pytest.raises(ConfigError, match=r"rounds = 'auto', .*integer$"):
+        RunConfig.from_run_config({**defaults(), "federation.rounds": "auto"})
+    with pytest.raises(ConfigError, match=r"learning-rate = 'fast', .* or 'auto'$"):
+        RunConfig.from_run_config({**defaults(), "client.learning-rate": "fast"})
+
+
+def test_changes_are_told_from_the_defaults_of_the_method() -> None:
+    """A run of before a key had other defaults is compared with those it had."""
+    plus = RunConfig.from_run_config({**defaults(), "method": "clip2fl-plus"})
+    assert unread_warning(plus) is None
+    now = plus.to_flat()
+    then = {key: value for key, value in now.items() if key != "ema.decay"}
+    assert differences(then, now) == []
+    assert differences({**then, "method": "clip2fl"}, now)

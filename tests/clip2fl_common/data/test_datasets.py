@@ -90,6 +90,8 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     loaded = source.load(np.arange(5))
     assert loaded.labels.tolist() == [0, 0, 0]
     assert [Path(name).name for name in loaded.unreadable] == ["0.png", "1.png"]
+    backwards = source.load(np.array([4, 2, 3]))
+    assert (loaded.left_out, backwards.left_out) == ((3, 4), (0, 2))
     with pytest.raises(DatasetError, match="nothing is left"):
         source.load(np.array([3, 4]))
 

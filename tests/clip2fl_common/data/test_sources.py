@@ -75,6 +75,7 @@ def test_left_out_images_are_counted_and_said_once_with_the_reason(
         loaded = read(np.arange(3))
         assert loaded.labels.tolist() == [0] and loaded.images.shape == (1, 3, 8, 8)
         assert loaded.unreadable == (f"{folder}/b.tif", f"{folder}/c\\xe9.png")
+        assert loaded.left_out == (1, 2)
     (message,) = caplog.messages
     assert "left out 2 of 3 images" in message and "convert it to 8 or 16" in message
     # Kept with the reasons: another process says the same.

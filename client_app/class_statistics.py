@@ -1,0 +1,117 @@
+"""The client's part of CCVR: count, mean and covariance of each class's features."""
+
+from typing import ClassVar
+
+import torch
+from flwr.app import ArrayRecord
+
+from client_app.part import ClientPart, ClientRound
+from client_app.site_policy import SiteRefusal
+from client_app.training import mixed_precision
+from clip2fl_common.messages import (
+    CLASS_STATISTICS,
+    ClassStatistics,
+    StatisticsFormat,
+    triangle_size,
+    upper_triangle,
+)
+from clip2fl_common.models import folded
+from clip2fl_common.parallel import map_pieces
+
+
+class ClassStatisticsPart(ClientPart):
+    """Statistics of the global model's features, of images without augmentation."""
+
+    field: ClassVar[str] = CLASS_STATISTICS
+
+    def before_training(self, client: ClientRound) -> ArrayRecord:
+        """Return the statistics of every class with enough images.
+
+        Raises
+        ------
+        SiteRefusal
+            If the site requires clipping or noise: statistics have neither.
+        """
+        _refuse_without_protection(client)
+        chosen = _chosen_images(client)
+        statistics = class_statistics(
+            _narrow_features(client, chosen), client.labels[chosen]
+        )
+        return StatisticsFormat.of(client.config, client.num_classes).encode(statistics)
+
+
+@torch.no_grad()
+def class_statistics(features: torch.Tensor, labels: torch.Tensor) -> ClassStatistics:
+    """Return count, mean and unbiased covariance of each class among the labels.
+
+    Parameters
+    ----------
+    features : Tensor, shape [N, D]
+        Features of a client's images.
+    labels : Tensor of int64, shape [N]
+        Their classes.
+
+    Returns
+    -------
+    ClassStatistics
+        In ascending order of class, computed in float64.
+    """
+    held, counts = labels.unique(return_counts=True)
+    moments = [_moments(features[labels == c].double()) for c in held]
+    nothing = features.new_empty(0, dtype=torch.float64)
+    width = features.shape[1]
+    return ClassStatistics(
+        held,
+        counts,
+        torch.cat([nothing, *(mean for mean, _ in moments)]).view(len(held), width),
+        torch.cat([nothing, *(covariance for _, covariance in moments)]).view(
+            len(held), triangle_size(width)
+        ),
+    )
+
+
+def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean [D] and the upper triangle of the covariance of features [n, D]."""
+    mean = features.mean(0)
+    centred = features - mean
+    return mean, upper_triangle(centred.T @ centred) / max(1, len(features) - 1)
+
+
+def _refuse_without_protection(client: ClientRound) -> None:
+    if client.site is None:
+        return
+    policy = client.site.policy
+    if policy.min_noise_multiplier > 0 or policy.max_clip_norm is not None:
+        raise SiteRefusal(
+            "the run asks for class statistics, which have neither clipping nor noise, "
+            "and the site's min-noise-multiplier or max-clip-norm requires them"
+        )
+
+
+def _chosen_images(client: ClientRound) -> torch.Tensor:
+    """Return the places of the images of classes with enough images, in order."""
+    device = client.labels.device
+    fixed = client.fixed_images()
+    if fixed is not None:
+        places = [places.cpu() for places in fixed.values()]
+        nothing = torch.empty(0, dtype=torch.int64)
+        return torch.cat([nothing, *places]).sort().values.to(device)
+    counts = torch.bincount(client.labels, minlength=client.num_classes)
+    enough = counts >= client.config.privacy.min_class_samples
+    return torch.nonzero(enough[client.labels]).flatten()
+
+
+@torch.no_grad()
+def _narrow_features(client: ClientRound, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the narrow features [n, D] of the global model, in float32."""
+    network = folded(client.model)
+    device = client.images.device
+
+    def features_of(places: torch.Tensor) -> torch.Tensor:
+        with mixed_precision(device, client.precision):
+            return network.narrow(client.images[places]).float()
+
+    batches = chosen.split(client.config.evaluation.batch_size) if len(chosen) else ()
+    width = StatisticsFormat.of(client.config, client.num_classes).width
+    nothing = torch.empty(0, width, device=device)
+    return torch.cat([nothing, *map_pieces(features_of, batches, device)])
