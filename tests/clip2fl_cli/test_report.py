@@ -666,10 +666,6 @@ def test_reports_are_of_the_held_out_images(tmp_path: Path) -> None:
     page = Page(file)
     results = page.tables["results-table"]
     assert results.column("balanced")[:3] == ["49.0", "44.0", "50.0"]
-        "49.0",
-        "44.0",
-        "50.0",
-    ]
     assert page.tables["accuracy-rounds"].values[1][1:] == ["49.0"] * 5
     file = write_comparison_report(tmp_path, "x", runs, "plain")
     assert said in file.read_text("utf-8")
