@@ -1,54 +1,44 @@
 """The figures of a report, drawn by matplotlib without a display.
 
-All figures are narrow, so that their text stays readable on a phone. Lines have the
-colours of Okabe and Ito, which colour-blind readers can distinguish, and different
-dashes. Areas have the colour map cividis.
+Colours of lines are in `clip2fl_cli.colours`. Areas have the colour map cividis.
 """
 
-import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from clip2fl_cli.charts import Chart, Hints, Key, Panel, in_picture
+from clip2fl_cli.colours import (
+    IN_BACKGROUND,
+    INK,
+    MUTED,
+    SURFACE,
+    Colour,
+    Style,
+)
 from clip2fl_cli.runs import by_frequency
 from clip2fl_common.shown import shown
 
-WIDTH_INCHES = 4.8
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "osD^vP*X<>"
-# More lines than this cannot be distinguished, whatever their colours.
-MAX_COLOURED = len(MARKERS)
-GREY = "#aaaaaa"
+# Inches of a panel that stands alone, and of one beside others.
+WIDE = 4.2
+NARROW = 4.0
 # More class names than this do not fit beside an axis.
 MAX_NAMES = 30
 # More cells than this are too small for their numbers.
 MAX_NUMBERED_CELLS = 150
-# Longer names leave no room for the drawing.
-MAX_NAME = 40
-# Number of classes whose features are drawn; more classes merge into one cloud.
-MAX_CLOUDS = 10
-
-# matplotlib's type lists every possible key; Any keeps this readable.
-STYLE: Any = {
-    "font.size": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-    "svg.hashsalt": "clip2fl",
-    # A name such as "$\\frac$" is shown as text, not as a formula.
-    "text.parse_math": False,
-}
+# More hover texts than this make a page slow.
+MAX_HINTS = 1024
+# More places than this on the axis of rounds cannot be hit by a pointer.
+MAX_HINTED_ROUNDS = 60
+# Longer names leave no room beside an axis.
+MAX_TICK_NAME = 24
+# Text on colours of a heat map; not exactly white, which is a page's background.
+ON_DARK, ON_LIGHT = "#fefefe", "#101010"
 
 
 @dataclass(frozen=True)
@@ -58,192 +48,227 @@ class Curve:
     Attributes
     ----------
     label : str
-        Name of the line; empty if it is the only one.
+        Name of the line.
     values : ndarray, shape [S, R]
         One row per seed, one column per round; nan if there is no value.
+    style : Style
+        Its colour and dashes.
     """
 
     label: str
     values: npt.NDArray[np.float64]
+    style: Style
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean over the seeds, shape [R]."""
+        return np.asarray(self.values.mean(axis=0))
 
 
-def in_picture(name: str) -> str:
-    """Return a foreign name for a figure: visible and not too long.
+@dataclass(frozen=True)
+class Points:
+    """The accuracy of each class, for one classifier."""
 
-    matplotlib omits labels that begin with an underscore from legends.
+    label: str
+    values: Sequence[float | None]
+    style: Style
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval and the single values.
+
+    Attributes
+    ----------
+    label : str
+        Name of the row.
+    mean : float
+        The mean.
+    interval : tuple of float or None
+        Limits of the interval; None if it is unknown.
+    values : sequence of float
+        Single values, drawn as small points.
+    style : Style
+        Its colour.
     """
-    text = shown(name)
-    if len(text) > MAX_NAME:
-        text = f"{text[: MAX_NAME - 1]}…"
-    return f" {text}" if text.startswith("_") else text
+
+    label: str
+    mean: float
+    interval: tuple[float, float] | None
+    values: Sequence[float]
+    style: Style
 
 
-def styled(number: int) -> dict[str, Any]:
-    """Return colour and dashes of the n-th line of a figure.
-
-    The first lines differ in colour and, while they last, in dashes. When a colour
-    repeats, its dashes are different.
-    """
-    turn, colour = divmod(number, len(COLOURS))
-    return {
-        "color": COLOURS[colour],
-        "linestyle": DASHES[(colour + turn) % len(DASHES)],
-    }
-
-
-@rc_context(STYLE)
 def over_rounds(
-    panels: Mapping[str, Sequence[Curve]], aside: Collection[str] = ()
-) -> Figure:
-    """Draw curves over the rounds, one panel above the other.
+    panels: Mapping[str, Sequence[Curve]],
+    top: float | None = None,
+    form: str = ",.3g",
+) -> Chart:
+    """Draw curves over the rounds.
 
     Parameters
     ----------
     panels : mapping of str to sequence of Curve
-        Title of each panel's vertical axis, and its curves. Several seeds are drawn
-        as their mean, with a band from the smallest to the largest value.
-    aside : collection of str
-        Labels of curves that are drawn as thin grey lines in the background.
+        Title and curves of each panel. Several seeds are drawn as their mean, with a
+        band from the smallest to the largest value.
+    top : float or None
+        End of the vertical axis, which all panels then share from 0 on.
+    form : str
+        Format of the numbers in hover texts.
 
     Returns
     -------
-    Figure
+    Chart
+        Two panels beside one another. Curves in the style `IN_BACKGROUND` share an
+        entry of the legend.
     """
-    labels = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
-    shown = [label for label in labels if label not in aside]
-    height = 1.5 * len(panels) + 0.4 + _legend_inches(len(shown) + bool(aside))
-    figure = Figure((WIDTH_INCHES, height), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        others = _others(aside)
-        for curve in sorted(curves, key=lambda curve: curve.label in aside):
-            rounds = np.arange(1, curve.values.shape[1] + 1)
-            mean = curve.values.mean(axis=0)
-            marker = "o" if len(rounds) == 1 else None
-            if curve.label in aside:
-                axis.plot(
-                    rounds,
-                    mean,
-                    color=GREY,
-                    linewidth=0.7,
-                    zorder=1,
-                    marker=marker,
-                    label=next(others),
-                )
-                continue
-            style = styled(shown.index(curve.label))
-            axis.plot(
-                rounds,
-                mean,
-                label=in_picture(curve.label),
-                linewidth=1.6,
-                marker=marker,
-                **style,
+    curves = {curve.label: curve for group in panels.values() for curve in group}
+
+    def panel(title: str, group: Sequence[Curve]) -> Panel:
+        def draw(axis: Axes, hints: Hints) -> None:
+            _draw_curves(axis, hints, group, form)
+            if top is not None:
+                # A line at 0 stays visible above the axis.
+                axis.set_ylim(-0.02 * top, top)
+
+        return Panel(title, (NARROW, 2.5), draw)
+
+    return Chart(
+        [panel(title, group) for title, group in panels.items()],
+        _keys(curves.values(), has_line=True, has_marker=False),
+        columns=2,
+    )
+
+
+def _draw_curves(axis: Axes, hints: Hints, curves: Sequence[Curve], form: str) -> None:
+    rounds = max(curve.values.shape[1] for curve in curves)
+    for curve in curves:
+        behind = curve.style == IN_BACKGROUND
+        known = ~np.isnan(curve.mean)
+        # Rounds without a value are bridged; sites may evaluate only some rounds.
+        x = (np.flatnonzero(known) + 1).astype(float)
+        axis.plot(
+            x,
+            curve.mean[known],
+            color=curve.style.colour.light,
+            linestyle=(0, curve.style.dash) if curve.style.dash else "-",
+            linewidth=0.8 if behind else 1.7,
+            marker="o" if len(x) == 1 else None,
+            zorder=1.5 if behind else 2.5,
+        )
+        if len(curve.values) > 1 and not behind:
+            axis.fill_between(
+                x,
+                curve.values.min(axis=0)[known],
+                curve.values.max(axis=0)[known],
+                color=curve.style.colour.light,
+                alpha=0.15,
+                linewidth=0,
             )
-            if len(curve.values) > 1:
-                axis.fill_between(
-                    rounds,
-                    curve.values.min(axis=0),
-                    curve.values.max(axis=0),
-                    color=style["color"],
-                    alpha=0.15,
-                    linewidth=0,
-                )
-        axis.set_ylabel(title)
-    axes[-1].set_xlabel("round")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, list(axes))
-    return figure
+    axis.set_xlim((0.5, 1.5) if rounds == 1 else (1, rounds))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.set_xlabel("round")
+    # Areas over the whole height, each with the values of its round.
+    step = math.ceil(rounds / MAX_HINTED_ROUNDS)
+    for number in range(1, rounds + 1, step):
+        texts = [
+            f"{shown(curve.label)}: {curve.mean[number - 1]:{form}}"
+            for curve in curves
+            if number <= curve.values.shape[1] and not np.isnan(curve.mean[number - 1])
+        ]
+        hint = "\n".join([f"round {number}", *texts])
+        hints.add_column(axis, number - step / 2, step, hint)
 
 
-def _others(aside: Collection[str]) -> Iterator[str]:
-    """Yield labels for the grey curves: one legend entry for all of them."""
-    yield f"{len(aside)} others"
-    yield from itertools.repeat("_none")
+def _keys(
+    entries: Iterable[Curve | Points], has_line: bool, has_marker: bool
+) -> list[Key]:
+    """Return the entries of a legend: one for all entries in the background."""
+    keys, others = [], 0
+    for entry in entries:
+        if entry.style == IN_BACKGROUND:
+            others += 1
+        else:
+            keys.append(Key(entry.label, entry.style, has_line, has_marker))
+    if others:
+        keys.append(Key(f"{others} others", IN_BACKGROUND, has_line, has_marker))
+    return keys
 
 
 def _with_count(names: Sequence[str], counts: Sequence[int] | None, c: int) -> str:
-    name = in_picture(names[c])
+    name = in_picture(names[c], MAX_TICK_NAME)
     return name if counts is None else f"{name} ({counts[c]:,})"
 
 
-@rc_context(STYLE)
 def by_class(
-    values: Mapping[str, Sequence[float | None]],
-    names: Sequence[str],
-    counts: Sequence[int] | None,
-    aside: Collection[str] = (),
-) -> Figure:
+    entries: Sequence[Points], names: Sequence[str], counts: Sequence[int] | None
+) -> Chart:
     """Draw per-class accuracy, with the most frequent class on top.
 
     Parameters
     ----------
-    values : mapping of str to sequence of (float or None)
+    entries : sequence of Points
         Accuracy of each class, for each compared variant or classifier.
     names : sequence of str
-        Class names in the order of ``values``.
+        Class names in the order of the values.
     counts : sequence of int or None
         Training images of each class, if known.
-    aside : collection of str
-        Names of entries that are drawn as grey points in the background.
 
     Returns
     -------
-    Figure
+    Chart
     """
     order = by_frequency(counts, len(names))
     named = len(names) <= MAX_NAMES
-    shown = [label for label in values if label not in aside]
+    front = [entry for entry in entries if entry.style != IN_BACKGROUND]
     # Side by side, so that no marker covers another.
-    dodge = min(0.14, 0.8 / len(shown))
-    row = max(0.34, 0.06 * len(shown))
-    height = (row * len(names) + 1.0 if named else 6.0) + _legend_inches(
-        len(shown) + bool(aside)
+    dodge = min(0.14, 0.8 / max(len(front), 1))
+    row = max(0.3, 0.06 * len(front))
+
+    def draw(axis: Axes, hints: Hints) -> None:
+        for entry in entries:
+            behind = entry.style == IN_BACKGROUND
+            shift = (
+                0.0 if behind else dodge * (front.index(entry) - (len(front) - 1) / 2)
+            )
+            values = (entry.values[c] for c in order)
+            axis.plot(
+                [np.nan if value is None else value for value in values],
+                np.arange(len(order)) + shift,
+                color=entry.style.colour.light,
+                marker=entry.style.marker,
+                markersize=5.5 if named else 2.5,
+                markeredgewidth=1 if behind else 0,
+                linestyle="none",
+                zorder=1.5 if behind else 2.5,
+            )
+        if named:
+            axis.set_yticks(
+                range(len(order)), [_with_count(names, counts, c) for c in order]
+            )
+        else:
+            axis.set_ylabel("class, by frequency rank")
+        axis.set_ylim(len(order) - 0.4, -0.6)
+        axis.set_xlim(-3, 103)
+        axis.set_xlabel("test accuracy, %")
+        if len(order) <= MAX_HINTS:
+            for place, c in enumerate(order):
+                texts = [
+                    f"{shown(entry.label)}: "
+                    + ("-" if (v := entry.values[c]) is None else f"{v:.1f} %")
+                    for entry in entries
+                ]
+                hint = "\n".join([shown(names[c]), *texts])
+                hints.add_row(axis, place - 0.5, 1, hint)
+
+    height = row * len(names) + 0.8 if named else 6.0
+    return Chart(
+        [Panel("", (WIDE, height), draw)],
+        _keys(entries, has_line=False, has_marker=True),
     )
-    figure = Figure((WIDTH_INCHES, height), layout="constrained")
-    axis = figure.subplots()
-
-    def across(label: str) -> list[float]:
-        return [np.nan if (v := values[label][c]) is None else v for c in order]
-
-    for number, label in enumerate(shown):
-        axis.plot(
-            across(label),
-            np.arange(len(order)) + dodge * (number - (len(shown) - 1) / 2),
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=6 if named else 3,
-            linestyle="none",
-            alpha=0.9,
-            label=in_picture(label),
-        )
-    for label, entry in zip(
-        [label for label in values if label in aside], _others(aside), strict=False
-    ):
-        axis.plot(
-            across(label),
-            range(len(order)),
-            color=GREY,
-            marker="|",
-            linestyle="none",
-            zorder=1,
-            label=entry,
-        )
-    if named:
-        axis.set_yticks(
-            range(len(order)), [_with_count(names, counts, c) for c in order]
-        )
-        axis.set_ylabel("class (training images)" if counts else "class")
-    else:
-        axis.set_ylabel("class, by frequency rank")
-    axis.set_ylim(len(order) - 0.4, -0.6)
-    axis.set_xlim(-3, 103)
-    axis.set_xlabel("test accuracy, %")
-    _legend_below(figure, [axis])
-    return figure
 
 
-@rc_context(STYLE)
 def heat_map(
     matrix: npt.NDArray[np.int64],
     *,
@@ -253,7 +278,7 @@ def heat_map(
     column_title: str,
     bar_title: str,
     share_of_row: bool = False,
-) -> Figure:
+) -> Chart:
     """Draw counts as colours, with their numbers if there is room.
 
     Parameters
@@ -265,182 +290,173 @@ def heat_map(
     row_title, column_title, bar_title : str
         Titles of rows, columns and the colour bar.
     share_of_row : bool
-        Colour by the percentage of the row instead of the logarithm of the count.
+        Show the percentage of the row instead of the count.
 
     Returns
     -------
-    Figure
+    Chart
     """
-    if share_of_row:
-        totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        shown = 100 * matrix / totals
-    else:
-        shown = np.log10(np.maximum(matrix, 0.5))
-    height = float(np.clip(0.26 * len(rows) + 1.6, 2.5, 7.5))
-    figure = Figure((WIDTH_INCHES, height), layout="constrained")
-    axis = figure.subplots()
-    axis.grid(visible=False)
-    image = axis.imshow(shown, cmap="cividis", aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-    bar.set_label(bar_title)
-    if not share_of_row:
-        ticks = [n for n in range(6) if 10**n <= max(int(matrix.max()), 1)]
-        bar.set_ticks(ticks, labels=[f"{10**n:,}" for n in ticks])
-    for names, title, which in (
-        (columns, column_title, axis.xaxis),
-        (rows, row_title, axis.yaxis),
-    ):
-        which.set_label_text(title)
-        if len(names) <= MAX_NAMES:
-            which.set_ticks(range(len(names)), [in_picture(name) for name in names])
-    if len(columns) <= MAX_NAMES:
-        axis.tick_params("x", rotation=60)
-    if matrix.size <= MAX_NUMBERED_CELLS:
-        middle = (shown.min() + shown.max()) / 2
+    percent = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    colour = percent if share_of_row else np.log10(np.maximum(matrix, 0.5))
+
+    def draw(axis: Axes, hints: Hints) -> None:
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        image = axis.imshow(
+            colour, cmap="cividis", aspect="auto", interpolation="nearest"
+        )
+        bar = axis.figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.set_label(bar_title)
+        if share_of_row:
+            bar.locator = MaxNLocator(5)
+        else:
+            ticks = [n for n in range(6) if 10**n <= max(int(matrix.max()), 1)]
+            bar.set_ticks(ticks, labels=[f"{10**n:,}" for n in ticks])
+        for names, title, which in (
+            (columns, column_title, axis.xaxis),
+            (rows, row_title, axis.yaxis),
+        ):
+            which.set_label_text(title)
+            if len(names) <= MAX_NAMES:
+                which.set_ticks(
+                    range(len(names)), [in_picture(n, MAX_TICK_NAME) for n in names]
+                )
+            else:
+                which.set_major_locator(MaxNLocator(6, integer=True))
+        if len(columns) <= MAX_NAMES:
+            axis.tick_params("x", rotation=60)
+        middle = (colour.min() + colour.max()) / 2
         for (row, column), count in np.ndenumerate(matrix):
-            axis.text(
-                column,
-                row,
-                f"{count}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="black" if shown[row, column] > middle else "white",
+            if matrix.size <= MAX_NUMBERED_CELLS:
+                axis.text(
+                    column,
+                    row,
+                    f"{percent[row, column]:.0f}" if share_of_row else f"{count}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=ON_LIGHT if colour[row, column] > middle else ON_DARK,
+                )
+            if matrix.size <= MAX_HINTS:
+                names = (
+                    f"{row_title} {shown(rows[row])}, "
+                    f"{column_title.partition(',')[0]} {shown(columns[column])}"
+                )
+                number = (
+                    f"{percent[row, column]:.1f} % ({count:,} images)"
+                    if share_of_row
+                    else f"{count:,} {bar_title}"
+                )
+                hints.add_cell(axis, column, row, f"{names}: {number}")
+
+    height = float(np.clip(0.26 * len(rows) + 1.6, 2.5, 7.5))
+    return Chart([Panel("", (WIDE, height), draw)])
+
+
+def bars_panel(
+    title: str, values: Mapping[str, float], colours: Mapping[str, Colour] | None = None
+) -> Panel:
+    """Return a panel of horizontal bars with their numbers.
+
+    Parameters
+    ----------
+    title : str
+        Title of the panel.
+    values : mapping of str to float
+        Name and length of each bar.
+    colours : mapping of str to Colour, or None
+        Colour of each bar; grey if it has none.
+
+    Returns
+    -------
+    Panel
+    """
+    known = colours or {}
+
+    def draw(axis: Axes, hints: Hints) -> None:
+        places = range(len(values))
+        drawn = axis.barh(
+            places,
+            list(values.values()),
+            height=0.62,
+            color=[known.get(name, MUTED).light for name in values],
+        )
+        for bar, (name, value) in zip(drawn, values.items(), strict=True):
+            hints.add(bar, f"{shown(name)}: {value:,.4g}")
+        axis.set_yticks(places, [in_picture(name, MAX_TICK_NAME) for name in values])
+        axis.tick_params("y", length=0)
+        axis.bar_label(drawn, fmt="{:,.3g}", fontsize=8, padding=3)
+        axis.margins(x=0.18)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.grid(visible=False, axis="y")
+        axis.set_ylim(len(values) - 0.4, -0.6)
+
+    return Panel(title, (NARROW, _row_inches(len(values))), draw)
+
+
+def estimates_panel(
+    title: str, estimates: Sequence[Estimate], reference: float | None = None
+) -> Panel:
+    """Return a panel with a row for each estimate: values, mean and interval.
+
+    Parameters
+    ----------
+    title : str
+        Title of the panel.
+    estimates : sequence of Estimate
+        The rows, the first on top.
+    reference : float or None
+        Place of a vertical line.
+
+    Returns
+    -------
+    Panel
+    """
+
+    def draw(axis: Axes, hints: Hints) -> None:
+        if reference is not None:
+            axis.axvline(reference, color=INK.light, linewidth=0.9)
+        for row, estimate in enumerate(estimates):
+            colour = estimate.style.colour.light
+            if estimate.interval is not None:
+                axis.plot(estimate.interval, (row, row), color=colour, linewidth=2)
+            axis.plot(
+                estimate.values,
+                [row + 0.28] * len(estimate.values),
+                color=colour,
+                marker="|",
+                markersize=4.5,
+                linestyle="none",
             )
-    return figure
+            axis.plot(
+                estimate.mean,
+                row,
+                color=colour,
+                # The background's marker, a tick, stands for single values here.
+                marker="o"
+                if estimate.style == IN_BACKGROUND
+                else estimate.style.marker,
+                markersize=6.5,
+                markeredgecolor=SURFACE.light,
+            )
+            text = f"{shown(estimate.label)}: {estimate.mean:.1f}"
+            if estimate.interval is not None:
+                low, high = estimate.interval
+                text += f" [{low:.1f}, {high:.1f}]"
+            hints.add_row(axis, row - 0.5, 1, text)
+        axis.set_yticks(
+            range(len(estimates)),
+            [in_picture(estimate.label, MAX_TICK_NAME) for estimate in estimates],
+        )
+        axis.tick_params("y", length=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.margins(x=0.08)
+        axis.set_ylim(len(estimates) - 0.4, -0.6)
+
+    return Panel(title, (NARROW, _row_inches(len(estimates))), draw)
 
 
-def principal_plane(
-    features: npt.NDArray[np.float64], text_features: npt.NDArray[np.float64] | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
-    """Project unit features and unit prototypes on their principal plane.
-
-    The plane is spanned by the first two principal components of features and
-    prototypes together, after each of the two sets is centred at 0. Features are far
-    from all prototypes; without centring the plane would show only this distance.
-
-    Parameters
-    ----------
-    features : ndarray, shape [C, m, d]
-        Federated features.
-    text_features : ndarray or None, shape [C, d]
-        Prototypes.
-
-    Returns
-    -------
-    ndarray, shape [C, m, 2]
-        Features in the plane.
-    ndarray or None, shape [C, 2]
-        Prototypes in the plane.
-    """
-
-    def centred(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-        unit = vectors / np.maximum(lengths, 1e-12)
-        return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
-
-    points = centred(features)
-    # The class means determine the plane. Otherwise the noise within classes, which
-    # fills all dimensions, would determine it.
-    kinds = [points.mean(axis=1)]
-    prototypes = None if text_features is None else centred(text_features)
-    if prototypes is not None:
-        kinds.append(prototypes)
-    scaled = [kind / max(np.linalg.norm(kind), 1e-12) for kind in kinds]
-    _, _, directions = np.linalg.svd(np.concatenate(scaled), full_matrices=False)
-    # A single class or dimension gives only a line.
-    plane = np.zeros((directions.shape[1], 2))
-    plane[:, : min(2, len(directions))] = directions[:2].T
-    return points @ plane, None if prototypes is None else prototypes @ plane
-
-
-@rc_context(STYLE)
-def clouds(
-    features: npt.NDArray[np.float64],
-    text_features: npt.NDArray[np.float64] | None,
-    names: Sequence[str],
-    counts: Sequence[int] | None,
-) -> Figure:
-    """Draw federated features and text prototypes in two dimensions.
-
-    Parameters
-    ----------
-    features : ndarray, shape [C, m, d]
-        Federated features.
-    text_features : ndarray or None, shape [C, d]
-        Prototypes.
-    names : sequence of str
-        Class names.
-    counts : sequence of int or None
-        Training images of each class, if known. With many classes, `MAX_CLOUDS`
-        classes are drawn, evenly over the frequencies.
-
-    Returns
-    -------
-    Figure
-    """
-    points, prototypes = principal_plane(features, text_features)
-    order = by_frequency(counts, len(names))
-    places = np.linspace(0, len(order) - 1, min(MAX_CLOUDS, len(order)))
-    titles = ["federated features", "means of their classes, enlarged"]
-    if prototypes is not None:
-        titles.append("text prototypes, same plane")
-    figure = Figure((WIDTH_INCHES, 2.9 * len(titles) + 0.6), layout="constrained")
-    axes = figure.subplots(len(titles), 1)
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.locator_params(nbins=6)
-    for number, place in enumerate(places):
-        c = order[round(place)]
-        style = {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": "none",
-        }
-        large = {"markersize": 9, "markeredgecolor": "black", **style}
-        axes[0].plot(*points[c].T, markersize=2.5, alpha=0.5, **style)
-        label = _with_count(names, counts, c)
-        axes[1].plot(*points[c].mean(axis=0), label=label, **large)
-        if prototypes is not None:
-            axes[2].plot(*prototypes[c], **large)
-    _legend_below(figure, [axes[1]])
-    return figure
-
-
-@rc_context(STYLE)
-def bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw horizontal bars with their numbers, one panel above the other.
-
-    Parameters
-    ----------
-    panels : mapping of str to mapping of str to float
-        Title of each panel's axis; name and length of its bars.
-
-    Returns
-    -------
-    Figure
-    """
-    lengths = [len(panel) + 2 for panel in panels.values()]
-    figure = Figure((WIDTH_INCHES, 0.26 * sum(lengths) + 0.3), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lengths)[:, 0]
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        places = range(len(panel))
-        drawn = axis.barh(places, list(panel.values()), color=COLOURS[0])
-        axis.set_yticks(places, [in_picture(name) for name in panel])
-        axis.bar_label(drawn, fmt=" {:,.3g}", fontsize=8)
-        axis.margins(x=0.15)
-        axis.set_ylim(len(panel) - 0.4, -0.6)
-        axis.set_xlabel(title)
-    return figure
-
-
-def _legend_inches(entries: int) -> float:
-    """Return the height in inches of a legend with two columns."""
-    return 0.2 * -(-entries // 2)
-
-
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        columns = 2 if len(handles) > 1 else 1
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+def _row_inches(rows: int) -> float:
+    return 0.26 * rows + 0.75

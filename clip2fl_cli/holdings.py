@@ -54,7 +54,8 @@ class Holdings:
         """
         from matplotlib import rc_context
 
-        from clip2fl_cli.figures import STYLE, heat_map
+        from clip2fl_cli.charts import STYLE
+        from clip2fl_cli.figures import heat_map
 
         order = np.argsort(-self.counts.sum(axis=0), kind="stable")
         figure = heat_map(
@@ -64,7 +65,7 @@ class Holdings:
             row_title="client",
             column_title="class, most frequent first",
             bar_title="training images",
-        )
+        ).figure()
         drawn = io.BytesIO()
         try:
             with rc_context(STYLE):

@@ -1,6 +1,10 @@
-"""One self-contained HTML page of sections, with its figures in separate files too."""
+"""One self-contained HTML page of sections, with its figures in separate files too.
 
-import base64
+The page has no script: its content security policy forbids all. Values appear on hover
+by SVG's ``title``, and all of them are in tables. Text from a foreign run passes two
+guards: `shown` disables characters that reverse text, and Jinja escapes markup.
+"""
+
 import io
 import json
 import os
@@ -10,10 +14,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from clip2fl_cli.figures import STYLE
+from clip2fl_cli import colours
+from clip2fl_cli.charts import STYLE, Chart
+from clip2fl_cli.inline_svg import inline
 from clip2fl_cli.output import OutputFolder
 from clip2fl_common.shown import shown
 
@@ -27,7 +33,7 @@ class Picture:
 
     name: str
     alt: str
-    figure: Figure
+    chart: Chart
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,34 @@ class Cell:
         if value is None:
             return cls("-")
         return cls(f"{value:,.{digits}f}", json.dumps(value))
+
+
+@dataclass(frozen=True)
+class Number:
+    """One of the large numbers on top: its value, unit and meaning."""
+
+    cell: Cell
+    unit: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The result in words and a few numbers.
+
+    Attributes
+    ----------
+    sentence : str
+        The result.
+    numbers : sequence of Number
+        The numbers in it.
+    warning : str
+        A problem that the reader must know, or "".
+    """
+
+    sentence: str
+    numbers: Sequence[Number]
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,8 +136,23 @@ class Section:
     tables: Sequence[Table] = ()
 
 
+# Shapes of `colours.MARKERS` around the point (14, 5), for legends.
+_MARKER_PATHS = {
+    "o": "M10.5 5a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
+    "s": "M11 2h6v6h-6z",
+    "D": "M14 1l4 4-4 4-4-4z",
+    "^": "M14 1l4 7.5h-8z",
+    "v": "M14 9l4-7.5h-8z",
+    "|": "M13 1h2v8h-2z",
+}
+
+
 def write_page(
-    folder: Path, title: str, lead: str, sections: Sequence[Section]
+    folder: Path,
+    title: str,
+    headline: Headline,
+    lead: str,
+    sections: Sequence[Section],
 ) -> Path:
     """Write ``report.html`` and, in ``figures``, each picture as PNG and SVG.
 
@@ -111,8 +160,12 @@ def write_page(
     ----------
     folder : Path
         Folder of the files; an earlier report in it is replaced.
-    title, lead : str
-        Heading, and the line below it.
+    title : str
+        Heading.
+    headline : Headline
+        The result, on top.
+    lead : str
+        The line below it.
     sections : sequence of Section
         Sections in the order of the page.
 
@@ -123,31 +176,67 @@ def write_page(
     """
     # All figures are drawn before any file is written.
     pictures: dict[str, bytes] = {}
-    images = {}
+    panels: dict[str, list[Markup]] = {}
     for picture in (p for section in sections for p in section.pictures):
-        svg, png = io.BytesIO(), io.BytesIO()
+        pictures |= _files(picture)
         with rc_context(STYLE):
-            # Without a date and random ids, the same run gives the same bytes.
-            picture.figure.savefig(svg, format="svg", metadata={"Date": None})
-            # After the first layout, all parts keep their places.
-            picture.figure.set_layout_engine("none")
-            picture.figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH)
-        pictures[f"{picture.name}.svg"] = svg.getvalue()
-        pictures[f"{picture.name}.png"] = png.getvalue()
-        encoded = base64.b64encode(svg.getvalue()).decode("ascii")
-        images[picture.name] = f"data:image/svg+xml;base64,{encoded}"
+            panels[picture.name] = [
+                inline(
+                    part.figure,
+                    part.hints,
+                    f"{picture.name}-{number}",
+                    shown(part.title or picture.alt),
+                )
+                for number, part in enumerate(picture.chart.parts())
+            ]
     environment = Environment(
         loader=PackageLoader("clip2fl_cli"),
         autoescape=True,
         undefined=StrictUndefined,
-        # Escaping disables markup; this disables characters that reverse text.
-        finalize=lambda value: shown(value) if isinstance(value, str) else value,
+        finalize=_printable,
     )
     html = environment.get_template("report.html.j2").render(
-        title=title, lead=lead, sections=sections, images=images
+        title=title,
+        headline=headline,
+        sentence=_unbroken(headline.sentence),
+        lead=lead,
+        sections=sections,
+        panels=panels,
+        light=Markup(colours.css(dark=False)),
+        dark=Markup(colours.css(dark=True)),
+        variable_of={c: f"var(--{n})" for n, c in colours.VARIABLES.items()},
+        marker_paths=_MARKER_PATHS,
     )
     with OutputFolder.open(folder) as place, place.subfolder("figures") as figures:
         for name, content in pictures.items():
             figures.write(name, content)
         place.write(PAGE_FILE, f"{html}\n".encode())
     return folder / PAGE_FILE
+
+
+def _files(picture: Picture) -> dict[str, bytes]:
+    """Return a picture as SVG and PNG, by file name."""
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure = picture.chart.figure()
+    with rc_context(STYLE):
+        # Without a date and random ids, the same run gives the same bytes.
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        # After the first layout, all parts keep their places.
+        figure.set_layout_engine("none")
+        figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH)
+    return {
+        f"{picture.name}.svg": svg.getvalue(),
+        f"{picture.name}.png": png.getvalue(),
+    }
+
+
+def _unbroken(sentence: str) -> Markup:
+    """Return text as HTML in which numbers and their percent signs stay together."""
+    return Markup(str(escape(shown(sentence))).replace(" %", "&nbsp;%"))
+
+
+def _printable(value: object) -> object:
+    """Disable characters that reverse text; escaping disables markup only."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return shown(value)
+    return value

@@ -1,38 +1,35 @@
-"""The report of a run or a comparison: its sections, figures and tables."""
+"""The report of a run: its sections, figures and tables."""
 
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from clip2fl_cli import figures
+from clip2fl_cli.charts import Chart
+from clip2fl_cli.colours import Style, styles
+from clip2fl_cli.headline import run_headline
 from clip2fl_cli.page import (
-    PAGE_FILE,
     Cell,
     Picture,
     Section,
     Table,
-    TableRow,
     write_page,
 )
 from clip2fl_cli.run_schema import Images
-from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun, refuse_other_classes
+from clip2fl_cli.runs import FinishedRun, refuse_other_classes
 from clip2fl_cli.sections import (
+    OWN_KEYS,
     Line,
     accuracy_section,
     classes_section,
     clients_section,
     confusion_section,
     features_section,
+    groups_text,
     losses_section,
-)
-from clip2fl_cli.summary import (
-    Failure,
-    Row,
-    failed_runs,
-    summarise,
-    teachers,
-    tested_on,
+    part_text,
+    rounds_of,
+    teacher_text,
 )
 from clip2fl_cli.tables import (
     COLUMNS,
@@ -43,11 +40,12 @@ from clip2fl_cli.tables import (
     loss_values,
     mean_bytes,
     rounds_table,
-    runs_table,
-    spread_cell,
+    row_of,
     teacher_rows,
     text_table,
 )
+from clip2fl_cli.wording import head_title, method_title
+from clip2fl_common.config import defaults
 
 
 def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Path:
@@ -72,115 +70,68 @@ def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Pa
     OutputError
         If the report cannot be written.
     """
-    lines = [Line(f"{head} head", head, [run]) for head in run.heads]
-    others = []
+    method = method_title(run.config["method"])
+    compared = {"run": run.config["method"]}
     if against is not None:
         refuse_other_classes([run, against])
-        others = [Line(f"run {against.name}", against.heads[0], [against])]
+        compared["baseline"] = against.config["method"]
+    style_of = styles(compared)
+    lines = [
+        Line(f"{method}, {head_title(head)}", head, [run], style_of["run"].of_head(n))
+        for n, head in enumerate(run.heads)
+    ]
+    if against is not None:
+        label = f"baseline {method_title(against.config['method'])}"
+        lines.append(
+            Line(label, against.heads[0], [against], style_of["baseline"].of_head(0))
+        )
+    losses = {method: [run]}
     sections = [
-        _run_results(run),
+        _run_results(run, against),
         accuracy_section(lines, rounds_table(run, accuracy_values, "accuracy-rounds")),
-        classes_section([*lines, *others]),
+        classes_section(lines),
         clients_section(run),
         features_section(run),
-        losses_section({"": [run]}, [rounds_table(run, loss_values, "losses-rounds")]),
-        _run_costs(run),
+        losses_section(
+            losses,
+            [rounds_table(run, loss_values, "losses-rounds")],
+            {method: style_of["run"].of_head(0)},
+        ),
+        _run_costs(run, style_of["run"]),
         confusion_section(run),
         _configuration(run),
     ]
-    config = run.config
     lead = (
-        f"{config['method']} on {config['dataset.name']}, seed {run.seed}, "
-        f"{len(run.rounds)} rounds; {_teacher_text([run])}."
+        f"{len(run.rounds)} rounds, seed {run.seed}; {teacher_text([run])}. "
+        f"Folder: {run.name}."
     )
-    return write_page(run.folder, f"Run {run.name}", lead, sections)
+    title = f"{method} on {run.config['dataset.name']}"
+    return write_page(run.folder, title, run_headline(run, against), lead, sections)
 
 
-def write_comparison_report(
-    folder: Path,
-    name: str,
-    runs: Mapping[str, Sequence[FinishedRun]],
-    baseline: str,
-    failures: Sequence[Failure] = (),
-) -> Path:
-    """Write a comparison's ``report.html`` and figures into its folder.
-
-    Parameters
-    ----------
-    folder : Path
-        The comparison's folder, in which the runs' folders lie.
-    name : str
-        Name of the comparison.
-    runs : mapping of str to sequence of FinishedRun
-        Each variant's runs, at least one.
-    baseline : str
-        The variant with which the others are compared.
-    failures : sequence of Failure
-        Runs that did not complete.
-
-    Returns
-    -------
-    Path
-        Path of the page.
-
-    Raises
-    ------
-    RunError
-        If runs cannot be compared, or a file of a run is damaged.
-    OutputError
-        If the report cannot be written.
-    """
-    rows = summarise(runs, baseline)
-    lines = [Line(variant, group[0].heads[0], group) for variant, group in runs.items()]
-    best = runs[
-        max((row for row in rows if row.delivered), key=_balanced_mean).variant
-    ][0]
-    every = [run for group in runs.values() for run in group]
-    aside = _aside(rows, baseline)
-    sections = [
-        _comparison_results(rows, runs, baseline, failures),
-        accuracy_section(lines, runs_table(runs), aside),
-        classes_section(lines, aside),
-        clients_section(best),
-        features_section(best),
-        losses_section(runs, [], aside),
-        _comparison_costs(runs),
-        confusion_section(best),
-        _comparison_configuration(runs),
-        _links(runs),
-    ]
-    lead = (
-        f"{len(every)} runs of {len(runs)} variants; {_teacher_text(every)}. Single "
-        f"runs below are {best.name}'s, the first of the variant with the best "
-        "balanced accuracy."
-    )
-    if failures:
-        lead += f" {len(failures)} runs failed; the table of results names them."
-    return write_page(folder, f"Comparison {name}", lead, sections)
-
-
-def _run_results(run: FinishedRun) -> Section:
+def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
+    header = ["classifier", *TITLES]
     rows = []
+
+    def add(name: str, accuracy: Mapping[str, float | None], marked: bool) -> None:
+        cells = {"classifier": Cell(name), **accuracy_cells(accuracy)}
+        rows.append(row_of(header, cells, marked))
+
     for head in run.heads:
-        final = run.final(head)
-        name = f"{run.config['method']}, {head} head"
-        delivered = head == run.heads[0]
-        rows.append(
-            TableRow(
-                [Cell(name), Cell("last round"), *accuracy_cells(final)],
-                marked=delivered,
-            )
-        )
-        means = {column: run.last(head, column) for column in COLUMNS}
-        rows.append(
-            TableRow([Cell(name), Cell(f"last {LAST_ROUNDS}"), *accuracy_cells(means)])
-        )
+        name = head_title(head)
+        add(f"{name}, last round", run.final(head), head == run.heads[0])
+        if len(run.evaluated) > 1:
+            means = {column: run.last(head, column) for column in COLUMNS}
+            add(f"{name}, mean of {rounds_of([run])}", means, False)
         if run.images is Images.HELD_OUT:
-            whole = accuracy_cells(run.on(Images.ALL).final(head))
-            rows.append(TableRow([Cell(name), Cell("last round, all images"), *whole]))
-    rows += teacher_rows({"": [run]}, 1)
+            whole = run.on(Images.ALL).final(head)
+            add(f"{name}, last round, all test images", whole, False)
+    if against is not None:
+        name = f"baseline {method_title(against.config['method'])}, last round"
+        add(name, against.final(against.heads[0]), False)
+    rows += teacher_rows({"": [run]}, header)
     table = Table(
-        "results",
+        "results-table",
         (
             f"Accuracy in percent on {run.facts['test_images']:,} test images; bold: "
             "what the run delivers, on all of them."
@@ -188,10 +139,10 @@ def _run_results(run: FinishedRun) -> Section:
             else "Accuracy in percent on the sites' validation images, mean over the "
             "sites that hold a class; bold: what the run delivers."
         ),
-        ["", "rounds", *TITLES],
+        header,
         rows,
     )
-    text = " ".join([*_part_text(run), _groups_text(run), *_privacy_text(run)])
+    text = " ".join([*part_text(run), groups_text(run), *_privacy_text(run)])
     return Section("results", "Results", text, tables=[table])
 
 
@@ -210,64 +161,7 @@ def _privacy_text(run: FinishedRun) -> list[str]:
     ]
 
 
-def _comparison_results(
-    rows: Sequence[Row],
-    runs: Mapping[str, Sequence[FinishedRun]],
-    baseline: str,
-    failures: Sequence[Failure],
-) -> Section:
-    beside = ["balanced, all images"] if rows[0].all_images else []
-    body = [
-        TableRow(
-            [
-                Cell(row.variant),
-                Cell(row.head),
-                Cell("-" if row.difference is None else str(row.difference)),
-                *(spread_cell(row.columns[column]) for column in COLUMNS),
-                *(spread_cell(row.all_images) for _ in beside),
-                Cell(", ".join(map(str, row.seeds))),
-            ],
-            marked=row.delivered,
-        )
-        for row in rows
-    ]
-    unknown = [Cell("-")] * (len(TITLES) + len(beside) + 2)
-    body += [
-        TableRow([Cell(variant), *unknown, Cell(failed)])
-        for variant, failed in failed_runs(failures).items()
-    ]
-    table = Table(
-        "results",
-        f"Accuracy in percent, mean of the last {LAST_ROUNDS} rounds ± standard "
-        f"deviation over seeds. Difference: to what {baseline} delivers, in balanced "
-        "accuracy, seed by seed, with its 95 % confidence interval. Bold: what is "
-        "delivered.",
-        ["variant", "head", "difference", *TITLES, *beside, "seeds"],
-        [*body, *teacher_rows(runs, 2, len(beside) + 1)],
-    )
-    first = next(iter(runs.values()))[0]
-    text = " ".join([*_part_text(first), _groups_text(first)])
-    return Section("results", "Results", text, tables=[table])
-
-
-def _aside(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Return the variants that figures show in grey, if there are too many.
-
-    The baseline gets a colour first, then variants with more seeds, then with higher
-    accuracy.
-    """
-    delivered = sorted(
-        (row for row in rows if row.delivered),
-        key=lambda row: (
-            row.variant != baseline,
-            -len(row.seeds),
-            -_balanced_mean(row),
-        ),
-    )
-    return [row.variant for row in delivered[figures.MAX_COLOURED :]]
-
-
-def _run_costs(run: FinishedRun) -> Section:
+def _run_costs(run: FinishedRun, style: Style) -> Section:
     phases = run.phases()
     wall = {n: s for n, s in phases.items() if not n.startswith("clients-")}
     own = {
@@ -281,9 +175,9 @@ def _run_costs(run: FinishedRun) -> Section:
         "class gradients in it": mean_bytes([run], "class_gradients"),
     }
     shown = {
-        "seconds of the run, by phase": wall,
-        "seconds of all clients, added up": own,
-        "megabytes a round": {n: v / 1e6 for n, v in traffic.items()},
+        "Seconds of the run, by phase": wall,
+        "Seconds of all clients, added up": own,
+        "Megabytes a round": {n: v / 1e6 for n, v in traffic.items()},
     }
     picture = Picture(
         "costs",
@@ -292,7 +186,15 @@ def _run_costs(run: FinishedRun) -> Section:
             f"{title}: " + ", ".join(f"{n} {v:,.3g}" for n, v in panel.items())
             for title, panel in shown.items()
         ),
-        figures.bars(shown),
+        Chart(
+            [
+                figures.bars_panel(
+                    title, panel, dict.fromkeys(panel, style.of_head(0).colour)
+                )
+                for title, panel in shown.items()
+            ],
+            columns=2,
+        ),
     )
     text = (
         f"The run took {run.wall_seconds() / 60:,.1f} minutes. Clients work side by "
@@ -302,143 +204,40 @@ def _run_costs(run: FinishedRun) -> Section:
     return Section("costs", "Seconds and bytes", text, [picture], [table])
 
 
-def _comparison_costs(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    minutes = {
-        variant: statistics.fmean(run.wall_seconds() / 60 for run in group)
-        for variant, group in runs.items()
-    }
-    shown = {
-        "minutes a run": minutes,
-        "megabytes up a round": {
-            variant: mean_bytes(group, "up") / 1e6 for variant, group in runs.items()
-        },
-    }
-    phases = list(
-        dict.fromkeys(
-            phase for group in runs.values() for run in group for phase in run.phases()
-        )
-    )
-    table = Table(
-        "costs-phases",
-        "Numbers: seconds of a run by phase (clients-...: all clients, added up)",
-        ["variant", *phases],
-        [
-            TableRow(
-                [
-                    Cell(variant),
-                    *(
-                        Cell.number(
-                            statistics.fmean(r.phases().get(phase, 0.0) for r in group)
-                        )
-                        for phase in phases
-                    ),
-                ]
-            )
-            for variant, group in runs.items()
-        ],
-        folded=True,
-    )
-    alt = "; ".join(
-        f"{variant} {value:.1f} minutes" for variant, value in minutes.items()
-    )
-    picture = Picture("costs", f"Minutes a run: {alt}.", figures.bars(shown))
-    text = "Minutes are not comparable where other work shared the machine."
-    return Section("costs", "Seconds and bytes", text, [picture], [table])
-
-
 def _configuration(run: FinishedRun) -> Section:
     facts = [
         *((f"version of {name}", v) for name, v in run.facts["versions"].items()),
         ("client code", run.facts["code"]),
     ]
+    usual = {key: json.dumps(value) for key, value in defaults().items()}
     rows = [(key, json.dumps(value)) for key, value in run.config.items()]
+    changed = [
+        (key, value, usual.get(key, "-"))
+        for key, value in rows
+        if key not in OWN_KEYS and usual.get(key) != value
+    ]
     return Section(
         "configuration",
         "Configuration",
-        "Every key as the run resolved it; a run with the same gives the same numbers.",
+        "A run with the same keys and versions gives the same numbers.",
         tables=[
-            text_table("configuration-table", "Keys", ["key", "value"], rows),
-            text_table("versions-table", "Versions", ["what", "which"], facts),
+            text_table(
+                "changed-table",
+                "Keys that differ from the defaults"
+                if changed
+                else "No key differs from its default",
+                ["key", "value", "default"],
+                changed,
+            ),
+            text_table(
+                "configuration-table",
+                f"All {len(rows)} keys as the run resolved them",
+                ["key", "value"],
+                rows,
+                folded=True,
+            ),
+            text_table(
+                "versions-table", "Versions", ["what", "which"], facts, folded=True
+            ),
         ],
     )
-
-
-def _comparison_configuration(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    configs = {
-        variant: {
-            key: json.dumps(value)
-            for key, value in group[0].config.items()
-            if key not in ("run.dir", "run.name", "seed")
-        }
-        for variant, group in runs.items()
-    }
-    keys = sorted({key for config in configs.values() for key in config})
-    found = {key: [c.get(key, "-") for c in configs.values()] for key in keys}
-    differing = [key for key in keys if len(set(found[key])) > 1]
-    tables = [
-        text_table(
-            "differences-table",
-            "Keys in which variants differ",
-            ["variant", *differing],
-            [
-                (variant, *(config.get(key, "-") for key in differing))
-                for variant, config in configs.items()
-            ],
-        ),
-        text_table(
-            "configuration-table",
-            "Keys that all share",
-            ["key", "value"],
-            [(key, found[key][0]) for key in keys if key not in differing],
-        ),
-    ]
-    return Section("configuration", "Configuration", "", tables=tables)
-
-
-def _links(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
-    rows = [
-        TableRow(
-            [
-                Cell(variant),
-                Cell(str(run.seed)),
-                Cell.file(run.name, Path(run.folder.name, PAGE_FILE)),
-            ]
-        )
-        for variant, group in runs.items()
-        for run in group
-    ]
-    table = Table(
-        "runs-table", "Reports of single runs", ["variant", "seed", "run"], rows
-    )
-    return Section("runs", "Runs", "", tables=[table])
-
-
-def _groups_text(run: FinishedRun) -> str:
-    groups = run.facts["shot_groups"]
-    named = "; ".join(
-        f"{title}: {', '.join(run.class_names[c] for c in groups[title][:10])}"
-        + (f" and {len(groups[title]) - 10} more" if len(groups[title]) > 10 else "")
-        for title in ("many", "medium", "few")
-    )
-    rule = {
-        "count": "more than 100, 20 to 100, fewer than 20 training images",
-        "rank": "30/40/30 % of the classes by frequency",
-        "listed": "30/40/30 % of the classes in the order of dataset.class-names",
-    }[groups["rule"]]
-    return f"Many-, medium- and few-shot classes ({rule}): {named}."
-
-
-def _part_text(run: FinishedRun) -> list[str]:
-    """Return a sentence about the test images, if they are a part of all."""
-    return [] if run.whole is None else [f"Accuracy on {tested_on(run)}."]
-
-
-def _teacher_text(runs: Sequence[FinishedRun]) -> str:
-    names = list(teachers({"": runs}))
-    return f"teacher {', '.join(names)}" if names else "no teacher"
-
-
-def _balanced_mean(row: Row) -> float:
-    balanced = row.columns["balanced"]
-    assert balanced is not None, "balanced accuracy has no holes"
-    return balanced.mean

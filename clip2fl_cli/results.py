@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip2fl_cli.comparison import Comparison
+from clip2fl_cli.comparison_report import write_comparison_report
 from clip2fl_cli.comparison_table import (
     MAX_SUMMARY_BYTES,
     Compared,
@@ -15,7 +16,7 @@ from clip2fl_cli.comparison_table import (
     rounds_csv,
 )
 from clip2fl_cli.output import OutputFolder
-from clip2fl_cli.report import write_comparison_report, write_run_report
+from clip2fl_cli.report import write_run_report
 from clip2fl_cli.run_schema import Images, Summary
 from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun, chosen_images
 from clip2fl_cli.summary import (

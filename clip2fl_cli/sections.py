@@ -1,19 +1,32 @@
 """Sections of a report that show a figure, with its numbers in a table below."""
 
+import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clip2fl_cli import figures
-from clip2fl_cli.figures import Curve
+from clip2fl_cli import feature_plane, figures
+from clip2fl_cli.colours import IN_BACKGROUND, TEACHER, Style
+from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
-from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
-from clip2fl_cli.tables import COLUMNS, LOSSES, matrix_tables
+from clip2fl_cli.runs import FinishedRun
+from clip2fl_cli.summary import teachers, tested_on
+from clip2fl_cli.tables import LOSSES, matrix_tables
+from clip2fl_cli.wording import head_title, last_rounds, method_title
 
+# Panels of the figure of accuracy.
+PANELS = {
+    "balanced": "Balanced accuracy, %",
+    "many": "Many-shot classes, %",
+    "medium": "Medium-shot classes, %",
+    "few": "Few-shot classes, %",
+}
+# Keys that every run has to itself.
+OWN_KEYS = ("run.dir", "run.name")
 UNTOLD = "Sites do not report their number of images by class."
 
 
@@ -29,11 +42,14 @@ class Line:
         Name of the classifier in the runs.
     runs : sequence of FinishedRun
         The runs, at least one.
+    style : Style
+        Colour and dashes in all figures.
     """
 
     label: str
     head: str
     runs: Sequence[FinishedRun]
+    style: Style
 
     def per_class(self) -> list[float | None]:
         """Return per-class accuracy, mean of the last rounds and all seeds."""
@@ -46,30 +62,54 @@ class Line:
         return statistics.fmean(value for value in values if value is not None)
 
 
-def accuracy_section(
-    lines: Sequence[Line], table: Table, aside: Collection[str] = ()
-) -> Section:
-    """Return the section of accuracy over the rounds; ``aside`` is drawn in grey."""
-    panels = {
-        f"{title}, %": [
-            Curve(line.label, _over_rounds(line.runs, _accuracy_of(line.head, column)))
+def accuracy_section(lines: Sequence[Line], table: Table) -> Section:
+    """Return the section of accuracy over the rounds."""
+    known = teachers({line.label: line.runs for line in lines})
+    panels = {}
+    for column, title in PANELS.items():
+        curves = [
+            Curve(
+                line.label,
+                _over_rounds(line.runs, _accuracy_of(line.head, column)),
+                line.style,
+            )
             for line in lines
         ]
-        for column, title in COLUMNS.items()
-        if column != "top1"
-    }
+        if all(np.isnan(curve.mean).all() for curve in curves):
+            continue  # a group without classes
+        rounds = max(curve.values.shape[1] for curve in curves)
+        curves += [
+            Curve(f"teacher {name}", np.full((1, rounds), accuracy[column]), TEACHER)
+            for name, accuracy in known.items()
+            if accuracy[column] is not None
+        ]
+        panels[title] = curves
+    highest = max(
+        float(np.nanmax(curve.values))
+        for curves in panels.values()
+        for curve in curves
+        if not np.isnan(curve.values).all()
+    )
     last = "; ".join(f"{line.label} {line.balanced():.1f} %" for line in lines)
     picture = Picture(
         "accuracy",
-        f"Balanced, many-, medium- and few-shot accuracy over the rounds. Balanced, "
-        f"mean of the last {LAST_ROUNDS}: {last}.",
-        figures.over_rounds(panels, aside),
+        "Balanced, many-, medium- and few-shot accuracy over the rounds, on the same "
+        f"scale. Balanced, mean of {rounds_of(lines[0].runs)}: {last}.",
+        figures.over_rounds(
+            panels, top=min(100.0, 10 * math.ceil(highest / 10 + 0.2)), form=".1f"
+        ),
     )
+    aside = [line.label for line in lines if line.style == IN_BACKGROUND]
     text = f"In grey, here and below: {', '.join(aside)}." if aside else ""
     return Section("accuracy", "Accuracy over rounds", text, [picture], [table])
 
 
-def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Section:
+def rounds_of(runs: Sequence[FinishedRun]) -> str:
+    """Return which rounds the mean of the last rounds covers, in words."""
+    return last_rounds(min(len(run.evaluated) for run in runs))
+
+
+def classes_section(lines: Sequence[Line]) -> Section:
     """Return the section of per-class accuracy, for the classes of the first run."""
     run = lines[0].runs[0]
     counts = run.train_counts
@@ -78,7 +118,11 @@ def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Secti
         "classes",
         "Accuracy of each class, the most frequent on top; the table below has the "
         "numbers.",
-        figures.by_class(values, run.class_names, counts, aside),
+        figures.by_class(
+            [Points(line.label, values[line.label], line.style) for line in lines],
+            run.class_names,
+            counts,
+        ),
     )
     rows = [
         TableRow(
@@ -92,14 +136,17 @@ def classes_section(lines: Sequence[Line], aside: Collection[str] = ()) -> Secti
     ]
     table = Table(
         "classes-table",
-        f"Numbers: mean of the last {LAST_ROUNDS} rounds",
+        f"Numbers: mean of {rounds_of(lines[0].runs)}",
         ["class", "training images", *values],
         rows,
         folded=True,
     )
-    text = "The most frequent class is on top."
+    text = f"Mean of {rounds_of(lines[0].runs)}. The most frequent class is on top."
     if counts is None:
-        text = f"In the order of dataset.class-names. {UNTOLD}"
+        text = (
+            f"Mean of {rounds_of(lines[0].runs)}, in the order of dataset.class-names. "
+            f"{UNTOLD}"
+        )
     return Section("classes", "Classes by frequency", text, [picture], [table])
 
 
@@ -129,7 +176,10 @@ def clients_section(run: FinishedRun) -> Section:
         "training images by client and class",
         ["client", *(run.class_names[c] for c in run.by_frequency)],
         names,
-        held[:, run.by_frequency],
+        [
+            [Cell.number(int(n), 0) for n in row]
+            for row in held[:, run.by_frequency].tolist()
+        ],
     )
     return Section("clients", title, "", [picture], tables)
 
@@ -139,35 +189,50 @@ def features_section(run: FinishedRun) -> Section:
     title = "Federated features and text prototypes"
     if "features" not in run.artifacts:
         return _absent(
-            "features", title, f"{run.config['method']} has no federated features."
+            "features",
+            title,
+            f"{method_title(run.config['method'])} has no federated features.",
         )
     features = run.artifacts["features"].double().numpy()
     text_features = run.artifacts.get("text_features")
+    groups = run.facts["shot_groups"]
     picture = Picture(
         "features",
-        "Federated features of each class as a cloud around their mean, projected on "
-        "a plane, and the text prototypes of the classes on the same plane.",
-        figures.clouds(
+        "The mean of each class's federated features, with single features as small "
+        "points, projected on a plane"
+        + (
+            "; and the text prototypes of the classes on the same plane."
+            if text_features is not None
+            else "."
+        ),
+        feature_plane.clouds(
             features,
             None if text_features is None else text_features.double().numpy(),
             run.class_names,
             run.train_counts,
+            {group: groups[group] for group in ("many", "medium", "few")},
         ),
     )
+    drawn = min(feature_plane.MAX_CLOUDS, len(features))
     text = (
-        f"{features.shape[1]} features a class in {features.shape[2]} dimensions, as "
-        "unit vectors, on the plane that shows most of the class means"
-        + (" and of the prototypes." if text_features is not None else ".")
+        f"Each name is at the mean of its class's {features.shape[1]} features, which "
+        f"have {features.shape[2]} dimensions. The plane shows most of the distances "
+        "between the class means"
+        + (" and between the prototypes" if text_features is not None else "")
+        + f". Small points: at most {feature_plane.MAX_POINTS} features of a class, "
+        "where they lie inside the drawing."
     )
+    if drawn < len(features):
+        text += f" {drawn} of {len(features)} classes, evenly over the frequencies."
     return Section("features", title, text, [picture])
 
 
 def losses_section(
     runs: Mapping[str, Sequence[FinishedRun]],
     tables: Sequence[Table],
-    aside: Collection[str] = (),
+    styles: Mapping[str, Style],
 ) -> Section:
-    """Return the section of losses over the rounds; ``aside`` is drawn in grey."""
+    """Return the section of losses over the rounds, each label in its style."""
     panels = {}
     for key, title in LOSSES.items():
         having = {
@@ -176,8 +241,8 @@ def losses_section(
             if any(_loss_of(key)(line) for run in group for line in run.rounds)
         }
         if having:
-            panels[title] = [
-                Curve(label, _over_rounds(group, _loss_of(key)))
+            panels[f"{title[0].upper()}{title[1:]}"] = [
+                Curve(label, _over_rounds(group, _loss_of(key)), styles[label])
                 for label, group in having.items()
             ]
     if not panels:
@@ -185,7 +250,7 @@ def losses_section(
     picture = Picture(
         "losses",
         f"Losses over the rounds: {', '.join(panels)}.",
-        figures.over_rounds(panels, aside),
+        figures.over_rounds(panels),
     )
     text = (
         "Client losses are means over the last local epoch. Gradient matching and "
@@ -203,6 +268,8 @@ def confusion_section(run: FinishedRun) -> Section:
     order = run.by_frequency
     matrix = run.artifacts[f"confusion.{head}"].numpy()[order][:, order]
     names = [run.class_names[c] for c in order]
+    images = matrix.sum(axis=1)
+    percent = 100 * matrix / np.maximum(images, 1)[:, None]
     correct = 100 * np.trace(matrix) / max(matrix.sum(), 1)
     picture = Picture(
         "confusion",
@@ -219,13 +286,48 @@ def confusion_section(run: FinishedRun) -> Section:
     )
     tables = matrix_tables(
         "confusion-table",
-        "test images by true class (rows) and predicted class (columns)",
-        ["true class", *names],
+        "percent of each true class (rows) by predicted class (columns)",
+        ["true class", *names, "test images"],
         names,
-        matrix,
+        [
+            [*(Cell.number(float(n)) for n in row), Cell.number(int(total), 0)]
+            for row, total in zip(percent, images, strict=True)
+        ],
     )
-    text = f"Of the {head} head after the last round, most frequent class first."
+    text = (
+        f"Classifier: {head_title(head)}, after the last round. Each row adds up to "
+        "100 % of a true class; the most frequent class comes first."
+    )
+    if run.whole is not None:
+        text += " The matrix counts all test images."
     return Section("confusion", title, text, [picture], tables)
+
+
+def groups_text(run: FinishedRun) -> str:
+    """Return the classes of the many-, medium- and few-shot groups, in words."""
+    groups = run.facts["shot_groups"]
+    named = "; ".join(
+        f"{title}: {', '.join(run.class_names[c] for c in groups[title][:10])}"
+        + (f" and {len(groups[title]) - 10} more" if len(groups[title]) > 10 else "")
+        for title in ("many", "medium", "few")
+    )
+    rule = {
+        "count": "more than 100, 20 to 100, fewer than 20 training images",
+        "rank": "30/40/30 % of the classes by frequency",
+        "listed": "30/40/30 % of the classes in the order of dataset.class-names",
+    }[groups["rule"]]
+    return f"Many-, medium- and few-shot classes ({rule}): {named}."
+
+
+def part_text(run: FinishedRun) -> list[str]:
+    """Return a sentence about the test images, if they are a part of all."""
+    return [] if run.whole is None else [f"Accuracy on {tested_on(run)}."]
+
+
+def teacher_text(runs: Sequence[FinishedRun]) -> str:
+    """Return the names of the teachers, in words."""
+    names = list(teachers({"": runs}))
+    return f"teacher {', '.join(names)}" if names else "no teacher"
 
 
 def _absent(name: str, title: str, reason: str = "") -> Section:

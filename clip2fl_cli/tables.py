@@ -5,19 +5,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from clip2fl_cli.page import Cell, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.summary import Spread, teachers
+from clip2fl_cli.wording import head_title
 
-# Balanced accuracy first, because a phone shows only the first columns.
+# Balanced accuracy and rare classes first: a phone shows only the first columns.
 COLUMNS = {
     "balanced": "balanced",
-    "many": "many",
-    "medium": "medium",
     "few": "few",
+    "medium": "medium",
+    "many": "many",
     "top1": "top-1",
 }
 TITLES = tuple(COLUMNS.values())
@@ -58,20 +56,21 @@ def rounds_table(
 
 def runs_table(runs: Mapping[str, Sequence[FinishedRun]]) -> Table:
     """Return a folded table of the last round of every run."""
+    header = ["variant", "seed", "head", *TITLES]
     rows = [
-        TableRow(
-            [
-                Cell(variant),
-                Cell(str(run.seed)),
-                Cell(head),
-                *accuracy_cells(run.final(head)),
-            ]
+        row_of(
+            header,
+            {
+                "variant": Cell(variant),
+                "seed": Cell(str(run.seed)),
+                "head": Cell(head_title(head)),
+                **accuracy_cells(run.final(head)),
+            },
         )
         for variant, group in runs.items()
         for run in group
         for head in run.heads
     ]
-    header = ["variant", "seed", "head", *TITLES]
     return Table(
         "accuracy-runs", "Numbers: last round of every run", header, rows, folded=True
     )
@@ -82,38 +81,45 @@ def matrix_tables(
     caption: str,
     header: Sequence[str],
     names: Sequence[str],
-    matrix: npt.NDArray[np.int64],
+    cells: Sequence[Sequence[Cell]],
 ) -> list[Table]:
-    """Return a folded table of counts, or none if it is too large for a browser."""
-    if matrix.size > MAX_TABLE_CELLS:
+    """Return a folded table of numbers, or none if it is too large for a browser."""
+    if len(names) * len(header) > MAX_TABLE_CELLS:
         return []
-    rows = [
-        TableRow([Cell(own), *(Cell.number(int(n), 0) for n in row)])
-        for own, row in zip(names, matrix, strict=True)
-    ]
+    rows = [TableRow([Cell(own), *row]) for own, row in zip(names, cells, strict=True)]
     return [Table(name, f"Numbers: {caption}", header, rows, folded=True)]
 
 
 def text_table(
-    name: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+    name: str,
+    caption: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    folded: bool = False,
 ) -> Table:
     """Return a table whose cells are text."""
     body = [TableRow([Cell(text) for text in row]) for row in rows]
-    return Table(name, caption, header, body, is_text=True)
+    return Table(name, caption, header, body, folded, is_text=True)
+
+
+def row_of(
+    header: Sequence[str], cells: Mapping[str, Cell], marked: bool = False
+) -> TableRow:
+    """Return a row with cells below some titles, and dashes below the others."""
+    return TableRow([cells.get(title, Cell("-")) for title in header], marked)
 
 
 def teacher_rows(
-    runs: Mapping[str, Sequence[FinishedRun]], before: int, after: int = 0
+    runs: Mapping[str, Sequence[FinishedRun]], header: Sequence[str]
 ) -> list[TableRow]:
-    """Return a row for each teacher, with empty cells around its accuracy."""
+    """Return a row for each teacher, named below the first title."""
     return [
-        TableRow(
-            [
-                Cell(f"teacher {name}, zero-shot"),
-                *[Cell("-")] * before,
-                *accuracy_cells(accuracy),
-                *[Cell("-")] * after,
-            ]
+        row_of(
+            header,
+            {
+                header[0]: Cell(f"teacher {name}, zero-shot"),
+                **accuracy_cells(accuracy),
+            },
         )
         for name, accuracy in teachers(runs).items()
     ]
@@ -122,7 +128,7 @@ def teacher_rows(
 def accuracy_values(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the accuracy of a round's classifiers, by title."""
     return {
-        f"{head} {title}": accuracy[column]
+        f"{head_title(head)}: {title}": accuracy[column]
         for head, accuracy in line["accuracy"].items()
         for column, title in COLUMNS.items()
     }
@@ -157,9 +163,14 @@ def mean_bytes(runs: Sequence[FinishedRun], name: str) -> float:
     )
 
 
-def accuracy_cells(accuracy: Mapping[str, float | None]) -> list[Cell]:
-    """Return the cells of a classifier's accuracy, in the order of `TITLES`."""
-    return [Cell.number(accuracy[column]) for column in COLUMNS]
+def mean_minutes(runs: Sequence[FinishedRun]) -> float:
+    """Return the mean over runs of a run's minutes."""
+    return statistics.fmean(run.wall_seconds() / 60 for run in runs)
+
+
+def accuracy_cells(accuracy: Mapping[str, float | None]) -> dict[str, Cell]:
+    """Return the cells of a classifier's accuracy, by title."""
+    return {title: Cell.number(accuracy[c]) for c, title in COLUMNS.items()}
 
 
 def spread_cell(spread: Spread | None) -> Cell:

@@ -1,8 +1,11 @@
 """The content of a report's page, read by the standard library's parser."""
 
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+
+_COLOUR = re.compile(r"var\(--(?:series-\d|aside)\)")
 
 
 @dataclass
@@ -20,19 +23,36 @@ class Table:
 
 
 class Page(HTMLParser):
-    """Sections, tables by their id, pictures and all addresses of a page.
+    """Sections, tables by their id, figures, headline and all addresses of a page.
 
     Parameters
     ----------
     file : Path
         The page.
+
+    Attributes
+    ----------
+    numbers : dict of str to str
+        Exact values of the large numbers on top, by their label.
+    figures : list of str
+        Alternative texts of the figures.
+    colours : list of dict of str to str
+        For each figure, the CSS variable of each entry of its legend and of each bar.
+    hints : list of str
+        Hover texts.
     """
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.sections: list[str] = []
         self.tables: dict[str, Table] = {}
-        self.images: list[dict[str, str | None]] = []
+        self.headline = ""
+        self.numbers: dict[str, str] = {}
+        self.figures: list[str] = []
+        self.colours: list[dict[str, str]] = []
+        self.hints: list[str] = []
+        self._text = ""  # the last text of a list, a term or a hover text
+        self._colour = ""
         self.addresses: list[str] = []
         self.headings: dict[str, str] = {}
         self._open: list[str] = []
@@ -55,14 +75,30 @@ class Page(HTMLParser):
         elif tag == "td":
             self._table.texts[-1].append("")
             self._table.values[-1].append(found.get("data-value"))
-        elif tag == "img":
-            self.images.append(found)
+        elif tag == "figure":
+            self.figures.append(str(found["aria-label"]))
+            self.colours.append({})
+        elif tag == "dd":
+            self.numbers[self._text] = str(found["data-value"])
+        elif tag == "g" and found.get("class") == "hint":
+            self.hints.append("")
+        elif tag == "path" and (match := _COLOUR.search(str(found.get("style")))):
+            self._colour = match[0]
+            # A bar: a coloured shape right after its hover text.
+            if self._text and self._open[-2] == "g":
+                self.colours[-1][self._text.partition(":")[0]] = self._colour
+        if tag in ("g", "li"):
+            self._text = ""
         for name in ("src", "href"):
             if found.get(name):
                 self.addresses.append(str(found[name]))
 
     def handle_endtag(self, tag: str) -> None:
-        """Drop the header row, which has no cells."""
+        """Leave an element, and drop the header row, which has no cells."""
+        while self._open and self._open.pop() != tag:
+            pass  # an element without an end, such as meta
+        if tag == "g":
+            self._text = ""
         if tag == "thead":
             self._table.texts.clear()
             self._table.values.clear()
@@ -75,5 +111,14 @@ class Page(HTMLParser):
         elif tag == "td" or (tag == "a" and self._table.texts and data.strip()):
             if self._table.texts and self._table.texts[-1]:
                 self._table.texts[-1][-1] += data.strip()
+        elif tag == "title" and "g" in self._open:
+            self.hints[-1] += data
+            self._text = self.hints[-1]
+        elif tag == "li":
+            self.colours[-1][data.strip()] = self._colour
+        elif tag == "dt":
+            self._text = data.strip()
+        elif tag == "p" and not self.headline:
+            self.headline = data.strip().replace("\N{NO-BREAK SPACE}", " ")
         elif tag == "h2" and data.strip():
             self.headings[self.sections[-1]] = data.strip()

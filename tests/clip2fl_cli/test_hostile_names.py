@@ -22,11 +22,23 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from clip2fl_cli import console as module
+from clip2fl_cli.charts import STYLE, Chart
+from clip2fl_cli.colours import styled
 from clip2fl_cli.comparison import PlannedRun
-from clip2fl_cli.figures import STYLE, Curve, bars, by_class, heat_map, over_rounds
+from clip2fl_cli.comparison_report import write_comparison_report
+from clip2fl_cli.figures import (
+    Curve,
+    Estimate,
+    Points,
+    bars_panel,
+    by_class,
+    estimates_panel,
+    heat_map,
+    over_rounds,
+)
 from clip2fl_cli.holdings import Holdings
 from clip2fl_cli.progress import ComparisonProgress
-from clip2fl_cli.report import write_comparison_report, write_run_report
+from clip2fl_cli.report import write_run_report
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.summary import Origin, class_table, main_table, markdown
 from clip2fl_common.config import RunConfig
@@ -117,7 +129,7 @@ def test_page_and_pictures_show_names_and_nothing_else(tmp_path: Path) -> None:
         assert name in text
     assert all(a.startswith(("data:", "#")) for a in Page(page).addresses)
     pictures = sorted((tmp_path / "b" / "figures").glob("*.svg"))
-    assert len(pictures) == len(Page(page).images) > 3
+    assert len(pictures) == len(Page(page).figures) > 3
     for picture in pictures:
         # Also well-formed: control characters are no XML.
         found = {element.tag for element in ElementTree.parse(picture).iter()}
@@ -196,13 +208,16 @@ def drawn_texts(figure: Any) -> list[str]:
 def test_pictures_show_names_as_they_are(name: str) -> None:
     """No name becomes a formula, and no name is missing in a legend."""
     shown = name.replace("\x1b", r"\x1b")
-    curves = {"y": [Curve(name, np.ones((1, 3)))]}
+    style = styled(0)
+    curves = {"y": [Curve(name, np.ones((1, 3)), style)]}
+    estimate = Estimate(name, 1.0, (0.5, 1.5), [1.0], style)
     matrix = np.array([[1, 2]])
-    for figure in (
+    for chart in (
         over_rounds(curves),
-        by_class({"line": [1.0]}, [name], None),
-        by_class({name: [1.0]}, ["class"], None),
-        bars({"seconds": {name: 1.0}}),
+        by_class([Points("line", [1.0], style)], [name], None),
+        by_class([Points(name, [1.0], style)], ["class"], None),
+        Chart([bars_panel("seconds", {name: 1.0})]),
+        Chart([estimates_panel("accuracy", [estimate])]),
         heat_map(
             matrix,
             rows=["row"],
@@ -212,13 +227,15 @@ def test_pictures_show_names_as_they_are(name: str) -> None:
             bar_title="",
         ),
     ):
+        figure = chart.figure()
         assert shown in [text.strip() for text in drawn_texts(figure)]
         assert not any(text.get_parse_math() for text in figure.findobj(Text))
 
 
 def test_bars_of_names_that_look_alike_stay_apart() -> None:
     """Two names with the same beginning get two bars."""
-    figure = bars({"seconds": {"x" * 60 + "a": 1.0, "x" * 60 + "b": 2.0}})
+    values = {"x" * 60 + "a": 1.0, "x" * 60 + "b": 2.0}
+    figure = Chart([bars_panel("seconds", values)]).figure()
     places = [patch.get_extents() for patch in figure.axes[0].patches]
     assert len(places) == 2
     assert not places[0].overlaps(places[1])

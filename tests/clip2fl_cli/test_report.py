@@ -1,6 +1,7 @@
 """Reports: every section is there, with the numbers of the run's files."""
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -8,22 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from clip2fl_cli.figures import (
-    COLOURS,
+from clip2fl_cli.colours import (
     DASHES,
-    GREY,
-    Curve,
-    by_class,
-    over_rounds,
-    principal_plane,
+    IN_BACKGROUND,
+    METHODS,
+    SERIES,
+    VARIABLES,
+    Colour,
     styled,
+    styles,
 )
-from clip2fl_cli.report import write_comparison_report, write_run_report
+from clip2fl_cli.comparison_report import write_comparison_report
+from clip2fl_cli.feature_plane import LABEL_HEIGHT, label_shifts, principal_plane
+from clip2fl_cli.figures import Curve, Points, by_class, over_rounds
+from clip2fl_cli.report import write_run_report
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import FinishedRun, RunError
+from clip2fl_cli.summary import Failure
+from clip2fl_common.config import defaults
 from tests.clip2fl_cli.html_page import Page
 from tests.clip2fl_cli.made_up import accuracy, write_run
 
@@ -41,6 +49,7 @@ SECTIONS = [
 PICTURES = [
     section for section in SECTIONS if section not in ("results", "configuration")
 ]
+HEADS = {"retrained": "re-trained head", "fedavg": "the model's own head"}
 COLUMNS = {"top1": "top-1", "balanced": "balanced", "many": "many", "few": "few"}
 
 
@@ -82,10 +91,10 @@ def test_run_report_has_every_section_with_the_numbers_of_the_run(
 
     accuracy = page.tables["accuracy-rounds"]
     assert accuracy.column("round") == ["1", "2"]
-    for head in ("retrained", "fedavg"):
+    for head, name in HEADS.items():
         for column, title in COLUMNS.items():
             expected = [exact(line["accuracy"][head][column]) for line in lines]
-            assert accuracy.column(f"{head} {title}") == expected
+            assert accuracy.column(f"{name}: {title}") == expected
 
     losses = page.tables["losses-rounds"]
     for name, title in (
@@ -103,8 +112,9 @@ def test_run_report_has_every_section_with_the_numbers_of_the_run(
     gradients = [sum(line["bytes"]["class_gradients"]) for line in lines]
     assert costs.column("bytes of class gradients") == [exact(n) for n in gradients]
 
-    results = page.tables["results"]
-    assert results.texts[0][:2] == ["clip2fl, retrained head", "last round"]
+    results = page.tables["results-table"]
+    assert results.texts[0][0] == "re-trained head, last round"
+    assert results.texts[1][0] == "re-trained head, mean of both rounds"
     final = lines[-1]["accuracy"]["retrained"]
     assert results.column("balanced")[0] == exact(final["balanced"])
     assert results.column("few")[0] == exact(final["few"])
@@ -126,9 +136,9 @@ def test_classes_stand_by_frequency_against_fedavg(
     ]
     names = [row[0] for row in table.texts]
     for title, other, head in (
-        ("retrained head", run, "retrained"),
-        ("fedavg head", run, "fedavg"),
-        ("run fedavg", runs["fedavg"], "fedavg"),
+        ("CLIP2FL, re-trained head", run, "retrained"),
+        ("CLIP2FL, the model's own head", run, "fedavg"),
+        ("baseline FedAvg", runs["fedavg"], "fedavg"),
     ):
         for name, value in zip(names, table.column(title), strict=True):
             c = run.class_names.index(name)
@@ -146,27 +156,127 @@ def test_clients_and_confusion_are_the_artifacts(run: FinishedRun, page: Page) -
             str(n) for n in held[:, c].tolist()
         ]
     confusion = tables["confusion-table"]
-    diagonal = {row[0]: row for row in confusion.texts}
-    for c, name in enumerate(run.class_names):
-        hits = int(diagonal[name][confusion.header.index(name)])
+    assert confusion.column("test images") == ["3"] * len(run.class_names)
+    for row, name in enumerate(line[0] for line in confusion.texts):
+        percent = confusion.column(name)[row]
+        c = run.class_names.index(name)
         share = run.rounds[-1]["accuracy"]["retrained"]["per_class"][c]
-        assert 100 * hits / 3 == pytest.approx(share, abs=1e-3)  # 3 test images each
+        assert float(str(percent)) == pytest.approx(share, abs=1e-3)
+        assert sum(
+            float(str(value)) for value in confusion.values[row][1:-1]
+        ) == pytest.approx(100)
 
 
-def test_configuration_is_whole(run: FinishedRun, page: Page) -> None:
+def test_configuration_is_whole_and_shows_what_was_changed(
+    run: FinishedRun, page: Page
+) -> None:
     table = page.tables["configuration-table"]
     stored = json.loads((run.folder / "config.json").read_text("utf-8"))["config"]
     assert {row[0]: json.loads(row[1]) for row in table.texts} == stored
+    usual = defaults()
+    assert page.tables["changed-table"].texts == [
+        [key, json.dumps(value), json.dumps(usual[key])]
+        for key, value in stored.items()
+        if value != usual[key] and not key.startswith("run.")
+    ]
+
+
+def test_headline_has_the_numbers_of_the_last_round(
+    run: FinishedRun, runs: dict[str, FinishedRun], page: Page
+) -> None:
+    last = (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
+    delivered = json.loads(last)["accuracy"]["retrained"]
+    facts = json.loads((run.folder / "config.json").read_text("utf-8"))
+    teacher = facts["teacher"]["zero_shot"]["balanced"]
+    assert page.numbers == {
+        "balanced accuracy": exact(delivered["balanced"]),
+        "on rare (few-shot) classes": exact(delivered["few"]),
+        "its teacher demo, zero-shot": exact(teacher),
+    }
+    baseline = runs["fedavg"].rounds[-1]["accuracy"]["fedavg"]["balanced"]
+    assert page.headline == (
+        f"CLIP2FL reaches {delivered['balanced']:.1f} % balanced, "
+        f"{delivered['few']:.1f} % on rare classes; its teacher {teacher:.1f} %; "
+        f"the baseline FedAvg {baseline:.1f} %."
+    )
+
+
+def test_headline_leaves_out_what_a_run_does_not_have(tmp_path: Path) -> None:
+    """Without rare classes and a teacher, other numbers take their places."""
+    run = write_run(tmp_path / "run", [50.0])
+    del run.facts["teacher"]
+    run.rounds[-1]["accuracy"]["fedavg"] |= {"few": None, "top1": 60.0, "many": 70.0}
+    page = Page(write_run_report(run))
+    assert page.headline == "FedAvg reaches 50.0 % balanced."
+    assert page.numbers == {
+        "balanced accuracy": "50.0",
+        "top-1 accuracy": "60.0",
+        "on frequent (many-shot) classes": "70.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        (1, "the only round"),
+        (2, "both rounds"),
+        (3, "all 3 rounds"),
+        (5, "all 5 rounds"),
+        (6, "the last 5 rounds"),
+    ],
+)
+def test_words_fit_the_number_of_rounds(
+    tmp_path: Path, rounds: int, expected: str
+) -> None:
+    """A short run does not claim a mean of five rounds."""
+    run = write_run(tmp_path / "x-seed1", [40.0] * rounds)
+    text = write_run_report(run).read_text("utf-8")
+    assert f"ean of {expected}" in text
+    assert ("last 5" in text) == (rounds > 5)
+    names = [
+        row[0] for row in Page(run.folder / "report.html").tables["results-table"].texts
+    ]
+    mean = f"the model's own head, mean of {expected}"
+    assert (mean in names) == (rounds > 1)  # one round is its own mean
+    text = write_comparison_report(tmp_path, "x", {"x": [run]}, "x").read_text("utf-8")
+    assert f"mean of {expected} ±" in text
+    assert ("last 5" in text) == (rounds > 5)
+
+
+def test_hover_shows_values(run: FinishedRun, page: Page) -> None:
+    lines = [
+        f"{title}: {run.rounds[0]['accuracy'][head]['balanced']:.1f}"
+        for title, head in (
+            ("CLIP2FL, re-trained head", "retrained"),
+            ("CLIP2FL, the model's own head", "fedavg"),
+        )
+    ]
+    (hint,) = [h for h in page.hints if h.startswith("\n".join(["round 1", *lines]))]
+    assert hint.splitlines()[-1].startswith("teacher demo: ")
+    true, predicted = run.class_names[0], run.class_names[1]
+    matrix = run.artifacts["confusion.retrained"]
+    count, total = int(matrix[0, 1]), int(matrix[0].sum())
+    assert (
+        f"true class {true}, predicted class {predicted}: "
+        f"{100 * count / total:.1f} % ({count} images)"
+    ) in page.hints
 
 
 def test_page_is_self_contained_and_pictures_lie_beside_it(
     run: FinishedRun, page: Page
 ) -> None:
-    assert len(page.images) == len(PICTURES)
-    for image in page.images:
-        assert str(image["src"]).startswith("data:image/svg+xml;base64,")
-        assert image["alt"]
+    assert len(page.figures) == len(PICTURES)
+    assert all(page.figures)
     assert all(a.startswith(("data:", "#")) for a in page.addresses)
+    text = (run.folder / "report.html").read_text("utf-8")
+    assert "://" not in text
+    assert "<script" not in text
+    assert not re.search(r"url\((?!#)|@import", text)
+    # Parts of a drawing refer to parts of the same drawing.
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(set(ids)) == len(ids)
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
+    assert {one or other for one, other in used} <= set(ids)
     for name in PICTURES:
         with Image.open(run.folder / "figures" / f"{name}.png") as picture:
             pixels = np.asarray(picture.convert("L"))
@@ -196,7 +306,7 @@ def test_method_without_features_and_old_run_say_so(tmp_path: Path) -> None:
     page = write_run_report(write_run(tmp_path / "run", [50.0, 60.0]))
     assert Page(page).sections == SECTIONS
     text = page.read_text("utf-8")
-    assert "fedavg has no federated features." in text
+    assert "FedAvg has no federated features." in text
     assert text.count("The run is of a version that did not keep it.") == 2
 
 
@@ -221,16 +331,55 @@ def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None
         variant: [copied(run, tmp_path / f"{variant}-seed7")]
         for variant, run in runs.items()
     }
-    page = Page(write_comparison_report(tmp_path, "x", copies, "fedavg"))
+    failures = [Failure("clip2fl", 9, "out of memory")]
+    file = write_comparison_report(tmp_path, "x", copies, "fedavg", failures)
+    page = Page(file)
     assert page.sections == [*SECTIONS, "runs"]
-    results = page.tables["results"]
+    own = {
+        variant: runs[variant].last(run.heads[0], "balanced")
+        for variant, run in runs.items()
+    }
+    ranked = sorted(own, key=lambda variant: -(own[variant] or 0.0))
+    results = page.tables["results-table"]
+    assert [row[0] for row in results.texts] == [
+        *ranked,
+        "clip2fl",  # the failure
+        "teacher demo, zero-shot",
+    ]
+    assert results.texts[3][-1] == "failed: seed 9: out of memory"
+    assert "1 run failed: clip2fl, seed 9: out of memory." in file.read_text("utf-8")
+    assert results.column("balanced")[:3] == [exact(own[variant]) for variant in ranked]
+    baseline, best = own["fedavg"], own[ranked[0]]
+    assert baseline is not None and best is not None
+    differences = {
+        row[0]: row[results.header.index("difference")] for row in results.texts[:3]
+    }
+    assert differences == {
+        variant: "-" if variant == "fedavg" else f"{value - baseline:+.1f}"
+        for variant, value in own.items()
+        if value is not None
+    }
+    for title, cost in (
+        ("minutes", lambda run: run.wall_seconds() / 60),
+        (
+            "MB up",
+            lambda run: statistics.fmean(r["bytes"]["up"] for r in run.rounds) / 1e6,
+        ),
+    ):
+        assert [float(str(v)) for v in results.column(title)[:3]] == pytest.approx(
+            [cost(runs[variant]) for variant in ranked]
+        )
+    assert page.numbers["balanced accuracy"] == exact(best)
+    few = runs[ranked[0]].last(runs[ranked[0]].heads[0], "few")
+    assert page.numbers["on rare (few-shot) classes"] == exact(few)
+    assert page.headline.startswith(
+        f"{ranked[0]} has the highest balanced accuracy: {best:.1f} %, {few:.1f} % on"
+    )
+    others = page.tables["others"]
+    assert [(row[0], row[others.header.index("head")]) for row in others.texts] == [
+        (variant, "the model's own head") for variant in ("clip2fl", "creff")
+    ]
     rows = [(variant, head) for variant, run in runs.items() for head in run.heads]
-    assert [tuple(row[:2]) for row in results.texts[:-1]] == rows
-    own = [runs[variant].last(head, "balanced") for variant, head in rows]
-    assert results.column("balanced")[:-1] == [exact(value) for value in own]
-    baseline = runs["fedavg"].last("fedavg", "balanced")
-    assert own[0] is not None and baseline is not None
-    assert results.texts[0][2] == f"{own[0] - baseline:+.1f}"
     last = page.tables["accuracy-runs"]
     finals = [runs[v].rounds[-1]["accuracy"][h]["balanced"] for v, h in rows]
     assert last.column("balanced") == [exact(value) for value in finals]
@@ -241,21 +390,107 @@ def test_comparison_report(runs: dict[str, FinishedRun], tmp_path: Path) -> None
     assert links == [f"./{variant}-seed7/report.html" for variant in runs]
 
 
+def test_a_method_has_the_same_colour_in_all_figures(
+    runs: dict[str, FinishedRun], page: Page, tmp_path: Path
+) -> None:
+    """In the figures of a comparison, and in the report of a run."""
+    copies = {
+        variant: [copied(run, tmp_path / f"{variant}-seed7")]
+        for variant, run in runs.items()
+    }
+    comparison = Page(write_comparison_report(tmp_path, "x", copies, "fedavg"))
+    expected = {variant: f"var(--series-{METHODS.index(variant)})" for variant in runs}
+    # Ranking, accuracy, classes, losses.
+    complete = [c for c in comparison.colours if expected.keys() <= c.keys()]
+    assert len(complete) == 4
+    for colours in complete:
+        assert {variant: colours[variant] for variant in runs} == expected
+    named = {
+        "CLIP2FL": "clip2fl",
+        "CLIP2FL, re-trained head": "clip2fl",
+        "CLIP2FL, the model's own head": "clip2fl",
+        "baseline FedAvg": "fedavg",
+    }
+    found = [
+        (label, colour)
+        for colours in page.colours
+        for label, colour in colours.items()
+        if label in named
+    ]
+    assert {label for label, _ in found} == named.keys()
+    assert all(colour == expected[named[label]] for label, colour in found)
+
+
+def test_colours_are_those_of_methods_whatever_else_is_compared() -> None:
+    fixed = styles({method: method for method in METHODS})
+    assert len({style.colour for style in fixed.values()}) == len(METHODS)
+    some = styles({"own": "new", "fedavg": "fedavg", "b": "creff", "c": "creff"})
+    assert some["fedavg"] == fixed["fedavg"]
+    assert some["b"] == fixed["creff"]  # the only method of this name's
+    assert len(set(some.values())) == 4
+
+
+@given(st.lists(st.sampled_from([*METHODS, "new", "other"]), max_size=25))
+def test_no_two_names_have_the_same_style(methods: list[str]) -> None:
+    names = {f"{method}-{n}": method for n, method in enumerate(methods)}
+    assert len(set(styles(names).values())) == len(names)
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of WCAG 2.2."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of WCAG 2.2."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", ["ink", "muted"])
+def test_text_can_be_read_on_both_backgrounds(name: str) -> None:
+    """WCAG wants 4.5 for text."""
+    surface = VARIABLES["surface"]
+    assert contrast(VARIABLES[name].light, surface.light) >= 4.5
+    assert contrast(VARIABLES[name].dark, surface.dark) >= 4.5
+
+
+@pytest.mark.parametrize("colour", SERIES)
+def test_lines_can_be_seen_on_both_backgrounds(colour: Colour) -> None:
+    """WCAG wants 3 for graphics; the lightest of Okabe and Ito have 2 on white."""
+    surface = VARIABLES["surface"]
+    assert contrast(colour.light, surface.light) >= 2
+    assert contrast(colour.dark, surface.dark) >= 4.5
+
+
 def test_lines_differ_in_colour_or_dashes() -> None:
     """There are as many styles as pairs of colour and dashes."""
-    pairs = len(COLOURS) * len(DASHES)
-    assert len({tuple(styled(n).values()) for n in range(pairs)}) == pairs
+    pairs = len(SERIES) * len(DASHES)
+    assert len({(styled(n).colour, styled(n).dash) for n in range(pairs)}) == pairs
 
 
 def test_curves_aside_are_grey_and_share_an_entry_of_the_legend() -> None:
     values = {"a": 1.0, "b": 2.0, "c": 3.0}
-    curves = [Curve(label, np.full((1, 3), value)) for label, value in values.items()]
-    per_class = {label: [value] for label, value in values.items()}
-    aside = ["a", "c"]
-    rounds = over_rounds({"first": curves, "second": curves}, aside)
-    classes = by_class(per_class, ["the class"], [5], aside)
+    style_of = {"a": IN_BACKGROUND, "b": styled(0), "c": IN_BACKGROUND}
+    curves = [
+        Curve(label, np.full((1, 3), value), style_of[label])
+        for label, value in values.items()
+    ]
+    points = [
+        Points(label, [value], style_of[label]) for label, value in values.items()
+    ]
+    rounds = over_rounds({"first": curves, "second": curves})
+    classes = by_class(points, ["the class"], [5])
+    grey, blue = IN_BACKGROUND.colour.light, SERIES[0].light
     # The values of one are on its y axis, of the other on its x axis.
-    for figure, direction in ((rounds, 1), (classes, 0)):
+    for chart, direction in ((rounds, 1), (classes, 0)):
+        assert [key.label for key in chart.keys] == ["b", "2 others"]
+        figure = chart.figure()
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["b", "2 others"]
         for axis in figure.axes:
@@ -263,7 +498,43 @@ def test_curves_aside_are_grey_and_share_an_entry_of_the_legend() -> None:
                 float(np.asarray(line.get_xydata())[0, direction]): line.get_color()
                 for line in axis.lines
             }
-            assert drawn == {1.0: GREY, 2.0: COLOURS[0], 3.0: GREY}
+            assert drawn == {1.0: grey, 2.0: blue, 3.0: grey}
+
+
+def test_panels_of_accuracy_share_their_axis() -> None:
+    curves = [[Curve("a", np.full((1, 3), value), styled(0))] for value in (5.0, 60.0)]
+    chart = over_rounds({"one": curves[0], "other": curves[1]}, top=70)
+    limits = {part.figure.axes[0].get_ylim() for part in chart.parts()}
+    assert len(limits) == 1
+    assert limits == {axis.get_ylim() for axis in chart.figure().axes}
+
+
+def test_curve_bridges_rounds_without_a_value() -> None:
+    values = np.array([[1.0, np.nan, 3.0, np.nan]])
+    (part,) = over_rounds({"": [Curve("a", values, styled(0))]}).parts()
+    (line,) = part.figure.axes[0].lines
+    assert np.asarray(line.get_xydata()).tolist() == [[1, 1], [3, 3]]
+    assert list(part.hints.values()) == [
+        "round 1\na: 1",
+        "round 2",
+        "round 3\na: 3",
+        "round 4",
+    ]
+
+
+def test_labels_of_close_markers_do_not_cover_one_another() -> None:
+    places = np.array([[100.0, 100.0], [103.0, 101.0], [101.0, 108.0], [99.0, 92.0]])
+    texts = ["circle", "square", "pentagon", "star"]
+    labels = [
+        (x + dx, y + dy, 2.4 * len(text))
+        for (x, y), (dx, dy), text in zip(
+            places, label_shifts(places, texts), texts, strict=True
+        )
+    ]
+    for n, (x, y, half) in enumerate(labels):
+        for other_x, other_y, other_half in labels[:n]:
+            apart = abs(x - other_x) >= half + other_half
+            assert apart or abs(y - other_y) >= LABEL_HEIGHT
 
 
 def test_of_many_variants_the_baseline_and_the_best_are_in_colour(
@@ -277,7 +548,7 @@ def test_of_many_variants_the_baseline_and_the_best_are_in_colour(
     }
     runs["v01"].append(write_run(tmp_path / "v01-seed2", [1.0], seed=2))
     page = write_comparison_report(tmp_path, "x", runs, "v00").read_text("utf-8")
-    assert "In grey, here and below: v03, v02." in page
+    assert "In grey, here and below: v02, v03." in page
     few = {variant: runs[variant] for variant in list(runs)[:10]}
     assert "In grey" not in write_comparison_report(
         tmp_path, "x", few, "v00"
@@ -357,10 +628,15 @@ def test_rounds_that_no_site_evaluated_are_left_out(tmp_path: Path) -> None:
     assert run.final("fedavg")["top1"] == 20.0
     page = Page(write_run_report(run))
     assert page.sections == SECTIONS
-    assert page.tables["results"].column("balanced")[:2] == ["40.0", "40.0"]
+    assert page.tables["results-table"].column("balanced")[:2] == ["40.0", "40.0"]
     rounds = page.tables["accuracy-rounds"]
-    assert rounds.column("fedavg balanced") == ["10.0", "20.0", None, None]
-    assert rounds.column("retrained balanced") == [None, "40.0", None, None]
+    assert rounds.column("the model's own head: balanced") == [
+        "10.0",
+        "20.0",
+        None,
+        None,
+    ]
+    assert rounds.column("re-trained head: balanced") == [None, "40.0", None, None]
     assert "No round has a loss." in (run.folder / "report.html").read_text("utf-8")
 
 
@@ -388,11 +664,12 @@ def test_reports_are_of_the_held_out_images(tmp_path: Path) -> None:
     file = write_run_report(runs["plain"][0])
     assert said in file.read_text("utf-8")
     page = Page(file)
-    assert page.tables["results"].column("balanced")[:3] == ["49.0", "44.0", "50.0"]
+    results = page.tables["results-table"]
+    assert results.column("balanced")[:3] == ["49.0", "44.0", "50.0"]
     assert page.tables["accuracy-rounds"].values[1][1:] == ["49.0"] * 5
     file = write_comparison_report(tmp_path, "x", runs, "plain")
     assert said in file.read_text("utf-8")
-    results = Page(file).tables["results"]
-    assert results.column("balanced")[:2] == ["44.0", "64.0"]
-    assert results.column("balanced, all images")[:2] == ["45.0", "65.0"]
+    results = Page(file).tables["results-table"]
+    assert results.column("balanced")[:2] == ["64.0", "44.0"]
+    assert results.column("balanced, all images")[:2] == ["65.0", "45.0"]
     assert [len(row) for row in results.texts] == [len(results.header)] * 3
