@@ -1,6 +1,6 @@
 """The colours of a report, defined once: for its figures and for the page's CSS.
 
-Lines have the colours of Okabe and Ito, which colour-blind readers can distinguish, and
+Most lines have the colours of Okabe and Ito, which colour-blind readers can distinguish, and
 different dashes and markers. A figure is drawn in the light colours. In a page, each of
 these colours becomes a CSS variable, which has another value in dark mode.
 """
@@ -32,6 +32,8 @@ SERIES = (
     Colour("#e69f00", "#f3bd3f"),
     Colour("#56b4e9", "#9ad7fb"),
     Colour("#6a5acd", "#a69bf5"),
+    Colour("#7f4f24", "#c79a6b"),
+    Colour("#6b7a00", "#c2cc52"),
 )
 # Many-, medium- and few-shot classes: they differ in lightness, too.
 GROUPS = {
@@ -50,7 +52,17 @@ VARIABLES: dict[str, Colour] = {
 }
 
 # The place of each method in `SERIES`. Other names take the places that are left.
-METHODS = ("clip2fl", "fedavg", "creff", "fedprox", "clip2flm", "fedavgm", "ccvr")
+METHODS = (
+    "clip2fl",
+    "fedavg",
+    "creff",
+    "clip2fl-plus",
+    "fedprox",
+    "clip2flm",
+    "ccvr",
+    "fedavgm",
+    "fedlda",
+)
 
 # Lengths of dashes and gaps in multiples of the line's width; none for a solid line.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (4, 1.5, 1, 1.5), (1.2, 1.2))
