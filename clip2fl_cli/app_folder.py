@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip2fl_common.config.files import complete_config, merge_run_config
+from clip2fl_common.config.types import METHODS
 from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 
@@ -41,11 +42,12 @@ def checked_run_config(
     merged = merge_run_config(app, file, overrides, resume)
     if _is_own(app):
         config = complete_config(merged)
-        # The imports of torch and flwr take two seconds; a wrong key is reported
-        # before.
-        from strategy.registry import method_named
+        # The registry imports torch and flwr, which takes two seconds. Only a method
+        # that the schema does not know, added by its user or misspelt, needs it.
+        if config.method not in METHODS:
+            from strategy.registry import method_named
 
-        method_named(config.method)
+            method_named(config.method)
     return merged
 
 
