@@ -13,6 +13,8 @@ import torch
 from clip2fl_cli.artifacts import read_artifacts
 from clip2fl_cli.run_schema import Facts, Round
 from clip2fl_common.shown import shown
+from server_app.console import COLUMNS as COLUMNS
+from server_app.console import LAST_ROUNDS as LAST_ROUNDS
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
@@ -23,9 +25,6 @@ from server_app.foreign_files import (
 )
 from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 
-# Accuracy varies by some points from round to round, so means of the last are compared.
-LAST_ROUNDS = 5
-COLUMNS = ("top1", "balanced", "many", "medium", "few")
 # A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
 MAX_FACTS_BYTES = 32 * MEGABYTE
 MAX_METRICS_BYTES = 256 * MEGABYTE

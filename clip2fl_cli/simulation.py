@@ -97,7 +97,8 @@ def simulate(
     timeout : float | None
         Seconds after which the run is stopped.
     output : TextIO | None
-        Stream that receives the log immediately, without Flower's housekeeping lines.
+        Stream that receives each line of the log immediately, without colours, such as
+        `clip2fl_cli.progress.RunOutput`.
 
     Returns
     -------

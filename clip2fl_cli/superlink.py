@@ -17,7 +17,6 @@ from typing import TextIO
 
 from clip2fl_cli.flower_command import (
     ANSI,
-    NOISE,
     SimulationError,
     environment,
     executable,
@@ -101,7 +100,7 @@ class SuperLink:
         run : str
             The run's id.
         output : TextIO or None
-            Stream for the log, without Flower's housekeeping lines.
+            Stream for the log, without colours.
         deadline : float or None
             Monotonic seconds after which the run is stopped.
 
@@ -119,8 +118,8 @@ class SuperLink:
                     if line:
                         plain = ANSI.sub("", line)
                         log.append(plain)
-                        if output is not None and not NOISE.match(plain):
-                            output.write(line if output.isatty() else plain)
+                        if output is not None:
+                            output.write(plain)
                             output.flush()
                     expired = deadline is not None and time.monotonic() > deadline
                     if expired or self.signals.first or self.process.poll() is not None:

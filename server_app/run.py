@@ -26,10 +26,17 @@ from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
-from server_app.console import Progress, final_table
+from server_app.console import (
+    COLUMNS,
+    HEAD_TITLES,
+    Progress,
+    Row,
+    final_table,
+    mean_rows,
+)
 from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
-from server_app.metrics_line import accuracy_fields, accuracy_from_fields, metrics_line
+from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
@@ -216,6 +223,7 @@ class ServerRun:
                 server_round,
                 reports,
                 record.losses.get("client"),
+                clients=len(record.clients),
                 participation=record.participation,
                 went_back_to=record.went_back_to,
                 medians=medians,
@@ -242,15 +250,18 @@ class ServerRun:
             self._save_model(MODEL, self.config.federation.rounds, strategy)
         for tracker in self._trackers:
             tracker.close()
-        last = json.loads(self.folder.metrics.splitlines()[-1])
-        students = {
-            f"{self.config.method}, {head} head": accuracy_from_fields(fields)
-            for head, fields in last["accuracy"].items()
+        means = mean_rows(list(map(json.loads, self.folder.metrics.splitlines())))
+        rows: dict[str, Row] = {
+            f"{self.config.method}, {HEAD_TITLES[head]}": row
+            for head, row in means.items()
         }
+        for name, report in self._teacher_row.items():
+            rows[name] = {column: getattr(report, column) for column in COLUMNS}
         table = final_table(
-            students | self._teacher_row,
+            rows,
             self.data.groups,
             self.data.class_names,
+            self.config.federation.rounds,
         )
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 
