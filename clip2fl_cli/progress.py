@@ -45,6 +45,7 @@ RAY = re.compile(
     r"\(.*pid=\d+.*?\)|\(raylet\b|\[?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d+\b"
 )
 TRACEBACK = "Traceback (most recent call last):"
+CHAINED = ("The above exception was the direct", "During handling of the above exc")
 
 
 class Kind(Enum):
@@ -95,7 +96,12 @@ class Reader:
             # The exception itself, after the indented lines.
             self._in_traceback = False
             return Line(Kind.ERROR, line)
-        if self._in_traceback or NOISE.match(line) or RAY.match(line):
+        if (
+            self._in_traceback
+            or line.startswith(CHAINED)
+            or NOISE.match(line)
+            or RAY.match(line)
+        ):
             return Line(Kind.HIDDEN, line)
         if ROUND.fullmatch(line):
             return Line(Kind.ROUND, line)
@@ -187,7 +193,7 @@ class _Shown:
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._console.print(
-            Text(shown(text), style or ""), soft_wrap=True, highlight=False
+            Text(shown(text.expandtabs()), style or ""), soft_wrap=True, highlight=False
         )
         # A pipe must get each line when it comes.
         self._console.file.flush()
@@ -260,7 +266,7 @@ class RunProgress(_Shown):
             self._bar.below = Text(shown(line.text))
         self._bar.update(
             self._task,
-            description="round ended" if ended else f"round {number}",
+            description=f"round {number}",
             completed=number if ended else number - 1,
             total=total,
         )

@@ -14,7 +14,7 @@ from rich.console import Console
 from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
-from clip2fl_cli.progress import ComparisonProgress, RoundLines
+from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, Scalar
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
@@ -357,11 +357,3 @@ def test_progress_shows_rounds_and_time_left_on_a_terminal(file: Path) -> None:
     assert "[1/3] plain, seed 1" in shown
     assert "1/6" in shown
     assert "left" in shown
-
-
-def test_lines_of_rounds_are_handed_on_once_whole() -> None:
-    found: list[tuple[int, str]] = []
-    lines = RoundLines(lambda number, line: found.append((number, line)))
-    for character in "x\nround 12/20: a\nround 3: b\n round 4/20: c\n":
-        lines.write(character)
-    assert found == [(12, "round 12/20: a")]
