@@ -44,7 +44,10 @@ def test_progress_tells_accuracy_loss_and_time_left(
     assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
 
 
-def lines(*values: dict[str, tuple[float, float | None]]) -> list[dict[str, Any]]:
+Heads = dict[str, tuple[float, float | None]]
+
+
+def lines(*values: Heads) -> list[dict[str, Any]]:
     """Return lines of ``metrics.jsonl`` from each round's (balanced, few) by head."""
     return [
         {
@@ -65,11 +68,11 @@ def lines(*values: dict[str, tuple[float, float | None]]) -> list[dict[str, Any]
 
 
 def test_table_has_the_means_of_the_last_five_rounds() -> None:
-    """The classifier is trained from the second round on; one round has no accuracy."""
-    both = [
+    """The classifier is trained from the third round on; one round has no accuracy."""
+    both: list[Heads] = [
         {"retrained": (30.0 + n, 10.0), "fedavg": (20.0, n * 1.0)} for n in range(4)
     ]
-    own: dict[str, tuple[float, float | None]] = {"fedavg": (90.0, 0.0)}
+    own: Heads = {"fedavg": (90.0, 0.0)}
     rows = mean_rows(lines(own, {"fedavg": (25.0, 4.0)}, *both[:2], {}, *both[2:]))
     assert rows == {
         "retrained": {
