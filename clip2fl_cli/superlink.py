@@ -1,6 +1,7 @@
 """A SuperLink for one run: it starts in an empty folder and ends with the run."""
 
 import contextlib
+import json
 import os
 import queue
 import shutil
@@ -17,6 +18,7 @@ from typing import TextIO
 
 from clip2fl_cli.flower_command import (
     ANSI,
+    WAITING_FLWR,
     SimulationError,
     environment,
     executable,
@@ -55,12 +57,15 @@ class SuperLink:
         Environment of the SuperLink and of all commands.
     signals : NotedSignals
         Recorded signals; they end long waits.
+    waiting : Popen
+        Flower's command, imported, which `start` tells what to do.
     """
 
     process: subprocess.Popen[bytes]
     directory: Path
     environment: Mapping[str, str]
     signals: NotedSignals
+    waiting: subprocess.Popen[str]
 
     def start(self, app: Path, run_config: Path, federation_config: str) -> str | None:
         """Start a run.
@@ -84,12 +89,16 @@ class SuperLink:
         SimulationError
             If Flower refuses the app or its configuration.
         """
-        answer = self._ask(
+        arguments = [
             *("run", str(app), CONNECTION, "--format", "json"),
             *("--federation-config", federation_config),
             *("--run-config", str(run_config)),
-            seconds=START_SECONDS,
-        )
+        ]
+        assert self.waiting.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.waiting.stdin.write(f"{json.dumps(arguments)}\n")
+            self.waiting.stdin.flush()
+        answer = self._answer(self.waiting, START_SECONDS)
         return None if self.signals.first is not None else started_run(answer)
 
     def follow(self, run: str, output: TextIO | None, deadline: float | None) -> str:
@@ -157,24 +166,22 @@ class SuperLink:
     def _flwr(
         self, *arguments: str, stderr: int = subprocess.STDOUT
     ) -> subprocess.Popen[str]:
-        """Start a ``flwr`` command that does not receive Ctrl-C from the terminal."""
-        return subprocess.Popen(
+        """Start a ``flwr`` command."""
+        return _client(
             [executable("flwr"), *arguments],
+            self.directory,
+            self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
             stderr=stderr,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            cwd=self.directory / "work",
-            env=self.environment,
-            start_new_session=True,
         )
 
     def _ask(self, *arguments: str, seconds: float) -> str:
         """Return the output of a ``flwr`` command; a second signal ends the wait."""
+        return self._answer(self._flwr(*arguments, stderr=subprocess.PIPE), seconds)
+
+    def _answer(self, client: subprocess.Popen[str], seconds: float) -> str:
         end = time.monotonic() + seconds
-        with self._flwr(*arguments, stderr=subprocess.PIPE) as client:
+        with client:
             while time.monotonic() < end and not self.signals.hurry:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     out, errors = client.communicate(timeout=POLL_SECONDS)
@@ -226,6 +233,14 @@ def own_superlink(
         folder.mkdir()
     variables = _variables(directory, ray_address)
     process: subprocess.Popen[bytes] | None = None
+    # Imports Flower while the SuperLink does.
+    waiting = _client(
+        [sys.executable, "-c", WAITING_FLWR],
+        directory,
+        variables,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         # Another process may take the free port first; then another port is chosen.
         for _ in range(3):
@@ -239,13 +254,15 @@ def own_superlink(
                 if signals.first is not None:
                     raise Interrupted(signals.first)
                 if _is_up(directory):
-                    yield SuperLink(process, directory, variables, signals)
+                    yield SuperLink(process, directory, variables, signals, waiting)
                     return
                 time.sleep(POLL_SECONDS)
         raise SimulationError(
             f"flower-superlink did not start:\n{_tail(directory / 'superlink.log')}"
         )
     finally:
+        with waiting:
+            waiting.kill()
         if process is not None:
             stop_all(process, home, signals)
 
@@ -268,6 +285,29 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
         PYTHONUNBUFFERED="1",
     )
     return variables
+
+
+def _client(
+    command: list[str],
+    directory: Path,
+    variables: Mapping[str, str],
+    *,
+    stdin: int,
+    stderr: int,
+) -> subprocess.Popen[str]:
+    """Start a command that does not receive Ctrl-C from the terminal."""
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=directory / "work",
+        env=variables,
+        start_new_session=True,
+    )
 
 
 def _start(

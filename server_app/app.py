@@ -32,6 +32,7 @@ def main(grid: Grid, context: Context) -> None:
     # Nodes start and answer while the run is prepared, which takes seconds, too.
     nodes = found_later(grid) if config.simulated else None
     with ServerRun(config, context.run_id) as run:
+        run.measure_teacher()
         clients, grid = _clients(run, grid, nodes)
         setting = Setting(
             clients, config, run.data.class_names, run.device, run.teacher

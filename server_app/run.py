@@ -158,12 +158,20 @@ class ServerRun:
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
             }
-        if self.teacher and len(self.data.dataset.test.labels):
-            print("teacher: zero-shot accuracy on the test images ...", flush=True)
-            report = self.evaluator.teacher_accuracy(self.teacher)
-            self._teacher_row = {TEACHER_ROW: report}
+        self.measure_teacher()
+        if TEACHER_ROW in self._teacher_row:
+            report = self._teacher_row[TEACHER_ROW]
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
         return facts
+
+    def measure_teacher(self) -> None:
+        """Compute the teacher's accuracy, once, if the server has test images."""
+        measured = TEACHER_ROW in self._teacher_row
+        if self.teacher and len(self.data.dataset.test.labels) and not measured:
+            print("teacher: zero-shot accuracy on the test images ...", flush=True)
+            self._teacher_row[TEACHER_ROW] = self.evaluator.teacher_accuracy(
+                self.teacher
+            )
 
     def _resume(self, strategy: Method) -> int:
         """Load the newest complete checkpoint; return its round."""

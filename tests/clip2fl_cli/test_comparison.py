@@ -330,20 +330,26 @@ def test_comparisons_of_this_app_are_sound(tmp_path: Path, file: Path) -> None:
     assert found.baseline in {run.variant for run in found.plan}
 
 
-def test_progress_is_plain_lines_without_a_terminal(file: Path) -> None:
+def test_progress_is_plain_lines_without_a_terminal(
+    file: Path, user_logs: Path
+) -> None:
     plan = list(read(file).plan)
     stream = io.StringIO()
     console = Console(file=stream, width=40)
     with ComparisonProgress(plan[:1], 2, console) as progress:
         log = progress.started(plan[0])
-        log.write("INFO : noise\nround 1/2: fedavg balan")
+        log.write("INFO : noise\nprinted\nWARNING : bad\nround 1/2: fedavg balan")
         log.write("ced 10.0 %\nround 2/2: [red]\n")
         progress.ended(plan[0], RunResult("finished:failed", "out of luck", ""))
+    (file_of_log,) = user_logs.iterdir()
+    assert "INFO : noise" in file_of_log.read_text("utf-8")
     assert stream.getvalue().splitlines() == [
         "[3/3] plain, seed 1: starts",
+        "[3/3] plain, seed 1: warning: bad",
         "[3/3] plain, seed 1: round 1/2: fedavg balanced 10.0 %",
         "[3/3] plain, seed 1: round 2/2: [red]",
         "plain, seed 1: did not complete (finished:failed): out of luck",
+        f"plain, seed 1: the whole log is in {file_of_log}",
     ]
 
 
