@@ -17,6 +17,7 @@ import pytest
 
 import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
+from clip2fl_cli.flower_command import WAITING_FLWR, executable
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.simulation import RunResult, shared_gpus, simulate
 from clip2fl_common.config import ConfigError
@@ -378,6 +379,20 @@ def test_start_needs_neither_torch_nor_flower_in_the_command() -> None:
         "assert not {'torch', 'flwr'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_waiting_flower_does_what_flwr_does() -> None:
+    waiting = subprocess.run(
+        [sys.executable, "-c", WAITING_FLWR],
+        input=json.dumps(["run", "--help"]) + "\n",
+        capture_output=True,
+        text=True,
+    )
+    direct = subprocess.run(
+        [executable("flwr"), "run", "--help"], capture_output=True, text=True
+    )
+    assert waiting.returncode == direct.returncode == 0
+    assert waiting.stdout == direct.stdout
 
 
 def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
