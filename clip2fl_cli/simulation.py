@@ -115,7 +115,9 @@ def simulate(
     Interrupted
         If SIGINT, SIGTERM or SIGHUP arrived; raised after all processes were stopped.
     """
-    config_text = checked_run_config(app, run_config, overrides, resume)
+    config_text = checked_run_config(
+        app, run_config, overrides, resume, images_here=True
+    )
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client)
     federation_config = (

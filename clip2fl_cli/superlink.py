@@ -279,8 +279,8 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
         TMPDIR=str(directory / "tmp"),
         RAY_TMPDIR=str(directory),
         RAY_USAGE_STATS_ENABLED="0",
-        # Flower looks for a new run once a second by default.
-        FLWR_SUPEREXEC_TASK_POLL_INTERVAL=str(POLL_SECONDS),
+        # Flower looks for a new run every second by default; each look costs CPU time.
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.25",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         PYTHONUNBUFFERED="1",
     )

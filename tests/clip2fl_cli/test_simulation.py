@@ -332,6 +332,7 @@ WRONG = {
     "federation.min-replies=6": "federation.min-replies = 6 is more than",
     'dataset.name="cifar10"': "dataset.root is empty",
     "privacy.min-class-samples=40": "class-gradients.samples-per-class = 32",
+    'dataset.name="image-folder" dataset.root="/no/where"': "'/no/where' is not there",
     'client.precision="float16"': "client.precision = 'float16', but it must be",
 }
 """Settings of this program, each with its message."""
