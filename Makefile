@@ -36,7 +36,6 @@ $(COMMAND): $(INSTALLED) pyproject.toml
 
 demo: install ## Train on drawn images, without any download, and write a report
 	$(COMMAND) run --run-config conf/demo.toml --set 'run.dir="$(CURDIR)/runs"'
-	$(COMMAND) report "$$(ls -td runs/*/ | head -n 1)"
 
 test: install ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,7 +126,7 @@ def run(
     timeout : float or None
         Seconds after which the run is stopped.
     quiet : bool
-        Do not print the run's log.
+        Do not print the progress.
     **settings
         Keys that take precedence over ``config``: ``method="fedavg"``, and groups as
         mappings: ``federation={"rounds": 3, "clients_per_round": 2}``. Write an
@@ -145,20 +145,24 @@ def run(
     KeyboardInterrupt
         If a signal ended the run; raised after all processes were stopped.
     """
+    from rich.console import Console
+
     from clip2fl_cli.configuration import as_file
     from clip2fl_cli.flower_command import SimulationError
+    from clip2fl_cli.progress import RunProgress
     from clip2fl_cli.simulation import simulate
     from server_app.run_folder import folder_of
 
     resolved = _resolved(config, settings)
-    with as_file(resolved) as file:
+    progress = None if quiet else RunProgress(Console())
+    with as_file(resolved) as file, progress or nullcontext():
         result = simulate(
             run_config=file,
             supernodes=supernodes,
             cpus_per_client=cpus_per_client,
             gpus_per_client=gpus_per_client,
             timeout=timeout,
-            output=None if quiet else sys.stdout,
+            output=None if progress is None else progress.output,
         )
     if not result.completed or result.run_id is None:
         raise SimulationError(

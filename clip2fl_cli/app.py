@@ -22,6 +22,7 @@ from clip2fl_cli.options import (
     RunConfigFile,
     Settings,
     ShownImages,
+    Verbose,
     finite,
     positive,
 )
@@ -108,38 +109,71 @@ def run(
         float | None,
         typer.Option(callback=positive, help="Stop the run after so many seconds."),
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Train: run the federation in a simulation on this machine.
+    """Train: run the federation in a simulation on this machine; write its report.
+
+    A terminal shows a bar and the last round's numbers, other outputs a line for each
+    round. Flower's log goes to the file run.log in the run's folder.
 
     The run has its own SuperLink, and all its processes end with the command, even
     after Ctrl-C. Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130 or
     143 the command was interrupted by Ctrl-C or SIGTERM.
     """
+    from clip2fl_cli.progress import RunProgress
     from clip2fl_cli.signals import Interrupted
     from clip2fl_cli.simulation import simulate
     from clip2fl_common.project import PROJECT
 
+    progress = RunProgress(console.out, verbose)
+    output = progress.output
     try:
-        result = simulate(
-            app_folder or PROJECT,
-            run_config=run_config,
-            overrides=settings,
-            resume=resume,
-            supernodes=supernodes,
-            cpus_per_client=cpus_per_client,
-            gpus_per_client=gpus_per_client,
-            ray_address=ray_address,
-            timeout=timeout,
-            output=sys.stdout,
-        )
+        with progress:
+            result = simulate(
+                app_folder or PROJECT,
+                run_config=run_config,
+                overrides=settings,
+                resume=resume,
+                supernodes=supernodes,
+                cpus_per_client=cpus_per_client,
+                gpus_per_client=gpus_per_client,
+                ray_address=ray_address,
+                timeout=timeout,
+                output=output,
+            )
     except Interrupted as interruption:
-        console.tell(f"clip2fl: {interruption}")
+        console.tell(f"clip2fl: {interruption}; all processes have ended")
+        if output.folder is not None:
+            console.tell(f"clip2fl run --resume {output.folder} continues the run")
+        _name_log(output.log.path)
         raise typer.Exit(128 + interruption.signum) from None
     if not result.completed:
         console.tell_lines(
             f"clip2fl: the run did not complete ({result.status}): {result.details}"
         )
+        _name_log(output.log.path)
         raise typer.Exit(1)
+    if output.folder is not None:
+        _report_run(output.folder)
+
+
+def _name_log(path: Path | None) -> None:
+    """Say where the log is, on standard error."""
+    if path is not None:
+        console.tell(f"clip2fl: the whole log is in {path}")
+
+
+def _report_run(folder: Path) -> None:
+    """Write a run's report; without one, the run is complete all the same."""
+    from clip2fl_cli.report import write_run_report
+    from clip2fl_cli.runs import FinishedRun
+
+    try:
+        page = write_run_report(FinishedRun.read(folder))
+    except (ValueError, OSError) as error:
+        console.tell(f"clip2fl: no report: {error}", "bold red")
+    else:
+        console.answer_file("Report", page)
 
 
 @app.command()
@@ -161,6 +195,7 @@ def federate(
             help="Seconds for which the SuperLink may be away.",
         ),
     ] = 300.0,
+    verbose: Verbose = False,
 ) -> None:
     """Train: start a run on a SuperLink and follow it to its end.
 
@@ -169,17 +204,22 @@ def federate(
     or 143 Ctrl-C or SIGTERM ended the command, while the run continues.
     """
     from clip2fl_cli import federation
+    from clip2fl_cli.progress import RunProgress
     from clip2fl_cli.signals import Interrupted, interrupting
 
+    progress = RunProgress(console.out, verbose)
+    output = progress.output
     try:
-        with interrupting():
+        with interrupting(), progress:
             status, details = federation.federate(
-                superlink, root_certificates, run_config, settings, patience
+                superlink, root_certificates, run_config, settings, patience, output
             )
     except Interrupted as interruption:
         console.tell(f"clip2fl: {interruption}; a run that has started goes on")
+        _name_log(output.log.path)
         raise typer.Exit(128 + interruption.signum) from None
     console.answer(f"{status} ({details})" if details else status)
+    _name_log(output.log.path)
     raise typer.Exit(0 if status == "finished:completed" else 1)
 
 
@@ -202,6 +242,7 @@ def compare(
         typer.Option("--seed", help="Instead of the file's; may be repeated."),
     ] = [],  # noqa: B006
     images: ShownImages = None,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Run variants over seeds; write their table and report.
@@ -221,7 +262,7 @@ def compare(
     there = len(compared.plan) - len(missing)
     console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
     try:
-        with ComparisonProgress(missing, there, console.err) as progress:
+        with ComparisonProgress(missing, there, console.err, verbose) as progress:
             failed = list(comparisons.complete(compared, progress))
     except KeyboardInterrupt as interruption:
         # Between two simulations, Python's own handler raises KeyboardInterrupt.
@@ -233,7 +274,7 @@ def compare(
         console.tell("Drawing the reports of all runs")
         written = write_results(compared, finished, command, failed, images)
         console.out.print(written.results.answer(as_json), soft_wrap=True)
-        console.tell(f"Report: {written.report}")
+        console.tell_file("Report", written.report)
     else:
         console.tell("no run has completed, so there is nothing to report")
     for run in failed:

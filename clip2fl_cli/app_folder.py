@@ -1,12 +1,16 @@
 """The input of Flower: a folder with the app's packages, and a run's configuration."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip2fl_common.config import ConfigError, Dataset
 from clip2fl_common.config.files import complete_config, merge_run_config
+from clip2fl_common.config.types import METHODS
 from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
+from clip2fl_common.shown import short
 
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 """Types of files that Flower allows in an app's bundle."""
@@ -17,6 +21,8 @@ def checked_run_config(
     run_config: Path | None,
     overrides: Sequence[str],
     resume: Path | None = None,
+    *,
+    images_here: bool = False,
 ) -> str:
     """Merge a run's configuration, and check it if the app is this program.
 
@@ -26,6 +32,8 @@ def checked_run_config(
         Folder of the app; the configuration of another app is not checked.
     run_config, overrides, resume
         As `clip2fl_cli.simulation.simulate`.
+    images_here : bool
+        Whether the run reads its images on this machine.
 
     Returns
     -------
@@ -41,12 +49,31 @@ def checked_run_config(
     merged = merge_run_config(app, file, overrides, resume)
     if _is_own(app):
         config = complete_config(merged)
-        # The imports of torch and flwr take two seconds; a wrong key is reported
-        # before.
-        from strategy.registry import method_named
+        # The registry imports torch and flwr, which takes two seconds. Only a method
+        # that the schema does not know, added by its user or misspelt, needs it.
+        if images_here:
+            _refuse_missing_images(config.dataset)
+        if config.method not in METHODS:
+            from strategy.registry import method_named
 
-        method_named(config.method)
+            method_named(config.method)
     return merged
+
+
+def _refuse_missing_images(dataset: Dataset) -> None:
+    """Raise if images are not where they must be; others are downloaded or drawn."""
+    if dataset.name in ("image-folder", "imagenet-lt"):
+        places = {
+            "root": (dataset.root, os.path.isdir),
+            "train-list": (dataset.train_list, os.path.exists),
+            "test-list": (dataset.test_list, os.path.exists),
+        }
+        for name, (path, is_there) in places.items():
+            if path and not is_there(os.path.expanduser(path)):
+                raise ConfigError(
+                    f"dataset.{name} = {short(path)} is not there; give the absolute "
+                    "path of this machine's images"
+                )
 
 
 def write_app_folder(app: Path, folder: Path) -> None:

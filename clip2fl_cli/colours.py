@@ -1,8 +1,9 @@
 """The colours of a report, defined once: for its figures and for the page's CSS.
 
-Most lines have the colours of Okabe and Ito, which colour-blind readers can distinguish, and
-different dashes and markers. A figure is drawn in the light colours. In a page, each of
-these colours becomes a CSS variable, which has another value in dark mode.
+Most lines have the colours of Okabe and Ito, which colour-blind readers can
+distinguish, and different dashes and markers. A figure is drawn in the light colours.
+In a page, each of these colours becomes a CSS variable, which has another value in dark
+mode.
 """
 
 import itertools

@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +45,21 @@ def tell_lines(text: str) -> None:
 def tell(text: str, style: str | None = None) -> None:
     """Print a line to standard error."""
     err.print(shown(text), style=style, soft_wrap=True)
+
+
+def answer_file(name: str, path: Path) -> None:
+    """Print a file's path, on which a terminal can be clicked."""
+    out.print(_linked(name, path), soft_wrap=True)
+
+
+def tell_file(name: str, path: Path) -> None:
+    """Print a file's path to standard error, as `answer_file` does."""
+    err.print(_linked(name, path), soft_wrap=True)
+
+
+def _linked(name: str, path: Path) -> Text:
+    link = Style(link=path.absolute().as_uri())
+    return Text(f"{name}: ").append(shown(path), link)
 
 
 def print_json(content: Any) -> None:

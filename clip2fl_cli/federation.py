@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import (
     ANSI,
-    NOISE,
     SimulationError,
     environment,
     executable,
@@ -80,8 +80,8 @@ class Federation:
                     raise
             time.sleep(RETRY_SECONDS)
 
-    def follow(self, run: str) -> tuple[str, str]:
-        """Print the run's log to its end; return its status and details."""
+    def follow(self, run: str, output: TextIO) -> tuple[str, str]:
+        """Write the run's log to a stream, to its end; return status and details."""
         shown = 0
         last_seen = time.monotonic()
         while True:
@@ -93,8 +93,7 @@ class Federation:
                 log = self._ask("log", run, CONNECTION, "--show")
                 lines = log.rstrip().splitlines()
                 for line in lines[shown:]:
-                    if not NOISE.match(line):
-                        print(line, flush=True)
+                    output.write(f"{line}\n")
                 shown = max(shown, len(lines))
                 if status[0].startswith("finished"):
                     return status
@@ -125,8 +124,9 @@ def federate(
     run_config: Path | None,
     overrides: Sequence[str],
     patience: float,
+    output: TextIO,
 ) -> tuple[str, str]:
-    """Run this program's app on a SuperLink and print its log.
+    """Run this program's app on a SuperLink and pass on its log.
 
     Parameters
     ----------
@@ -134,6 +134,8 @@ def federate(
         As in `Federation`.
     run_config, overrides
         As in `clip2fl_cli.simulation.simulate`.
+    output : TextIO
+        Stream for the log, without colours.
 
     Returns
     -------
@@ -154,5 +156,5 @@ def federate(
         write_app_folder(PROJECT, folder / "app")
         federation = Federation(address, certificates, folder, patience)
         run = federation.start(folder / "app", folder / "run-config.toml")
-        print(f"run {run}", flush=True)
-        return federation.follow(run)
+        output.write(f"run {run}\n")
+        return federation.follow(run, output)

@@ -20,6 +20,16 @@ NOISE = re.compile(
 )
 """Lines of a run's log about Flower's and Ray's own housekeeping."""
 
+WAITING_FLWR = """
+import json, sys
+from importlib.metadata import entry_points
+(flwr,) = entry_points(group="console_scripts", name="flwr")
+command = flwr.load()
+sys.argv = ["flwr", *json.loads(sys.stdin.readline())]
+sys.exit(command())
+"""
+"""A program that imports ``flwr``, and runs it with the arguments that it then gets."""
+
 
 class SimulationError(RuntimeError):
     """A run could not be started, or did not complete."""

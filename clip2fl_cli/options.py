@@ -43,6 +43,12 @@ Settings = Annotated[
         help="Run configuration keys that override the file; may be repeated.",
     ),
 ]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", help="Also show Flower's log, which otherwise only goes to a file."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 ShownImages = Annotated[
     Images | None,

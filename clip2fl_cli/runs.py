@@ -13,6 +13,8 @@ import torch
 from clip2fl_cli.artifacts import read_artifacts
 from clip2fl_cli.run_schema import Facts, Images, Round
 from clip2fl_common.shown import shown
+from server_app.console import COLUMNS as COLUMNS
+from server_app.console import LAST_ROUNDS as LAST_ROUNDS
 from server_app.foreign_files import (
     MEGABYTE,
     ForeignFileError,
@@ -23,9 +25,6 @@ from server_app.foreign_files import (
 )
 from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 
-# Accuracy varies by some points from round to round, so means of the last are compared.
-LAST_ROUNDS = 5
-COLUMNS = ("top1", "balanced", "many", "medium", "few")
 PARTS = (Images.TUNING, Images.HELD_OUT)
 # Fields of a round's line, each with the accuracy of its classifiers.
 ACCURACIES = ("accuracy", *(f"accuracy_{images.part}" for images in PARTS))

@@ -1,12 +1,20 @@
 """Ctrl-C and termination signals, which must not interrupt a clean-up."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+STOPPING = (
+    "clip2fl: {} received: stopping the run and ending its processes, which takes some "
+    "seconds. Checkpoints stay. Press Ctrl-C again to kill the processes at once"
+)
+HURRYING = "clip2fl: {} received again: killing the processes"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,6 +33,8 @@ class Interrupted(KeyboardInterrupt):
 
 class NotedSignals:
     """Record signals without acting on them, so that they never interrupt a clean-up.
+
+    The first one and the second one are answered with a line on standard error.
 
     Attributes
     ----------
@@ -53,8 +63,20 @@ class NotedSignals:
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         if self.first is None:
             self.first = signum
-        else:
+            _say(STOPPING.format(signal.Signals(signum).name))
+        elif not self.hurry:
             self.hurry = True
+            _say(HURRYING.format(signal.Signals(signum).name))
+
+
+def _say(text: str) -> None:
+    try:
+        # A progress bar takes the place of sys.stderr, and shows the line above itself.
+        print(text, file=sys.stderr, flush=True)
+    except (RuntimeError, OSError):
+        # The signal came while the same stream was being written, or nobody reads it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 @contextlib.contextmanager

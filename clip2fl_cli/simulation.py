@@ -23,6 +23,9 @@ from clip2fl_common.project import PROJECT
 CLIENTS_PER_GPU = 4
 """More clients that train at once on a GPU slow each other down and fill its memory."""
 
+GPU_DEVICES = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
+"""Files of Linux in /dev, one of which exists where CUDA or ROCm finds a GPU."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -94,7 +97,8 @@ def simulate(
     timeout : float | None
         Seconds after which the run is stopped.
     output : TextIO | None
-        Stream that receives the log immediately, without Flower's housekeeping lines.
+        Stream that receives each line of the log immediately, without colours, such as
+        `clip2fl_cli.progress.RunOutput`.
 
     Returns
     -------
@@ -111,7 +115,9 @@ def simulate(
     Interrupted
         If SIGINT, SIGTERM or SIGHUP arrived; raised after all processes were stopped.
     """
-    config_text = checked_run_config(app, run_config, overrides, resume)
+    config_text = checked_run_config(
+        app, run_config, overrides, resume, images_here=True
+    )
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client)
     federation_config = (
@@ -155,8 +161,16 @@ def shared_gpus(cpus_per_client: int) -> float:
     float
         0 if there is no GPU.
     """
-    import torch  # takes a second or two, and only this function needs it
+    if not _has_gpu_driver():
+        return 0.0
+    import torch  # takes a second or two
 
     gpus = torch.cuda.device_count()
     together = max(1, (os.cpu_count() or 1) // cpus_per_client)
     return min(1.0, max(gpus / together, 1 / CLIENTS_PER_GPU)) if gpus else 0.0
+
+
+def _has_gpu_driver() -> bool:
+    """Return whether a GPU is possible; False spares the import of torch."""
+    devices = Path("/dev")
+    return any(any(devices.glob(name)) for name in GPU_DEVICES)

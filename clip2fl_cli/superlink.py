@@ -1,6 +1,7 @@
 """A SuperLink for one run: it starts in an empty folder and ends with the run."""
 
 import contextlib
+import json
 import os
 import queue
 import shutil
@@ -17,7 +18,7 @@ from typing import TextIO
 
 from clip2fl_cli.flower_command import (
     ANSI,
-    NOISE,
+    WAITING_FLWR,
     SimulationError,
     environment,
     executable,
@@ -56,12 +57,15 @@ class SuperLink:
         Environment of the SuperLink and of all commands.
     signals : NotedSignals
         Recorded signals; they end long waits.
+    waiting : Popen
+        Flower's command, imported, which `start` tells what to do.
     """
 
     process: subprocess.Popen[bytes]
     directory: Path
     environment: Mapping[str, str]
     signals: NotedSignals
+    waiting: subprocess.Popen[str]
 
     def start(self, app: Path, run_config: Path, federation_config: str) -> str | None:
         """Start a run.
@@ -85,12 +89,16 @@ class SuperLink:
         SimulationError
             If Flower refuses the app or its configuration.
         """
-        answer = self._ask(
+        arguments = [
             *("run", str(app), CONNECTION, "--format", "json"),
             *("--federation-config", federation_config),
             *("--run-config", str(run_config)),
-            seconds=START_SECONDS,
-        )
+        ]
+        assert self.waiting.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.waiting.stdin.write(f"{json.dumps(arguments)}\n")
+            self.waiting.stdin.flush()
+        answer = self._answer(self.waiting, START_SECONDS)
         return None if self.signals.first is not None else started_run(answer)
 
     def follow(self, run: str, output: TextIO | None, deadline: float | None) -> str:
@@ -101,7 +109,7 @@ class SuperLink:
         run : str
             The run's id.
         output : TextIO or None
-            Stream for the log, without Flower's housekeeping lines.
+            Stream for the log, without colours.
         deadline : float or None
             Monotonic seconds after which the run is stopped.
 
@@ -119,8 +127,8 @@ class SuperLink:
                     if line:
                         plain = ANSI.sub("", line)
                         log.append(plain)
-                        if output is not None and not NOISE.match(plain):
-                            output.write(line if output.isatty() else plain)
+                        if output is not None:
+                            output.write(plain)
                             output.flush()
                     expired = deadline is not None and time.monotonic() > deadline
                     if expired or self.signals.first or self.process.poll() is not None:
@@ -158,24 +166,22 @@ class SuperLink:
     def _flwr(
         self, *arguments: str, stderr: int = subprocess.STDOUT
     ) -> subprocess.Popen[str]:
-        """Start a ``flwr`` command that does not receive Ctrl-C from the terminal."""
-        return subprocess.Popen(
+        """Start a ``flwr`` command."""
+        return _client(
             [executable("flwr"), *arguments],
+            self.directory,
+            self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
             stderr=stderr,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            cwd=self.directory / "work",
-            env=self.environment,
-            start_new_session=True,
         )
 
     def _ask(self, *arguments: str, seconds: float) -> str:
         """Return the output of a ``flwr`` command; a second signal ends the wait."""
+        return self._answer(self._flwr(*arguments, stderr=subprocess.PIPE), seconds)
+
+    def _answer(self, client: subprocess.Popen[str], seconds: float) -> str:
         end = time.monotonic() + seconds
-        with self._flwr(*arguments, stderr=subprocess.PIPE) as client:
+        with client:
             while time.monotonic() < end and not self.signals.hurry:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     out, errors = client.communicate(timeout=POLL_SECONDS)
@@ -227,6 +233,14 @@ def own_superlink(
         folder.mkdir()
     variables = _variables(directory, ray_address)
     process: subprocess.Popen[bytes] | None = None
+    # Imports Flower while the SuperLink does.
+    waiting = _client(
+        [sys.executable, "-c", WAITING_FLWR],
+        directory,
+        variables,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         # Another process may take the free port first; then another port is chosen.
         for _ in range(3):
@@ -240,13 +254,15 @@ def own_superlink(
                 if signals.first is not None:
                     raise Interrupted(signals.first)
                 if _is_up(directory):
-                    yield SuperLink(process, directory, variables, signals)
+                    yield SuperLink(process, directory, variables, signals, waiting)
                     return
                 time.sleep(POLL_SECONDS)
         raise SimulationError(
             f"flower-superlink did not start:\n{_tail(directory / 'superlink.log')}"
         )
     finally:
+        with waiting:
+            waiting.kill()
         if process is not None:
             stop_all(process, home, signals)
 
@@ -263,10 +279,35 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
         TMPDIR=str(directory / "tmp"),
         RAY_TMPDIR=str(directory),
         RAY_USAGE_STATS_ENABLED="0",
+        # Flower looks for a new run every second by default; each look costs CPU time.
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.25",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         PYTHONUNBUFFERED="1",
     )
     return variables
+
+
+def _client(
+    command: list[str],
+    directory: Path,
+    variables: Mapping[str, str],
+    *,
+    stdin: int,
+    stderr: int,
+) -> subprocess.Popen[str]:
+    """Start a command that does not receive Ctrl-C from the terminal."""
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=directory / "work",
+        env=variables,
+        start_new_session=True,
+    )
 
 
 def _start(

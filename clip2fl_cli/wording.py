@@ -1,15 +1,21 @@
 """Words of a report: names that a person reads, and phrases that depend on numbers."""
 
 from clip2fl_cli.runs import LAST_ROUNDS
-from clip2fl_common.metrics import FEDAVG_HEAD, RETRAINED_HEAD
+from clip2fl_common.config.types import PLUS
+from clip2fl_common.metrics import FEDAVG_HEAD
+from server_app.console import HEAD_TITLES
 from strategy.registry import METHODS
 
-_HEADS = {RETRAINED_HEAD: "re-trained head", FEDAVG_HEAD: "the model's own head"}
+_HEADS = {**HEAD_TITLES, FEDAVG_HEAD: "the model's own head"}
+# Names that a class cannot have.
+_TITLES = {PLUS: "CLIP2FL-Plus"}
 
 
 def method_title(method: str) -> str:
     """Return a method's name as its paper writes it; an unknown name as it is."""
-    return METHODS[method].__name__ if method in METHODS else method
+    if method not in METHODS:
+        return method
+    return _TITLES.get(method, METHODS[method].__name__)
 
 
 def head_title(head: str) -> str:

@@ -1,5 +1,6 @@
 """Flower ServerApp: wires clients, method and run together."""
 
+from concurrent.futures import Future
 from logging import getLogger
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
 from clip2fl_common.config.unread import unread_warning
 from server_app.run import ServerRun
-from strategy.clients import Clients, SimulatedClients
+from strategy.clients import Clients, SimulatedClients, found_later
 from strategy.grid import AttentiveGrid
 from strategy.registry import method_named
 from strategy.resumed import Continuation
@@ -28,8 +29,11 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_run_config(context.run_config)
     if warning := unread_warning(config):
         logger.warning(warning)
+    # Nodes start and answer while the run is prepared, which takes seconds, too.
+    nodes = found_later(grid) if config.simulated else None
     with ServerRun(config, context.run_id) as run:
-        clients, grid = _clients(run, grid)
+        run.measure_teacher()
+        clients, grid = _clients(run, grid, nodes)
         setting = Setting(
             clients, config, run.data.class_names, run.device, run.teacher
         )
@@ -53,13 +57,21 @@ def main(grid: Grid, context: Context) -> None:
         run.close(strategy)
 
 
-def _clients(run: ServerRun, grid: Grid) -> tuple[Clients, Grid]:
-    """Return the clients of a run, and the grid that reaches them."""
+def _clients(
+    run: ServerRun, grid: Grid, nodes: Future[tuple[int, ...]] | None
+) -> tuple[Clients, Grid]:
+    """Return the clients of a run, and the grid that reaches them.
+
+    ``nodes`` is what `found_later` returned; None with sites.
+    """
     config = run.config
     drawn = config.federation.clients_per_round
-    if config.simulated:
+    if nodes is not None:
         images = run.data.images_per_client
-        return SimulatedClients.find(grid, drawn, config.seed, images), grid
+        clients = SimulatedClients(
+            nodes.result(), len(images), drawn, config.seed, images
+        )
+        return clients, grid
     registry = config.federation.site_registry
     sites = SiteClients(
         drawn,

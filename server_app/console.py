@@ -1,10 +1,32 @@
-"""The lines that a run prints after each round, and the table at its end."""
+"""The lines that a run prints after each round, and the table at its end.
 
+`clip2fl_cli.progress` finds the lines of the rounds in Flower's log by their beginning.
+"""
+
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
-from clip2fl_common.metrics import AccuracyReport, ShotGroups
+from clip2fl_common.metrics import (
+    DISCRIMINANT_HEAD,
+    FEDAVG_HEAD,
+    RETRAINED_HEAD,
+    AccuracyReport,
+    ShotGroups,
+)
+
+LAST_ROUNDS = 5
+"""Accuracy varies by some points from round to round, so the table has means."""
+COLUMNS = ("top1", "balanced", "many", "medium", "few")
+
+HEAD_TITLES = {
+    RETRAINED_HEAD: "re-trained head",
+    DISCRIMINANT_HEAD: "discriminant",
+    FEDAVG_HEAD: "model's own head",
+}
+"""What people read for the heads in ``metrics.jsonl``."""
 
 
 class Progress:
@@ -27,6 +49,7 @@ class Progress:
         reports: Mapping[str, AccuracyReport],
         loss: float | None,
         *,
+        clients: int,
         participation: str = "",
         went_back_to: int | None = None,
         medians: Mapping[str, AccuracyReport] | None = None,
@@ -42,8 +65,11 @@ class Progress:
             Accuracy by head.
         loss : float or None
             Mean training loss of the clients; None if the round produced no model.
+        clients : int
+            Number of clients whose replies were used.
         participation : str
-            Share of the sites and of their images that took part; empty without sites.
+            Share of the sites and of their images that took part, shown instead of the
+            number; empty without sites.
         went_back_to : int or None
             Round whose model replaced a bad one.
         medians : mapping of str to AccuracyReport or None
@@ -62,7 +88,8 @@ class Progress:
         typical = self._durations[1:] or self._durations
         left = (self._rounds - server_round) * sum(typical) / len(typical)
         accuracy = "; ".join(
-            f"{name} balanced {report.balanced:.1f} % ({_groups(report)})"
+            f"{HEAD_TITLES[name]} balanced {report.balanced:.1f} %, few-shot "
+            + ("-" if report.few is None else f"{report.few:.1f} %")
             + (f", median site {medians[name].balanced:.1f} %" if medians else "")
             + (f", for tuning {tuning[name].balanced:.1f} %" if tuning else "")
             for name, report in reports.items()
@@ -71,47 +98,84 @@ class Progress:
         if went_back_to is not None:
             trained = f"went back to the model of round {went_back_to}"
         accuracy = accuracy or "no site has evaluated"
-        who = f"{participation}; " if participation else ""
+        who = participation or f"{clients} client{'' if clients == 1 else 's'}"
         return (
-            f"round {server_round}/{self._rounds}: {accuracy}; {trained}; {who}"
+            f"round {server_round}/{self._rounds}: {who}; {accuracy}; {trained}; "
             f"{self._durations[-1]:.1f} s, "
             f"{timedelta(seconds=round(left))} left"
         )
 
 
-def _groups(report: AccuracyReport) -> str:
-    values = (report.many, report.medium, report.few)
-    return "/".join("-" if value is None else f"{value:.0f}" for value in values)
+Row = Mapping[str, float | None]
+"""A row of the table: percent by the names of `COLUMNS`, None without a value."""
+
+
+def mean_rows(
+    lines: Sequence[Mapping[str, Any]], field: str = "accuracy"
+) -> dict[str, Row]:
+    """Return each head's mean accuracy over the last rounds.
+
+    Parameters
+    ----------
+    lines : sequence of mapping
+        The lines of ``metrics.jsonl``. Rounds without any accuracy are passed over, and
+        `LAST_ROUNDS` of the others count.
+    field : str
+        The field of a line: accuracy, accuracy_held_out or accuracy_tuning, which are
+        on all test images or on a part of them.
+
+    Returns
+    -------
+    dict of str to Row
+        By head; a column without a value in one of the rounds has none.
+    """
+    last = [line[field] for line in lines if line.get(field)][-LAST_ROUNDS:]
+
+    def mean(head: str, column: str) -> float | None:
+        # A classifier is missing in rounds before it was first trained.
+        values = [heads[head][column] for heads in last if head in heads]
+        return None if None in values else statistics.fmean(values)
+
+    return {
+        head: {column: mean(head, column) for column in COLUMNS}
+        for head in (last[-1] if last else {})
+    }
 
 
 def final_table(
-    rows: Mapping[str, AccuracyReport], groups: ShotGroups, class_names: Sequence[str]
+    rows: Mapping[str, Row],
+    groups: ShotGroups,
+    class_names: Sequence[str],
+    rounds: int,
 ) -> str:
     """Return the table printed at the end of a run.
 
     Parameters
     ----------
-    rows : mapping of str to AccuracyReport
+    rows : mapping of str to Row
         Accuracy of each classifier, and the teacher's.
     groups : ShotGroups
         Which classes are many, medium and few-shot, and by which rule.
     class_names : sequence of str
         Names of the classes.
+    rounds : int
+        Number of rounds of the run.
 
     Returns
     -------
     str
     """
-    columns = ("top1", "balanced", "many", "medium", "few")
     titles = ("top-1", "balanced", "many", "medium", "few")
     width = max((len(name) for name in rows), default=0)
     where = "sites' validation" if groups.rule == "listed" else "test"
+    last = min(LAST_ROUNDS, rounds)
+    mean = f"mean of the last {last} rounds" if last > 1 else "after one round"
     lines = [
-        f"Accuracy on the {where} images, %",
+        f"Accuracy on the {where} images, %, {mean}",
         " " * width + "".join(f"{title:>10}" for title in titles),
     ]
-    for name, report in rows.items():
-        cells = [getattr(report, column) for column in columns]
+    for name, row in rows.items():
+        cells = [row[column] for column in COLUMNS]
         lines.append(
             f"{name:<{width}}"
             + "".join("         -" if c is None else f"{c:>10.1f}" for c in cells)

@@ -89,8 +89,3 @@ def accuracy_fields(report: AccuracyReport) -> dict[str, Any]:
         return None if value is None else round(value, 4)
 
     return {name: rounded(v) for name, v in dataclasses.asdict(report).items()}
-
-
-def accuracy_from_fields(fields: Mapping[str, Any]) -> AccuracyReport:
-    """Return the accuracy report that `accuracy_fields` wrote, to four decimals."""
-    return AccuracyReport(**{**fields, "per_class": tuple(fields["per_class"])})

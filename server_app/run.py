@@ -27,10 +27,17 @@ from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
-from server_app.console import Progress, final_table
+from server_app.console import (
+    COLUMNS,
+    HEAD_TITLES,
+    Progress,
+    Row,
+    final_table,
+    mean_rows,
+)
 from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
-from server_app.metrics_line import accuracy_fields, accuracy_from_fields, metrics_line
+from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
@@ -156,16 +163,24 @@ class ServerRun:
                 "name": self.teacher.name,
                 "fingerprint": self.teacher.fingerprint,
             }
-        if self.teacher and len(self.data.dataset.test.labels):
-            print("teacher: zero-shot accuracy on the test images ...", flush=True)
-            report = self.evaluator.teacher_accuracy(self.teacher)
-            self._teacher_row = {TEACHER_ROW: report}
+        self.measure_teacher()
+        if TEACHER_ROW in self._teacher_row:
+            report = self._teacher_row[TEACHER_ROW]
             facts["teacher"]["zero_shot"] = accuracy_fields(report)
             for part, of_teacher in self.evaluator.parts.items():
                 facts["teacher"][f"zero_shot_{part}"] = accuracy_fields(
                     of_teacher[TEACHER_HEAD]
                 )
         return facts
+
+    def measure_teacher(self) -> None:
+        """Compute the teacher's accuracy, once, if the server has test images."""
+        measured = TEACHER_ROW in self._teacher_row
+        if self.teacher and len(self.data.dataset.test.labels) and not measured:
+            print("teacher: zero-shot accuracy on the test images ...", flush=True)
+            self._teacher_row[TEACHER_ROW] = self.evaluator.teacher_accuracy(
+                self.teacher
+            )
 
     def _resume(self, strategy: Method) -> int:
         """Load the newest complete checkpoint; return its round."""
@@ -227,6 +242,7 @@ class ServerRun:
                 server_round,
                 reports,
                 record.losses.get("client"),
+                clients=len(record.clients),
                 participation=record.participation,
                 went_back_to=record.went_back_to,
                 medians=medians,
@@ -254,20 +270,23 @@ class ServerRun:
             self._save_model(MODEL, self.config.federation.rounds, strategy)
         for tracker in self._trackers:
             tracker.close()
-        last = json.loads(self.folder.metrics.splitlines()[-1])
-        students = {
-            f"{self.config.method}, {head} head{on}": accuracy_from_fields(fields)
+        lines = list(map(json.loads, self.folder.metrics.splitlines()))
+        rows: dict[str, Row] = {
+            f"{self.config.method}, {HEAD_TITLES[head]}{on}": row
             for key, on in (
                 ("accuracy", ""),
                 (f"accuracy_{HELD_OUT}", ", held out"),
                 (f"accuracy_{TUNING}", ", for tuning"),
             )
-            for head, fields in last.get(key, {}).items()
+            for head, row in mean_rows(lines, key).items()
         }
+        for name, report in self._teacher_row.items():
+            rows[name] = {column: getattr(report, column) for column in COLUMNS}
         table = final_table(
-            students | self._teacher_row,
+            rows,
             self.data.groups,
             self.data.class_names,
+            self.config.federation.rounds,
         )
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 

@@ -1,4 +1,4 @@
-"""A run's folder: the names of all its files, and how all but checkpoints are written.
+"""A run's folder, and how all its files but checkpoints are written.
 
 ``config.json``, ``metrics.jsonl``, ``checkpoints`` and ``tensorboard`` exist from
 the first rounds on, ``model-best.safetensors`` from the first round with an accuracy,
@@ -20,16 +20,15 @@ from filelock import FileLock, Timeout
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.files import replacing
+from server_app.file_names import ARTIFACTS as ARTIFACTS
+from server_app.file_names import BEST_MODEL as BEST_MODEL
+from server_app.file_names import CHECKPOINTS as CHECKPOINTS
+from server_app.file_names import CONFIG as CONFIG
+from server_app.file_names import LOCK as LOCK
+from server_app.file_names import METRICS as METRICS
+from server_app.file_names import MODEL as MODEL
+from server_app.file_names import TENSORBOARD as TENSORBOARD
 from server_app.tensor_files import save_tensors
-
-CONFIG = "config.json"
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-MODEL = "model.safetensors"
-BEST_MODEL = "model-best.safetensors"
-ARTIFACTS = "artifacts.safetensors"
-TENSORBOARD = "tensorboard"
-LOCK = ".lock"
 
 # Names of tensors in the artifacts; a confusion matrix's name ends with its classifier.
 CLIENTS = "clients_by_class"

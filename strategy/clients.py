@@ -1,8 +1,10 @@
 """The clients of a run, and the clients that nodes simulate."""
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from threading import Thread
+from typing import ClassVar, Protocol
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
@@ -99,26 +101,6 @@ class SimulatedClients:
     seed: int
     images: tuple[int, ...]
 
-    @classmethod
-    def find(
-        cls, grid: Grid, clients_per_round: int, seed: int, images: tuple[int, ...]
-    ) -> Self:
-        """Return the simulated clients of the nodes that answer.
-
-        Parameters
-        ----------
-        grid : Grid
-            Flower's grid.
-        clients_per_round, seed, images
-            See the attributes.
-
-        Raises
-        ------
-        RuntimeError
-            If no node answers.
-        """
-        return cls(find_nodes(grid), len(images), clients_per_round, seed, images)
-
     def refresh(self, grid: Grid) -> None:
         """Do nothing: simulated nodes stay connected."""
 
@@ -180,6 +162,25 @@ class SimulatedClients:
             f"{self.clients_per_round} of {self.num_clients} (seed {self.seed}). "
             f"Simulated by {len(self.nodes)} nodes"
         )
+
+
+def found_later(grid: Grid) -> Future[tuple[int, ...]]:
+    """Begin `find_nodes`, and return what will hold its result or its error.
+
+    A simulated node answers only after Ray has started and has imported the client's
+    code.
+    """
+    found: Future[tuple[int, ...]] = Future()
+
+    def find() -> None:
+        try:
+            found.set_result(find_nodes(grid))
+        except BaseException as error:
+            found.set_exception(error)
+
+    # A daemon: a run that fails meanwhile must not wait for the nodes.
+    Thread(target=find, daemon=True).start()
+    return found
 
 
 def find_nodes(grid: Grid) -> tuple[int, ...]:

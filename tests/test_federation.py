@@ -105,11 +105,11 @@ def test_table_is_the_last_thing_printed(
 ) -> None:
     federate(tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "round 1/2: retrained balanced" in printed
+    assert "; re-trained head balanced" in printed
     table = printed[printed.index("Accuracy on the test images, %") :].splitlines()
     assert [line.split("  ")[0] for line in table[2:5]] == [
-        "clip2fl, retrained head",
-        "clip2fl, fedavg head",
+        "clip2fl, re-trained head",
+        "clip2fl, model's own head",
         "teacher zero-shot",
     ]
     assert "by frequency rank" in table[5]  # no class has more than 100 images

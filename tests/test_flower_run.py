@@ -49,7 +49,7 @@ def run(folder: Path, *settings: str, supernodes: int = 2) -> RunResult:
 def test_simulation_completes(tmp_path: Path) -> None:
     result = run(tmp_path / "run")
     assert result.completed, result.log
-    assert "clip2fl, retrained head" in result.log
+    assert "clip2fl, re-trained head" in result.log
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
         ".lock",
         "artifacts.safetensors",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from server_app import checkpoints as resume
 from server_app.app import main
-from strategy.clients import find_nodes
+from strategy.clients import find_nodes, found_later
 from tests.defaults import run_config
 from tests.federation import metrics
 from tests.in_process_grid import InProcessGrid, Tamper
@@ -233,6 +234,31 @@ def test_malformed_answers_to_queries_are_passed_over(
         find_nodes(Alone(run_config(), 2))
     text = str(caught.value)
     assert text.isprintable() and len(text) < 1000
+
+
+def test_nodes_are_looked_for_while_the_run_is_prepared() -> None:
+    """The caller does not wait; the result and the error come when it asks for them."""
+    asked, prepared = Event(), Event()
+
+    class Slow(InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            asked.set()
+            assert prepared.wait(60)
+            return super().send_and_receive(messages)
+
+    class Broken(InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            raise OSError("no nodes")
+
+    grid = Slow(run_config(), 3)
+    found = found_later(grid)
+    assert asked.wait(60)
+    assert not found.done()
+    prepared.set()
+    assert found.result(60) == find_nodes(grid)
+    assert len(set(found.result())) == 3
+    with pytest.raises(OSError, match="no nodes"):
+        found_later(Broken(run_config(), 2)).result(60)
 
 
 def _named(reply: Message, name: str) -> Message:

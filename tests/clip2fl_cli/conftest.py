@@ -10,6 +10,14 @@ from tests.conftest import be_flower
 from tests.federation import federate
 
 
+@pytest.fixture(autouse=True)
+def user_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep logs of runs without a folder out of the user's folder for logs."""
+    folder = tmp_path / "user-logs"
+    monkeypatch.setattr("platformdirs.user_log_dir", lambda *_: str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Return the folders of finished runs of three methods; leave them as they are."""

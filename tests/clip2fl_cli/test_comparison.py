@@ -14,7 +14,7 @@ from rich.console import Console
 from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
-from clip2fl_cli.progress import ComparisonProgress, RoundLines
+from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, Scalar
@@ -331,20 +331,26 @@ def test_comparisons_of_this_app_are_sound(tmp_path: Path, file: Path) -> None:
     assert found.baseline in {run.variant for run in found.plan}
 
 
-def test_progress_is_plain_lines_without_a_terminal(file: Path) -> None:
+def test_progress_is_plain_lines_without_a_terminal(
+    file: Path, user_logs: Path
+) -> None:
     plan = list(read(file).plan)
     stream = io.StringIO()
     console = Console(file=stream, width=40)
     with ComparisonProgress(plan[:1], 2, console) as progress:
         log = progress.started(plan[0])
-        log.write("INFO : noise\nround 1/2: fedavg balan")
+        log.write("INFO : noise\nprinted\nWARNING : bad\nround 1/2: fedavg balan")
         log.write("ced 10.0 %\nround 2/2: [red]\n")
         progress.ended(plan[0], RunResult("finished:failed", "out of luck", ""))
+    (file_of_log,) = user_logs.iterdir()
+    assert "INFO : noise" in file_of_log.read_text("utf-8")
     assert stream.getvalue().splitlines() == [
         "[3/3] plain, seed 1: starts",
+        "[3/3] plain, seed 1: warning: bad",
         "[3/3] plain, seed 1: round 1/2: fedavg balanced 10.0 %",
         "[3/3] plain, seed 1: round 2/2: [red]",
         "plain, seed 1: did not complete (finished:failed): out of luck",
+        f"plain, seed 1: the whole log is in {file_of_log}",
     ]
 
 
@@ -358,14 +364,6 @@ def test_progress_shows_rounds_and_time_left_on_a_terminal(file: Path) -> None:
     assert "[1/3] plain, seed 1" in shown
     assert "1/6" in shown
     assert "left" in shown
-
-
-def test_lines_of_rounds_are_handed_on_once_whole() -> None:
-    found: list[tuple[int, str]] = []
-    lines = RoundLines(lambda number, line: found.append((number, line)))
-    for character in "x\nround 12/20: a\nround 3: b\n round 4/20: c\n":
-        lines.write(character)
-    assert found == [(12, "round 12/20: a")]
 
 
 def test_variants_must_hold_out_the_same_images(file: Path) -> None:

@@ -1,11 +1,14 @@
 """A run is followed to its end, through restarts, and its status is told."""
 
+import io
 import json
+import re
 import shutil
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import certifi
 import pytest
@@ -26,6 +29,7 @@ DOWN = json.dumps(
         "configuration.",
     }
 )
+LOG = re.compile(r"the whole log is in (.+)")
 STARTED = json.dumps({"success": True, "run-id": "77", "fab-id": "clip2fl/clip2fl"})
 
 
@@ -54,24 +58,26 @@ class Scripted(Federation):
         return next(self._answers[arguments[0]])
 
 
-def test_log_is_printed_once_through_a_restart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_is_passed_on_once_through_a_restart(tmp_path: Path) -> None:
     answers = {
         "ls": [listed("running"), DOWN, DOWN, listed("finished:completed")],
         # Flower ends the available log with empty lines.
         "log": ["one\ntwo\n\n", "one\ntwo\nthree\nfour\n\n"],
     }
-    status, _ = Scripted(tmp_path, answers, 60).follow("5")
+    output = io.StringIO()
+    status, _ = Scripted(tmp_path, answers, 60).follow("5", output)
     assert status == "finished:completed"
-    assert capsys.readouterr().out.split() == ["one", "two", "three", "four"]
+    assert output.getvalue().split("\n") == ["one", "two", "three", "four", ""]
 
 
 def test_failed_run_and_lost_superlink_are_told_apart(tmp_path: Path) -> None:
     answers = {"ls": [listed("finished:failed", "why")], "log": [""]}
-    assert Scripted(tmp_path, answers, 60).follow("5") == ("finished:failed", "why")
+    assert Scripted(tmp_path, answers, 60).follow("5", io.StringIO()) == (
+        "finished:failed",
+        "why",
+    )
     gone = {"ls": [listed("running"), DOWN, DOWN], "log": [""]}
-    status, details = Scripted(tmp_path, gone, 0).follow("5")
+    status, details = Scripted(tmp_path, gone, 0).follow("5", io.StringIO())
     assert status == "unknown" and "no SuperLink" in details
 
 
@@ -115,7 +121,10 @@ def test_exit_status_tells_how_the_run_ended(
     ):
         monkeypatch.setattr(Federation, "follow", lambda *_, o=outcome: o)
         assert run(monkeypatch, *arguments) == status
-        assert capsys.readouterr().out == f"run 5\n{said}"
+        captured = capsys.readouterr()
+        assert captured.out == f"run 5\n{said}"
+        (log,) = LOG.findall(captured.err)
+        assert Path(log).read_text("utf-8").endswith(" run 5\n")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -130,7 +139,7 @@ def test_interrupted_follower_leaves_nothing_and_says_that_the_run_goes_on(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr(Federation, "start", lambda *_: "5")
 
-    def follow(_: Federation, run: str) -> tuple[str, str]:
+    def follow(_: Federation, run: str, output: TextIO) -> tuple[str, str]:
         assert list(temporary.glob("clip2fl-*/app/pyproject.toml"))
         signal.raise_signal(signum)
         raise AssertionError("the signal was passed over")

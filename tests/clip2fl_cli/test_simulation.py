@@ -3,23 +3,28 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
 
 import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
-from clip2fl_cli.simulation import shared_gpus, simulate
+from clip2fl_cli.flower_command import WAITING_FLWR, executable
+from clip2fl_cli.signals import Interrupted, NotedSignals
+from clip2fl_cli.simulation import RunResult, shared_gpus, simulate
 from clip2fl_common.config import ConfigError
 from clip2fl_common.config.files import merge_run_config, parse_overrides
 from clip2fl_common.project import PROJECT
-from tests.clip2fl_cli.commands import refused
+from tests.clip2fl_cli.commands import refused, run
+from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT, default_config
 
 COMMAND = [sys.executable, "-m", "clip2fl_cli.app", "run"]
@@ -144,15 +149,23 @@ def test_completed_run(
 
 
 @pytest.mark.slow
-def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> None:
+def test_failed_run_exits_1_with_the_reason(
+    toy: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A ServerApp that raises fails the command, which `flwr run` alone does not."""
     command = [*COMMAND, "--app", str(toy), "--set", 'mode="raise"']
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
-    assert run.returncode == 1
-    assert "mode: raise" in run.stdout
-    assert "finished:failed" in run.stderr
-    assert "the toy broke" in run.stderr
+    assert done.returncode == 1
+    assert "mode: raise" in done.stdout
+    assert "finished:failed" in done.stderr
+    assert "the toy broke" in done.stderr
+    (log,) = re.findall(r"the whole log is in (.+)", done.stderr)
+    assert "Traceback" not in done.stdout
+    assert "Traceback" in Path(log).read_text("utf-8")
     assert_nothing_left(private_tmp)
 
 
@@ -160,16 +173,105 @@ def test_failed_run_exits_1_with_the_reason(toy: Path, private_tmp: Path) -> Non
 def test_interrupt_leaves_nothing(toy: Path, private_tmp: Path) -> None:
     """Ctrl-C in mid-run ends the SuperLink, the ServerApp and Ray."""
     command = [*COMMAND, "--app", str(toy), "--set", 'mode="forever"']
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert any(line == "mode: forever\n" for line in run.stdout)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert any(line == "mode: forever\n" for line in done.stdout)
         end = time.monotonic() + 60
         while not any("raylet" in process for process in processes_naming(private_tmp)):
             assert time.monotonic() < end
             time.sleep(0.1)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=60) == 128 + signal.SIGINT
+        done.send_signal(signal.SIGINT)
+        assert done.wait(timeout=60) == 128 + signal.SIGINT
     assert_nothing_left(private_tmp)
+
+
+def simulated(
+    monkeypatch: pytest.MonkeyPatch, lines: str, end: RunResult | KeyboardInterrupt
+) -> None:
+    """Replace the simulation by a log and an end."""
+
+    def simulate(_app: Path, *, output: TextIO, **_: object) -> RunResult:
+        output.write(lines)
+        if isinstance(end, KeyboardInterrupt):
+            raise end
+        return end
+
+    monkeypatch.setattr(module, "simulate", simulate)
+
+
+def test_completed_run_ends_with_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", [50.0, 60.0]).folder
+    noise = "INFO :      noise\n" * 100
+    simulated(
+        monkeypatch,
+        f"run folder: {folder}\n{noise}round 1/1: x\n",
+        RunResult("finished:completed", "", ""),
+    )
+    assert run(monkeypatch, "run") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        f"run folder: {folder}",
+        "round 1/1: x",
+        f"Report: {folder / 'report.html'}",
+    ]
+    assert captured.err == ""
+    assert (folder / "report.html").is_file()
+    assert (folder / "run.log").read_text("utf-8").count("noise") == 100
+
+
+def test_complete_run_whose_report_fails_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", [50.0]).folder
+    (folder / "metrics.jsonl").write_text("{")
+    completed = RunResult("finished:completed", "", "")
+    simulated(monkeypatch, f"run folder: {folder}\n", completed)
+    assert run(monkeypatch, "run") == 0
+    assert "clip2fl: no report: " in capsys.readouterr().err
+
+
+def test_failed_run_names_reason_and_log(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    user_logs: Path,
+) -> None:
+    simulated(monkeypatch, "INFO :  x\n", RunResult("finished:failed", "why\nso", ""))
+    assert run(monkeypatch, "run") == 1
+    (log,) = user_logs.iterdir()
+    assert capsys.readouterr().err.splitlines() == [
+        "clip2fl: the run did not complete (finished:failed): why",
+        "so",
+        f"clip2fl: the whole log is in {log}",
+    ]
+    assert log.read_text("utf-8").endswith(" INFO :  x\n")
+
+
+def test_interrupted_run_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    simulated(monkeypatch, f"run folder: {tmp_path}\n", Interrupted(signal.SIGINT))
+    assert run(monkeypatch, "run") == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines() == [
+        "clip2fl: interrupted by SIGINT; all processes have ended",
+        f"clip2fl run --resume {tmp_path} continues the run",
+        f"clip2fl: the whole log is in {tmp_path / 'run.log'}",
+    ]
+
+
+def test_ctrl_c_is_answered_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    with NotedSignals() as signals:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            said.append(capsys.readouterr().err)
+    assert (signals.first, signals.hurry) == (signal.SIGINT, True)
+    assert said[0].startswith("clip2fl: SIGINT received: stopping the run")
+    assert "Checkpoints stay" in said[0]
+    assert said[1:] == ["clip2fl: SIGINT received again: killing the processes\n", ""]
 
 
 def test_overrides_win_over_the_file(toy: Path, tmp_path: Path) -> None:
@@ -217,9 +319,9 @@ def test_unreadable_pairs_are_refused(text: str) -> None:
 def test_unknown_key_is_named_with_the_nearest(toy: Path) -> None:
     """A wrong key is named before anything is started."""
     command = [*COMMAND, "--app", str(toy), "--set", "group.fctor=1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2
-    assert "'group.fctor' does not exist; did you mean 'group.factor'" in run.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "'group.fctor' does not exist; did you mean 'group.factor'" in done.stderr
 
 
 WRONG = {
@@ -230,6 +332,7 @@ WRONG = {
     "federation.min-replies=6": "federation.min-replies = 6 is more than",
     'dataset.name="cifar10"': "dataset.root is empty",
     "privacy.min-class-samples=40": "class-gradients.samples-per-class = 32",
+    'dataset.name="image-folder" dataset.root="/no/where"': "'/no/where' is not there",
     'client.precision="float16"': "client.precision = 'float16', but it must be",
 }
 """Settings of this program, each with its message."""
@@ -263,6 +366,34 @@ def test_checks_need_neither_torch_nor_flower() -> None:
         "assert not {'torch', 'flwr'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_start_needs_neither_torch_nor_flower_in_the_command() -> None:
+    """Their import would come before the SuperLink's, one after the other."""
+    code = (
+        "import sys; from pathlib import Path; import clip2fl_cli.progress\n"
+        "from clip2fl_cli.app_folder import checked_run_config\n"
+        "from clip2fl_cli import simulation\n"
+        "simulation.GPU_DEVICES = ()\n"
+        "checked_run_config(Path.cwd(), None, ['method=\"creff\"'])\n"
+        "assert simulation.shared_gpus(1) == 0\n"
+        "assert not {'torch', 'flwr'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_waiting_flower_does_what_flwr_does() -> None:
+    waiting = subprocess.run(
+        [sys.executable, "-c", WAITING_FLWR],
+        input=json.dumps(["run", "--help"]) + "\n",
+        capture_output=True,
+        text=True,
+    )
+    direct = subprocess.run(
+        [executable("flwr"), "run", "--help"], capture_output=True, text=True
+    )
+    assert waiting.returncode == direct.returncode == 0
+    assert waiting.stdout == direct.stdout
 
 
 def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
@@ -309,6 +440,7 @@ def test_gpus_are_shared_among_clients(
     cpus_per_client: int,
     share: float,
 ) -> None:
+    monkeypatch.setattr(module, "_has_gpu_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert shared_gpus(cpus_per_client) == share

@@ -143,7 +143,9 @@ def test_round_is_written_with_all_its_numbers(
         },
     }
     assert '"clients": 1.2346' in text
-    assert capsys.readouterr().out.startswith("round 1/2: retrained balanced")
+    assert capsys.readouterr().out.startswith(
+        "round 1/2: 2 clients; re-trained head balanced"
+    )
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "artifacts.safetensors").exists()
 

@@ -93,6 +93,7 @@ def test_unknown_method_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ConfigError,
         match=r"method = 'fedavgn', but it must be one of ccvr, clip2fl, clip2flm, "
-        r"clip2fl-plus, creff, fedavg, fedavgm, fedlda, fedprox .*; did you mean 'fedavg",
+        r"clip2fl-plus, creff, fedavg, fedavgm, fedlda, fedprox .*; "
+        r"did you mean 'fedavg",
     ):
         registry.method_named("fedavgn")

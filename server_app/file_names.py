@@ -1,0 +1,12 @@
+"""The names of all files in a run's folder; this module needs no torch."""
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+MODEL = "model.safetensors"
+BEST_MODEL = "model-best.safetensors"
+ARTIFACTS = "artifacts.safetensors"
+TENSORBOARD = "tensorboard"
+LOCK = ".lock"
+LOG = "run.log"
+"""Flower's log, which the command that follows the run writes."""
