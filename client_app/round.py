@@ -33,12 +33,7 @@ from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.messages import TrainRequest
-from clip2fl_common.metrics import (
-    DISCRIMINANT_HEAD,
-    FEDAVG_HEAD,
-    RETRAINED_HEAD,
-    TEACHER_HEAD,
-)
+from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.schedule import step_size
@@ -106,13 +101,8 @@ def evaluate_round(
     classifiers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
         FEDAVG_HEAD: (own.weight, own.bias)
     }
-    for head, received in (
-        (RETRAINED_HEAD, request.classifier),
-        (DISCRIMINANT_HEAD, request.discriminant),
-    ):
-        if received is not None:
-            weight, bias = (tensor.to(device) for tensor in received)
-            classifiers[head] = (weight, bias)
+    for head, (weight, bias) in request.heads.items():
+        classifiers[head] = (weight.to(device), bias.to(device))
     teacher_logits = {}
     if request.teacher_fingerprint:
         teacher_logits[TEACHER_HEAD] = _teacher_logits(

@@ -11,13 +11,13 @@ import numpy.typing as npt
 MANY_SHOT_ABOVE = 100
 FEW_SHOT_BELOW = 20
 # Names of the heads (classifiers): the averaged model's own, the re-trained classifier,
-# the closed-form discriminant, and the teacher's zero-shot classification.
+# a mean of these two, the closed-form discriminant, and the teacher's zero-shot
+# classification.
 FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
+MEAN_HEAD = "mean"
 DISCRIMINANT_HEAD = "discriminant"
 TEACHER_HEAD = "teacher"
-# In the order of reports: the delivered head is the first one that a run has.
-HEADS = (DISCRIMINANT_HEAD, RETRAINED_HEAD, FEDAVG_HEAD, TEACHER_HEAD)
 # Parts of the test images: those on which settings are chosen, and all others.
 TUNING = "tuning"
 HELD_OUT = "held_out"

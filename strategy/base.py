@@ -28,13 +28,14 @@ from clip2fl_common.messages import TrainReply
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
     FEDAVG_HEAD,
-    HEADS,
+    MEAN_HEAD,
     RETRAINED_HEAD,
     TEACHER_HEAD,
 )
 from clip2fl_common.models import ImageClassifier
 from strategy.discriminant import Discriminant
 from strategy.log import log
+from strategy.mean_head import mean_head
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
 from strategy.model_mean import Model, combined_model, noisy_model, summed_metrics
 from strategy.outliers import LengthRule
@@ -73,6 +74,9 @@ class Method(Strategy):
     discriminant : Discriminant or None
         Closed-form classifier that is evaluated beside the others and delivered, if the
         run computes it.
+    own_share : float
+        Share of the model's own classifier in a mean with the re-trained one, which is
+        delivered; 0: no mean.
     average : ModelAverage
         Average over rounds of the model and the classifier, if ``ema.decay`` is above
         0.
@@ -86,6 +90,7 @@ class Method(Strategy):
     needs_teacher: ClassVar[bool] = False
     reply_fields: ClassVar[tuple[str, ...]] = ()
     classifier: nn.Linear | None = None
+    own_share: float = 0.0
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
@@ -118,20 +123,9 @@ class Method(Strategy):
 
     # Hooks: what a method may change.
 
-    def content(self, training: bool) -> RecordDict:
-        """Return the records that requests hold besides the model and ``config``.
-
-        Parameters
-        ----------
-        training : bool
-            Whether the requests ask for training. Requests for evaluation carry the
-            classifier that is delivered.
-        """
-        content = RecordDict()
-        classifier = None if training else self.delivered_classifier
-        if classifier is not None:
-            content[messages.CLASSIFIER] = messages.model_to_arrays(classifier)
-        return content
+    def content(self) -> RecordDict:
+        """Return the records of train requests besides the model and ``config``."""
+        return RecordDict()
 
     def combine(self, replies: Sequence[TrainReply], weights: Sequence[float]) -> Model:
         """Return one model combined from the clients' models by ``aggregation.rule``.
@@ -254,6 +248,8 @@ class Method(Strategy):
         if self.discriminant is not None:
             heads[DISCRIMINANT_HEAD] = self.discriminant.head(model)
         if (retrained := self.delivered_classifier) is not None:
+            if self.own_share > 0:
+                heads[MEAN_HEAD] = mean_head(retrained, model, self.own_share)
             heads[RETRAINED_HEAD] = retrained
         return heads
 
@@ -269,7 +265,7 @@ class Method(Strategy):
         if self.fields:
             config[messages.FIELDS] = [field.name for field in self.fields]
         numbers = self.safeguards.sample(server_round)
-        content = self._content(server_round, arrays, config, training=True)
+        content = self._content(server_round, arrays, config, self.content())
         self.round = RoundRecord(
             bytes_down=len(numbers) * messages.payload_bytes(content)
         )
@@ -348,19 +344,12 @@ class Method(Strategy):
         numbers = self.clients.evaluating()
         if not numbers:
             return []
-        content = self._content(server_round, arrays, config, training=False)
-        if self.discriminant is not None:
-            state = messages.arrays_to_tensors(arrays)
-            content[messages.DISCRIMINANT] = messages.model_to_arrays(
-                self.discriminant.head(state)
-            )
-        asked = {
-            DISCRIMINANT_HEAD: messages.DISCRIMINANT in content,
-            RETRAINED_HEAD: messages.CLASSIFIER in content,
-            FEDAVG_HEAD: True,
-            TEACHER_HEAD: messages.TEACHER_FINGERPRINT in config,
-        }
-        self._heads = [head for head in HEADS if asked[head]]
+        content = self._content(server_round, arrays, config, RecordDict())
+        heads = self.delivered_heads(messages.arrays_to_tensors(arrays))
+        for name, head in heads.items():
+            content[messages.HEAD_RECORDS[name]] = messages.model_to_arrays(head)
+        teacher = [TEACHER_HEAD] if messages.TEACHER_FINGERPRINT in config else []
+        self._heads = [*heads, FEDAVG_HEAD, *teacher]
         return self._address(server_round, content, numbers, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -403,10 +392,9 @@ class Method(Strategy):
         server_round: int,
         arrays: ArrayRecord,
         config: ConfigRecord,
-        training: bool,
+        content: RecordDict,
     ) -> RecordDict:
         config[messages.ROUND] = server_round
-        content = self.content(training)
         content[messages.ARRAYS] = arrays
         content[messages.CONFIG] = config
         return content

@@ -57,6 +57,7 @@ class CReFF(FedAvg):
         config = setting.config
         self.synthesis = config.synthesis
         self.retraining = config.retraining
+        self.own_share = config.head.own_share
         self.rounds = config.federation.rounds
         self.device = setting.device
         self._format = GradientFormat.of(config, setting.num_classes)
@@ -141,11 +142,10 @@ class CReFF(FedAvg):
         classes, per_class, dim = self.features.shape
         return classes, per_class, dim
 
-    def content(self, training: bool) -> RecordDict:
+    def content(self) -> RecordDict:
         """Add the re-trained classifier, at which clients take the class gradients."""
-        content = super().content(training)
-        if training:
-            content[messages.CLASSIFIER] = messages.model_to_arrays(self.classifier)
+        content = super().content()
+        content[messages.CLASSIFIER] = messages.model_to_arrays(self.classifier)
         return content
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:

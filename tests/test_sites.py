@@ -141,6 +141,8 @@ def _image() -> Any:
         ("fedavg", "fedavg", 0.5),
         ("creff", "retrained", 0.0),
         ("creff", "retrained", 0.5),
+        ("clip2fl-plus", "mean", 0.0),
+        ("clip2fl-plus", "mean", 0.5),
         ("fedlda", "discriminant", 0.0),
         ("fedlda", "discriminant", 0.5),
     ],
@@ -458,7 +460,7 @@ def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
     federate(tmp_path / "run", folders)
     page = write_run_report(FinishedRun.read(tmp_path / "run")).read_text("utf-8")
     assert "on the sites&#39; validation images" in page
-    assert "In the order of dataset.class-names." in page
+    assert ", in the order of dataset.class-names. " in page
     assert page.count("Sites do not report their number of images by class.") == 2
     balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
     assert f'data-value="{balanced}"' in page

@@ -100,9 +100,6 @@ from clip2fl_common.messages.names import (
     DATA_ERROR as DATA_ERROR,
 )
 from clip2fl_common.messages.names import (
-    DISCRIMINANT as DISCRIMINANT,
-)
-from clip2fl_common.messages.names import (
     DISTILLATION_TEMPERATURE as DISTILLATION_TEMPERATURE,
 )
 from clip2fl_common.messages.names import (
@@ -116,6 +113,9 @@ from clip2fl_common.messages.names import (
 )
 from clip2fl_common.messages.names import (
     GRADIENTS as GRADIENTS,
+)
+from clip2fl_common.messages.names import (
+    HEAD_RECORDS as HEAD_RECORDS,
 )
 from clip2fl_common.messages.names import (
     LARGEST_VALUE as LARGEST_VALUE,

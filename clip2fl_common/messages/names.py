@@ -1,13 +1,20 @@
 """Names of records, fields and error codes in messages, for server and clients."""
 
+from clip2fl_common.metrics import DISCRIMINANT_HEAD, MEAN_HEAD, RETRAINED_HEAD
+
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
 GRADIENTS = "class-gradients"
 CLASS_STATISTICS = "class-statistics"
 MOMENTS = "class-moments"
-DISCRIMINANT = "discriminant-classifier"
 CONFIG = "config"
 METRICS = "metrics"
+# Records of the heads that a request for evaluation holds.
+HEAD_RECORDS = {
+    RETRAINED_HEAD: CLASSIFIER,
+    MEAN_HEAD: "mean-classifier",
+    DISCRIMINANT_HEAD: "discriminant-classifier",
+}
 
 PARTITION = "partition-id"
 STREAM = "random-stream"

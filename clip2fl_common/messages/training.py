@@ -30,11 +30,11 @@ from clip2fl_common.messages.names import (
     CLASSIFIER,
     CODE_FINGERPRINT,
     CONFIG,
-    DISCRIMINANT,
     DISTILLATION_TEMPERATURE,
     DISTILLATION_WEIGHT,
     FIELDS,
     GRADIENTS,
+    HEAD_RECORDS,
     LARGEST_VALUE,
     METRICS,
     NUM_EXAMPLES,
@@ -74,8 +74,9 @@ class TrainRequest:
         Declared fields that the reply must hold (`REPLY_FIELDS`).
     distillation_weight, distillation_temperature, proximal_mu : float
         Terms of the local loss; a weight of 0 turns its term off.
-    discriminant : tuple of Tensor or None
-        Closed-form classifier to evaluate, weight [C, d] and bias [C].
+    heads : mapping of str to tuple of Tensor
+        Classifiers to evaluate besides the model's own, by name: weight [C, d] and bias
+        [C] of each.
     """
 
     server_round: int
@@ -89,14 +90,13 @@ class TrainRequest:
     distillation_weight: float
     distillation_temperature: float
     proximal_mu: float
-    discriminant: tuple[torch.Tensor, torch.Tensor] | None = None
+    heads: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
     def parse(cls, content: RecordDict) -> "TrainRequest":
         """Return the request in the content of a train message."""
         config = content.config_records[CONFIG]
         classifier = content.array_records.get(CLASSIFIER)
-        discriminant = content.array_records.get(DISCRIMINANT)
         # Without a list of fields, a classifier requests its gradients.
         implied = [] if classifier is None else [GRADIENTS]
         return cls(
@@ -115,7 +115,11 @@ class TrainRequest:
                 float, config.get(DISTILLATION_TEMPERATURE, 1.0)
             ),
             proximal_mu=cast(float, config.get(PROXIMAL_MU, 0.0)),
-            discriminant=None if discriminant is None else _linear(discriminant),
+            heads={
+                head: _linear(content.array_records[record])
+                for head, record in HEAD_RECORDS.items()
+                if record in content.array_records
+            },
         )
 
 

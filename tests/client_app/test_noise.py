@@ -214,6 +214,7 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated(
         distillation_weight=0.0,
         distillation_temperature=1.0,
         proximal_mu=0.0,
+        heads={},
     )
     site = OwnSite(tmp_path, SitePolicy(), SiteLedger(tmp_path))
     unused = ("dataset", "loaded", "images", "labels", "model")
