@@ -223,7 +223,7 @@ class Client:
     optimizer: Annotated[OptimizerName, DefaultOf({PLUS: "muon"})] = "sgd"
     """sgd (plain, as published), momentum, adam or muon (orthogonalised momentum); each
     round starts without memory of earlier ones."""
-    learning_rate: Annotated[StepSize, DefaultOf({PLUS: 0.04})] = 0.1
+    learning_rate: Annotated[StepSize, DefaultOf({PLUS: 0.03})] = 0.1
     """Step size of the optimizer: about 0.1 for sgd, 0.02 for momentum and muon, 0.002
     for adam."""
     learning_rate_final: FinalStepSize = 0.0
@@ -257,13 +257,13 @@ class Distillation:
 
     weight: Annotated[Weight, DefaultOf({PLUS: 3.0})] = 1.0
     """alpha: weight of the distillation loss; 0 switches distillation off."""
-    temperature: Temperature = 3.0
+    temperature: Annotated[Temperature, DefaultOf({PLUS: 6.0})] = 3.0
     """T: distillation temperature of teacher and student."""
     views: Annotated[Views, DefaultOf({PLUS: 10})] = 0
     """Augmented pictures (views) of each training image. Each epoch trains on a random
     one and distils from the teacher's logits of the same picture. 0: the image is
     augmented anew, and the teacher sees it without augmentation."""
-    view_kind: ViewKind = "crop-flip"
+    view_kind: Annotated[ViewKind, DefaultOf({PLUS: "resized-crop"})] = "crop-flip"
     """How views are made: crop-flip (client.crop-padding and a flip), or resized-crop
     (35 to 100 % of the area, a flip and other colours)."""
     view_mix: ViewMix = "none"
@@ -283,7 +283,7 @@ class FedProx:
 class FedAvgM:
     """Momentum at the server."""
 
-    momentum: Annotated[Momentum, DefaultOf({PLUS: 0.5})] = 0.9
+    momentum: Annotated[Momentum, DefaultOf({PLUS: 0.7})] = 0.9
     """Momentum of the server's steps."""
     learning_rate: Annotated[float, Field(ge=1e-06, le=1)] = 1.0
     """Step size of the server; 1 goes all the way to the clients' average."""

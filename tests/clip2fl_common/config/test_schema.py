@@ -151,7 +151,7 @@ def test_demo_experiment_is_the_default() -> None:
 def test_a_method_brings_defaults_of_its_own() -> None:
     """`auto` takes the method's; a value that is written always counts."""
     plus = RunConfig.from_run_config({**defaults(), "method": "clip2fl-plus"})
-    assert (plus.client.optimizer, plus.client.learning_rate) == ("muon", 0.04)
+    assert (plus.client.optimizer, plus.client.learning_rate) == ("muon", 0.03)
     assert plus.distillation.views > 0 and plus.ema.decay == 0.6
     published = RunConfig.from_run_config(defaults())
     assert (published.client.optimizer, published.client.learning_rate) == ("sgd", 0.1)
@@ -163,7 +163,7 @@ def test_a_method_brings_defaults_of_its_own() -> None:
     }
     written = RunConfig.from_run_config({**defaults(), **own})
     assert (written.client.optimizer, written.ema.decay) == ("sgd", 0.0)
-    assert written.client.learning_rate == 0.04
+    assert written.client.learning_rate == 0.03
 
 
 def test_only_keys_with_defaults_by_method_may_be_auto() -> None:
