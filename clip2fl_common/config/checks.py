@@ -25,9 +25,8 @@ LISTED, HUGGING_FACE = "list", "hugging-face"
 NAMED = (SITES, LISTED, HUGGING_FACE)
 """Data sets whose classes dataset.class-names can name."""
 HUB = "hf-hub:"
-HUB_NAME = re.compile(
-    r"hf-hub:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)@([\w-][\w./-]*)", re.ASCII
-)
+_HUB_PART = r"[\w-][\w.-]*"
+HUB_NAME = re.compile(rf"{HUB}((?:{_HUB_PART}/)?{_HUB_PART})@([\w-][\w./-]*)", re.ASCII)
 """A data set on the Hugging Face hub, and its revision: a commit, a tag or a branch."""
 # Classes of each data set, and training images of each class where they are known.
 CLASSES = {"demo": 10, "cifar10": 10, "cifar100": 100, "imagenet-lt": 1000}
@@ -224,8 +223,8 @@ def _name_problems(dataset: "Dataset") -> Iterator[str]:
         found = f" ({shown(twice[0])} is there twice)" if twice else ""
         yield (
             f"dataset.class-names = {shown(dataset.class_names)}, but dataset.name = "
-            f"{dataset.name!r} needs at least two different names, separated by commas, "
-            f"and none empty{found}"
+            f"{dataset.name!r} needs at least two different names, separated by "
+            f"commas, and none empty{found}"
         )
     if len(names) > MOST_CLASSES:
         yield (
@@ -283,13 +282,14 @@ def _long_tail(dataset: "Dataset") -> list[int] | None:
 
 def _partition_problems(config: "RunConfig") -> Iterator[str]:
     dataset, clients = config.dataset, config.partition.clients
+    kind = config.partition.kind
     if dataset.name in NAMED and dataset.class_names:
         yield from _name_problems(dataset)
-    if config.partition.kind == "natural" and dataset.name not in NAMED:
+    if kind == "natural" and dataset.name not in NAMED:
         yield (
             "partition.kind = 'natural' divides images by the clients that they come "
-            f"from, which dataset.name = {dataset.name!r} does not tell: choose another "
-            f"kind, or one of {LISTED}, {HUGGING_FACE}"
+            f"from, which dataset.name = {dataset.name!r} does not tell: choose "
+            f"another kind, or one of {LISTED}, {HUGGING_FACE}"
         )
     counts = _long_tail(dataset)
     if counts is None:
@@ -309,6 +309,13 @@ def _partition_problems(config: "RunConfig") -> Iterator[str]:
             f"{sum(counts)} training images, since {largest} and "
             f"dataset.imbalance-factor = {dataset.imbalance_factor:g}; a client would "
             "have none: use fewer clients or a smaller imbalance factor"
+        )
+    elif kind == "shards" and sum(counts) < clients * config.partition.shards:
+        yield (
+            f"partition.clients = {clients} with partition.shards = "
+            f"{config.partition.shards} need an image for each shard, but all classes "
+            f"together have only {sum(counts)} training images: use fewer clients or "
+            "shards, or a smaller imbalance factor"
         )
 
 

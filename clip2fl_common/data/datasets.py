@@ -314,7 +314,7 @@ def _listed(config: DatasetConfig) -> ImageDataset:
         read_table(Path(file).expanduser(), columns)
         for file in (config.train_list, config.test_list)
     )
-    return _of_tables(config, train, test, ())
+    return _of_tables(config, config.root, train, test, ())
 
 
 def _hugging_face(config: DatasetConfig) -> ImageDataset:
@@ -322,19 +322,19 @@ def _hugging_face(config: DatasetConfig) -> ImageDataset:
     train, test = (
         read_table(file, hugging_face.COLUMNS) for file in (files.train, files.test)
     )
-    return _of_tables(replace(config, root=""), train, test, files.class_names)
+    return _of_tables(config, "", train, test, files.class_names)
 
 
 def _of_tables(
-    config: DatasetConfig, train: Table, test: Table, names: Sequence[str]
+    config: DatasetConfig, folder: str, train: Table, test: Table, names: Sequence[str]
 ) -> ImageDataset:
-    """Return the images of two lists; their paths are relative to ``config.root``."""
+    """Return the images of two lists, with paths from ``folder`` or the lists' own."""
     if config.class_names:
         names = listed_names(config.class_names)
     names, *labels = class_numbers(train, test, names)
     sources = []
     for table, numbers in zip((train, test), labels, strict=True):
-        root = Path(config.root).expanduser() if config.root else table.file.parent
+        root = Path(folder).expanduser() if folder else table.file.parent
         paths = [root / entry.path for entry in table.entries]
         sources.append(_file_source(paths, numbers, config))
     return ImageDataset(

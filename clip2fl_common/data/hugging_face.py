@@ -309,7 +309,7 @@ def _file(stored: Any, name: Path, where: str) -> str:
                 f"('{shown(path)}'); save the data set with its images "
                 "(datasets.save_to_disk)"
             )
-        return path
+        return str(path)
     suffix = suffix_of(path)
     file = name.with_name(name.name + (suffix if suffix in IMAGE_SUFFIXES else ""))
     with open(file, "xb", opener=_private) as new:

@@ -160,8 +160,8 @@ def _text(cell: object, file: Path, row: int) -> str:
     if isinstance(cell, str | int) and not isinstance(cell, bool):
         return str(cell)
     raise DatasetError(
-        f"{shown(file)}, row {row}: found a value of type {type(cell).__name__}; paths, "
-        "classes and clients are texts or whole numbers"
+        f"{shown(file)}, row {row}: found a value of type {type(cell).__name__}, but "
+        "paths, classes and clients are texts or whole numbers"
     )
 
 
@@ -221,8 +221,8 @@ def _numbered(
         if label not in numbers:
             known = listed(names, most=20)
             raise DatasetError(
-                f"{table.at(entry)}: '{shown(entry.label)}' is no class of the training "
-                f"images or of dataset.class-names, which are {known}"
+                f"{table.at(entry)}: '{shown(entry.label)}' is no class; those of the "
+                f"training images, or of dataset.class-names, are {known}"
             )
         found.append(numbers[label])
     return found

@@ -1,4 +1,4 @@
-"""Shards, quantity skew and natural clients divide the long tail as their papers say."""
+"""Shards, quantity skew and natural clients divide the long tail as documented."""
 
 from collections.abc import Callable, Sequence
 
@@ -144,7 +144,9 @@ def test_natural_clients_lose_what_the_tail_leaves_out() -> None:
     kept = long_tail(labels, 2, 10.0, 3)
     parts = natural_partition(kept, owners, 2)
     assert flat(parts) == flat(kept)
-    assert all(owners[n] == name for name, p in zip("ab", parts, strict=True) for n in p)
+    assert all(
+        owners[n] == name for name, p in zip("ab", parts, strict=True) for n in p
+    )
 
 
 def test_impossible_partitions_say_what_to_change() -> None:
