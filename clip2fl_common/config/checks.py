@@ -26,7 +26,7 @@ NAMED = (SITES, LISTED, HUGGING_FACE)
 """Data sets whose classes dataset.class-names can name."""
 HUB = "hf-hub:"
 _HUB_PART = r"[\w-][\w.-]*"
-HUB_NAME = re.compile(rf"{HUB}((?:{_HUB_PART}/)?{_HUB_PART})@([\w-][\w./-]*)", re.ASCII)
+HUB_NAME = re.compile(rf"{HUB}({_HUB_PART}/{_HUB_PART})@([\w-][\w./-]*)", re.ASCII)
 """A data set on the Hugging Face hub, and its revision: a commit, a tag or a branch."""
 # Classes of each data set, and training images of each class where they are known.
 CLASSES = {"demo": 10, "cifar10": 10, "cifar100": 100, "imagenet-lt": 1000}
@@ -158,8 +158,8 @@ def _not_on_hub(value: str) -> Iterator[str]:
     if not HUB_NAME.fullmatch(value):
         yield (
             f"dataset.root = {shown(value)}, but a data set on the hub is written "
-            "hf-hub:NAME@REVISION, with the commit (or tag or branch) that all nodes "
-            "read, for example hf-hub:uoft-cs/cifar10@main"
+            "hf-hub:OWNER/NAME@REVISION, with the commit (or tag or branch) that all "
+            "nodes read, for example hf-hub:uoft-cs/cifar10@main"
         )
 
 

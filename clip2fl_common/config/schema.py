@@ -133,7 +133,8 @@ class Dataset:
     node trains on its own images: docs/own-images.md)."""
     root: PathText = ""
     """Absolute folder of the images; cifar10 and cifar100 are downloaded there. list:
-    empty for the lists' own folders. hugging-face: also hf-hub:NAME@REVISION."""
+    empty for the lists' own folders. hugging-face: also
+    hf-hub:OWNER/NAME@REVISION."""
     train_list: PathText = ""
     """imagenet-lt and list: absolute path of the list of training images: one `path
     label` per line (imagenet-lt), or a CSV or Parquet file with the columns path and

@@ -285,16 +285,16 @@ def _rows(
             count += 1
 
 
-def _encoded(part: _Part, image: str) -> Any:
-    """Return the rows with the images as they are stored: bytes or a path."""
+def _encoded(part: _Part, image: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows with the images as they are stored: bytes or a path."""
     try:
         # Without the format of a saved data set, which may decode images.
         plain = part.data.with_format(None)
-        return plain.cast_column(image, _library().Image(decode=False))
-    except Exception as error:  # a column of any other type
+        yield from plain.cast_column(image, _library().Image(decode=False))
+    except Exception as error:  # a column of any other type, a damaged file
         raise DatasetError(
-            f"{part.place}: dataset.image-column = {shown(image)} holds no images "
-            f"({shown(error)})"
+            f"{part.place}: no images can be read from dataset.image-column = "
+            f"{shown(image)} ({shown(error)})"
         ) from error
 
 

@@ -197,11 +197,16 @@ def test_every_kind_of_partition_can_be_chosen() -> None:
         ({"partition__kind": "shards", "partition__shards": 40}, "for each shard"),
         (
             {"dataset__name": "hugging-face", "dataset__root": "hf-hub:a/b"},
-            "hf-hub:NAME@REVISION",
+            "hf-hub:OWNER/NAME@REVISION",
+        ),
+        # A reader of local files for datasets.load_dataset, and no name on the hub.
+        (
+            {"dataset__name": "hugging-face", "dataset__root": "hf-hub:csv@main"},
+            "hf-hub:OWNER/NAME@REVISION",
         ),
         (
             {"dataset__name": "hugging-face", "dataset__root": "hf-hub:../b@main"},
-            "hf-hub:NAME@REVISION",
+            "hf-hub:OWNER/NAME@REVISION",
         ),
         ({"dataset__name": "hugging-face", "dataset__root": "a/b"}, "is relative"),
         (
