@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip2fl_cli.holdings import Holdings
-from clip2fl_common.config import Scalar
 from tests.defaults import run_config
 from tests.federation import federate, metrics
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("federation_process")
 HELD = {"anna": (3, 2), "ben": (0, 4), "eve": (2, 1)}
 
 
-def write_list(folder: Path) -> dict[str, Scalar]:
+def write_list(folder: Path) -> dict[str, Any]:
     """Write noise pictures and their lists; return the settings that use them."""
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -220,7 +220,7 @@ def _column(part: _Part, named: str, kind: str) -> str:
             f"{part.place} has no column {key} = {shown(named)}, but "
             f"{listed(features, most=20)}"
         )
-    found = [
+    found: list[str] = [
         name for name, feature in features.items() if type(feature).__name__ == kind
     ]
     if len(found) != 1:
