@@ -246,9 +246,7 @@ def class_set_table(victim: Victim) -> str:
     """Return a table of how well clients' class sets are found, for the partition."""
     config = victim.config({})
     dataset = load_dataset(config.dataset)
-    parts = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )
+    parts = partition_indices(config.dataset, config.partition, config.seed)
     classes = len(dataset.class_names)
     held, risen = [], []
     for client, part in enumerate(parts):

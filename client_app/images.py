@@ -62,9 +62,7 @@ def training_images(
         dataset = open_site(config.dataset, site.folder)
         return dataset, dataset.train.open(np.arange(len(dataset.train.labels)))
     dataset = load_dataset(config.dataset)
-    parts = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )
+    parts = partition_indices(config.dataset, config.partition, config.seed)
     return dataset, dataset.train.open(parts[partition])
 
 

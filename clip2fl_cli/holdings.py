@@ -33,12 +33,7 @@ class Holdings:
     def of(cls, config: RunConfig) -> "Holdings":
         """Divide the data set as a run with this configuration would."""
         dataset = load_dataset(config.dataset)
-        parts = partition_indices(
-            config.dataset,
-            config.partition.clients,
-            config.partition.alpha,
-            config.seed,
-        )
+        parts = partition_indices(config.dataset, config.partition, config.seed)
         names = dataset.class_names
         return cls(names, class_counts(parts, dataset.train.labels, len(names)))
 

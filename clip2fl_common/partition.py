@@ -1,13 +1,17 @@
-"""Long-tailed sampling and Dirichlet partition of a labelled data set.
+"""Long-tailed sampling of a labelled data set, and its partition among clients.
 
-The index lists match the released CLIP2FL and CReFF code for the same seed, order
-included, because published results depend on them.
+The index lists of the Dirichlet partition match the released CLIP2FL and CReFF code for
+the same seed, order included, because published results depend on them. All kinds of
+partition divide the same images of the long tail. They draw from numpy's RandomState,
+whose numbers never change with numpy's version.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from clip2fl_common.shown import listed
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -66,6 +70,53 @@ def long_tail_counts(
     ]
 
 
+def long_tail(
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    imbalance_factor: float,
+    seed: int,
+) -> list[IndexArray]:
+    """Return the samples of each class that a long tail keeps, drawn at random.
+
+    Parameters
+    ----------
+    labels : ndarray of int, shape [N]
+        Class of each sample.
+    num_classes : int
+        Number of classes C, at least 2.
+    imbalance_factor : float
+        As in `long_tail_partition`.
+    seed : int
+        Seed of the draw, in [0, 2**32).
+
+    Returns
+    -------
+    list of ndarray of int64, length C
+        For each class the indices into ``labels`` of its samples.
+
+    Raises
+    ------
+    PartitionError
+        If a parameter is out of range, or a class keeps no sample.
+    """
+    members = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    sizes = [len(m) for m in members]
+    counts = long_tail_counts(max(sizes, default=0), num_classes, imbalance_factor)
+    rng = np.random.RandomState(seed)
+    kept = []
+    for c, (indices, count) in enumerate(zip(members, counts, strict=True)):
+        if min(count, len(indices)) == 0:
+            raise PartitionError(
+                f"no client would hold class {c}: it has {len(indices)} samples "
+                f"and keeps {count} at dataset.imbalance-factor = {imbalance_factor}; "
+                "use a smaller imbalance factor or add samples"
+            )
+        order = list(indices)
+        rng.shuffle(order)
+        kept.append(np.asarray(order[:count], dtype=np.int64))
+    return kept
+
+
 def long_tail_partition(
     labels: npt.NDArray[np.integer],
     num_classes: int,
@@ -113,21 +164,13 @@ def long_tail_partition(
         raise PartitionError(f"partition.alpha = {alpha} must be greater than 0")
     if num_clients < 1:
         raise PartitionError(f"partition.clients = {num_clients} must be at least 1")
-    members = [np.flatnonzero(labels == c) for c in range(num_classes)]
-    sizes = [len(m) for m in members]
-    counts = long_tail_counts(max(sizes, default=0), num_classes, imbalance_factor)
-    kept = _sample_long_tail(members, counts, imbalance_factor, seed)
+    kept = long_tail(labels, num_classes, imbalance_factor, seed)
+    _check_enough(kept, num_clients)
 
     shuffled = list(np.concatenate(kept))
     rng = np.random.RandomState(seed)
     rng.shuffle(shuffled)
     total = len(shuffled)
-    if total < num_clients:
-        raise PartitionError(
-            f"partition.clients = {num_clients}, but the long tail has only {total} "
-            "samples, so a client would have none: use fewer clients or a smaller "
-            "dataset.imbalance-factor"
-        )
 
     slice_length = int(GROUP_SIZE / num_clients * total)
     ordered: list[IndexArray] = []
@@ -141,6 +184,149 @@ def long_tail_partition(
             indices, labels[indices], num_classes, group, alpha, rng
         )
     return np.array_split(np.concatenate(ordered), num_clients)
+
+
+def shard_partition(
+    kept: Sequence[IndexArray], num_clients: int, shards: int, seed: int
+) -> list[IndexArray]:
+    """Divide samples by class: each client gets a few shards of the sorted samples.
+
+    The samples, sorted by class, are cut into ``num_clients * shards`` shards, which
+    are dealt to the clients at random (McMahan et al. 2017, section 3). With two shards
+    most clients have samples of two classes.
+
+    Parameters
+    ----------
+    kept : sequence of ndarray of int64
+        Indices of each class's samples: see `long_tail`.
+    num_clients : int
+        Number of clients.
+    shards : int
+        Number of shards of each client.
+    seed : int
+        Seed of the deal, in [0, 2**32).
+
+    Returns
+    -------
+    list of ndarray of int64
+        Each client's indices. The sizes of two shards differ by at most one.
+
+    Raises
+    ------
+    PartitionError
+        If there are fewer samples than shards.
+    """
+    total = sum(map(len, kept))
+    if total < num_clients * shards:
+        raise PartitionError(
+            f"partition.clients = {num_clients} with partition.shards = {shards} need "
+            f"{num_clients * shards} samples, but the long tail has only {total}: use "
+            "fewer clients or shards, or a smaller dataset.imbalance-factor"
+        )
+    pieces = np.array_split(np.concatenate(kept), num_clients * shards)
+    deal = _stream(seed).permutation(len(pieces)).reshape(num_clients, shards)
+    return [np.concatenate([pieces[shard] for shard in hand]) for hand in deal]
+
+
+def quantity_partition(
+    kept: Sequence[IndexArray], num_clients: int, alpha: float, seed: int
+) -> list[IndexArray]:
+    """Divide samples by number: clients differ in size, and have the same classes.
+
+    The clients' shares of the shuffled samples follow a symmetric Dirichlet
+    distribution (Li et al. 2022, "Federated learning on non-IID data silos", quantity
+    skew). Each client has at least one sample.
+
+    Parameters
+    ----------
+    kept : sequence of ndarray of int64
+        Indices of each class's samples: see `long_tail`.
+    num_clients : int
+        Number of clients.
+    alpha : float
+        Concentration of the Dirichlet distribution, > 0; smaller is more skewed.
+    seed : int
+        Seed of every random draw, in [0, 2**32).
+
+    Returns
+    -------
+    list of ndarray of int64
+        Each client's indices.
+
+    Raises
+    ------
+    PartitionError
+        If there are fewer samples than clients.
+    """
+    _check_enough(kept, num_clients)
+    rng = _stream(seed)
+    shuffled = rng.permutation(np.concatenate(kept))
+    share = np.full(num_clients, np.nan)
+    # With a tiny alpha all gamma variates of a draw can be zero.
+    while not np.isfinite(share).all():
+        share = rng.dirichlet(np.repeat(alpha, num_clients))
+    spare = len(shuffled) - num_clients
+    cuts = (np.cumsum(share)[:-1] * spare).astype(np.int64)
+    return np.split(shuffled, cuts + np.arange(1, num_clients))
+
+
+def natural_partition(
+    kept: Sequence[IndexArray], owners: Sequence[str], num_clients: int
+) -> list[IndexArray]:
+    """Divide samples by the clients that they come from.
+
+    Parameters
+    ----------
+    kept : sequence of ndarray of int64
+        Indices of each class's samples: see `long_tail`.
+    owners : sequence of str, length N
+        Client of each sample of the whole data set.
+    num_clients : int
+        Number of clients, which must be the number of different owners.
+
+    Returns
+    -------
+    list of ndarray of int64
+        Each client's indices, ascending. The clients are ordered by their names, or by
+        their numbers if all names are numbers.
+
+    Raises
+    ------
+    PartitionError
+        If the number of clients is another, or a client keeps no sample.
+    """
+    names = sorted(set(owners))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    if len(names) != num_clients:
+        raise PartitionError(
+            f"partition.clients = {num_clients}, but the training images come from "
+            f"{len(names)} clients: set partition.clients={len(names)}"
+        )
+    members: dict[str, list[int]] = {name: [] for name in names}
+    for index in np.sort(np.concatenate(kept)).tolist():
+        members[owners[index]].append(index)
+    if empty := [name for name in names if not members[name]]:
+        raise PartitionError(
+            f"{len(empty)} clients have no sample in the long tail ({listed(empty)}): "
+            "use a smaller dataset.imbalance-factor, or 1 to keep every sample"
+        )
+    return [np.asarray(members[name], dtype=np.int64) for name in names]
+
+
+def _stream(seed: int) -> np.random.RandomState:
+    """Return numbers for dividing that are independent of those for the long tail."""
+    return np.random.RandomState([seed, 1])
+
+
+def _check_enough(kept: Sequence[IndexArray], num_clients: int) -> None:
+    total = sum(map(len, kept))
+    if total < num_clients:
+        raise PartitionError(
+            f"partition.clients = {num_clients}, but the long tail has only {total} "
+            "samples, so a client would have none: use fewer clients or a smaller "
+            "dataset.imbalance-factor"
+        )
 
 
 def class_counts(
@@ -166,27 +352,6 @@ def class_counts(
     return np.stack(
         [np.bincount(labels[part], minlength=num_classes) for part in parts]
     ).astype(np.int64)
-
-
-def _sample_long_tail(
-    members: Sequence[IndexArray],
-    counts: Sequence[int],
-    imbalance_factor: float,
-    seed: int,
-) -> list[IndexArray]:
-    rng = np.random.RandomState(seed)
-    kept = []
-    for c, (indices, count) in enumerate(zip(members, counts, strict=True)):
-        if min(count, len(indices)) == 0:
-            raise PartitionError(
-                f"no client would hold class {c}: it has {len(indices)} samples "
-                f"and keeps {count} at dataset.imbalance-factor = {imbalance_factor}; "
-                "use a smaller imbalance factor or add samples"
-            )
-        order = list(indices)
-        rng.shuffle(order)
-        kept.append(np.asarray(order[:count], dtype=np.int64))
-    return kept
 
 
 def _dirichlet_group(

@@ -42,10 +42,7 @@ class RunData:
         classes = len(dataset.class_names)
         if not config.simulated:
             return cls(dataset, listed_groups(classes))
-        partition = config.partition
-        parts = partition_indices(
-            config.dataset, partition.clients, partition.alpha, config.seed
-        )
+        parts = partition_indices(config.dataset, config.partition, config.seed)
         held = class_counts(parts, dataset.train.labels, classes)
         return cls(dataset, shot_groups(held.sum(axis=0).tolist()), parts, held)
 

@@ -12,7 +12,11 @@ from clip2fl_common.config import KEYS, RunConfig, Scalar
 from clip2fl_common.config.keys import fields_of, kebab
 from clip2fl_common.config.types import METHODS
 from clip2fl_common.config.unread import unread_warning
-from clip2fl_common.data.datasets import load_dataset
+from clip2fl_common.data.datasets import (
+    DatasetError,
+    load_dataset,
+    partition_indices,
+)
 from strategy import registry
 from tests.defaults import default_config, run_config
 from tests.federation import federate, metrics
@@ -23,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("federation_process")
 
 PACKAGES = ("client_app.", "server_app.", "strategy.", "clip2fl_common.")
 
-# Keys of runs with images of the sites' own, and of images in a list.
+# Keys of runs with images of the sites' own, of images in a list or an Arrow folder,
+# and of another kind of partition.
 OF_SITES = {
     "dataset.class-names",
     "dataset.validation-share",
@@ -31,7 +36,16 @@ OF_SITES = {
     "federation.site-registry",
     "aggregation.max-site-images",
 }
-OF_LISTS = {"dataset.root", "dataset.train-list", "dataset.test-list"}
+OF_LISTS = {
+    "dataset.root",
+    "dataset.train-list",
+    "dataset.test-list",
+    "dataset.image-column",
+    "dataset.label-column",
+    "dataset.client-column",
+}
+OF_SPLITS = {"dataset.train-split", "dataset.test-split"}
+OF_SHARDS = {"partition.shards"}
 
 # Other values of the keys that not every method reads.
 OTHERS: dict[str, Scalar] = {
@@ -143,7 +157,7 @@ def test_method_reads_its_keys_and_no_other_changes_anything(
     load_dataset(run_config(dataset__image_size=16).dataset)
     with recorded_reads() as reads:
         expected = small_run(tmp_path / "plain", method)
-    assert declared(method) - reads == OF_SITES | OF_LISTS
+    assert declared(method) - reads == OF_SITES | OF_LISTS | OF_SPLITS | OF_SHARDS
     unread = [key for key in OTHERS if method not in KEYS[key].methods]
     assert small_run(tmp_path / "changed", method, **others(unread)) == expected
 
@@ -174,25 +188,29 @@ def test_keys_of_sites_and_lists_are_read_there(
     with recorded_reads() as reads:
         federate_sites(tmp_path / "run", folders, ["a", "b"], method="fedavg")
     assert OF_SITES <= reads
-    listing = tmp_path / "list.txt"
+    listing = tmp_path / "list.csv"
     files = sorted(folders[0].rglob("*.*"))
     listing.write_text(
-        "".join(
-            f"{file.relative_to(folders[0])} {int('square' in str(file))}\n"
-            for file in files
-        ),
+        "path,label\n"
+        + "".join(f"{f.relative_to(folders[0])},{f.parent.name}\n" for f in files),
         "utf-8",
     )
     lists: dict[str, Scalar] = {
-        "dataset__name": "imagenet-lt",
+        "dataset__name": "list",
         "dataset__root": str(folders[0]),
         "dataset__train_list": str(listing),
         "dataset__test_list": str(listing),
+        "dataset__imbalance_factor": 1.0,
+        "partition__kind": "shards",
     }
     config = run_config(**lists)
     with recorded_reads() as reads:
-        load_dataset(config.dataset)
-    assert OF_LISTS <= reads
+        partition_indices(config.dataset, config.partition, config.seed)
+    assert OF_LISTS | OF_SHARDS <= reads
+    saved = run_config(dataset__name="hugging-face", dataset__root=str(tmp_path))
+    with recorded_reads() as reads, pytest.raises(DatasetError, match="state.json"):
+        load_dataset(saved.dataset)
+    assert OF_SPLITS <= reads
 
 
 def test_run_warns_of_changed_keys_that_its_method_does_not_read(

@@ -323,9 +323,7 @@ def test_protected_gradients_are_accounted_for(tmp_path: Path) -> None:
         }
     config = run_config()
     labels = load_dataset(config.dataset).train.labels
-    parts = partition_indices(
-        config.dataset, config.partition.clients, config.partition.alpha, config.seed
-    )
+    parts = partition_indices(config.dataset, config.partition, config.seed)
     assert not [r.error.reason for r in grid.replies if r.has_error()]
     replies = [r for r in grid.replies if messages.GRADIENTS in r.content]
     assert len(replies) == sum(asked.values())

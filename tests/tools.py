@@ -1,4 +1,4 @@
-"""What tests need of the machine: programs, and the rights of root.
+"""What tests need of the machine: programs, packages, and the rights of root.
 
 Without it a test skips. Under continuous integration (``CI=true``) it fails instead:
 nobody reads the reasons for skips there, and the machine can be set up.
@@ -6,6 +6,7 @@ nobody reads the reasons for skips there, and the machine can be set up.
 
 import os
 import shutil
+from importlib.util import find_spec
 from typing import NoReturn
 
 import pytest
@@ -39,6 +40,12 @@ def needed_tool(name: str) -> str:
     if found is None:
         cannot_run(f"{name} is not installed")
     return found
+
+
+def need_package(name: str) -> None:
+    """End the running test unless a package of an optional extra is installed."""
+    if find_spec(name) is None:
+        cannot_run(f"the package {name} is not installed")
 
 
 def need_root(purpose: str) -> None:

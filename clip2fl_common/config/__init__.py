@@ -5,12 +5,14 @@ the error messages. None of them imports torch or flwr, so a wrong setting is re
 once.
 """
 
+from clip2fl_common.config.checks import HUB_NAME as HUB_NAME
 from clip2fl_common.config.checks import SITES as SITES
 from clip2fl_common.config.schema import EMA as EMA
 from clip2fl_common.config.schema import KEYS as KEYS
 from clip2fl_common.config.schema import Aggregation as Aggregation
 from clip2fl_common.config.schema import Dataset as Dataset
 from clip2fl_common.config.schema import Distillation as Distillation
+from clip2fl_common.config.schema import Partition as Partition
 from clip2fl_common.config.schema import Privacy as Privacy
 from clip2fl_common.config.schema import Retraining as Retraining
 from clip2fl_common.config.schema import RunConfig as RunConfig

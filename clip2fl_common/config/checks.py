@@ -1,5 +1,6 @@
 """Checks of keys of the run configuration that contradict each other."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,13 @@ if TYPE_CHECKING:  # the schema calls these checks
 
 # dataset.name of a federation whose nodes have images of their own.
 SITES = "sites"
+LISTED, HUGGING_FACE = "list", "hugging-face"
+NAMED = (SITES, LISTED, HUGGING_FACE)
+"""Data sets whose classes dataset.class-names can name."""
+HUB = "hf-hub:"
+_HUB_PART = r"[\w-][\w.-]*"
+HUB_NAME = re.compile(rf"{HUB}({_HUB_PART}/{_HUB_PART})@([\w-][\w./-]*)", re.ASCII)
+"""A data set on the Hugging Face hub, and its revision: a commit, a tag or a branch."""
 # Classes of each data set, and training images of each class where they are known.
 CLASSES = {"demo": 10, "cifar10": 10, "cifar100": 100, "imagenet-lt": 1000}
 CIFAR_IMAGES = {"cifar10": 5000, "cifar100": 500}
@@ -27,6 +35,8 @@ NEEDED_PATHS = {
     "cifar10": ["root"],
     "cifar100": ["root"],
     "image-folder": ["root"],
+    LISTED: ["train_list", "test_list"],
+    HUGGING_FACE: ["root"],
     "imagenet-lt": ["root", "train_list", "test_list"],
 }
 LARGEST_ARRAY_BYTES = 2**36
@@ -115,15 +125,20 @@ def _method_problems(config: "RunConfig") -> Iterator[str]:
 
 
 def _path_problems(config: "RunConfig") -> Iterator[str]:
-    for leaf in NEEDED_PATHS.get(config.dataset.name, []):
-        key, value = f"dataset.{leaf.replace('_', '-')}", getattr(config.dataset, leaf)
-        if value:
+    dataset = config.dataset
+    for leaf in NEEDED_PATHS.get(dataset.name, []):
+        key, value = f"dataset.{leaf.replace('_', '-')}", getattr(dataset, leaf)
+        if value and dataset.name == HUGGING_FACE and value.startswith(HUB):
+            yield from _not_on_hub(value)
+        elif value:
             yield from _not_absolute(key, value)
         else:
             yield (
-                f"{key} is empty, but dataset.name = {config.dataset.name!r} needs it: "
+                f"{key} is empty, but dataset.name = {dataset.name!r} needs it: "
                 "give an absolute path"
             )
+    if dataset.name == LISTED and dataset.root:
+        yield from _not_absolute("dataset.root", dataset.root)
     for key, path in (
         ("run.dir", config.run.dir),
         ("run.resume", config.run.resume),
@@ -137,6 +152,15 @@ def _path_problems(config: "RunConfig") -> Iterator[str]:
         yield from _not_absolute("teacher.model", folder)
         if not path_fits(folder):
             yield f"teacher.model = {shown(folder)} is longer than a path can be"
+
+
+def _not_on_hub(value: str) -> Iterator[str]:
+    if not HUB_NAME.fullmatch(value):
+        yield (
+            f"dataset.root = {shown(value)}, but a data set on the hub is written "
+            "hf-hub:OWNER/NAME@REVISION, with the commit (or tag or branch) that all "
+            "nodes read, for example hf-hub:uoft-cs/cifar10@main"
+        )
 
 
 def _not_absolute(key: str, value: str) -> Iterator[str]:
@@ -190,8 +214,7 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
         )
 
 
-def _site_problems(config: "RunConfig") -> Iterator[str]:
-    dataset = config.dataset
+def _name_problems(dataset: "Dataset") -> Iterator[str]:
     names = listed_names(dataset.class_names)
     # People could not tell apart names that look the same.
     seen = Counter(name.translate(dict.fromkeys(map(ord, JOINERS))) for name in names)
@@ -200,8 +223,8 @@ def _site_problems(config: "RunConfig") -> Iterator[str]:
         found = f" ({shown(twice[0])} is there twice)" if twice else ""
         yield (
             f"dataset.class-names = {shown(dataset.class_names)}, but dataset.name = "
-            "'sites' needs at least two different names, separated by commas, and none "
-            f"empty{found}"
+            f"{dataset.name!r} needs at least two different names, separated by "
+            f"commas, and none empty{found}"
         )
     if len(names) > MOST_CLASSES:
         yield (
@@ -216,6 +239,11 @@ def _site_problems(config: "RunConfig") -> Iterator[str]:
                 "invisible, and no dot first"
             )
             break
+
+
+def _site_problems(config: "RunConfig") -> Iterator[str]:
+    dataset = config.dataset
+    yield from _name_problems(dataset)
     if dataset.validation_share == 0:
         yield (
             "dataset.validation-share = 0.0, but with dataset.name = 'sites' the "
@@ -254,6 +282,15 @@ def _long_tail(dataset: "Dataset") -> list[int] | None:
 
 def _partition_problems(config: "RunConfig") -> Iterator[str]:
     dataset, clients = config.dataset, config.partition.clients
+    kind = config.partition.kind
+    if dataset.name in NAMED and dataset.class_names:
+        yield from _name_problems(dataset)
+    if kind == "natural" and dataset.name not in NAMED:
+        yield (
+            "partition.kind = 'natural' divides images by the clients that they come "
+            f"from, which dataset.name = {dataset.name!r} does not tell: choose "
+            f"another kind, or one of {LISTED}, {HUGGING_FACE}"
+        )
     counts = _long_tail(dataset)
     if counts is None:
         return
@@ -273,6 +310,13 @@ def _partition_problems(config: "RunConfig") -> Iterator[str]:
             f"dataset.imbalance-factor = {dataset.imbalance_factor:g}; a client would "
             "have none: use fewer clients or a smaller imbalance factor"
         )
+    elif kind == "shards" and sum(counts) < clients * config.partition.shards:
+        yield (
+            f"partition.clients = {clients} with partition.shards = "
+            f"{config.partition.shards} need an image for each shard, but all classes "
+            f"together have only {sum(counts)} training images: use fewer clients or "
+            "shards, or a smaller imbalance factor"
+        )
 
 
 def _memory_problems(config: "RunConfig") -> Iterator[str]:
@@ -281,7 +325,7 @@ def _memory_problems(config: "RunConfig") -> Iterator[str]:
     gradients, width = config.class_gradients, config.model.feature_dim
     classes = (
         len(listed_names(dataset.class_names))
-        if dataset.name == SITES
+        if dataset.name in NAMED and dataset.class_names
         else CLASSES.get(dataset.name, 2)  # an image-folder's are not known here
     )
     image = 3 * dataset.image_size**2

@@ -65,6 +65,7 @@ from clip2fl_common.config.types import (
     Scalar,
     Seconds,
     Share,
+    SplitName,
     StepSize,
     Temperature,
     Text,
@@ -118,20 +119,45 @@ class Dataset:
     """The images, and the length of their tail."""
 
     name: Literal[
-        "demo", "cifar10", "cifar100", "imagenet-lt", "image-folder", "sites"
+        "demo",
+        "cifar10",
+        "cifar100",
+        "imagenet-lt",
+        "image-folder",
+        "list",
+        "hugging-face",
+        "sites",
     ] = "demo"
-    """demo (drawn, no download), cifar10, cifar100, imagenet-lt, image-folder, or sites
-    (each node trains on its own images: docs/own-images.md)."""
+    """demo (drawn, no download), cifar10, cifar100, imagenet-lt, image-folder, list
+    (CSV or Parquet), hugging-face (a saved folder or a name on the hub), or sites (each
+    node trains on its own images: docs/own-images.md)."""
     root: PathText = ""
-    """Absolute folder of the images; cifar10 and cifar100 are downloaded there."""
+    """Absolute folder of the images; cifar10 and cifar100 are downloaded there. list:
+    empty for the lists' own folders. hugging-face: also
+    hf-hub:OWNER/NAME@REVISION."""
     train_list: PathText = ""
-    """imagenet-lt: absolute path of the list of training images, with one `path label`
-    per line."""
+    """imagenet-lt and list: absolute path of the list of training images: one `path
+    label` per line (imagenet-lt), or a CSV or Parquet file with the columns path and
+    label (list)."""
     test_list: PathText = ""
-    """imagenet-lt: absolute path of the list of test images."""
+    """imagenet-lt and list: absolute path of the list of test images."""
+    train_split: SplitName = "train"
+    """hugging-face: split with the training images."""
+    test_split: SplitName = "test"
+    """hugging-face: split with the test images."""
+    image_column: Text = ""
+    """list: column with the images' paths (empty: path). hugging-face: column with the
+    images (empty: the only one of type Image)."""
+    label_column: Text = ""
+    """list: column with the classes (empty: label). hugging-face: column with the
+    classes (empty: the only one of type ClassLabel)."""
+    client_column: Text = "client"
+    """list and hugging-face: column with the clients that training images come from,
+    for partition.kind = natural."""
     class_names: NameList = ""
     """sites: names of the classes, separated by commas, from the most frequent to the
-    rarest if known; many/medium/few are 30/40/30 % of this order."""
+    rarest if known; many/medium/few are 30/40/30 % of this order. list and
+    hugging-face: the same, where labels are numbers or another order is wanted."""
     validation_share: Share = 0.2
     """sites: share of each site's images, chosen by their content, on which the site
     evaluates the model."""
@@ -151,11 +177,18 @@ class Dataset:
 class Partition:
     """How the training images are divided among clients."""
 
+    kind: Literal["dirichlet", "shards", "quantity", "natural"] = "dirichlet"
+    """What clients differ in: dirichlet (class shares; as published), shards (a few
+    classes each), quantity (number of images), or natural (where images come from)."""
     clients: Positive = 10
     """Number of clients; any number of nodes can simulate them (sites: each node is
     one)."""
     alpha: Concentration = 0.5
-    """Concentration of the Dirichlet distribution (> 0); smaller is more non-IID."""
+    """dirichlet and quantity: concentration of the Dirichlet distribution (> 0);
+    smaller is more non-IID."""
+    shards: Positive = 2
+    """shards: number of pieces of the images, sorted by class, that each client
+    gets."""
 
 
 @dataclass(frozen=True, config=_strict)

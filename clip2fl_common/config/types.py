@@ -194,6 +194,14 @@ PathText = Annotated[
         {"maxLength": PATH_BYTES, "pattern": ONE_LINE},
     ),
 ]
+# A split is a folder in a saved data set, and a name without a slash on the hub.
+SplitName = Annotated[
+    str,
+    _matching(
+        "1 to 64 of the characters A-Z a-z 0-9 _ -, the first a letter",
+        r"[A-Za-z][A-Za-z0-9_-]{0,63}",
+    ),
+]
 # A path component that is valid on every system and that no shell takes for an option.
 FolderName = Annotated[
     str,

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 from clip2fl_common.config import SITES, listed_names
 from clip2fl_common.config import Dataset as DatasetConfig
-from clip2fl_common.data import demo
+from clip2fl_common.config import Partition as PartitionConfig
+from clip2fl_common.data import demo, hugging_face
 from clip2fl_common.data.image_cache import file_digests
 from clip2fl_common.data.image_files import (
     DatasetError,
@@ -23,6 +24,7 @@ from clip2fl_common.data.image_files import (
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES
 from clip2fl_common.data.image_lists import read_image_list
 from clip2fl_common.data.image_reading import read_image
+from clip2fl_common.data.image_tables import Columns, Table, class_numbers, read_table
 from clip2fl_common.data.sources import (
     ArraySource,
     FileSource,
@@ -30,7 +32,15 @@ from clip2fl_common.data.sources import (
     LabelArray,
     LoadedImages,
 )
-from clip2fl_common.partition import long_tail_counts, long_tail_partition
+from clip2fl_common.partition import (
+    PartitionError,
+    long_tail,
+    long_tail_counts,
+    long_tail_partition,
+    natural_partition,
+    quantity_partition,
+    shard_partition,
+)
 from clip2fl_common.shown import listed, shown
 
 __all__ = [
@@ -88,6 +98,8 @@ class ImageDataset:
         Side of the images in pixels.
     imbalance_factor : float
         Imbalance factor of the long tail that is still to be cut from ``train``.
+    owners : tuple of str
+        Client that each training image comes from; empty if unknown.
     """
 
     name: str
@@ -97,6 +109,7 @@ class ImageDataset:
     normalization: Normalization
     image_size: int
     imbalance_factor: float = 1.0
+    owners: tuple[str, ...] = ()
 
 
 def load_dataset(config: DatasetConfig) -> ImageDataset:
@@ -121,7 +134,7 @@ def load_dataset(config: DatasetConfig) -> ImageDataset:
 
 @lru_cache(maxsize=1)
 def partition_indices(
-    config: DatasetConfig, clients: int, alpha: float, seed: int
+    config: DatasetConfig, partition: PartitionConfig, seed: int
 ) -> tuple[LabelArray, ...]:
     """Return each client's indices into the training images.
 
@@ -129,17 +142,15 @@ def partition_indices(
     ----------
     config : Dataset
         The ``dataset`` group of the run configuration.
-    clients : int
-        Number of clients.
-    alpha : float
-        Concentration of the Dirichlet distribution.
+    partition : Partition
+        The ``partition`` group of the run configuration.
     seed : int
         Seed of the partition.
 
     Returns
     -------
     tuple of ndarray of int64
-        See `clip2fl_common.partition.long_tail_partition`.
+        The images of the long tail, divided: see `clip2fl_common.partition`.
 
     Raises
     ------
@@ -147,16 +158,25 @@ def partition_indices(
         If the images are missing, or cannot be divided in this way.
     """
     dataset = load_dataset(config)
-    return tuple(
-        long_tail_partition(
-            dataset.train.labels,
-            len(dataset.class_names),
-            dataset.imbalance_factor,
-            clients,
-            alpha,
-            seed,
-        )
+    labels, classes = dataset.train.labels, len(dataset.class_names)
+    factor, clients, alpha = (
+        dataset.imbalance_factor,
+        partition.clients,
+        partition.alpha,
     )
+    if partition.kind == "dirichlet":
+        return tuple(long_tail_partition(labels, classes, factor, clients, alpha, seed))
+    kept = long_tail(labels, classes, factor, seed)
+    if partition.kind == "shards":
+        return tuple(shard_partition(kept, clients, partition.shards, seed))
+    if partition.kind == "quantity":
+        return tuple(quantity_partition(kept, clients, alpha, seed))
+    if not dataset.owners:
+        raise PartitionError(
+            "partition.kind = 'natural' needs the client of each training image, but "
+            f"there is no column dataset.client-column = {shown(config.client_column)}"
+        )
+    return tuple(natural_partition(kept, dataset.owners, clients))
 
 
 @lru_cache(maxsize=1)
@@ -167,6 +187,8 @@ def _load_dataset(config: DatasetConfig) -> ImageDataset:
         "cifar100": _cifar,
         "imagenet-lt": _imagenet_lt,
         "image-folder": _image_folder,
+        "list": _listed,
+        "hugging-face": _hugging_face,
         SITES: _no_images,
     }[config.name](config)
     if len(opened.class_names) < 2:
@@ -279,6 +301,51 @@ def _image_folder(config: DatasetConfig) -> ImageDataset:
         IMAGENET_NORMALIZATION,
         config.image_size,
         config.imbalance_factor,
+    )
+
+
+def _listed(config: DatasetConfig) -> ImageDataset:
+    columns = Columns(
+        config.image_column or "path",
+        config.label_column or "label",
+        config.client_column,
+    )
+    train, test = (
+        read_table(Path(file).expanduser(), columns)
+        for file in (config.train_list, config.test_list)
+    )
+    return _of_tables(config, config.root, train, test, ())
+
+
+def _hugging_face(config: DatasetConfig) -> ImageDataset:
+    files = hugging_face.unpacked(config)
+    train, test = (
+        read_table(file, hugging_face.COLUMNS) for file in (files.train, files.test)
+    )
+    return _of_tables(config, "", train, test, files.class_names)
+
+
+def _of_tables(
+    config: DatasetConfig, folder: str, train: Table, test: Table, names: Sequence[str]
+) -> ImageDataset:
+    """Return the images of two lists, with paths from ``folder`` or the lists' own."""
+    if config.class_names:
+        names = listed_names(config.class_names)
+    names, *labels = class_numbers(train, test, names)
+    sources = []
+    for table, numbers in zip((train, test), labels, strict=True):
+        root = Path(folder).expanduser() if folder else table.file.parent
+        paths = [root / entry.path for entry in table.entries]
+        sources.append(_file_source(paths, numbers, config))
+    return ImageDataset(
+        config.name,
+        tuple(names),
+        sources[0],
+        replace(sources[1], trained_on=sources[0].paths),
+        IMAGENET_NORMALIZATION,
+        config.image_size,
+        config.imbalance_factor,
+        tuple(entry.client for entry in train.entries) if train.has_clients else (),
     )
 
 

@@ -91,7 +91,7 @@ def decoded_images(
     """
     folder = cache_dir() / "images"
     try:
-        place = folder / _key(paths, f"{DECODER}, {size}")
+        place = folder / cache_key(paths, f"{DECODER}, {size}")
         private_folder(folder)
         with FileLock(f"{place}.lock", mode=FILE_MODE):
             stored = _map(place, len(paths), size)
@@ -128,7 +128,7 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     ndarray of uint64, shape [N]
         The largest number for a file that cannot be read: see `open_regular`.
     """
-    place = cache_dir() / "digests" / f"{_key(paths, 'digests')}.npy"
+    place = cache_dir() / "digests" / f"{cache_key(paths, 'digests')}.npy"
     try:
         kept: npt.NDArray[np.uint64] = np.load(place)
         if kept.shape == (len(paths),):
@@ -214,7 +214,8 @@ def _file_digest(path: Path) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _key(paths: Sequence[Path], purpose: str) -> str:
+def cache_key(paths: Sequence[Path], purpose: str) -> str:
+    """Return a name for what is made from files: other sizes or times, another name."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=16)
     for path in paths:
         digest.update(b"\0" + os.fsencode(path))

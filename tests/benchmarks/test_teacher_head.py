@@ -41,7 +41,7 @@ def test_heads_equal_those_of_a_slow_federation(
     dataset = load_dataset(CONFIG.dataset)
     teacher = load_teacher("demo")
     text = teacher.text_features(dataset.class_names)
-    parts = partition_indices(CONFIG.dataset, 3, CONFIG.partition.alpha, 5)
+    parts = partition_indices(CONFIG.dataset, CONFIG.partition, 5)
     weight, bias = torch.zeros_like(text), torch.zeros(len(text))
     heads = federation.rounds("zero", adjustment, 0.02)
     for server_round in (1, 2):

@@ -105,9 +105,7 @@ def answer(message: Message, place: int = 0, config: RunConfig = CONFIG) -> Mess
 
 def images_of(partition: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a partition's normalised images and labels."""
-    parts = partition_indices(
-        CONFIG.dataset, CONFIG.partition.clients, CONFIG.partition.alpha, CONFIG.seed
-    )
+    parts = partition_indices(CONFIG.dataset, CONFIG.partition, CONFIG.seed)
     dataset = load_dataset(CONFIG.dataset)
     loaded = dataset.train.load(parts[partition])
     return dataset.normalization(loaded.images), loaded.labels

@@ -25,6 +25,7 @@ PATHS = (
     "{fifo}",
     "{folder}",
     "{images}",
+    "hf-hub:somebody/images@main",
 )
 OTHER_DATASETS = (
     "demo",
@@ -32,6 +33,8 @@ OTHER_DATASETS = (
     "cifar100",
     "imagenet-lt",
     "image-folder",
+    "list",
+    "hugging-face",
 )
 TEACHERS = (
     *(f"local-dir:{path}" for path in PATHS),
@@ -88,6 +91,9 @@ NUMERIC_KEYS = (
 TEXTS: dict[str, tuple[Any, ...]] = {
     "device": ("cuda:99", "cuda:-1", "tpu", "cpu; rm -rf /", "", "meta", "\x1b[31m"),
     "method": ("../../x", "", "FedAvg", "os.system", "x" * 10_000, "fed\navg"),
+    "dataset.test-split": ("..", "../x", "", "a/b", "x" * 300),
+    "dataset.image-column": ("x" * 5000, "a\nb"),
+    "partition.kind": ("", "iid", "natural"),
     "dataset.class-names": (
         "circle",
         "circle,circle",

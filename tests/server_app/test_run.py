@@ -69,7 +69,7 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     config = run_config()
     dataset = load_dataset(config.dataset)
-    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    parts = partition_indices(config.dataset, config.partition, config.seed)
     labels = dataset.train.labels[np.concatenate(parts)].tolist()
     assert facts["class_names"] == list(dataset.class_names)
     assert facts["train_images_per_class"] == [labels.count(c) for c in range(10)]
@@ -185,7 +185,7 @@ def test_artifacts_are_what_a_report_shows(
         )
     config = run_config()
     labels = load_dataset(config.dataset).train.labels
-    parts = partition_indices(config.dataset, 3, config.partition.alpha, config.seed)
+    parts = partition_indices(config.dataset, config.partition, config.seed)
     for row, part in zip(found["clients_by_class"], parts, strict=True):
         assert row.tolist() == [(labels[part] == c).sum() for c in range(10)]
 

@@ -25,6 +25,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "dataset.demo-train-per-class": (1, 10**5),
     "dataset.demo-test-per-class": (1, 10**5),
     "partition.clients": (1, 10**6),
+    "partition.shards": (1, 10**6),
     "federation.rounds": (1, 10**6),
     "federation.clients-per-round": (1, 10**6),
     "federation.min-replies": (0, 10**6),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from clip2fl_common.config import Dataset, Scalar
+from clip2fl_common.config import Dataset, Partition, Scalar
 from clip2fl_common.data import sources
 from clip2fl_common.data.datasets import (
     DatasetError,
@@ -274,9 +274,9 @@ def test_cifar_that_cannot_be_had_names_the_folder(
 
 
 def test_demo_is_long_tailed_and_partitioned_whole() -> None:
-    config = run_config().dataset
-    parts = partition_indices(config, 3, 0.5, 7)
-    labels = load_dataset(config).train.labels
+    config = run_config()
+    parts = partition_indices(config.dataset, config.partition, 7)
+    labels = load_dataset(config.dataset).train.labels
     # 20 * 0.1 ** (k / 9), cut to whole images.
     assert np.bincount(labels).tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
@@ -284,4 +284,4 @@ def test_demo_is_long_tailed_and_partitioned_whole() -> None:
 
 def test_client_without_images_is_refused() -> None:
     with pytest.raises(PartitionError, match=r"partition\.clients = 500.*78"):
-        partition_indices(run_config().dataset, 500, 0.5, 7)
+        partition_indices(run_config().dataset, Partition(clients=500), 7)

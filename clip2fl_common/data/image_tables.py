@@ -1,0 +1,228 @@
+"""Tables of images: CSV or Parquet files with a column for paths and one for classes.
+
+A third column may name the client (a person, a hospital) that an image comes from.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from clip2fl_common.data.image_files import DatasetError, class_name
+from clip2fl_common.data.regular_files import open_regular
+from clip2fl_common.shown import listed, shown
+
+# Digits of a class number, far beyond the classes of any data set.
+MAX_DIGITS = 9
+INSTALL = "pip install 'clip2fl[hugging-face]'"
+
+
+class Entry(NamedTuple):
+    """One image of a table; ``row`` is its line in a CSV file, or row in Parquet."""
+
+    row: int
+    path: str
+    label: str
+    client: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; the one of clients may be missing."""
+
+    path: str
+    label: str
+    client: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A list of images.
+
+    Attributes
+    ----------
+    file : Path
+        The file.
+    entries : sequence of Entry
+        At least one.
+    has_clients : bool
+        Whether there is a column of clients.
+    """
+
+    file: Path
+    entries: Sequence[Entry]
+    has_clients: bool
+
+    def at(self, entry: Entry) -> str:
+        """Return the place of an entry for a message."""
+        word = "row" if self.file.suffix.lower() == ".parquet" else "line"
+        return f"{shown(self.file)}, {word} {entry.row}"
+
+
+def read_table(file: Path, columns: Columns) -> Table:
+    """Read a table: Parquet if the suffix is ``.parquet``, else CSV with a header.
+
+    Parameters
+    ----------
+    file : Path
+        The table. CSV is comma-separated UTF-8.
+    columns : Columns
+        Names of the columns to read; others are ignored.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    DatasetError
+        If the file cannot be read, lacks a column or is empty, or an entry has no path
+        or no class; names the line.
+    """
+    parquet = file.suffix.lower() == ".parquet"
+    rows = _parquet_rows(file, columns) if parquet else _csv_rows(file)
+    try:
+        found = next(rows, (0, ()))[1]
+        for wanted in (columns.path, columns.label):
+            if wanted not in found:
+                raise DatasetError(
+                    f"{shown(file)} has no column '{shown(wanted)}'; its columns are "
+                    f"{listed(found, most=20)}. Name the columns with "
+                    "dataset.image-column and dataset.label-column"
+                )
+        place = {name: position for position, name in enumerate(found)}
+        has_clients = columns.client in place
+        used = [place[columns.path], place[columns.label]]
+        used += [place[columns.client]] if has_clients else []
+        table = Table(file, [], has_clients)
+        entries: list[Entry] = []
+        for row, cells in rows:
+            if len(cells) != len(found):
+                raise DatasetError(
+                    f"{shown(file)}, line {row}: expected {len(found)} values, found "
+                    f"{len(cells)}: '{shown(','.join(cells))}'"
+                )
+            path, label, *client = (cells[position] for position in used)
+            entry = Entry(row, path, label.strip(), *(name.strip() for name in client))
+            if "\0" in path or not all(cell.strip() for cell in (path, label, *client)):
+                raise DatasetError(
+                    f"{table.at(entry)}: the path, the class or the client is missing"
+                )
+            entries.append(entry)
+    except DatasetError:
+        raise
+    except (OSError, ValueError, NotImplementedError, csv.Error) as error:
+        raise DatasetError(
+            f"cannot read the list {shown(file)}: {shown(error)}"
+        ) from None
+    if not entries:
+        raise DatasetError(f"the list {shown(file)} has no image")
+    return Table(file, entries, has_clients)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, Sequence[str]]]:
+    with open_regular(file) as opened:
+        # Excel begins a file with a mark. Names of files may contain any byte.
+        text = opened.read().decode("utf-8-sig", "surrogateescape")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    for cells in reader:
+        if cells:  # not an empty line
+            yield reader.line_num, cells
+
+
+def _parquet_rows(file: Path, columns: Columns) -> Iterator[tuple[int, Sequence[str]]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DatasetError(
+            f"{shown(file)} is a Parquet file, which needs pyarrow: {INSTALL}"
+        ) from None
+    with open_regular(file) as opened:
+        whole = io.BytesIO(opened.read())
+    with parquet.ParquetFile(whole) as content:
+        names = content.schema_arrow.names
+        wanted = (columns.path, columns.label, columns.client)
+        used = [name for name in wanted if name in names]
+        yield 0, used if set(wanted[:2]) <= set(used) else names
+        row = 0
+        for batch in content.iter_batches(columns=used):
+            for cells in zip(*(column.to_pylist() for column in batch), strict=True):
+                row += 1
+                yield row, [_text(cell, file, row) for cell in cells]
+
+
+def _text(cell: object, file: Path, row: int) -> str:
+    if cell is None:
+        return ""
+    # bool is an int, and no class.
+    if isinstance(cell, str | int) and not isinstance(cell, bool):
+        return str(cell)
+    raise DatasetError(
+        f"{shown(file)}, row {row}: found a value of type {type(cell).__name__}, but "
+        "paths, classes and clients are texts or whole numbers"
+    )
+
+
+def class_numbers(
+    train: Table, test: Table, names: Sequence[str]
+) -> tuple[Sequence[str], list[int], list[int]]:
+    """Return the classes of two tables: their names, and each image's number.
+
+    Parameters
+    ----------
+    train, test : Table
+        The images. If all training images have names as classes, or all have numbers
+        from 0 on, so must the test images.
+    names : sequence of str
+        The classes in their order; empty: the names in the training table, sorted.
+
+    Returns
+    -------
+    sequence of str, list of int, list of int
+        C names, and the class of each training and test image in [0, C).
+
+    Raises
+    ------
+    DatasetError
+        If a class is unknown, or has no training image; names the line.
+    """
+    used = {class_name(entry.label) for entry in train.entries}
+    if not names:
+        if all(map(_is_number, used)):
+            raise DatasetError(
+                f"the classes in {shown(train.file)} are numbers; set "
+                "dataset.class-names to their names, in the order of the numbers"
+            )
+        names = sorted(used)
+    numbers: Mapping[str, int] = {name: number for number, name in enumerate(names)}
+    if not used <= numbers.keys() and all(map(_is_number, used)):
+        numbers = {str(number): number for number in range(len(names))}
+    labels = [_numbered(table, numbers, names) for table in (train, test)]
+    if missing := set(range(len(names))).difference(labels[0]):
+        raise DatasetError(
+            f"{shown(train.file)} has no image of the class "
+            f"{listed(names[n] for n in sorted(missing))}, so nobody would hold it"
+        )
+    return names, labels[0], labels[1]
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) <= MAX_DIGITS
+
+
+def _numbered(
+    table: Table, numbers: Mapping[str, int], names: Sequence[str]
+) -> list[int]:
+    found = []
+    for entry in table.entries:
+        label = class_name(entry.label)
+        if label not in numbers:
+            known = listed(names, most=20)
+            raise DatasetError(
+                f"{table.at(entry)}: '{shown(entry.label)}' is no class; those of the "
+                f"training images, or of dataset.class-names, are {known}"
+            )
+        found.append(numbers[label])
+    return found
