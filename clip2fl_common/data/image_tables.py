@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from clip2fl_common.data.image_files import DatasetError, class_name
 from clip2fl_common.data.regular_files import open_regular
@@ -16,6 +16,8 @@ from clip2fl_common.shown import listed, shown
 
 # Digits of a class number, far beyond the classes of any data set.
 MAX_DIGITS = 9
+# Its number, and the texts of its cells.
+Row: TypeAlias = tuple[int, Sequence[str]]
 INSTALL = "pip install 'clip2fl[hugging-face]'"
 
 
@@ -45,20 +47,20 @@ class Table:
     ----------
     file : Path
         The file.
-    entries : sequence of Entry
+    entries : list of Entry
         At least one.
     has_clients : bool
         Whether there is a column of clients.
     """
 
     file: Path
-    entries: Sequence[Entry]
+    entries: list[Entry]
     has_clients: bool
 
-    def at(self, entry: Entry) -> str:
+    def at(self, row: int) -> str:
         """Return the place of an entry for a message."""
         word = "row" if self.file.suffix.lower() == ".parquet" else "line"
-        return f"{shown(self.file)}, {word} {entry.row}"
+        return f"{shown(self.file)}, {word} {row}"
 
 
 def read_table(file: Path, columns: Columns) -> Table:
@@ -84,45 +86,53 @@ def read_table(file: Path, columns: Columns) -> Table:
     parquet = file.suffix.lower() == ".parquet"
     rows = _parquet_rows(file, columns) if parquet else _csv_rows(file)
     try:
-        found = next(rows, (0, ()))[1]
-        for wanted in (columns.path, columns.label):
-            if wanted not in found:
-                raise DatasetError(
-                    f"{shown(file)} has no column '{shown(wanted)}'; its columns are "
-                    f"{listed(found, most=20)}. Name the columns with "
-                    "dataset.image-column and dataset.label-column"
-                )
-        place = {name: position for position, name in enumerate(found)}
-        has_clients = columns.client in place
-        used = [place[columns.path], place[columns.label]]
-        used += [place[columns.client]] if has_clients else []
-        table = Table(file, [], has_clients)
-        entries: list[Entry] = []
-        for row, cells in rows:
-            if len(cells) != len(found):
-                raise DatasetError(
-                    f"{shown(file)}, line {row}: expected {len(found)} values, found "
-                    f"{len(cells)}: '{shown(','.join(cells))}'"
-                )
-            path, label, *client = (cells[position] for position in used)
-            entry = Entry(row, path, label.strip(), *(name.strip() for name in client))
-            if "\0" in path or not all(cell.strip() for cell in (path, label, *client)):
-                raise DatasetError(
-                    f"{table.at(entry)}: the path, the class or the client is missing"
-                )
-            entries.append(entry)
+        names = [name.strip() for name in next(rows, (0, ()))[1]]
+        _check_columns(file, names, columns)
+        table = Table(file, [], columns.client in names)
+        table.entries.extend(_entries(table, names, columns, rows))
     except DatasetError:
         raise
     except (OSError, ValueError, NotImplementedError, csv.Error) as error:
         raise DatasetError(
             f"cannot read the list {shown(file)}: {shown(error)}"
         ) from None
-    if not entries:
+    if not table.entries:
         raise DatasetError(f"the list {shown(file)} has no image")
-    return Table(file, entries, has_clients)
+    return table
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, Sequence[str]]]:
+def _check_columns(file: Path, names: Sequence[str], columns: Columns) -> None:
+    for wanted in (columns.path, columns.label):
+        if wanted not in names:
+            raise DatasetError(
+                f"{shown(file)} has no column '{shown(wanted)}'; its columns are "
+                f"{listed(names, most=20)}. Name the columns with "
+                "dataset.image-column and dataset.label-column"
+            )
+
+
+def _entries(
+    table: Table, names: Sequence[str], columns: Columns, rows: Iterator[Row]
+) -> Iterator[Entry]:
+    used = [names.index(columns.path), names.index(columns.label)]
+    if table.has_clients:
+        used.append(names.index(columns.client))
+    for row, cells in rows:
+        if len(cells) != len(names):
+            raise DatasetError(
+                f"{table.at(row)}: expected {len(names)} values, found {len(cells)}: "
+                f"'{shown(','.join(cells))}'"
+            )
+        path, *others = (cells[position] for position in used)
+        others = [text.strip() for text in others]
+        if "\0" in path or not path.strip() or not all(others):
+            raise DatasetError(
+                f"{table.at(row)}: the path, the class or the client is missing"
+            )
+        yield Entry(row, path, *others)
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
     with open_regular(file) as opened:
         # Excel begins a file with a mark. Names of files may contain any byte.
         text = opened.read().decode("utf-8-sig", "surrogateescape")
@@ -132,7 +142,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Sequence[str]]]:
             yield reader.line_num, cells
 
 
-def _parquet_rows(file: Path, columns: Columns) -> Iterator[tuple[int, Sequence[str]]]:
+def _parquet_rows(file: Path, columns: Columns) -> Iterator[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -221,8 +231,8 @@ def _numbered(
         if label not in numbers:
             known = listed(names, most=20)
             raise DatasetError(
-                f"{table.at(entry)}: '{shown(entry.label)}' is no class; those of the "
-                f"training images, or of dataset.class-names, are {known}"
+                f"{table.at(entry.row)}: '{shown(entry.label)}' is no class; those of "
+                f"the training images, or of dataset.class-names, are {known}"
             )
         found.append(numbers[label])
     return found

@@ -43,7 +43,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["imagenet-lt", "image-folder", "cifar10", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["imagenet-lt", "image-folder", "list", "hugging-face", "cifar10", "demo"],
+)
 def test_no_run_reads_or_writes_elsewhere_on_a_sites_disk(
     tmp_path: Path, folder: Path, kind: str, name: str
 ) -> None:

@@ -108,7 +108,7 @@ def test_names_of_the_configuration_give_the_order(
 
 def test_other_columns_and_spreadsheets(tmp_path: Path) -> None:
     """A byte-order mark, quotes, line ends of Windows, empty lines, more columns."""
-    text = '\ufeffid,"file","kind"\r\n1,"a, b.png", cat \r\n\r\n2,c.png,dog\r\n'
+    text = '\ufeffid,"file", kind\r\n1,"a, b.png", cat \r\n\r\n2,c.png,dog\r\n'
     dataset = load(tmp_path, text, text, image_column="file", label_column="kind")
     assert dataset.class_names == ("cat", "dog") and dataset.owners == ()
     paths: Any = dataset.train
