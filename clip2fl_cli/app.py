@@ -4,6 +4,7 @@ Each subcommand imports its modules when it runs, since the import of torch and
 matplotlib takes seconds.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from clip2fl_cli.options import (
     AsJson,
     ModelPath,
     RunConfigFile,
+    RunFolder,
     Settings,
     ShownImages,
     Verbose,
@@ -361,6 +363,40 @@ def report(
         chosen = chosen_images(runs, images)
         page = write_run_report(*(run.on(chosen) for run in runs))
     console.print_json({"report": str(page)}) if as_json else console.answer(str(page))
+
+
+@app.command()
+def status(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Say what a run does now: round, phase, sites, accuracy and time left."""
+    from clip2fl_cli.live import RunWatch
+    from clip2fl_cli.status import sentences, site_rows
+
+    found = RunWatch(folder).look()
+    if as_json:
+        console.print_json(found.fields())
+        return
+    for line in sentences(found):
+        console.answer(line)
+    if found.sites:
+        console.print_table(*site_rows(found))
+
+
+@app.command()
+def watch(folder: RunFolder) -> None:
+    """Show a run in the browser while it runs: curves, sites, phase, time left, log.
+
+    Only this machine can open the page, and only with the whole printed address. Ctrl-C
+    ends the page; the run goes on.
+    """
+    from clip2fl_cli.live import RunWatch
+    from clip2fl_cli.watch import serve
+
+    shown_run = RunWatch(folder)
+    # A folder without a run is refused here.
+    shown_run.look()
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(shown_run, console.answer_address)
+    console.tell("clip2fl: the page has ended; a run that is running goes on")
 
 
 @app.command()

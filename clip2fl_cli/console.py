@@ -52,6 +52,13 @@ def answer_file(name: str, path: Path) -> None:
     out.print(_linked(name, path), soft_wrap=True)
 
 
+def answer_address(address: str) -> None:
+    """Print the address of a page that this command serves."""
+    out.print(Text("Open ").append(address, Style(link=address)), soft_wrap=True)
+    # Whoever reads a pipe waits for it.
+    out.file.flush()
+
+
 def tell_file(name: str, path: Path) -> None:
     """Print a file's path to standard error, as `answer_file` does."""
     err.print(_linked(name, path), soft_wrap=True)

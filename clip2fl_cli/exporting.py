@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from clip2fl_cli.output import OutputFolder
-from clip2fl_cli.run_schema import Facts
-from clip2fl_cli.runs import DAMAGED, MAX_FACTS_BYTES, RunError
+from clip2fl_cli.run_schema import MAX_FACTS_BYTES, Facts
+from clip2fl_cli.runs import DAMAGED, RunError
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import ImageClassifier
 from clip2fl_common.teacher import DEMO, Teacher, load_teacher

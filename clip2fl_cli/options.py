@@ -63,3 +63,9 @@ ModelPath = Annotated[
     Path,
     typer.Option("--model", help="A run's folder, or its model.safetensors."),
 ]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="The run's folder, which the run names when it starts."
+    ),
+]

@@ -1,8 +1,7 @@
 """One self-contained HTML page of sections, with its figures in separate files too.
 
 The page has no script: its content security policy forbids all. Values appear on hover
-by SVG's ``title``, and all of them are in tables. Text from a foreign run passes two
-guards: `shown` disables characters that reverse text, and Jinja escapes markup.
+by SVG's ``title``, and all of them are in tables.
 """
 
 import io
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 
 from clip2fl_cli import colours
 from clip2fl_cli.charts import STYLE, Chart
+from clip2fl_cli.html import render
 from clip2fl_cli.inline_svg import inline
 from clip2fl_cli.output import OutputFolder
 from clip2fl_common.shown import shown
@@ -189,21 +188,14 @@ def write_page(
                 )
                 for number, part in enumerate(picture.chart.parts())
             ]
-    environment = Environment(
-        loader=PackageLoader("clip2fl_cli"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-    )
-    html = environment.get_template("report.html.j2").render(
+    html = render(
+        "report.html.j2",
         title=title,
         headline=headline,
         sentence=_unbroken(headline.sentence),
         lead=lead,
         sections=sections,
         panels=panels,
-        light=Markup(colours.css(dark=False)),
-        dark=Markup(colours.css(dark=True)),
         variable_of={c: f"var(--{n})" for n, c in colours.VARIABLES.items()},
         marker_paths=_MARKER_PATHS,
     )
@@ -233,10 +225,3 @@ def _files(picture: Picture) -> dict[str, bytes]:
 def _unbroken(sentence: str) -> Markup:
     """Return text as HTML in which numbers and their percent signs stay together."""
     return Markup(str(escape(shown(sentence))).replace(" %", "&nbsp;%"))
-
-
-def _printable(value: object) -> object:
-    """Disable characters that reverse text; escaping disables markup only."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return shown(value)
-    return value

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clip2fl_common.limits import MAX_CLASSES, MAX_NAME_LENGTH
 from clip2fl_common.shown import shown
+from server_app.foreign_files import MEGABYTE
 
 # Bounds far above real values, so that sums stay finite and numbers stay readable.
 MAX_COUNT = 2**48
@@ -19,6 +20,9 @@ MAX_LOSS = 1e100
 MAX_ROUNDS = 100_000
 MAX_VARIANTS = 256
 MAX_RUNS = 10_000
+# A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
+MAX_FACTS_BYTES = 32 * MEGABYTE
+MAX_METRICS_BYTES = 256 * MEGABYTE
 # Most file systems allow no longer names.
 MAX_COMPONENT_BYTES = 220
 

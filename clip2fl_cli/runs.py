@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from clip2fl_cli.artifacts import read_artifacts
-from clip2fl_cli.run_schema import Facts, Images, Round
+from clip2fl_cli.run_schema import (
+    MAX_FACTS_BYTES,
+    MAX_METRICS_BYTES,
+    Facts,
+    Images,
+    Round,
+)
 from clip2fl_common.shown import shown
 from server_app.console import COLUMNS as COLUMNS
 from server_app.console import LAST_ROUNDS as LAST_ROUNDS
 from server_app.foreign_files import (
-    MEGABYTE,
     ForeignFileError,
     parse_json,
     read_json,
@@ -28,9 +33,6 @@ from server_app.run_folder import ARTIFACTS, CONFIG, METRICS, MODEL
 PARTS = (Images.TUNING, Images.HELD_OUT)
 # Fields of a round's line, each with the accuracy of its classifiers.
 ACCURACIES = ("accuracy", *(f"accuracy_{images.part}" for images in PARTS))
-# A run of 1,000 classes, 1,000 clients and 200 rounds has 0.1 and 10 megabytes.
-MAX_FACTS_BYTES = 32 * MEGABYTE
-MAX_METRICS_BYTES = 256 * MEGABYTE
 
 
 class RunError(ValueError):

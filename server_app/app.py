@@ -12,6 +12,7 @@ from clip2fl_common.config import RunConfig
 from clip2fl_common.config.unread import unread_warning
 from server_app.run import ServerRun
 from strategy.clients import Clients, SimulatedClients, found_later
+from strategy.events import What
 from strategy.grid import AttentiveGrid
 from strategy.registry import method_named
 from strategy.resumed import Continuation
@@ -35,7 +36,12 @@ def main(grid: Grid, context: Context) -> None:
         run.measure_teacher()
         clients, grid = _clients(run, grid, nodes)
         setting = Setting(
-            clients, config, run.data.class_names, run.device, run.teacher
+            clients,
+            config,
+            run.data.class_names,
+            run.device,
+            run.teacher,
+            run.events,
         )
         strategy = method_named(config.method)(setting)
         done = run.open(strategy)
@@ -78,5 +84,10 @@ def _clients(
         config.seed,
         config.aggregation.max_site_images,
         Path(registry).expanduser() if registry else None,
+        run.events,
     )
-    return sites, AttentiveGrid(grid)
+
+    def arrived(client: int) -> None:
+        run.events.note(What.REPLIED, sites.label(client))
+
+    return sites, AttentiveGrid(grid, arrived)

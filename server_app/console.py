@@ -17,6 +17,7 @@ from clip2fl_common.metrics import (
     AccuracyReport,
     ShotGroups,
 )
+from server_app.time_left import seconds_left
 
 LAST_ROUNDS = 5
 """Accuracy varies by some points from round to round, so the table has means."""
@@ -86,9 +87,7 @@ class Progress:
         now = time.perf_counter()
         self._durations.append(now - self._last)
         self._last = now
-        # The first round starts the workers and fills the caches.
-        typical = self._durations[1:] or self._durations
-        left = (self._rounds - server_round) * sum(typical) / len(typical)
+        left = seconds_left(self._durations, self._rounds - server_round)
         accuracy = "; ".join(
             f"{HEAD_TITLES[name]} balanced {report.balanced:.1f} %, few-shot "
             + ("-" if report.few is None else f"{report.few:.1f} %")

@@ -2,6 +2,7 @@
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model.safetensors"
 BEST_MODEL = "model-best.safetensors"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from platform import python_version
 from time import perf_counter
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -37,12 +38,15 @@ from server_app.console import (
 )
 from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
+from server_app.event_file import EventWriter
+from server_app.file_names import EVENTS
 from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
 from server_app.tracking import open_trackers, scalars
 from strategy.base import Method
+from strategy.events import Events, What
 from strategy.registry import method_named
 
 TEACHER_ROW = "teacher zero-shot"
@@ -61,6 +65,11 @@ class ServerRun:
         The run's configuration.
     run_id : int
         Flower's id of the run.
+
+    Attributes
+    ----------
+    events : Events
+        Writes what happens to the folder's ``events.jsonl``.
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
@@ -89,13 +98,27 @@ class ServerRun:
             {"device": self.device.type, **_versions()},
         )
         self._trackers = open_trackers(config, self.folder.path)
+        self._event_file = EventWriter(self.folder.path / EVENTS)
+        self.events = Events(self._event_file)
 
     def __enter__(self) -> Self:
         """Return the run, which alone uses its folder until the end."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Release the folder for other runs."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Tell of an error, and release the folder for other runs."""
+        if error is not None:
+            failed = isinstance(error, Exception)
+            self.events.note(
+                What.RUN_FAILED if failed else What.RUN_STOPPED,
+                reason=f"{type(error).__name__}: {error}".removesuffix(": "),
+            )
+        self._event_file.close()
         self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
@@ -137,6 +160,7 @@ class ServerRun:
             if not self.config.run.resume:
                 self.state.write(0, strategy)
                 self.folder.begin_metrics("")
+        self.events.begin_run(done)
         print(f"run folder: {self.folder.path}", flush=True)
         if done:
             print(f"resumed after round {done}", flush=True)
@@ -208,6 +232,7 @@ class ServerRun:
         StorageError
             If the results cannot be written.
         """
+        self.events.begin_phase("evaluation")
         started = perf_counter()
         final = server_round == self.config.federation.rounds
         record, groups = strategy.round, self.data.groups
@@ -237,6 +262,7 @@ class ServerRun:
                 self.state.prune()
         for tracker in self._trackers:
             tracker.log(server_round, scalars(line))
+        self.events.note(What.ROUND_ENDED)
         print(
             self._progress.line(
                 server_round,
@@ -268,6 +294,7 @@ class ServerRun:
         """Write the final model, and print the table after Flower's own output."""
         with self._storing("the final model"):
             self._save_model(MODEL, self.config.federation.rounds, strategy)
+        self.events.note(What.RUN_ENDED)
         for tracker in self._trackers:
             tracker.close()
         lines = list(map(json.loads, self.folder.metrics.splitlines()))

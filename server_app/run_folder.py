@@ -1,9 +1,9 @@
 """A run's folder, and how all its files but checkpoints are written.
 
-``config.json``, ``metrics.jsonl``, ``checkpoints`` and ``tensorboard`` exist from
-the first rounds on, ``model-best.safetensors`` from the first round with an accuracy,
-``artifacts.safetensors`` from the last round on. The delivered ``model.safetensors``
-is written last, so that it marks a complete run.
+``config.json``, ``metrics.jsonl``, ``events.jsonl``, ``checkpoints`` and
+``tensorboard`` exist from the first rounds on, ``model-best.safetensors`` from the
+first round with an accuracy, ``artifacts.safetensors`` from the last round on. The
+delivered ``model.safetensors`` is written last, so that it marks a complete run.
 """
 
 import json
@@ -28,6 +28,7 @@ from server_app.file_names import LOCK as LOCK
 from server_app.file_names import METRICS as METRICS
 from server_app.file_names import MODEL as MODEL
 from server_app.file_names import TENSORBOARD as TENSORBOARD
+from server_app.folder_lock import LOOK_S
 from server_app.tensor_files import save_tensors
 
 # Names of tensors in the artifacts; a confusion matrix's name ends with its classifier.
@@ -85,7 +86,7 @@ class RunFolder:
             )
         self._metrics = ""
         # The system releases the lock when the process ends, even after a crash.
-        self._lock = FileLock(self.path / LOCK, timeout=0)
+        self._lock = FileLock(self.path / LOCK, timeout=LOOK_S)
         try:
             self._lock.acquire()
         except Timeout:

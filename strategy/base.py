@@ -34,6 +34,7 @@ from clip2fl_common.metrics import (
 )
 from clip2fl_common.models import ImageClassifier
 from strategy.discriminant import Discriminant
+from strategy.events import What
 from strategy.log import log
 from strategy.mean_head import mean_head
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
@@ -67,6 +68,8 @@ class Method(Strategy):
         their model and metrics.
     clients : Clients
         The run's clients: draws those that train and knows their nodes.
+    events : Events
+        Told what happens in a round.
     sent : mapping of str to ndarray
         The global model that the round's clients began with.
     classifier : torch.nn.Linear or None
@@ -95,6 +98,7 @@ class Method(Strategy):
     def __init__(self, setting: Setting) -> None:
         config = setting.config
         self.clients = setting.clients
+        self.events = setting.events
         self.aggregation = config.aggregation
         self.privacy = config.privacy
         self.min_replies = config.federation.min_replies
@@ -116,7 +120,7 @@ class Method(Strategy):
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
         self._num_classes = setting.num_classes
-        self._requests = Requests(setting.clients)
+        self._requests = Requests(setting.clients, self.events)
         self.sent: Arrays = {}
         self._asked_at = 0.0
         self._heads: list[str] = []
@@ -259,6 +263,7 @@ class Method(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the requests of a round, one for each client that trains."""
+        self.events.begin_round(server_round)
         self.clients.refresh(grid)
         self.sent = messages.arrays_to_numpy(arrays)
         self._asked_at = time.perf_counter()
@@ -271,6 +276,7 @@ class Method(Strategy):
         )
         for client in numbers:
             self.ledger.note(client)
+        self.events.begin_phase("clients")
         return self._address(server_round, content, numbers, MessageType.TRAIN)
 
     def aggregate_train(
@@ -287,17 +293,16 @@ class Method(Strategy):
         """
         replies = list(replies)
         self.book("clients", self._asked_at)
+        started = self.begin("checks")
         self._requests.log_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
-        started = time.perf_counter()
         check = ReplyCheck(self.sent, self._requests.asked, self.fields, self.objection)
-        verdicts = self.safeguards.judge(
-            server_round, check, replies, self._requests.name
-        )
+        verdicts = self.safeguards.judge(server_round, check, replies, self._requests)
         self.round.dropped = len(replies) - len(verdicts.good)
         if verdicts.poisoned:
             self.book("checks", started)
             return self._go_back(server_round, verdicts), None
+        self._note_accepted(verdicts.good)
         trained = {reply.client: reply.images for reply in verdicts.good}
         self.round.participation = self.clients.participation(trained)
         needed = self.clients.replies_needed(self.min_replies)
@@ -319,11 +324,11 @@ class Method(Strategy):
         self.round.gradient_bytes = [reply.field_bytes for reply in accepted]
         self.book("checks", started)
         if self.discriminant is not None:
-            started = time.perf_counter()
+            started = self.begin("discriminant")
             self.discriminant.add(server_round, accepted)
             self.book("discriminant", started)
         self.use_replies(server_round, accepted)
-        started = time.perf_counter()
+        started = self.begin("aggregation")
         model, metrics = self._combined(server_round, accepted)
         self.safeguards.note(server_round, verdicts)
         self.book("aggregation", started)
@@ -350,6 +355,7 @@ class Method(Strategy):
             content[messages.HEAD_RECORDS[name]] = messages.model_to_arrays(head)
         teacher = [TEACHER_HEAD] if messages.TEACHER_FINGERPRINT in config else []
         self._heads = [*heads, FEDAVG_HEAD, *teacher]
+        self.events.begin_phase("evaluation")
         return self._address(server_round, content, numbers, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -361,7 +367,7 @@ class Method(Strategy):
         replies = list(replies)
         self._requests.log_silent(server_round, replies)
         found = site_recalls(
-            server_round, replies, self._heads, self._num_classes, self._requests.name
+            server_round, replies, self._heads, self._num_classes, self._requests
         )
         self.round.site_recalls = found
         self.round.recalls = mean_recalls(found, self._heads, self._num_classes)
@@ -381,11 +387,27 @@ class Method(Strategy):
         what = f"average of the rounds' models, decay {decay:g}" if decay else "last"
         log(INFO, "\t\t└── Model: %s", what)
 
+    def begin(self, phase: str) -> float:
+        """Tell that a phase of the round begins; return the time for `book`."""
+        self.events.begin_phase(phase)
+        return time.perf_counter()
+
     def book(self, phase: str, started: float) -> None:
         """Record the seconds since ``started`` under a phase's name."""
         self.round.seconds[phase] = time.perf_counter() - started
 
     # Parts of the hooks above.
+
+    def _note_accepted(self, replies: Sequence[TrainReply]) -> None:
+        for reply in replies:
+            spent = sum(reply.metrics[name] for name in messages.CLIENT_SECONDS)
+            self.events.note(
+                What.ACCEPTED,
+                self.clients.label(reply.client),
+                images=reply.images,
+                seconds=spent,
+                size=reply.upload_bytes,
+            )
 
     def _content(
         self,

@@ -1,6 +1,5 @@
 """CCVR: classifier calibration with virtual representations (Luo et al. 2021)."""
 
-import time
 from collections.abc import Mapping, Sequence
 from logging import INFO, WARNING
 from typing import ClassVar
@@ -136,7 +135,7 @@ class CCVR(FedAvg):
             )
         if not known:
             return
-        started = time.perf_counter()
+        started = self.begin("sampling")
         features = self._projected(
             draw_features(
                 merged,
@@ -146,7 +145,7 @@ class CCVR(FedAvg):
             )
         )
         self.book("sampling", started)
-        started = time.perf_counter()
+        started = self.begin("retraining")
         classifier = retrain_classifier(
             features.to(self.device),
             epochs=self.retraining.epochs,

@@ -1,6 +1,5 @@
 """CReFF: classifier re-training with federated features (Shang et al., IJCAI 2022)."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import ClassVar
@@ -162,7 +161,7 @@ class CReFF(FedAvg):
                 server_round,
                 ", ".join(map(str, absent)),
             )
-        started = time.perf_counter()
+        started = self.begin("synthesis")
         weight, bias = self.classifier.weight.detach(), self.classifier.bias.detach()
         self.features = synthesize(
             self.features,
@@ -177,7 +176,7 @@ class CReFF(FedAvg):
         )
         self.round.losses = self._synthesis_losses(gradients, weight, bias)
         self.book("synthesis", started)
-        started = time.perf_counter()
+        started = self.begin("retraining")
         self.classifier = retrain_classifier(
             self.features,
             epochs=self.retraining.epochs,

@@ -1,11 +1,13 @@
 """Flower's grid, with additions for a federation of sites."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
+from clip2fl_common.messages import CONFIG, PARTITION
 
 # Seconds between two polls for replies.
 POLL_S = 1.0
@@ -25,10 +27,15 @@ class AttentiveGrid(Grid):
     ----------
     grid : Grid
         Flower's.
+    arrived : callable
+        Called with the number of a client when its reply has arrived.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(
+        self, grid: Grid, arrived: Callable[[int], None] = lambda client: None
+    ) -> None:
         self._grid = grid
+        self._arrived = arrived
 
     # Flower's type of a run is not public.
     def set_run(self, run: Any) -> None:
@@ -93,7 +100,13 @@ class AttentiveGrid(Grid):
                 if reply.has_error():
                     reply = Message(reply.error, reply_to=request)
                 replies.append(reply)
+                self._tell(request)
             if not waiting or (end is not None and time.monotonic() > end):
                 break
             time.sleep(POLL_S)
         return replies
+
+    def _tell(self, request: Message) -> None:
+        # A query, which finds out which site a node is, names no client.
+        if config := request.content.config_records.get(CONFIG):
+            self._arrived(int(str(config[PARTITION])))

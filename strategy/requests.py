@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from clip2fl_common import messages
 from clip2fl_common.provenance import code_fingerprint
 from strategy.clients import Clients
+from strategy.events import Events, What
 from strategy.log import log
 
 
@@ -19,6 +20,8 @@ class Requests:
     ----------
     clients : Clients
         The run's clients.
+    events : Events
+        Told which clients are asked, and which do not reply.
 
     Attributes
     ----------
@@ -27,10 +30,13 @@ class Requests:
         can have.
     """
 
-    def __init__(self, clients: Clients) -> None:
+    def __init__(self, clients: Clients, events: Events) -> None:
         self._clients = clients
+        self._events = events
         self.asked: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self._names: dict[int, str] = {}
+        # A message gets its id when it is sent. Its content is not kept.
+        self._sent: list[tuple[Metadata, int]] = []
 
     def address(
         self, content: RecordDict, numbers: Sequence[int], message_type: str
@@ -53,6 +59,7 @@ class Requests:
         """
         config = content.config_records[messages.CONFIG]
         self.asked.clear()
+        self._sent.clear()
         requests = []
         for client in numbers:
             own = RecordDict(dict(content.items()))
@@ -68,13 +75,30 @@ class Requests:
             self.asked[node][client] = self._clients.images_of(client)
             site = f" ({label})" if isinstance(label, str) else ""
             self._names[node] = f"node {node}{site}"
-            requests.append(Message(own, node, message_type))
+            request = Message(own, node, message_type)
+            requests.append(request)
+            self._sent.append((request.metadata, client))
+            self._events.note(What.ASKED, label)
         return requests
 
     def name(self, reply: Message) -> str:
         """Return the name that logs use for the sender of a reply."""
         node = reply.metadata.src_node_id
         return self._names.get(node, f"node {node}")
+
+    def note_dropped(self, reply: Message, reason: str) -> None:
+        """Tell that a reply is not used, and whose it is."""
+        answered = reply.metadata.reply_to_message_id
+        node = reply.metadata.src_node_id
+        asked = self.asked.get(node, {})
+        clients = [
+            client
+            for sent, client in self._sent
+            if answered and sent.message_id == answered and client in asked
+        ] or list(asked)
+        # Without the id, a node that simulates several clients leaves it open.
+        site = self._clients.label(clients[0]) if len(clients) == 1 else f"node {node}"
+        self._events.note(What.DROPPED, site, reason=reason)
 
     def log_silent(self, server_round: int, replies: Sequence[Message]) -> None:
         """Log each node that has not replied at all."""
@@ -86,3 +110,5 @@ class Requests:
                 server_round,
                 self._names[node],
             )
+            for client in self.asked[node]:
+                self._events.note(What.SILENT, self._clients.label(client))

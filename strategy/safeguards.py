@@ -13,6 +13,7 @@ from strategy.log import log
 from strategy.outliers import LengthRule
 from strategy.recovery import MOST_EMPTY, MOST_RETURNS, ORIGIN, Earlier, Recovery
 from strategy.replies import ReplyCheck, Verdicts
+from strategy.requests import Requests
 
 
 class NoRepliesError(RuntimeError):
@@ -88,7 +89,7 @@ class Safeguards:
         server_round: int,
         check: ReplyCheck,
         replies: Sequence[Message],
-        name: Callable[[Message], str],
+        requests: Requests,
     ) -> Verdicts:
         """Return the verdicts on a round's replies, and log the dropped ones.
 
@@ -100,8 +101,8 @@ class Safeguards:
             The expectations that the replies must meet.
         replies : sequence of Message
             In the order of arrival.
-        name : callable
-            Returns the name that logs use for the sender of a reply.
+        requests : Requests
+            The requests that the replies answer.
 
         Raises
         ------
@@ -111,11 +112,13 @@ class Safeguards:
             If no reply is usable, and later rounds cannot bring one.
         """
         verdicts = check.judge(replies, self._lengths, noisy=self._noisy)
+        for reply, reason in verdicts.dropped:
+            requests.note_dropped(reply, reason)
         # A simulated client misses the same images in every round and every run, so
         # going on does not help. A site may repair its images.
         if verdicts.unreadable and not self._clients.come_and_go:
             raise DatasetError(f"round {server_round}: {verdicts.unreadable}")
-        named = verdicts.reasons(name)
+        named = verdicts.reasons(requests.name)
         for reason in named:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
         if verdicts.good or verdicts.poisoned:

@@ -1,12 +1,13 @@
 """The inputs from which a method is built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.teacher import Teacher
 from strategy.clients import Clients
+from strategy.events import Events
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Setting:
         Device on which the server computes.
     teacher : Teacher or None
         The teacher for methods with ``needs_teacher``; None for the others.
+    events : Events
+        Told what happens in a round.
     """
 
     clients: Clients
@@ -32,6 +35,7 @@ class Setting:
     class_names: tuple[str, ...]
     device: torch.device
     teacher: Teacher | None
+    events: Events = field(default_factory=Events)
 
     @property
     def num_classes(self) -> int:

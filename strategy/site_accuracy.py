@@ -1,6 +1,6 @@
 """Accuracies that sites report for a model, and their mean."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from logging import WARNING
 from statistics import fmean
 
@@ -8,6 +8,7 @@ from flwr.app import Message
 
 from clip2fl_common import messages
 from strategy.log import log
+from strategy.requests import Requests
 
 
 def site_recalls(
@@ -15,7 +16,7 @@ def site_recalls(
     replies: Sequence[Message],
     heads: Sequence[str],
     num_classes: int,
-    name: Callable[[Message], str],
+    requests: Requests,
 ) -> list[dict[str, dict[int, int]]]:
     """Return each site's report; log and skip unusable replies.
 
@@ -29,8 +30,8 @@ def site_recalls(
         Heads (classifiers) that each site must report on.
     num_classes : int
         Number of classes C.
-    name : callable
-        Returns the name that logs use for the sender of a reply.
+    requests : Requests
+        The requests that the replies answer.
 
     Returns
     -------
@@ -48,9 +49,10 @@ def site_recalls(
                 WARNING,
                 "round %d: dropped the evaluation of %s: %s",
                 server_round,
-                name(reply),
+                requests.name(reply),
                 error,
             )
+            requests.note_dropped(reply, str(error))
     return found
 
 

@@ -16,6 +16,7 @@ from clip2fl_common import messages
 from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.site_names import clashing
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
+from strategy.events import Events, What
 from strategy.log import log
 
 # Seconds that nodes have to tell which site they are.
@@ -46,6 +47,8 @@ class SiteClients:
         Most training images that a site may claim.
     registry : Path or None
         File that binds sites' names to nodes' keys; None lets each node choose a name.
+    events : Events
+        Told which sites come and leave.
 
     Raises
     ------
@@ -59,6 +62,7 @@ class SiteClients:
     seed: int
     max_images: int
     registry: Path | None = None
+    events: Events = field(default_factory=Events)
     _bound: SiteRegistry | None = None
     _names: dict[int, str] = field(default_factory=dict)
     # All sites that have taken part, connected or not, by number; and the number of
@@ -96,6 +100,7 @@ class SiteClients:
             needed = 1 if self._started else self.clients_per_round
             if len(self._names) >= needed:
                 break
+            self.events.begin_phase("waiting")
             log(
                 INFO,
                 "waiting for sites: %d of %d connected (%s)",
@@ -193,12 +198,14 @@ class SiteClients:
         """Forget the sites that have left, and ask new nodes for their names."""
         connected = set(grid.get_node_ids())
         for node in sorted(self._names.keys() - connected):
+            name = self._names.pop(node)
             log(
                 WARNING,
                 "site %s (node %d) is not connected: it is left out until it is back",
-                self._names.pop(node),
+                name,
                 node,
             )
+            self.events.note(What.AWAY, name)
         self._read_registry()
         now = time.monotonic()
         asked = [
@@ -230,6 +237,7 @@ class SiteClients:
         for node, reason in reasons.items():
             self._refused[node] = now
             log(WARNING, "node %d does not take part: %s", node, reason)
+            self.events.note(What.REFUSED, f"node {node}", reason=reason)
 
     def _read_registry(self) -> None:
         """Read the registry again, and forget the sites that were removed from it."""
@@ -250,6 +258,7 @@ class SiteClients:
                     name,
                     node,
                 )
+                self.events.note(What.AWAY, name)
 
     def _name_of(self, node: int, given: str) -> str:
         """Return a node's name: the registry's, or without one the name it gives."""
@@ -287,6 +296,7 @@ class SiteClients:
         self._names[node] = name
         self._seen[client_number(name)] = name
         log(INFO, "site %s (node %d) takes part", name, node)
+        self.events.note(What.JOINED, name)
 
 
 def client_number(name: str) -> int:

@@ -23,6 +23,8 @@ from clip2fl_common.models import build_model
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.delivery import load_model
+from server_app.event_file import EventReader
+from strategy.events import Event, What
 from strategy.site_clients import client_number
 from tests.conftest import be_flower
 from tests.defaults import run_config
@@ -102,6 +104,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     for line in rounds:
         del line["seconds"]
     return rounds
+
+
+def told(run: Path, what: What) -> list[tuple[int, str | int | None]]:
+    """Return round and site of a run's events of one kind."""
+    found: list[Event] = []
+    EventReader(run / "events.jsonl").read(found.append, found.clear)
+    return [(event.round, event.site) for event in found if event.what is what]
 
 
 @pytest.mark.parametrize("method", ["clip2fl", "fedavg"])
@@ -304,6 +313,9 @@ def test_site_that_leaves_is_not_waited_for_and_comes_back(
     (left,) = [m for m in flower_log.messages if "is not connected" in m]
     assert left.startswith("site east (node ")
     assert sum("site east" in m and "takes part" in m for m in flower_log.messages) == 2
+    assert [site for _, site in told(tmp_path / "run", What.AWAY)] == ["east"]
+    joined = told(tmp_path / "run", What.JOINED)
+    assert sorted(str(site) for _, site in joined) == sorted([*NAMES, "east"])
 
 
 def test_silent_site_is_named(
@@ -330,6 +342,10 @@ def test_silent_site_is_named(
     late = [m for m in flower_log.messages if "did not reply in time" in m]
     assert len(late) == 2  # training and evaluation
     assert all(f"node {grid._ids[2]} (west)" in m for m in late)
+    # Each of them to train and to evaluate.
+    assert told(tmp_path / "run", What.SILENT) == [(1, "west")] * 2
+    replied = told(tmp_path / "run", What.REPLIED)
+    assert sorted(map(str, replied)) == sorted(["(1, 'east')", "(1, 'north')"] * 2)
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "north"]
 
 
@@ -451,6 +467,7 @@ def test_lost_node_is_named_though_the_superlink_signs_its_error(
     )
     (dropped,) = [m for m in flower_log.messages if "dropped the reply" in m]
     assert f"node {grid._ids[0]} (north)" in dropped
+    assert told(tmp_path / "run", What.DROPPED) == [(1, "north")]
     assert not any("did not reply in time" in m for m in flower_log.messages)
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]
 

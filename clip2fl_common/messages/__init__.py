@@ -91,6 +91,9 @@ from clip2fl_common.messages.names import (
     CLASSIFIER as CLASSIFIER,
 )
 from clip2fl_common.messages.names import (
+    CLIENT_SECONDS as CLIENT_SECONDS,
+)
+from clip2fl_common.messages.names import (
     CODE_FINGERPRINT as CODE_FINGERPRINT,
 )
 from clip2fl_common.messages.names import (

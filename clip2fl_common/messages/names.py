@@ -47,12 +47,9 @@ RUNNING_STATISTICS = ("running_mean", VARIANCE)
 
 # Metrics that every train reply has besides NUM_EXAMPLES and PARTITION.
 AVERAGED_METRICS = ("loss", "distillation-loss")
-SUMMED_METRICS = (
-    "unreadable-images",
-    "seconds-data",
-    "seconds-gradients",
-    "seconds-training",
-)
+CLIENT_SECONDS = ("seconds-data", "seconds-gradients", "seconds-training")
+"""A client's own measurement of its work."""
+SUMMED_METRICS = ("unreadable-images", *CLIENT_SECONDS)
 
 CLASSES = "classes"
 RECALL = "recall-"

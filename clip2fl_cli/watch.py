@@ -1,0 +1,194 @@
+"""A local page that shows a run while it runs.
+
+The server listens on this machine only. Other users and pages of other sites can reach
+it, too: so each request needs a random token, and the name by which the browser asks
+must be this machine's. Otherwise a page could have its own name point here (DNS
+rebinding) and read the answers.
+"""
+
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from clip2fl_cli import colours
+from clip2fl_cli.html import render
+from clip2fl_cli.live import RunWatch, Status
+from server_app.foreign_files import ForeignFileError
+
+HOST = "127.0.0.1"
+# A tunnel (ssh -L) may be asked by this name, too.
+NAMES = [HOST, "localhost"]
+# Several open pages do not read the files more often than this.
+EVERY_S = 0.5
+# The page shows the sites asked last; a simulation may have thousands of clients.
+SHOWN_SITES = 200
+CLOSED = (
+    "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": CLOSED,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Views:
+    """What the page shows, read again at most every `EVERY_S` seconds.
+
+    Parameters
+    ----------
+    watch : RunWatch
+        The run.
+    """
+
+    def __init__(self, watch: RunWatch) -> None:
+        self._watch = watch
+        # The server answers requests in several threads.
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._view: dict[str, Any] = {}
+
+    def view(self) -> dict[str, Any]:
+        """Return the run's state, curves and last lines of the log, for JSON.
+
+        Raises
+        ------
+        ForeignFileError
+            If the folder holds no run, or a file has not the form that a run writes.
+        """
+        with self._lock:
+            if time.monotonic() - self._read_at > EVERY_S:
+                status = self._watch.look()
+                self._view = {
+                    **status.fields(),
+                    "sites": [s.fields() for s in status.sites[:SHOWN_SITES]],
+                    "more_sites": max(0, len(status.sites) - SHOWN_SITES),
+                    "curves": _drawn(self._watch.curves(), status),
+                    "log": self._watch.log_tail(),
+                    "now": datetime.now(UTC).isoformat(),
+                }
+                self._read_at = time.monotonic()
+            return self._view
+
+
+def _drawn(curves: dict[str, dict[str, Any]], status: Status) -> list[dict[str, Any]]:
+    """Return the curves of all heads, the delivered one first, with their styles."""
+    style = colours.styles({"run": status.method})["run"]
+    names = {colour: name for name, colour in colours.VARIABLES.items()}
+    # A line of metrics.jsonl begins with the head that is delivered.
+    heads = dict.fromkeys([*status.accuracy, *curves])
+    return [
+        {
+            **curves[head],
+            "colour": names[style.of_head(place).colour],
+            "dash": style.of_head(place).dash,
+        }
+        for place, head in enumerate(heads)
+    ]
+
+
+def watch_app(watch: RunWatch, token: str) -> FastAPI:
+    """Return the web application: the page at ``/``, its numbers at ``/state``.
+
+    Parameters
+    ----------
+    watch : RunWatch
+        The run.
+    token : str
+        Each request must have it as the parameter ``token``.
+
+    Returns
+    -------
+    FastAPI
+    """
+    # Without these pages, nothing tells what can be asked.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    views = Views(watch)
+
+    @app.get("/")
+    def page() -> Response:
+        nonce = secrets.token_urlsafe(16)
+        allowed = (
+            f"{CLOSED}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; img-src data:"
+        )
+        return HTMLResponse(
+            render("watch.html.j2", nonce=nonce),
+            headers={"Content-Security-Policy": allowed},
+        )
+
+    @app.get("/state")
+    def state() -> Response:
+        try:
+            return JSONResponse(views.view())
+        except ForeignFileError as error:
+            return JSONResponse({"problem": str(error)})
+
+    @app.middleware("http")
+    async def guard(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        given = request.query_params.get("token", "")
+        if not secrets.compare_digest(given.encode(), token.encode()):
+            return PlainTextResponse(
+                "Open the whole address that clip2fl watch has printed.", 403
+            )
+        return await call_next(request)
+
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
+
+    # Added last, so that refusals have the headers, too.
+    @app.middleware("http")
+    async def headers(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        response = await call_next(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    return app
+
+
+def serve(watch: RunWatch, ready: Callable[[str], None]) -> None:
+    """Serve the page on a free port until a signal ends it.
+
+    Parameters
+    ----------
+    watch : RunWatch
+        The run.
+    ready : callable
+        Called with the page's address when it can be opened.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After Ctrl-C, when the server has ended.
+    """
+    token = secrets.token_urlsafe(32)
+    config = uvicorn.Config(
+        watch_app(watch, token),
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=1,
+    )
+    with socket.create_server((HOST, 0)) as listening:
+        port = listening.getsockname()[1]
+        ready(f"http://{HOST}:{port}/?token={token}")
+        uvicorn.Server(config).run(sockets=[listening])

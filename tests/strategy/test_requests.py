@@ -1,0 +1,36 @@
+"""A round's requests, and who is told what of them."""
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+
+from clip2fl_common import messages
+from strategy.events import Event, Events, What
+from strategy.requests import Requests
+from tests.flower_private import give_id
+from tests.strategy.messages import client_plan
+
+
+@pytest.mark.usefixtures("federation_process")
+def test_dropped_reply_is_its_clients_by_the_id_of_the_request() -> None:
+    """Clients 0 and 2 are simulated by one node."""
+    told: list[Event] = []
+    requests = Requests(client_plan(), Events(told.append))
+    content = RecordDict({messages.CONFIG: ConfigRecord()})
+    sent = requests.address(content, [0, 1, 2], MessageType.TRAIN)
+    assert [(e.what, e.site) for e in told] == [(What.ASKED, n) for n in (0, 1, 2)]
+    told.clear()
+
+    def drop(number: int) -> str | int | None:
+        reply = Message(Error(code=2, reason="x"), reply_to=sent[number])
+        requests.note_dropped(reply, "why")
+        event = told.pop()
+        assert (event.what, event.reason) == (What.DROPPED, "why")
+        return event.site
+
+    node = sent[0].metadata.dst_node_id
+    assert sent[2].metadata.dst_node_id == node
+    # Not sent, so without ids: only the second node leaves no doubt.
+    assert [drop(n) for n in (0, 1, 2)] == [f"node {node}", 1, f"node {node}"]
+    for number, request in enumerate(sent):
+        give_id(request, f"id-{number}")
+    assert [drop(n) for n in (0, 1, 2)] == [0, 1, 2]
