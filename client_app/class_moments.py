@@ -5,20 +5,17 @@ from typing import ClassVar
 import torch
 from flwr.app import ArrayRecord
 
+from client_app.narrow_features import narrow_features
 from client_app.part import ClientPart, ClientRound
 from client_app.site_policy import SiteRefusal
-from client_app.training import held_images, mixed_precision
 from clip2fl_common.class_moments import (
     ClassMoments,
-    moment_width,
     noise_deviations,
     shorten_rows,
 )
 from clip2fl_common.config import Privacy
 from clip2fl_common.head_choice import uses_moments
 from clip2fl_common.messages import MOMENTS
-from clip2fl_common.models import folded
-from clip2fl_common.parallel import map_pieces
 
 
 class MomentSums(ClientPart):
@@ -44,31 +41,11 @@ class MomentSums(ClientPart):
         return client.encode(MOMENTS, moments.named())
 
 
-@torch.no_grad()
 def _moments(client: ClientRound) -> ClassMoments:
     """Return the exact moments of the classes that may be sent, in float64."""
-    config = client.config
-    width = moment_width(config)
-    network = folded(client.model)
-    held = held_images(
-        client.labels, config.privacy.min_class_samples, client.fixed_images()
-    )
-    moments = ClassMoments.zeros(client.num_classes, width)
-    if not held:
-        return moments
-    places = torch.cat(list(held.values())).to(client.images.device)
-
-    def statistics(batch: torch.Tensor) -> torch.Tensor:
-        with mixed_precision(client.images.device, client.precision):
-            return network.narrow(batch).float()
-
-    batches = (client.images[p] for p in places.split(config.evaluation.batch_size))
-    found = torch.cat(list(map_pieces(statistics, batches, client.images.device)))
-    return ClassMoments.of(
-        shorten_rows(found.double().cpu(), config.privacy.moment_clip_norm),
-        client.labels[places].cpu(),
-        client.num_classes,
-    )
+    features, labels = narrow_features(client)
+    bounded = shorten_rows(features, client.config.privacy.moment_clip_norm)
+    return ClassMoments.of(bounded, labels, client.num_classes)
 
 
 def with_noise(

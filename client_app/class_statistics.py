@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 from flwr.app import ArrayRecord
 
+from client_app.narrow_features import narrow_features
 from client_app.part import ClientPart, ClientRound
 from client_app.site_policy import SiteRefusal
-from client_app.training import mixed_precision
 from clip2fl_common.messages import (
     CLASS_STATISTICS,
     ClassStatistics,
@@ -15,8 +15,6 @@ from clip2fl_common.messages import (
     triangle_size,
     upper_triangle,
 )
-from clip2fl_common.models import folded
-from clip2fl_common.parallel import map_pieces
 
 
 class ClassStatisticsPart(ClientPart):
@@ -33,10 +31,7 @@ class ClassStatisticsPart(ClientPart):
             If the site requires clipping or noise: statistics have neither.
         """
         _refuse_without_protection(client)
-        chosen = _chosen_images(client)
-        statistics = class_statistics(
-            _narrow_features(client, chosen), client.labels[chosen]
-        )
+        statistics = class_statistics(*narrow_features(client))
         return StatisticsFormat.of(client.config, client.num_classes).encode(statistics)
 
 
@@ -86,32 +81,3 @@ def _refuse_without_protection(client: ClientRound) -> None:
             "the run asks for class statistics, which have neither clipping nor noise, "
             "and the site's min-noise-multiplier or max-clip-norm requires them"
         )
-
-
-def _chosen_images(client: ClientRound) -> torch.Tensor:
-    """Return the places of the images of classes with enough images, in order."""
-    device = client.labels.device
-    fixed = client.fixed_images()
-    if fixed is not None:
-        places = [places.cpu() for places in fixed.values()]
-        nothing = torch.empty(0, dtype=torch.int64)
-        return torch.cat([nothing, *places]).sort().values.to(device)
-    counts = torch.bincount(client.labels, minlength=client.num_classes)
-    enough = counts >= client.config.privacy.min_class_samples
-    return torch.nonzero(enough[client.labels]).flatten()
-
-
-@torch.no_grad()
-def _narrow_features(client: ClientRound, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the narrow features [n, D] of the global model, in float32."""
-    network = folded(client.model)
-    device = client.images.device
-
-    def features_of(places: torch.Tensor) -> torch.Tensor:
-        with mixed_precision(device, client.precision):
-            return network.narrow(client.images[places]).float()
-
-    batches = chosen.split(client.config.evaluation.batch_size) if len(chosen) else ()
-    width = StatisticsFormat.of(client.config, client.num_classes).width
-    nothing = torch.empty(0, width, device=device)
-    return torch.cat([nothing, *map_pieces(features_of, batches, device)])
