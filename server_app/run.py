@@ -28,6 +28,7 @@ from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
+from server_app.checkpoints import ResumeError
 from server_app.console import (
     COLUMNS,
     HEAD_TITLES,
@@ -112,7 +113,8 @@ class ServerRun:
         trace: TracebackType | None,
     ) -> None:
         """Tell of an error, and release the folder for other runs."""
-        if error is not None:
+        # A folder that must not be resumed stays as it is.
+        if error is not None and not isinstance(error, ResumeError):
             failed = isinstance(error, Exception)
             self.events.note(
                 What.RUN_FAILED if failed else What.RUN_STOPPED,

@@ -155,6 +155,7 @@ def test_method_reads_its_keys_and_no_other_changes_anything(
 ) -> None:
     # Takes the place of what an earlier test has loaded, which is not read again.
     load_dataset(run_config(dataset__image_size=16).dataset)
+    partition_indices.cache_clear()
     with recorded_reads() as reads:
         expected = small_run(tmp_path / "plain", method)
     assert declared(method) - reads == OF_SITES | OF_LISTS | OF_SPLITS | OF_SHARDS

@@ -55,6 +55,7 @@ def test_simulation_completes(tmp_path: Path) -> None:
         "artifacts.safetensors",
         "checkpoints",
         "config.json",
+        "events.jsonl",
         "metrics.jsonl",
         "model-best.safetensors",
         "model.safetensors",
