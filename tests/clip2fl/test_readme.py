@@ -12,7 +12,7 @@ from tests.defaults import ROOT
 def readme_code() -> str:
     """Return the block under "From Python", at most twenty lines."""
     text = (ROOT / "README.md").read_text("utf-8")
-    section = text.split("\n## From Python\n")[1].split("\n## ")[0]
+    section = text.split("\n### From Python\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert len(str(code).splitlines()) <= 20
     return str(code)
