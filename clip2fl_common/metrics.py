@@ -11,11 +11,9 @@ import numpy.typing as npt
 MANY_SHOT_ABOVE = 100
 FEW_SHOT_BELOW = 20
 # Names of the heads (classifiers): the averaged model's own, the re-trained classifier,
-# a mean of these two, the closed-form discriminant, and the teacher's zero-shot
-# classification.
+# the closed-form discriminant, and the teacher's zero-shot classification.
 FEDAVG_HEAD = "fedavg"
 RETRAINED_HEAD = "retrained"
-MEAN_HEAD = "mean"
 DISCRIMINANT_HEAD = "discriminant"
 TEACHER_HEAD = "teacher"
 # Parts of the test images: those on which settings are chosen, and all others.

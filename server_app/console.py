@@ -12,7 +12,6 @@ from typing import Any
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
     FEDAVG_HEAD,
-    MEAN_HEAD,
     RETRAINED_HEAD,
     AccuracyReport,
     ShotGroups,
@@ -25,7 +24,6 @@ COLUMNS = ("top1", "balanced", "many", "medium", "few")
 
 HEAD_TITLES = {
     RETRAINED_HEAD: "re-trained head",
-    MEAN_HEAD: "mean of both heads",
     DISCRIMINANT_HEAD: "discriminant",
     FEDAVG_HEAD: "model's own head",
 }

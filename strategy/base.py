@@ -28,7 +28,6 @@ from clip2fl_common.messages import TrainReply
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
     FEDAVG_HEAD,
-    MEAN_HEAD,
     RETRAINED_HEAD,
     TEACHER_HEAD,
 )
@@ -36,7 +35,6 @@ from clip2fl_common.models import ImageClassifier
 from strategy.discriminant import Discriminant
 from strategy.events import What
 from strategy.log import log
-from strategy.mean_head import mean_head
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
 from strategy.model_mean import Model, combined_model, noisy_model, summed_metrics
 from strategy.outliers import LengthRule
@@ -77,9 +75,6 @@ class Method(Strategy):
     discriminant : Discriminant or None
         Closed-form classifier that is evaluated beside the others and delivered, if the
         run computes it.
-    own_share : float
-        Share of the model's own classifier in a mean with the re-trained one, which is
-        delivered; 0: no mean.
     average : ModelAverage
         Average over rounds of the model and the classifier, if ``ema.decay`` is above
         0.
@@ -93,7 +88,6 @@ class Method(Strategy):
     needs_teacher: ClassVar[bool] = False
     reply_fields: ClassVar[tuple[str, ...]] = ()
     classifier: nn.Linear | None = None
-    own_share: float = 0.0
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
@@ -252,8 +246,6 @@ class Method(Strategy):
         if self.discriminant is not None:
             heads[DISCRIMINANT_HEAD] = self.discriminant.head(model)
         if (retrained := self.delivered_classifier) is not None:
-            if self.own_share > 0:
-                heads[MEAN_HEAD] = mean_head(retrained, model, self.own_share)
             heads[RETRAINED_HEAD] = retrained
         return heads
 

@@ -56,7 +56,6 @@ class CReFF(FedAvg):
         config = setting.config
         self.synthesis = config.synthesis
         self.retraining = config.retraining
-        self.own_share = config.head.own_share
         self.rounds = config.federation.rounds
         self.device = setting.device
         self._format = GradientFormat.of(config, setting.num_classes)

@@ -77,7 +77,6 @@ OTHERS: dict[str, Scalar] = {
     "retraining.batch-size": 8,
     "retraining.learning-rate": 0.1,
     "ccvr.virtual-features": 7,
-    "head.own-share": 0.4,
     "teacher.model": "ViT-B-32",
     "teacher.pretrained": "openai",
     "teacher.prompt": "{class}, drawn",

@@ -340,12 +340,6 @@ class Head:
     """Classifier that is delivered: method (the re-trained one where there is one, else
     the model's own), or discriminant (closed form: clients send sums of features). All
     of a run's classifiers are evaluated. fedlda always delivers the discriminant."""
-    own_share: Annotated[Share, DefaultOf({PLUS: 0.3}), ReadBy(*RETRAINING_METHODS)] = (
-        0.0
-    )
-    """Share of the model's own classifier in a weighted mean with the re-trained one.
-    The mean is then evaluated too, and delivered where the re-trained one would be; 0:
-    no mean."""
     decay: Momentum = 0.5
     """discriminant: weight of a round's statistics relative to the next round's; 0:
     only the clients of the last round count."""

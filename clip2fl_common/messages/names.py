@@ -1,6 +1,6 @@
 """Names of records, fields and error codes in messages, for server and clients."""
 
-from clip2fl_common.metrics import DISCRIMINANT_HEAD, MEAN_HEAD, RETRAINED_HEAD
+from clip2fl_common.metrics import DISCRIMINANT_HEAD, RETRAINED_HEAD
 
 ARRAYS = "arrays"
 CLASSIFIER = "retrained-classifier"
@@ -12,7 +12,6 @@ METRICS = "metrics"
 # Records of the heads that a request for evaluation holds.
 HEAD_RECORDS = {
     RETRAINED_HEAD: CLASSIFIER,
-    MEAN_HEAD: "mean-classifier",
     DISCRIMINANT_HEAD: "discriminant-classifier",
 }
 
