@@ -124,6 +124,10 @@ class Environment:
         uv = Path(sys.executable).with_name("uv")
         install(uv, self.python, read_lock(lock), torch_index)
 
+    def compiled(self) -> set[str]:
+        """Return the modules that have bytecode, before one was imported."""
+        return {file.name.split(".")[0] for file in self.folder.rglob("*.pyc")}
+
     def installed(self) -> dict[str, str]:
         """Return each package's version, and the index that it came from."""
         code = (
@@ -174,6 +178,7 @@ def test_without_an_index_all_packages_are_the_locks(
     environment: Environment, registry: Index
 ) -> None:
     environment.install(registry.lock())
+    assert environment.compiled() == {name.replace("-", "_") for name in LOCKED}
     assert environment.installed() == {
         name: f"{version} from registry" for name, version in LOCKED.items()
     }
@@ -187,6 +192,7 @@ def test_torch_comes_from_the_named_index_and_nothing_else_does(
     environment.install(
         registry.lock(), f"{server}/cpu" if kind == "address" else str(cpu.folder)
     )
+    assert environment.compiled() == {"plain", "reader", "torch", "torchvision"}
     assert environment.installed() == {
         "plain": "1.0 from registry",
         "reader": "2.0 from registry",
