@@ -47,7 +47,7 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
     made = copy_of_checkout(tmp_path)
     yield made
     # Gigabytes, with CUDA.
-    shutil.rmtree(made / ".venv")
+    shutil.rmtree(made / ".venv", ignore_errors=True)
 
 
 def make_install(checkout: Path, *arguments: str) -> str:
@@ -94,8 +94,11 @@ def running(node: Machine) -> list[str]:
 
 
 @pytest.mark.slow
-def test_node_lock_is_all_that_a_node_needs(server: Stack, checkout: Path) -> None:
-    """The server has the developers' packages, each node only its own."""
+def test_node_lock_is_all_that_a_node_needs(checkout: Path, server: Stack) -> None:
+    """The server has the developers' packages, each node only its own.
+
+    Nodes end before their packages are removed, as fixtures close in reverse order.
+    """
     make_install(checkout, f"LOCK={NODE}")
     programs = checkout / ".venv" / "bin"
 
