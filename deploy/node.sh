@@ -1,5 +1,6 @@
 #!/bin/sh
-# Check a node, then run it. The log contains the result of the check.
+# Check a node, then run it. The log contains the result of the check. `python` and
+# `flower-supernode` are of an environment with the packages of requirements-node.lock.
 #
 # SUPERLINK         HOST:PORT of the server's proxy
 # SITE              the site's name, and the name of its key file: $KEYS/$SITE

@@ -156,11 +156,11 @@ class Stack:
     def _in_hub(self, *arguments: str) -> None:
         self._ip("-n", self._hub.namespace, *arguments)
 
-    def _machine(self, name: str, address: str) -> Machine:
+    def _machine(self, name: str, address: str, programs: Path = BIN) -> Machine:
         folder = self.folder / name
         folder.mkdir()
         environment = {
-            "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": str(folder),
             "FLWR_HOME": str(folder / "flwr"),
             "CLIP2FL_CACHE_DIR": str(folder / "cache"),
@@ -243,9 +243,14 @@ class Stack:
             90,
         )
 
-    def add_node(self, name: str, register: bool = True) -> Machine:
-        """Make a machine for a node, which makes its key, and register the key."""
-        node = self._machine(name, f"10.77.0.{10 + len(self.nodes)}")
+    def add_node(
+        self, name: str, register: bool = True, programs: Path = BIN
+    ) -> Machine:
+        """Make a machine for a node, which makes its key, and register the key.
+
+        ``programs`` is the folder of its Python and of Flower's commands.
+        """
+        node = self._machine(name, f"10.77.0.{10 + len(self.nodes)}", programs)
         self.nodes[name] = node
         self._run(self.make_keys, "own-key", node.folder / "keys", name)
         shutil.copy(self.ca, node.folder / "keys")

@@ -70,7 +70,6 @@ def test_containers_have_no_rights_to_speak_of(compose: dict[str, Any]) -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     users = re.findall(r"^USER (\S+)", dockerfile, flags=re.M)
     assert users == ["clip2fl"] and "--uid 10001" in dockerfile
-    assert "--require-hashes --compile-bytecode" in dockerfile
     assert "HEALTHCHECK" in dockerfile
 
 
@@ -161,7 +160,40 @@ def test_base_image_can_be_pinned(compose: dict[str, Any]) -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     (base,) = re.findall(r"^ARG BASE=(\S+)\nFROM \$\{BASE\}$", dockerfile, flags=re.M)
     for service in compose["services"].values():
-        assert service["build"]["args"] == {"BASE": f"${{CLIP2FL_BASE:-{base}}}"}
+        assert service["build"]["args"] == {
+            "BASE": f"${{CLIP2FL_BASE:-{base}}}",
+            "TORCH_INDEX": "${CLIP2FL_TORCH_INDEX:-}",
+        }
+
+
+@pytest.mark.parametrize("index", ["", "https://cpu.example/simple?a=b c"])
+def test_image_has_the_users_packages_by_the_script_that_checks_hashes(
+    tmp_path: Path, index: str
+) -> None:
+    """Runs the Dockerfile's line with another `python`, which prints its arguments."""
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (lock,) = re.findall(r"^ARG LOCK=(\S+)\nARG TORCH_INDEX=$", dockerfile, flags=re.M)
+    assert (ROOT / lock).is_file() and lock == "requirements-user.lock"
+    (place,) = re.findall(
+        r"^COPY \$\{LOCK\} deploy/install\.py (\S+)$", dockerfile, flags=re.M
+    )
+    (step,) = re.findall(
+        r"^RUN (PIP_.*?) \\\n    && rm -r", dockerfile, flags=re.M | re.S
+    )
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$UV_NO_CACHE" "$@"\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOCK": lock}
+    done = subprocess.run(
+        ["/bin/sh", "-ec", step],
+        env={**variables, "TORCH_INDEX": index},
+        capture_output=True,
+        text=True,
+    )
+    named = ["--torch-index", index] if index else []
+    assert done.stdout.splitlines() == [
+        *("1", f"{place}install.py", *named, f"{place}{lock}", "/opt/venv")
+    ]
 
 
 def test_volumes_and_files_are_those_that_are_used(compose: dict[str, Any]) -> None:
