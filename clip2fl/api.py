@@ -218,7 +218,6 @@ def compare(
     from clip2fl_cli.comparison import Comparison, complete
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_cli.progress import ComparisonProgress
-    from clip2fl_cli.results import write_results
     from clip2fl_cli.run_schema import Images
     from clip2fl_common.project import experiment
 
@@ -226,6 +225,9 @@ def compare(
     compared = Comparison.read(experiment(Path(file)), Path(runs), pairs, seeds)
     shown_images = Images(images) if images else None
     compared.refuse_absent(shown_images)
+    # torch is imported from here on, after the checks of the settings.
+    from clip2fl_cli.results import write_results
+
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     with ComparisonProgress(missing, there, Console(stderr=True, quiet=quiet)) as shown:
@@ -269,9 +271,11 @@ def partition(config: Config | None = None, /, **settings: object) -> Holdings:
     ConfigError
         As in `run`.
     """
+    resolved = _resolved(config, settings)
+    # torch is imported from here on, after the checks of the settings.
     from clip2fl_cli.holdings import Holdings
 
-    return Holdings.of(_resolved(config, settings))
+    return Holdings.of(resolved)
 
 
 def load_model(path: PathLike) -> Model:
