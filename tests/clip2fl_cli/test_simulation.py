@@ -17,7 +17,12 @@ import pytest
 
 import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
-from clip2fl_cli.flower_command import WAITING_FLWR, executable
+from clip2fl_cli.flower_command import (
+    WAITING_FLWR,
+    environment,
+    executable,
+    parsed,
+)
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.simulation import RunResult, shared_gpus, simulate
 from clip2fl_common.config import ConfigError
@@ -444,6 +449,21 @@ def test_waiting_flower_does_what_flwr_does() -> None:
     )
     assert waiting.returncode == direct.returncode == 0
     assert waiting.stdout == direct.stdout
+
+
+def test_answers_of_flower_are_read_where_colours_are_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jupyter and some CI services set these variables."""
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(name, "1")
+    answer = subprocess.run(
+        [executable("flwr"), "ls", "nowhere", "--format", "json"],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+    )
+    assert "'nowhere' not found" in parsed(answer.stdout)["error-message"]
 
 
 def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
