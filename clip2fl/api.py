@@ -70,6 +70,30 @@ class Run:
         """The delivered model."""
         return load_model(self.folder)
 
+    def report(self, against: Run | None = None) -> Path:
+        """Write ``report.html``, and its pictures as PNG and SVG in ``figures``.
+
+        Parameters
+        ----------
+        against : Run or None
+            A run, for example of FedAvg, with which to compare the accuracy by class.
+
+        Returns
+        -------
+        Path
+            Path of the page, in the run's folder.
+
+        Raises
+        ------
+        RunError
+            If the two runs have different classes, or a file of a run is damaged.
+        OutputError
+            If the report cannot be written.
+        """
+        from clip2fl_cli.report import write_run_report
+
+        return write_run_report(self._read, None if against is None else against._read)
+
 
 @dataclass(frozen=True)
 class Compared:
