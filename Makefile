@@ -20,7 +20,7 @@ TORCH_INDEX ?= $(INSTALLED_INDEX)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check docs bench lock clean
+.PHONY: help install demo test test-all check docs gallery bench lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -74,6 +74,9 @@ check: needs-ruff install ## Lint, check format, types, imports and what make do
 docs: needs-mkdocs install ## Write what is made from the configuration's schema, and build the site
 	$(BIN)/python -m scripts.write_configuration
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+gallery: needs-hatchling install ## Renew the pictures of docs/gallery.md with the program; needs Chromium
+	$(BIN)/python -m scripts.draw_gallery $(GALLERY)
 
 bench: needs-hatchling install ## Time every stage against the published loops; half an hour
 	$(BIN)/python -m benchmarks.stages

@@ -70,6 +70,30 @@ class Run:
         """The delivered model."""
         return load_model(self.folder)
 
+    def report(self, against: Run | None = None) -> Path:
+        """Write ``report.html``, and its pictures as PNG and SVG in ``figures``.
+
+        Parameters
+        ----------
+        against : Run or None
+            A run, for example of FedAvg, with which to compare the accuracy by class.
+
+        Returns
+        -------
+        Path
+            Path of the page, in the run's folder.
+
+        Raises
+        ------
+        RunError
+            If the two runs have different classes, or a file of a run is damaged.
+        OutputError
+            If the report cannot be written.
+        """
+        from clip2fl_cli.report import write_run_report
+
+        return write_run_report(self._read, None if against is None else against._read)
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -218,7 +242,6 @@ def compare(
     from clip2fl_cli.comparison import Comparison, complete
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_cli.progress import ComparisonProgress
-    from clip2fl_cli.results import write_results
     from clip2fl_cli.run_schema import Images
     from clip2fl_common.project import experiment
 
@@ -226,6 +249,9 @@ def compare(
     compared = Comparison.read(experiment(Path(file)), Path(runs), pairs, seeds)
     shown_images = Images(images) if images else None
     compared.refuse_absent(shown_images)
+    # torch is imported from here on, after the checks of the settings.
+    from clip2fl_cli.results import write_results
+
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     with ComparisonProgress(missing, there, Console(stderr=True, quiet=quiet)) as shown:
@@ -269,9 +295,11 @@ def partition(config: Config | None = None, /, **settings: object) -> Holdings:
     ConfigError
         As in `run`.
     """
+    resolved = _resolved(config, settings)
+    # torch is imported from here on, after the checks of the settings.
     from clip2fl_cli.holdings import Holdings
 
-    return Holdings.of(_resolved(config, settings))
+    return Holdings.of(resolved)
 
 
 def load_model(path: PathLike) -> Model:

@@ -253,13 +253,15 @@ def compare(
     """
     from clip2fl_cli import comparison as comparisons
     from clip2fl_cli.progress import ComparisonProgress
-    from clip2fl_cli.results import write_results
     from clip2fl_common.project import experiment
 
     compared = comparisons.Comparison.read(
         experiment(comparison), runs, settings, seeds
     )
     compared.refuse_absent(images)
+    # torch is imported from here on, after the checks of the settings.
+    from clip2fl_cli.results import write_results
+
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
@@ -312,9 +314,12 @@ def partition(
 ) -> None:
     """Show which client would hold how many images of which class."""
     from clip2fl_cli.configuration import resolve
+
+    config = resolve(run_config, settings)
+    # torch is imported from here on, after the checks of the settings.
     from clip2fl_cli.holdings import Holdings
 
-    held = Holdings.of(resolve(run_config, settings))
+    held = Holdings.of(config)
     if figure is not None:
         held.draw(figure)
         console.tell(f"Heat map: {figure}")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip2fl_common.config import ConfigError, Dataset
+from clip2fl_common.config.checks import HUB, HUGGING_FACE, LISTED
 from clip2fl_common.config.files import complete_config, merge_run_config
-from clip2fl_common.config.types import METHODS
 from clip2fl_common.project import PROJECT, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 from clip2fl_common.shown import short
+from strategy.registry import refuse_unknown_method
 
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 """Types of files that Flower allows in an app's bundle."""
@@ -49,31 +50,26 @@ def checked_run_config(
     merged = merge_run_config(app, file, overrides, resume)
     if _is_own(app):
         config = complete_config(merged)
-        # The registry imports torch and flwr, which takes two seconds. Only a method
-        # that the schema does not know, added by its user or misspelt, needs it.
+        refuse_unknown_method(config.method)
         if images_here:
             _refuse_missing_images(config.dataset)
-        if config.method not in METHODS:
-            from strategy.registry import method_named
-
-            method_named(config.method)
     return merged
 
 
 def _refuse_missing_images(dataset: Dataset) -> None:
     """Raise if images are not where they must be; others are downloaded or drawn."""
-    if dataset.name in ("image-folder", "imagenet-lt"):
-        places = {
-            "root": (dataset.root, os.path.isdir),
-            "train-list": (dataset.train_list, os.path.exists),
-            "test-list": (dataset.test_list, os.path.exists),
-        }
-        for name, (path, is_there) in places.items():
-            if path and not is_there(os.path.expanduser(path)):
-                raise ConfigError(
-                    f"dataset.{name} = {short(path)} is not there; give the absolute "
-                    "path of this machine's images"
-                )
+    places: dict[str, str] = {}
+    if dataset.name in ("image-folder", "imagenet-lt", LISTED, HUGGING_FACE):
+        places["root"] = dataset.root
+    if dataset.name in ("imagenet-lt", LISTED):
+        places |= {"train-list": dataset.train_list, "test-list": dataset.test_list}
+    for name, path in places.items():
+        is_there = os.path.isdir if name == "root" else os.path.exists
+        if path and not path.startswith(HUB) and not is_there(os.path.expanduser(path)):
+            raise ConfigError(
+                f"dataset.{name} = {short(path)} is not there; give the absolute "
+                "path of this machine's images"
+            )
 
 
 def write_app_folder(app: Path, folder: Path) -> None:

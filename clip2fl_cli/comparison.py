@@ -1,4 +1,8 @@
-"""A comparison: the list of its runs, and executing the missing ones."""
+"""A comparison: the list of its runs, and executing the missing ones.
+
+What reads runs is imported on use: torch takes seconds, and a wrong setting is refused
+before.
+"""
 
 import os
 import shutil
@@ -7,12 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
 
-from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
 from clip2fl_cli.run_schema import (
     MAX_RUNS,
@@ -21,15 +23,16 @@ from clip2fl_cli.run_schema import (
     Seed,
     component_problem,
 )
-from clip2fl_cli.runs import FinishedRun, is_complete
 from clip2fl_cli.simulation import RunResult, simulate
-from clip2fl_cli.summary import Failure
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.config.same_run import differences
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.shown import short, shown
-from server_app.checkpoints import load_newest
 from server_app.foreign_files import ForeignFileError, check
+
+if TYPE_CHECKING:
+    from clip2fl_cli.runs import FinishedRun
+    from clip2fl_cli.summary import Failure
 
 # A reason fills one cell of a table; the log contains the rest.
 MAX_REASON = 300
@@ -205,8 +208,10 @@ class Comparison:
                 "are not divided: set it for all variants, for example to 0.2"
             )
 
-    def finished(self) -> dict[str, list[FinishedRun]]:
+    def finished(self) -> "dict[str, list[FinishedRun]]":
         """Return each variant's complete runs."""
+        from clip2fl_cli.runs import FinishedRun, is_complete
+
         found: dict[str, list[FinishedRun]] = {}
         for run in self.plan:
             if is_complete(run.folder):
@@ -221,6 +226,8 @@ class Comparison:
         ComparisonError
             If a complete run was made with another configuration.
         """
+        from clip2fl_cli.runs import is_complete
+
         missing = []
         for run in self.plan:
             if is_complete(run.folder):
@@ -240,7 +247,7 @@ class Watcher(Protocol):
         """Receive the result of a run."""
 
 
-def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
+def complete(comparison: Comparison, watcher: Watcher) -> "Iterator[Failure]":
     """Execute the missing runs one after the other, even if one fails.
 
     An interrupted run continues from its last checkpoint. If this is not possible (it
@@ -259,6 +266,8 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
     Failure
         Each run that did not complete, with the reason.
     """
+    from clip2fl_cli.summary import Failure
+
     for run in comparison.missing():
         going_on = _can_go_on(run)
         if not going_on:
@@ -282,6 +291,8 @@ def complete(comparison: Comparison, watcher: Watcher) -> Iterator[Failure]:
 @contextmanager
 def _local_training_shared(comparison: Comparison) -> Iterator[None]:
     """Cache local models in the comparison's folder, if the comparison shares them."""
+    from client_app.shared_training import FOLDER_VARIABLE
+
     if comparison.shares_local_training:
         os.environ[FOLDER_VARIABLE] = str(comparison.local_training)
     try:
@@ -373,6 +384,8 @@ def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_same(run: PlannedRun) -> None:
+    from clip2fl_cli.runs import FinishedRun
+
     there = FinishedRun.read(run.folder).config
     for key, then, now in differences(there, run.config.to_flat()):
         raise ComparisonError(
@@ -384,6 +397,10 @@ def _check_same(run: PlannedRun) -> None:
 
 def _can_go_on(run: PlannedRun) -> bool:
     """Return whether the folder contains a checkpoint of exactly this run."""
+    from safetensors import SafetensorError
+
+    from server_app.checkpoints import load_newest
+
     try:
         newest = load_newest(run.folder)
     # There is no checkpoint, or another program wrote it.

@@ -18,7 +18,7 @@ from server_app.foreign_files import (
     ForeignFileError,
     read_text,
 )
-from strategy.registry import method_named
+from strategy.registry import refuse_unknown_method
 
 MAX_TOML_BYTES = MEGABYTE
 # Depth of nested tables; the parser's time grows with the square of a key's depth.
@@ -120,7 +120,7 @@ def resolve(
         config = RunConfig.from_run_config(
             {**defaults(), **of_file, **(own or {}), **of_pairs}
         )
-        method_named(config.method)
+        refuse_unknown_method(config.method)
     except ConfigError as error:
         won = {*(own or {}), *of_pairs}
         if run_config and any(key in str(error) for key in of_file.keys() - won):

@@ -20,6 +20,9 @@ NOISE = re.compile(
 )
 """Lines of a run's log about Flower's and Ray's own housekeeping."""
 
+FORCED_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
+"""Variables that colour outputs which are read here, even JSON. Jupyter sets some."""
+
 WAITING_FLWR = """
 import json, sys
 from importlib.metadata import entry_points
@@ -60,8 +63,9 @@ def environment(home: Path) -> dict[str, str]:
     home : Path
         Flower's folder for this run, in which `write_connection` wrote ``config.toml``.
     """
+    inherited = {k: v for k, v in os.environ.items() if k not in FORCED_COLOURS}
     return {
-        **os.environ,
+        **inherited,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

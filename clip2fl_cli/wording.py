@@ -4,7 +4,7 @@ from clip2fl_cli.runs import LAST_ROUNDS
 from clip2fl_common.config.types import PLUS
 from clip2fl_common.metrics import FEDAVG_HEAD
 from server_app.console import HEAD_TITLES
-from strategy.registry import METHODS
+from strategy.registry import METHODS, method_named
 
 _HEADS = {**HEAD_TITLES, FEDAVG_HEAD: "the model's own head"}
 # Names that a class cannot have.
@@ -15,7 +15,7 @@ def method_title(method: str) -> str:
     """Return a method's name as its paper writes it; an unknown name as it is."""
     if method not in METHODS:
         return method
-    return _TITLES.get(method, METHODS[method].__name__)
+    return _TITLES.get(method, method_named(method).__name__)
 
 
 def head_title(head: str) -> str:

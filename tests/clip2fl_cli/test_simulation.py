@@ -17,7 +17,12 @@ import pytest
 
 import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
-from clip2fl_cli.flower_command import WAITING_FLWR, executable
+from clip2fl_cli.flower_command import (
+    WAITING_FLWR,
+    environment,
+    executable,
+    parsed,
+)
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.simulation import RunResult, shared_gpus, simulate
 from clip2fl_common.config import ConfigError
@@ -333,6 +338,10 @@ WRONG = {
     'dataset.name="cifar10"': "dataset.root is empty",
     "privacy.min-class-samples=40": "class-gradients.samples-per-class = 32",
     'dataset.name="image-folder" dataset.root="/no/where"': "'/no/where' is not there",
+    'dataset.name="hugging-face" dataset.root="/no/set"': "'/no/set' is not there",
+    'dataset.name="list" dataset.train-list="/a.csv" dataset.test-list="/b.csv"': (
+        "dataset.train-list = '/a.csv' is not there"
+    ),
     'client.precision="float16"': "client.precision = 'float16', but it must be",
 }
 """Settings of this program, each with its message."""
@@ -356,16 +365,62 @@ def test_wrong_configuration_of_an_interrupted_run_is_refused(
     assert "client.epochs = 0, but it must be" in line
 
 
-def test_checks_need_neither_torch_nor_flower() -> None:
-    """A wrong setting is refused at once, and not after seconds of imports."""
+SLOW = {"torch", "torchvision", "flwr", "open_clip", "ray", "scipy", "matplotlib"}
+"""Packages whose import takes a large part of a second, or seconds."""
+
+
+def imported_by(arguments: list[str]) -> tuple[int, str, set[str]]:
+    """Return status, errors and slow packages of the command in a new process."""
     code = (
-        "import sys; from clip2fl_cli.app import main\n"
-        "sys.argv = ['clip2fl', 'run', '--set', 'seed=-1']\n"
+        "import json, sys; from clip2fl_cli.app import main\n"
+        "status = 0\n"
         "try:\n    main()\n"
-        "except SystemExit as exit_:\n    assert exit_.code == 2\n"
-        "assert not {'torch', 'flwr'} & sys.modules.keys()"
+        "except SystemExit as exit_:\n    status = exit_.code\n"
+        "print(json.dumps([status, sorted(sys.modules)]))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    status, names = json.loads(done.stdout.splitlines()[-1])
+    return status, done.stderr, SLOW & set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--set", "seeed=3"], "did you mean 'seed'?"),
+        (["run", "--set", 'method="fedavgn"'], "did you mean 'fedavg"),
+        (["run", "--set", "seed=-1"], "seed = -1, but it must be"),
+        (
+            ["run", "--set", 'dataset.name="image-folder" dataset.root="/no/where"'],
+            "'/no/where' is not there",
+        ),
+        (["run", "--run-config", "no.toml"], "no.toml"),
+        (["partition", "--set", "seed=-1"], "seed = -1, but it must be"),
+        (["compare", "demo-compare", "--set", "seeed=3"], "did you mean seed"),
+        (["compare", "demo-compare", "--images", "held-out"], "are not divided"),
+        (["federate", "--root-certificates", "ca.crt", "--set", "seed=-1"], "seed ="),
+    ],
+)
+def test_wrong_setting_is_refused_before_any_slow_import(
+    arguments: list[str], message: str
+) -> None:
+    """It is refused within a second, and not after seconds of imports."""
+    status, errors, slow = imported_by(arguments)
+    assert status == 2
+    assert message in errors
+    assert not slow
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_and_version_import_nothing_slow(arguments: list[str]) -> None:
+    status, _, slow = imported_by(arguments)
+    assert status == 0
+    assert not slow
 
 
 def test_start_needs_neither_torch_nor_flower_in_the_command() -> None:
@@ -394,6 +449,21 @@ def test_waiting_flower_does_what_flwr_does() -> None:
     )
     assert waiting.returncode == direct.returncode == 0
     assert waiting.stdout == direct.stdout
+
+
+def test_answers_of_flower_are_read_where_colours_are_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jupyter and some CI services set these variables."""
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(name, "1")
+    answer = subprocess.run(
+        [executable("flwr"), "ls", "nowhere", "--format", "json"],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+    )
+    assert "'nowhere' not found" in parsed(answer.stdout)["error-message"]
 
 
 def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:

@@ -89,6 +89,11 @@ def test_method_takes_its_settings_from_the_configuration(
     assert set(strategy.artifacts()) == wanted.get(expected, set())
 
 
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_each_entry_is_a_method(name: str) -> None:
+    assert issubclass(registry.method_named(name), Method)
+
+
 def test_unknown_method_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ConfigError,
