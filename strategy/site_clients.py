@@ -243,16 +243,14 @@ class SiteClients:
                 reasons[node] = messages.plain(answer.error.reason)
                 continue
             try:
-                name = self._welcome(
-                    node, self._name_of(node, messages.site_of(answer))
-                )
+                self._welcome(node, self._name_of(node, messages.site_of(answer)))
             except messages.ReplyError as error:
                 reasons[node] = str(error)
                 continue
             # What the site said last holds.
-            self._in_card.discard(name)
+            self._in_card.discard(self._names[node])
             if messages.may_be_in_card(answer):
-                self._in_card.add(name)
+                self._in_card.add(self._names[node])
             del reasons[node]
             self._refused.pop(node, None)
         for node, reason in reasons.items():
@@ -298,8 +296,7 @@ class SiteClients:
             )
         return name
 
-    def _welcome(self, node: int, name: str) -> str:
-        """Let a node take part under a name, which may get an addition; return it."""
+    def _welcome(self, node: int, name: str) -> None:
         taken = {clashing(known) for known in self._names.values()}
         if clashing(name) in taken:
             log(
@@ -319,7 +316,6 @@ class SiteClients:
         self._seen[client_number(name)] = name
         log(INFO, "site %s (node %d) takes part", name, node)
         self.events.note(What.JOINED, name)
-        return name
 
 
 def client_number(name: str) -> int:

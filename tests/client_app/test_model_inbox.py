@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client_app.model_inbox import ModelInbox, stored_models
+from client_app.policy_check import check_policy
 from client_app.site_policy import SiteRefusal, policy_file
 from clip2fl_common.files import remove
 from clip2fl_common.messages import ModelAnswer, ModelOffer, ModelState, message_bytes
@@ -101,7 +102,7 @@ def test_changed_byte_on_the_way_leaves_nothing(
     with pytest.raises(SiteRefusal, match="thrown away") as refusal:
         send(inbox, manifest, 0, bytes(changed))
     assert str(inbox.folder) not in refusal.value.sent
-    assert models(inbox) == incoming(inbox) == []
+    assert models(inbox) == [] and incoming(inbox) == []
     # A new attempt begins anew.
     assert send(inbox, manifest).next == 0
 
@@ -212,7 +213,7 @@ def test_full_disk_does_not_stay_full(
         send(inbox, manifest, 6, WHOLE[6:])
     assert str(inbox.folder) not in refusal.value.sent
     monkeypatch.undo()
-    assert incoming(inbox) == models(inbox) == []
+    assert incoming(inbox) == [] and models(inbox) == []
 
 
 def test_link_in_the_way_is_not_followed(
@@ -256,3 +257,21 @@ def test_rules_for_models_are_off_without_a_policy(policy: Path) -> None:
     policy.write_text("")
     rules = policy_file(policy)
     assert rules.models_folder is None and not rules.listed_in_card
+
+
+def test_doctor_finds_a_folder_that_cannot_be_written(
+    policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f'models-folder = "{policy.parent}/a/b"\nmodel-key = "{PUBLIC}"\n'
+    policy.write_text(text)
+    (found,) = [f for f in check_policy(policy, None) if f.check == "models"]
+    assert found.level == "ok"
+    (policy.parent / "a").write_text("no folder")
+    (found,) = [f for f in check_policy(policy, None) if f.check == "models"]
+    assert found.level == "problem" and f"{policy.parent}/a/b" in found.fix
+    (policy.parent / "a").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (found,) = [f for f in check_policy(policy, None) if f.check == "models"]
+    assert found.level == "problem" and f"cannot write into {policy.parent}" in (
+        found.text
+    )

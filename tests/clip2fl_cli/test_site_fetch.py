@@ -189,8 +189,10 @@ def test_signed_folder_needs_a_key_and_a_key_needs_a_signed_folder(
     # Whoever removes the signature does not get around a key that is given.
     (stored / "manifest.json").unlink()
     for folder in (stored, unsigned):
-        arguments = ("predict", "--model", folder, site.image)
-        line = refused(monkeypatch, capsys, *arguments, "--public-key", site.public)
+        line = refused(
+            *(monkeypatch, capsys, "predict", "--model", folder, site.image),
+            *("--public-key", site.public),
+        )
         assert "manifest.json is missing" in line
 
 
