@@ -72,9 +72,9 @@ def model(message: Message, context: Context) -> Message:
         with names_kept_here(context.node_config):
             inbox = ModelInbox.of(context.node_config)
             inbox.check_request(messages.message_bytes(message.content))
+            name = _site_name(context)
             answer = inbox.take(messages.ModelOffer.parse(message.content))
-            named = replace(answer, site=_site_name(context))
-            return Message(named.content(), reply_to=message)
+            return Message(replace(answer, site=name).content(), reply_to=message)
     except SiteRefusal as refusal:
         logger.error("run %d, model: %s", context.run_id, refusal)
         return Message(Error(messages.SITE_REFUSES, refusal.sent), reply_to=message)

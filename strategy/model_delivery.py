@@ -17,8 +17,8 @@ from strategy.log import log
 
 # Seconds that a site has for a piece: eight megabytes at 150 kbit/s.
 PIECE_TIMEOUT_S = 480.0
-# Answers without a step forward after which a site is given up. Two deliveries to one
-# site at the same time disturb each other.
+# Answers that do not take the whole piece after which a site is given up. Two
+# deliveries to one site at the same time disturb each other.
 MAX_STANDSTILLS = 3
 
 
@@ -96,7 +96,8 @@ def deliver_model(
                 del wanted[node]
                 found.have[names[node]] = _said(answer)
                 continue
-            if length and answer.next <= start:
+            # What one step may cost is so bounded, whatever a site answers.
+            if length and answer.next != start + length:
                 standstills[node] += 1
             if standstills[node] == MAX_STANDSTILLS:
                 del wanted[node]

@@ -170,6 +170,8 @@ class ModelAnswer:
             raise ReplyError(f"its answer to a model is {quoted(state)}")
         if not isinstance(place, int) or not 0 <= place <= total:
             raise ReplyError(f"it wants byte {quoted(place)} of {total:,}")
+        if (state == ModelState.WANTED) != (place < total):
+            raise ReplyError(f"it has {place:,} of {total:,} bytes, and says {state}")
         if not isinstance(room, int) or room < MIN_PIECE_BYTES:
             raise ReplyError(f"it has room for {quoted(room)} bytes")
         if site != "" and not is_site_name(site):
