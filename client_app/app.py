@@ -1,6 +1,7 @@
 """Flower ClientApp: answers queries about the node, trains and evaluates."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from logging import getLogger
 from typing import cast
 
@@ -8,6 +9,7 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.images import SiteError, names_kept_here
+from client_app.model_inbox import ModelInbox
 from client_app.own_site import OwnSite, data_folder
 from client_app.round import evaluate_round, train_round
 from client_app.site_ledger import Kind
@@ -31,7 +33,7 @@ def query(message: Message, context: Context) -> Message:
         if site is not None:
             name = _site_name(context)
             open_site(config.dataset, site.folder)
-            return messages.site_reply(name)
+            return messages.site_reply(name, site.policy.listed_in_card)
         place = MetricRecord(
             {messages.PARTITION: cast(int, context.node_config["partition-id"])}
         )
@@ -58,6 +60,24 @@ def evaluate(message: Message, context: Context) -> Message:
         return evaluate_round(config, TrainRequest.parse(message.content), site)
 
     return _answer(message, context, "evaluate", answer)
+
+
+@app.query(messages.MODEL_ACTION)
+def model(message: Message, context: Context) -> Message:
+    """Take a piece of the delivered model, if the site's policy names a folder for it.
+
+    The answer says nothing about the site's images, so no budget counts it.
+    """
+    try:
+        with names_kept_here(context.node_config):
+            inbox = ModelInbox.of(context.node_config)
+            inbox.check_request(messages.message_bytes(message.content))
+            name = _site_name(context)
+            answer = inbox.take(messages.ModelOffer.parse(message.content))
+            return Message(replace(answer, site=name).content(), reply_to=message)
+    except SiteRefusal as refusal:
+        logger.error("run %d, model: %s", context.run_id, refusal)
+        return Message(Error(messages.SITE_REFUSES, refusal.sent), reply_to=message)
 
 
 def _answer(

@@ -88,7 +88,7 @@ class OwnSite:
         SiteRefusal
             If a rule forbids the request; the message names the rule.
         """
-        _check_size("request", request_bytes, self.policy.max_request_mib)
+        check_size("request", request_bytes, self.policy.max_request_mib)
         if problems := list(self.policy.violations(config)):
             raise SiteRefusal("; ".join(problems))
         try:
@@ -124,7 +124,7 @@ class OwnSite:
 
     def check_reply(self, reply_bytes: int) -> None:
         """Raise `SiteRefusal` if a reply is larger than the site allows."""
-        _check_size("reply", reply_bytes, self.policy.max_reply_mib)
+        check_size("reply", reply_bytes, self.policy.max_reply_mib)
 
     def gradient_images(
         self,
@@ -216,7 +216,8 @@ def state_folder(node_config: NodeConfig, folder: Path) -> Path:
     return Path(chosen)
 
 
-def _check_size(what: str, size: int, limit_mib: float | None) -> None:
+def check_size(what: str, size: int, limit_mib: float | None) -> None:
+    """Raise `SiteRefusal` if a request or reply is larger than the site allows."""
     if limit_mib is not None and size > limit_mib * MIB:
         raise SiteRefusal(
             f"a {what} of {size / MIB:.2f} MiB, and the site's max-{what}-mib is "

@@ -60,6 +60,8 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
             f"{key} = {_shown(value)}" for key, value in policy.rules().items()
         )
         yield Finding("ok", "policy", f"{path}: {rules}")
+        if policy.models_folder is not None:
+            yield _check_models(Path(policy.models_folder))
     if config is None:
         return
     problems = list(policy.violations(config))
@@ -72,6 +74,19 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
             f"this site would refuse the run: {problem}",
             "change the run's configuration, or the site's policy",
         )
+
+
+def _check_models(folder: Path) -> Finding:
+    """Return whether the node can store models; the folder itself may be missing."""
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return Finding("ok", "models", f"delivered models go to {folder}")
+    return Finding(
+        "problem",
+        "models",
+        f"models-folder = {folder}, but this user cannot write into {place}",
+        f"make {folder}, owned by the node's user, or name another folder",
+    )
 
 
 def _teacher_problems(policy: SitePolicy, config: RunConfig) -> list[str]:

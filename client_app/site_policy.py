@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
 from clip2fl_common.head_choice import uses_moments
+from clip2fl_common.signed_folder import KEY_PATTERN
 
 logger = getLogger(__name__)
 
@@ -43,6 +44,7 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Size = Annotated[float, Field(gt=0, le=1e6)]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{12,64}$")]
 Folder = Annotated[str, Field(pattern=r"^/")]
+PublicKey = Annotated[str, Field(pattern=KEY_PATTERN)]
 
 
 class SiteRefusal(RuntimeError):
@@ -117,6 +119,16 @@ class SitePolicy:
     """Largest request that the site reads, in MiB."""
     max_reply_mib: Size | None = None
     """Largest reply that the site sends, in MiB."""
+    models_folder: Folder | None = None
+    """Absolute folder in which the site keeps the models that the server delivers; by
+    default it takes none."""
+    model_key: PublicKey | None = None
+    """The server's public key, 64 hexadecimal digits: it must have signed a model."""
+    max_model_mib: Size = 1024.0
+    """Largest delivered model that the site takes, in MiB."""
+    listed_in_card: bool = False
+    """Whether the card of the delivered model, which all sites get, has this site's
+    name, number of training images and accuracy."""
 
     @property
     def fixes_images(self) -> bool:
@@ -350,6 +362,10 @@ def _checked(rules: Mapping[str, Any], place: str) -> SitePolicy:
             raise _unusable(
                 f"{place}: {key} has no effect unless min-class-samples is 2 or more"
             )
+    if policy.models_folder and not policy.model_key:
+        raise _unusable(
+            f"{place}: models-folder needs model-key, the public key of the server"
+        )
     return policy
 
 

@@ -302,13 +302,18 @@ def partition(config: Config | None = None, /, **settings: object) -> Holdings:
     return Holdings.of(resolved)
 
 
-def load_model(path: PathLike) -> Model:
+def load_model(path: PathLike, public_key: PathLike | None = None) -> Model:
     """Load a delivered model; the file may come from an untrusted source.
 
     Parameters
     ----------
     path : path
-        A ``model.safetensors``, or the folder of a complete run.
+        A ``model.safetensors``, the folder of a complete run, or a folder that
+        ``clip2fl site fetch`` has written.
+    public_key : path or None
+        The server's ``signing.key.pub`` or the key's 64 hexadecimal digits. It must
+        have signed the folder. None: a signed folder must be signed by a key that
+        ``clip2fl site fetch`` has used.
 
     Returns
     -------
@@ -320,10 +325,12 @@ def load_model(path: PathLike) -> Model:
     ------
     RunError, ForeignFileError
         If the file is missing, or is not a delivered model; names the fault.
+    SignatureError
+        If a signed folder is not exactly what the server signed.
     """
     from clip2fl_cli.prediction import Model
 
-    return Model.load(Path(path))
+    return Model.load(Path(path), None if public_key is None else str(public_key))
 
 
 def _resolved(config: Config | None, settings: Mapping[str, object]) -> RunConfig:

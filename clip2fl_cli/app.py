@@ -16,10 +16,12 @@ import click
 import typer
 
 from clip2fl_cli import console
+from clip2fl_cli.delivering import deliver, signing_key
 from clip2fl_cli.options import (
     MOST_NODES,
     AsJson,
     ModelPath,
+    PublicKey,
     RunConfigFile,
     RunFolder,
     Settings,
@@ -28,6 +30,7 @@ from clip2fl_cli.options import (
     finite,
     positive,
 )
+from clip2fl_cli.site_commands import site
 from clip2fl_common.shown import shown
 
 app = typer.Typer(
@@ -408,13 +411,14 @@ def watch(folder: RunFolder) -> None:
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: ModelPath,
+    public_key: PublicKey = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with a delivered model."""
     from clip2fl_cli.prediction import Model
 
-    found = Model.load(model).predict(images, top)
+    found = Model.load(model, public_key).predict(images, top)
     if as_json:
         answer = [
             {
@@ -437,6 +441,7 @@ def predict(
 def export(
     model: ModelPath,
     output: Annotated[Path, typer.Option(help="Folder for the files.")],
+    public_key: PublicKey = None,
     costs: Annotated[
         bool, typer.Option(help="Measure size and CPU latency of the model.")
     ] = True,
@@ -455,7 +460,7 @@ def export(
     from clip2fl_cli.prediction import model_file
     from clip2fl_common.shown import short
 
-    file = model_file(model)
+    file = model_file(model, public_key)
     # Errors are found before anything is written.
     teacher = exporting.run_teacher(file) if costs else None
     written = exporting.export(file, output)
@@ -490,6 +495,11 @@ def export(
                 for cost in measured
             ],
         )
+
+
+app.command()(deliver)
+app.command()(signing_key)
+app.add_typer(site)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The input of Flower: a folder with the app's packages, and a run's configuration."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from clip2fl_common.config import ConfigError, Dataset
 from clip2fl_common.config.checks import HUB, HUGGING_FACE, LISTED
 from clip2fl_common.config.files import complete_config, merge_run_config
-from clip2fl_common.project import PROJECT, experiment
+from clip2fl_common.project import PROJECT, commit, experiment
 from clip2fl_common.provenance import ALL_CODE, PACKAGE_ROOT
 from clip2fl_common.shown import short
 from strategy.registry import refuse_unknown_method
@@ -93,6 +94,9 @@ def write_app_folder(app: Path, folder: Path) -> None:
     folder.mkdir()
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(PROJECT / name, folder / name)
+    if known := commit():
+        with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
+            file.write(f"\n[tool.clip2fl]\ncommit = {json.dumps(known)}\n")
     for package in ALL_CODE:
         shutil.copytree(PACKAGE_ROOT / package, folder / package, ignore=_left_out)
 

@@ -1,6 +1,5 @@
 """Export delivered models as safetensors and ONNX, and measure their costs."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,38 +13,14 @@ from torch.utils.benchmark import Timer
 from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.run_schema import MAX_FACTS_BYTES, Facts
 from clip2fl_cli.runs import DAMAGED, RunError
-from clip2fl_common.data.datasets import Normalization
-from clip2fl_common.models import ImageClassifier
 from clip2fl_common.teacher import DEMO, Teacher, load_teacher
-from server_app.delivery import ModelCard, load_model
+from server_app.delivery import load_model
 from server_app.foreign_files import ForeignFileError, opened, read_json
+from server_app.onnx_model import ONNX_FILE, FromPixels, onnx_bytes
 from server_app.run_folder import CONFIG, MODEL
 
-ONNX_FILE = "model.onnx"
 # Seconds of measurement for each latency.
 MEASURED_SECONDS = 2.0
-
-
-class _FromPixels(nn.Module):
-    """A model with its normalisation: uint8 pixels in, logits out.
-
-    Parameters
-    ----------
-    model : ImageClassifier
-        The delivered model.
-    normalization : Normalization
-        Normalization of the model's input.
-    """
-
-    def __init__(self, model: ImageClassifier, normalization: Normalization) -> None:
-        super().__init__()
-        self.model = model
-        self.normalization = normalization
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [N, C] of RGB images [N, 3, S, S] of uint8."""
-        logits: torch.Tensor = self.model(self.normalization(pixels))
-        return logits
 
 
 @dataclass(frozen=True)
@@ -74,8 +49,7 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
     """Write a delivered model as safetensors and as ONNX.
 
     Both files contain the class names and the preprocessing as JSON in their metadata.
-    The ONNX graph includes the normalisation: its input ``pixels`` are RGB images
-    [N, 3, S, S] of uint8, for any N, and its output ``logits`` is [N, C].
+    `onnx_bytes` describes the ONNX graph.
 
     Parameters
     ----------
@@ -96,32 +70,7 @@ def export(model: Path, folder: Path) -> tuple[Path, Path]:
     OutputError
         If a file cannot be written. Existing links of these names are replaced.
     """
-    import onnx
-
-    network, card = load_model(model)
-    # Two images, because torch would take a batch size of one as a constant.
-    pixels = torch.zeros(2, 3, card.image_size, card.image_size, dtype=torch.uint8)
-    program = torch.onnx.export(
-        _FromPixels(network, card.normalization).eval(),
-        (pixels,),
-        input_names=["pixels"],
-        output_names=["logits"],
-        dynamic_shapes={"pixels": {0: torch.export.Dim("images")}},
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    exported = program.model_proto
-    onnx.helper.set_model_props(
-        exported,
-        {
-            "class_names": json.dumps(card.class_names),
-            "preprocessing": json.dumps(preprocessing(card)),
-            "provenance": json.dumps(dict(card.provenance)),
-        },
-    )
-    onnx.checker.check_model(exported)
-    content = exported.SerializeToString()
+    content = onnx_bytes(*load_model(model))
     with OutputFolder.open(folder) as place:
         if not _is_same_file(model, folder / MODEL):
             with opened(model) as source, place.replacing(MODEL) as copy:
@@ -137,24 +86,11 @@ def _is_same_file(model: Path, target: Path) -> bool:
     )
 
 
-def preprocessing(card: ModelCard) -> dict[str, object]:
-    """Return the steps that make an image the input of the ONNX graph."""
-    return {
-        "colour": "RGB",
-        "crop": "centre square",
-        "size": card.image_size,
-        "interpolation": "bicubic",
-        "layout": "N, 3, height, width",
-        "type": "uint8",
-        "normalisation": "in the graph",
-    }
-
-
 def student_cost(model: Path) -> Cost:
     """Measure a delivered model."""
     network, card = load_model(model)
     image = torch.zeros(1, 3, card.image_size, card.image_size, dtype=torch.uint8)
-    forward = _FromPixels(network, card.normalization).eval()
+    forward = FromPixels(network, card.normalization).eval()
     return _cost(f"student {card.architecture}", network, lambda: forward(image))
 
 

@@ -61,7 +61,26 @@ ShownImages = Annotated[
 ]
 ModelPath = Annotated[
     Path,
-    typer.Option("--model", help="A run's folder, or its model.safetensors."),
+    typer.Option(
+        "--model",
+        help="A run's folder, its model.safetensors, or a folder that clip2fl site "
+        "fetch has written.",
+    ),
+]
+PublicKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|KEY",
+        help="Public key of the server that must have signed the model's folder: its "
+        "signing.key.pub, or 64 hexadecimal digits. If not given, a signed folder "
+        "must be signed by a key that clip2fl site fetch has used.",
+    ),
+]
+RootCertificates = Annotated[
+    Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
+]
+SuperLink = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink.")
 ]
 RunFolder = Annotated[
     Path,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from clip2fl_cli.model_keys import check_signature
 from clip2fl_cli.runs import RunError
 from clip2fl_common.data.image_reading import (
     UnreadableImageError,
@@ -78,17 +79,24 @@ class Model:
     card: ModelCard
 
     @classmethod
-    def load(cls, path: Path) -> "Model":
-        """Load a ``model.safetensors``, or the one in a run's folder.
+    def load(cls, path: Path, public_key: str | None = None) -> "Model":
+        """Load a ``model.safetensors``, or the one in a run's or a fetched folder.
+
+        Parameters
+        ----------
+        path : Path
+            The file or folder.
+        public_key : str or None
+            As `model_file`.
 
         Raises
         ------
-        RunError
-            If there is no such file.
+        RunError, SignatureError
+            As `model_file`.
         ForeignFileError
             If the file is not a delivered model.
         """
-        file = model_file(path)
+        file = model_file(path, public_key)
         return cls(file, *load_delivered(file))
 
     @property
@@ -168,13 +176,23 @@ class Model:
         ]
 
 
-def model_file(path: Path) -> Path:
-    """Return the model that a path names: a safetensors file or a run's folder.
+def model_file(path: Path, public_key: str | None = None) -> Path:
+    """Return the model that a path names, after checking its folder's signature.
+
+    Parameters
+    ----------
+    path : Path
+        A safetensors file, a run's folder, or a folder that a server signed.
+    public_key : str or None
+        Key that must have signed the folder, or the key's file; None: a signed folder
+        must be signed by a key that this user trusts.
 
     Raises
     ------
     RunError
-        If there is no such file.
+        If there is no such file, or no key for a signed folder.
+    SignatureError
+        If the folder is not exactly what the server signed.
     """
     file = path / MODEL if path.is_dir() else path
     # Reading the file reports a path that exists but is no file.
@@ -182,6 +200,7 @@ def model_file(path: Path) -> Path:
         raise RunError(
             f"{shown(file)} does not exist; give a {MODEL} or a complete run's folder"
         )
+    check_signature(file.parent, public_key)
     return file
 
 

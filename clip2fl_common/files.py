@@ -115,14 +115,32 @@ def replacing_folder(path: Path, mode: int | None = None) -> Iterator[Path]:
         if mode is not None:
             temporary.chmod(mode)
         yield temporary
-        for file in temporary.iterdir():
-            _synchronise(file)
-        _synchronise(temporary)
-        remove(path)  # a rename replaces files, but no folder that is not empty
-        os.replace(temporary, path)
-        _synchronise(path.parent)
+        finish_folder(temporary, path)
     finally:
         remove(temporary)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Give a filled folder its final name, after its files are synchronised.
+
+    Parameters
+    ----------
+    temporary : Path
+        The folder, beside ``path``.
+    path : Path
+        Final name. An existing folder, file or link of that name is replaced.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    """
+    for file in temporary.iterdir():
+        _synchronise(file)
+    _synchronise(temporary)
+    remove(path)  # a rename replaces files, but no folder that is not empty
+    os.replace(temporary, path)
+    _synchronise(path.parent)
 
 
 def remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where this program's own pyproject.toml and experiments lie."""
 
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,36 @@ def metadata() -> dict[str, Any]:
 def version() -> str:
     """Return this program's version, whether it is installed or a checkout."""
     return str(metadata()["project"]["version"])
+
+
+def commit() -> str | None:
+    """Return the commit of this program's code, with ``-dirty`` if it was changed.
+
+    An app's folder has it in its pyproject.toml (`write_app_folder`), since nodes and
+    the ServerApp run a copy without a repository.
+
+    Returns
+    -------
+    str or None
+        None if it is not known: for example in an installation from a wheel.
+    """
+    noted = metadata().get("tool", {}).get("clip2fl", {}).get("commit")
+    if noted is not None:
+        return str(noted)
+    # Another project's repository may contain the folder of installed packages.
+    if not (PACKAGE_ROOT / ".git").exists():
+        return None
+    command = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(PACKAGE_ROOT), *command],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def experiments() -> list[str]:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
 from clip2fl_common.config.unread import unread_warning
+from server_app.outbox import deliver_at_end, deliver_run
 from server_app.run import ServerRun
 from strategy.clients import Clients, SimulatedClients, found_later
 from strategy.events import What
@@ -30,6 +31,9 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_run_config(context.run_config)
     if warning := unread_warning(config):
         logger.warning(warning)
+    if config.delivery.run:
+        deliver_run(AttentiveGrid(grid), config)
+        return
     # Nodes start and answer while the run is prepared, which takes seconds, too.
     nodes = found_later(grid) if config.simulated else None
     with ServerRun(config, context.run_id) as run:
@@ -61,6 +65,10 @@ def main(grid: Grid, context: Context) -> None:
                 evaluate_fn=close_round,
             )
         run.close(strategy)
+    if config.delivery.signing_key and isinstance(clients, SiteClients):
+        deliver_at_end(
+            AttentiveGrid(grid), config, run.folder.path, clients, strategy.round
+        )
 
 
 def _clients(

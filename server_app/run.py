@@ -25,6 +25,7 @@ from clip2fl_common.metrics import (
     recall_report,
 )
 from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.project import commit
 from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
@@ -182,6 +183,8 @@ class ServerRun:
                 for part, size in self.evaluator.part_sizes().items()
             },
         }
+        if known := commit():
+            facts["commit"] = known
         if self.state.resumed_after:
             facts["resumed_after_rounds"] = self.state.resumed_after
         if self.teacher:

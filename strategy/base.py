@@ -361,8 +361,10 @@ class Method(Strategy):
         found = site_recalls(
             server_round, replies, self._heads, self._num_classes, self._requests
         )
-        self.round.site_recalls = found
-        self.round.recalls = mean_recalls(found, self._heads, self._num_classes)
+        recalls = [of_site for _, of_site in found]
+        self.round.site_names = [name for name, _ in found]
+        self.round.site_recalls = recalls
+        self.round.recalls = mean_recalls(recalls, self._heads, self._num_classes)
         return None
 
     def summary(self) -> None:

@@ -86,6 +86,12 @@ class Requests:
         node = reply.metadata.src_node_id
         return self._names.get(node, f"node {node}")
 
+    def label(self, reply: Message) -> int | str:
+        """Return the client that a node evaluates for, as reports name it."""
+        node = reply.metadata.src_node_id
+        asked = list(self.asked.get(node, {}))
+        return self._clients.label(asked[0]) if len(asked) == 1 else f"node {node}"
+
     def note_dropped(self, reply: Message, reason: str) -> None:
         """Tell that a reply is not used, and whose it is."""
         answered = reply.metadata.reply_to_message_id

@@ -42,6 +42,8 @@ class RoundRecord:
         that no site has. The whole is None without sites.
     site_recalls : list of dict
         Each site's own accuracy in percent, by head and class.
+    site_names : list of (int or str)
+        The sites of ``site_recalls``, in the same order.
     privacy : dict
         Cost of this round and of all rounds so far, by mechanism (see `PrivacyLedger`).
     """
@@ -62,4 +64,5 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     recalls: dict[str, list[float | None]] | None = None
     site_recalls: list[dict[str, dict[int, int]]] = field(default_factory=list)
+    site_names: list[int | str] = field(default_factory=list)
     privacy: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ def site_recalls(
     heads: Sequence[str],
     num_classes: int,
     requests: Requests,
-) -> list[dict[str, dict[int, int]]]:
+) -> list[tuple[int | str, dict[str, dict[int, int]]]]:
     """Return each site's report; log and skip unusable replies.
 
     Parameters
@@ -35,15 +35,16 @@ def site_recalls(
 
     Returns
     -------
-    list of dict of str to dict of int to int
-        Each site's accuracy in percent, by head and class.
+    list of tuple
+        Each site's name, and its accuracy in percent by head and class.
     """
     found = []
     for reply in replies:
         try:
             if reply.has_error():
                 raise messages.ReplyError(str(reply.error.reason))
-            found.append(messages.recalls_of(reply, num_classes, heads))
+            recalls = messages.recalls_of(reply, num_classes, heads)
+            found.append((requests.label(reply), recalls))
         except messages.ReplyError as error:
             log(
                 WARNING,

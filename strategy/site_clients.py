@@ -71,6 +71,8 @@ class SiteClients:
     _images: dict[int, int] = field(default_factory=dict)
     _refused: dict[int, float] = field(default_factory=dict)
     _started: bool = False
+    # Names of the sites that may be in the delivered model's card.
+    _in_card: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Read the registry, if there is one."""
@@ -194,6 +196,19 @@ class SiteClients:
         """Return the name of a site that is connected or has been."""
         return self._seen.get(client, f"site number {client}")
 
+    def in_card(self) -> dict[str, int | None]:
+        """Return the sites that may be in the delivered model's card, by name.
+
+        Returns
+        -------
+        dict of str to int or None
+            Number of images that each trained on last; None if it has not trained.
+        """
+        return {
+            name: self._images.get(client_number(name))
+            for name in sorted(self._in_card)
+        }
+
     def _meet(self, grid: Grid) -> None:
         """Forget the sites that have left, and ask new nodes for their names."""
         connected = set(grid.get_node_ids())
@@ -232,6 +247,10 @@ class SiteClients:
             except messages.ReplyError as error:
                 reasons[node] = str(error)
                 continue
+            # What the site said last holds.
+            self._in_card.discard(self._names[node])
+            if messages.may_be_in_card(answer):
+                self._in_card.add(self._names[node])
             del reasons[node]
             self._refused.pop(node, None)
         for node, reason in reasons.items():

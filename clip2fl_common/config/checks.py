@@ -78,6 +78,12 @@ def contradictions(config: "RunConfig") -> list[str]:
         problems += _site_problems(config)
     else:
         problems += _partition_problems(config)
+    if config.delivery.signing_key and config.simulated and not config.delivery.run:
+        problems.append(
+            f"delivery.signing-key = {shown(config.delivery.signing_key)}, but with "
+            f"dataset.name = {config.dataset.name!r} there are no sites to send the "
+            "model to: clear it, or set dataset.name = 'sites'"
+        )
     if config.client.crop_padding > config.dataset.image_size:
         problems.append(
             f"client.crop-padding = {config.client.crop_padding} is more than "
@@ -143,6 +149,8 @@ def _path_problems(config: "RunConfig") -> Iterator[str]:
         ("run.dir", config.run.dir),
         ("run.resume", config.run.resume),
         ("federation.site-registry", config.federation.site_registry),
+        ("delivery.signing-key", config.delivery.signing_key),
+        ("delivery.run", config.delivery.run),
     ):
         if path:
             yield from _not_absolute(key, path)

@@ -471,6 +471,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=_strict)
+class Delivery:
+    """How the model reaches the sites (docs/model-delivery.md)."""
+
+    signing_key: PathText = ""
+    """sites: absolute path, at the server, of the private key that signs the model; the
+    run makes it if it is missing. At its end the run sends the signed model to all
+    connected sites. Empty: the model stays at the server."""
+    run: PathText = ""
+    """Absolute folder, at the server, of a complete run of sites. This run then trains
+    nothing and only sends that run's model (clip2fl deliver). Empty: it trains."""
+
+
+@dataclass(frozen=True, config=_strict)
 class RunConfig:
     """Everything that decides a run's outcome."""
 
@@ -505,6 +518,7 @@ class RunConfig:
     ccvr: Annotated[CCVR, ReadBy("ccvr")] = CCVR()
     teacher: Annotated[TeacherConfig, ReadBy(*TEACHER_METHODS)] = TeacherConfig()
     evaluation: Evaluation = Evaluation()
+    delivery: Annotated[Delivery, MayChange()] = Delivery()
 
     @classmethod
     def from_run_config(cls, flat: Mapping[str, Scalar]) -> "RunConfig":

@@ -60,6 +60,27 @@ from clip2fl_common.messages.class_statistics import (
 from clip2fl_common.messages.class_statistics import (
     upper_triangle as upper_triangle,
 )
+from clip2fl_common.messages.delivery import (
+    MIN_PIECE_BYTES as MIN_PIECE_BYTES,
+)
+from clip2fl_common.messages.delivery import (
+    MODEL_ACTION as MODEL_ACTION,
+)
+from clip2fl_common.messages.delivery import (
+    MODEL_REQUEST as MODEL_REQUEST,
+)
+from clip2fl_common.messages.delivery import (
+    PIECE_BYTES as PIECE_BYTES,
+)
+from clip2fl_common.messages.delivery import (
+    ModelAnswer as ModelAnswer,
+)
+from clip2fl_common.messages.delivery import (
+    ModelOffer as ModelOffer,
+)
+from clip2fl_common.messages.delivery import (
+    ModelState as ModelState,
+)
 from clip2fl_common.messages.fields import (
     ArrayFields as ArrayFields,
 )
@@ -170,6 +191,9 @@ from clip2fl_common.messages.names import (
 )
 from clip2fl_common.messages.names import (
     VARIANCE as VARIANCE,
+)
+from clip2fl_common.messages.sites import (
+    may_be_in_card as may_be_in_card,
 )
 from clip2fl_common.messages.sites import (
     recall_reply as recall_reply,

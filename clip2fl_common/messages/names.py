@@ -18,6 +18,7 @@ HEAD_RECORDS = {
 PARTITION = "partition-id"
 STREAM = "random-stream"
 SITE = "site"
+IN_CARD = "listed-in-card"
 ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 PROXIMAL_MU = "proximal-mu"

@@ -14,6 +14,7 @@ from clip2fl_common.messages.arrays import ReplyError
 from clip2fl_common.messages.names import (
     CLASSES,
     CONFIG,
+    IN_CARD,
     METRICS,
     NUM_EXAMPLES,
     PARTITION,
@@ -25,19 +26,28 @@ from clip2fl_common.shown import quoted
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 
-def site_reply(name: str) -> RecordDict:
+def site_reply(name: str, in_card: bool = False) -> RecordDict:
     """Return the answer to a query of a node with images of its own.
 
     Parameters
     ----------
     name : str
         The site's name; empty if the node was given none.
+    in_card : bool
+        Whether the delivered model's card may have the site's name and figures.
 
     Returns
     -------
     RecordDict
     """
-    return RecordDict({CONFIG: ConfigRecord({SITE: name})})
+    allowed = {IN_CARD: True} if in_card else {}
+    return RecordDict({CONFIG: ConfigRecord({SITE: name, **allowed})})
+
+
+def may_be_in_card(reply: Message) -> bool:
+    """Return whether a site allows its name and figures in the model's card."""
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    return config.get(IN_CARD) is True
 
 
 def site_of(reply: Message) -> str:

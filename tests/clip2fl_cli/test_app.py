@@ -31,7 +31,7 @@ from tests.defaults import ROOT, run_config
 
 SUBCOMMANDS = {
     *("run", "federate", "compare", "doctor", "partition"),
-    *("report", "predict", "export"),
+    *("report", "predict", "export", "deliver", "signing-key", "site"),
 }
 SMALL = (
     "dataset.demo-train-per-class=20 dataset.imbalance-factor=10.0 "

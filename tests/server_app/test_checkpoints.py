@@ -37,6 +37,8 @@ FREE_KEYS = (
     "federation.site-registry",
     "checkpoint.every",
     "checkpoint.keep",
+    "delivery.signing-key",
+    "delivery.run",
 )
 
 FILES = ("tensors.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS")

@@ -223,7 +223,7 @@ def test_switches_are_true_or_false(key: str, value: object) -> None:
     assert_out_of_range(key, value)
 
 
-PATHS = ("run.dir", "run.resume", "dataset.root")
+PATHS = ("run.dir", "run.resume", "dataset.root", "delivery.run")
 TEXTS = [k for k, v in default_config().items() if isinstance(v, str)]
 
 

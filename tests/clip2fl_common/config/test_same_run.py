@@ -16,6 +16,8 @@ MAY_CHANGE = {
     "federation.site-registry",
     "checkpoint.every",
     "checkpoint.keep",
+    "delivery.signing-key",
+    "delivery.run",
 }
 
 

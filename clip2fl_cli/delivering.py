@@ -1,0 +1,93 @@
+"""``clip2fl deliver`` and ``clip2fl signing-key``: the server's part of a delivery."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip2fl_cli import console
+from clip2fl_cli.options import AsJson, RootCertificates, SuperLink, Verbose, finite
+
+
+def deliver(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Folder of a complete run, on the server's machine."
+        ),
+    ],
+    root_certificates: RootCertificates,
+    superlink: SuperLink = "127.0.0.1:8000",
+    signing_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The server's signing key; if not given, delivery.signing-key of "
+            "the run.",
+        ),
+    ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="Seconds for which the SuperLink may be away.",
+        ),
+    ] = 300.0,
+    verbose: Verbose = False,
+) -> None:
+    """Send a run's signed model to the sites that are connected now.
+
+    Sites that were away at the run's end get it, and no site gets it twice. The paths
+    are those of the ServerApp's machine. Exit status: 0 a site has the model; 1 none;
+    2 wrong usage; 130 or 143 Ctrl-C or SIGTERM ended the command, and the delivery
+    continues.
+    """
+    from clip2fl_cli import federation
+    from clip2fl_cli.progress import RunProgress
+    from clip2fl_cli.signals import Interrupted, interrupting
+
+    # JSON writes strings as TOML does.
+    settings = [f"delivery.run={json.dumps(str(run.absolute()))}"]
+    if signing_key is not None:
+        path = json.dumps(str(signing_key.absolute()))
+        settings.append(f"delivery.signing-key={path}")
+    progress = RunProgress(console.out, verbose)
+    log = progress.output.log
+    try:
+        with interrupting(), progress:
+            status, details = federation.federate(
+                superlink, root_certificates, None, settings, patience, progress.output
+            )
+    except Interrupted as interruption:
+        console.tell(f"clip2fl: {interruption}; a delivery that has started goes on")
+        raise typer.Exit(128 + interruption.signum) from None
+    if status != "finished:completed":
+        console.tell(f"{status} ({details})" if details else status, "bold red")
+        if log.path is not None:
+            console.tell(f"clip2fl: the whole log is in {log.path}")
+        raise typer.Exit(1)
+
+
+def signing_key(
+    file: Annotated[
+        Path, typer.Argument(help="File of the private key; made if it is missing.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Make the server's signing key if it is missing; print its public half.
+
+    Sites need the public half, the file with .pub added to the name or the printed
+    digits, as model-key in their policies.
+    """
+    from clip2fl_common.signed_folder import public_key_of
+    from server_app.signing import public_key_file
+
+    public = public_key_file(file)
+    digits = public_key_of(str(public))
+    if as_json:
+        console.print_json({"file": str(public), "key": digits})
+        return
+    console.answer(f"public key: {public}")
+    console.answer(f'model-key = "{digits}"')

@@ -1,0 +1,316 @@
+"""The card of a delivered model for the sites: JSON for programs, Markdown for people.
+
+It is made from a run's ``config.json`` and ``metrics.jsonl``, which describe the run
+whether it has just ended or ended long ago. Every site gets it. So it names a site,
+its number of images and its accuracy only if the site's own policy allows that
+(``listed-in-card``).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from clip2fl_common.messages import RECALL_STEP
+from clip2fl_common.shown import shown
+from server_app.delivery import ModelCard
+from server_app.file_names import CONFIG, METRICS
+from server_app.foreign_files import MEGABYTE, parse_json, read_json, read_text
+from server_app.onnx_model import preprocessing
+
+FORMAT = 1
+_MAX_CONFIG_BYTES = 32 * MEGABYTE
+_MAX_METRICS_BYTES = 256 * MEGABYTE
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|&~])")
+
+
+@dataclass(frozen=True)
+class ListedSite:
+    """A site that allows the card to name it.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    images : int or None
+        Number of images that it trained on last; None if it has not trained.
+    per_class : mapping of int to int
+        Its accuracy in percent on its own validation images, with the delivered
+        classifier, by class; empty if it has not reported any.
+    """
+
+    name: str
+    images: int | None
+    per_class: Mapping[int, int]
+
+
+class _Facts(BaseModel):
+    """The fields of ``config.json`` that the card needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    config: dict[str, bool | int | float | str]
+    code: str
+    versions: dict[str, str]
+    commit: str | None = None
+    teacher: dict[str, Any] | None = None
+
+
+class _Line(BaseModel):
+    """The fields of a line of ``metrics.jsonl`` that the card needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    round: int
+    clients: list[int | str]
+    accuracy: dict[str, dict[str, Any]]
+    accuracy_median_site: dict[str, dict[str, Any]] = {}
+    privacy: dict[str, dict[str, float]] = {}
+
+
+def model_card(
+    run: Path, name: str, card: ModelCard, made: datetime, sites: Sequence[ListedSite]
+) -> dict[str, Any]:
+    """Return the content of ``card.json``.
+
+    Parameters
+    ----------
+    run : Path
+        Folder of the complete run.
+    name : str
+        The run's name in the manifest.
+    card : ModelCard
+        The delivered model's own description.
+    made : datetime
+        When the model is signed.
+    sites : sequence of ListedSite
+        The sites that allow their names and figures.
+
+    Returns
+    -------
+    dict
+        Fields for JSON; accuracies are in percent.
+
+    Raises
+    ------
+    ForeignFileError
+        If a file of the run's folder is damaged.
+    """
+    facts = _Facts(**read_json(run / CONFIG, _Facts, _MAX_CONFIG_BYTES))
+    lines = [
+        _Line(**parse_json(line, _Line, shown(run / METRICS)))
+        for line in read_text(run / METRICS, _MAX_METRICS_BYTES).splitlines()
+    ]
+    last = lines[-1]
+    # The delivered classifier comes first; without a report there is none.
+    head = next(iter(last.accuracy), "")
+    accuracy, median = last.accuracy.get(head), last.accuracy_median_site.get(head)
+    part = {client for line in lines for client in line.clients}
+    names = card.class_names
+    teacher = facts.teacher
+    return {
+        "format": FORMAT,
+        "run": name,
+        "made": made.isoformat(),
+        "model": {
+            "architecture": card.architecture,
+            "feature_dim": card.feature_dim,
+            "class_names": list(names),
+            "normalization": asdict(card.normalization),
+            "preprocessing": preprocessing(card),
+        },
+        "training": {
+            "method": facts.config["method"],
+            "rounds": last.round,
+            "clients_per_round": facts.config["federation.clients-per-round"],
+            "seed": facts.config["seed"],
+        },
+        "teacher": teacher
+        and {"name": teacher["name"], "fingerprint": teacher["fingerprint"]},
+        "code": {"commit": facts.commit, "fingerprint": facts.code},
+        "versions": facts.versions,
+        "sites": {
+            "trained": len(part),
+            "listed": [_site_fields(site, names) for site in sites],
+        },
+        "accuracy": None if accuracy is None else _accuracy_fields(accuracy, names),
+        "accuracy_median_site": None if median is None else median["balanced"],
+        "privacy": {
+            mechanism: {"epsilon": spent["epsilon_total"], "delta": spent["delta"]}
+            for mechanism, spent in last.privacy.items()
+        },
+        "limits": list(_limits(accuracy, names)),
+    }
+
+
+def _site_fields(site: ListedSite, names: Sequence[str]) -> dict[str, Any]:
+    values = list(site.per_class.values())
+    return {
+        "name": site.name,
+        "images": site.images,
+        "balanced": sum(values) / len(values) if values else None,
+        "per_class": {names[c]: value for c, value in sorted(site.per_class.items())},
+    }
+
+
+def _accuracy_fields(
+    accuracy: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the mean over sites; class names may repeat, so classes are a list."""
+    return {
+        **{part: accuracy[part] for part in ("balanced", "many", "medium", "few")},
+        "per_class": [
+            {"class": name, "accuracy": value}
+            for name, value in zip(names, accuracy["per_class"], strict=True)
+        ],
+    }
+
+
+def _limits(accuracy: Mapping[str, Any] | None, names: Sequence[str]) -> Iterator[str]:
+    yield (
+        "The model knows only the classes above, and gives one of them for any image. "
+        "Images of other kinds, cameras or places than the sites' may give wrong "
+        "results without a warning."
+    )
+    yield (
+        "The sites measured the accuracy on their own validation images. The server "
+        "cannot check what a site reports."
+    )
+    yield (
+        f"Sites round the accuracy on a class to steps of {RECALL_STEP} %. With few "
+        "validation images of a class, its accuracy is uncertain."
+    )
+    yield "The probabilities are not calibrated."
+    if accuracy is None:
+        yield "No site has reported an accuracy."
+        return
+    unknown = [
+        name
+        for name, value in zip(names, accuracy["per_class"], strict=True)
+        if value is None
+    ]
+    if unknown:
+        yield f"No site has reported an accuracy for: {', '.join(unknown)}."
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """Return ``MODEL_CARD.md``.
+
+    Parameters
+    ----------
+    card : mapping
+        What `model_card` returned. Its names come from sites and configurations and
+        are escaped, so that they cannot act as markup.
+    """
+    return "\n".join(_card_lines(card)) + "\n"
+
+
+def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    model, training, sites = card["model"], card["training"], card["sites"]
+    teacher, code = card["teacher"], card["code"]
+    steps = model["preprocessing"]
+    yield f"# {_text(card['run'])}"
+    yield ""
+    yield (
+        f"A {_text(model['architecture'])} for {len(model['class_names'])} classes, "
+        f"trained with {_text(training['method'])} in {training['rounds']} rounds by "
+        f"{sites['trained']} sites, of which {training['clients_per_round']} were "
+        f"asked in each round. Signed on {_text(card['made'])}."
+    )
+    yield ""
+    yield (
+        f"**Input.** An {steps['colour']} image: its {steps['crop']}, scaled to "
+        f"{steps['size']} pixels ({steps['interpolation']}). `model.onnx` takes "
+        "`pixels` of uint8 [N, 3, height, width] and gives `logits` [N, classes]. "
+        "`clip2fl predict --model FOLDER IMAGE` does it all."
+    )
+    yield ""
+    if teacher:
+        yield (
+            f"**Teacher.** {_text(teacher['name'])}, fingerprint "
+            f"`{_text(teacher['fingerprint'])}`."
+        )
+    else:
+        yield "**Teacher.** None."
+    yield ""
+    yield (
+        f"**Code.** Commit {_text(code['commit'] or 'unknown')}, fingerprint "
+        f"`{_text(code['fingerprint'])}`; "
+        + ", ".join(f"{_text(k)} {_text(v)}" for k, v in card["versions"].items())
+        + "."
+    )
+    yield ""
+    yield "## Accuracy"
+    yield ""
+    if card["accuracy"]:
+        yield from _accuracy_lines(card)
+    else:
+        yield "No site has reported an accuracy."
+    yield ""
+    yield "## Sites"
+    yield ""
+    yield from _site_lines(sites)
+    yield ""
+    yield "## Privacy"
+    yield ""
+    for mechanism, spent in card["privacy"].items():
+        yield (
+            f"- {_text(mechanism.replace('_', ' '))}: epsilon {spent['epsilon']:.3g} "
+            f"at delta {spent['delta']:g}, over all rounds"
+        )
+    if not card["privacy"]:
+        yield "The run added no noise: no differential privacy is claimed."
+    yield ""
+    yield "## Limits"
+    yield ""
+    for limit in card["limits"]:
+        yield f"- {_text(limit)}"
+
+
+def _accuracy_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    found = card["accuracy"]
+    yield (
+        "In percent: for each class the mean over the sites that have validation "
+        "images of it, each site with the same weight. *Balanced* is the mean over "
+        "classes; *many*, *medium* and *few* are the means over frequent, medium and "
+        "rare classes."
+    )
+    yield ""
+    yield "| class | accuracy |"
+    yield "|---|---:|"
+    for part in ("balanced", "many", "medium", "few"):
+        yield f"| *{part}* | {_percent(found[part])} |"
+    if (median := card["accuracy_median_site"]) is not None:
+        yield f"| *balanced, at the median site* | {_percent(median)} |"
+    for entry in found["per_class"]:
+        yield f"| {_text(entry['class'])} | {_percent(entry['accuracy'])} |"
+
+
+def _site_lines(sites: Mapping[str, Any]) -> Iterator[str]:
+    listed = sites["listed"]
+    yield (
+        f"{sites['trained']} sites have trained the model. "
+        f"{len(listed)} allow this card to list them"
+        + (":" if listed else " (`listed-in-card` in their policies).")
+    )
+    if not listed:
+        return
+    yield ""
+    yield "| site | images | balanced accuracy |"
+    yield "|---|---:|---:|"
+    for site in listed:
+        images = "-" if site["images"] is None else f"{site['images']:,}"
+        yield f"| {_text(site['name'])} | {images} | {_percent(site['balanced'])} |"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _text(value: object) -> str:
+    """Return a name as Markdown that shows exactly this name, on one line."""
+    return _MARKUP.sub(r"\\\1", shown(value))
