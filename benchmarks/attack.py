@@ -1,6 +1,6 @@
 """Final accuracy of each aggregation rule when one of eight clients attacks.
 
-    python -m benchmarks.attack conf/demo.toml --seed 7
+    python -m benchmarks.attack conf/shapes.toml --seed 7
 
 The attacker trains like the others, but sends its update and its class gradients with
 flipped sign and ten times as large. (It keeps variances from falling below zero, which

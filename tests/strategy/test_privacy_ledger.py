@@ -185,7 +185,7 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
 
 def test_demo_comparison_has_the_noise_that_it_says() -> None:
     """The attack benchmark uses the same multipliers, after 23 releases."""
-    text = (ROOT / "conf" / "demo-privacy.toml").read_text("utf-8")
+    text = (ROOT / "conf" / "shapes-privacy.toml").read_text("utf-8")
     variants = tomllib.loads(text)["variants"]
     for target, multiplier in NOISE.items():
         privacy = variants[f"epsilon-{target}"]["privacy"]

@@ -142,8 +142,8 @@ def test_experiments_parse(file: Path) -> None:
     RunConfig.from_run_config({**default_config(), **paths, **experiment})  # type: ignore[dict-item]
 
 
-def test_demo_experiment_is_the_default() -> None:
-    demo = flatten(tomllib.loads((ROOT / "conf" / "demo.toml").read_text("utf-8")))
+def test_drawn_shapes_with_default_settings_are_the_default() -> None:
+    demo = flatten(tomllib.loads((ROOT / "conf" / "shapes.toml").read_text("utf-8")))
     defaults = default_config()
     assert {key: defaults[key] for key in demo} == demo
 
