@@ -45,6 +45,7 @@ from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
+from server_app.site_fields import site_fields, summed_confusion
 from server_app.tracking import open_trackers, scalars
 from strategy.base import Method
 from strategy.events import Events, What
@@ -90,6 +91,7 @@ class ServerRun:
         self.teacher = self._load_teacher()
         self._progress = Progress(config.federation.rounds)
         self._teacher_row: dict[str, AccuracyReport] = {}
+        self._round_from = perf_counter()
         self.folder = RunFolder(config, run_id)
         self.state = RunState(
             config,
@@ -163,6 +165,7 @@ class ServerRun:
                 self.state.write(0, strategy)
                 self.folder.begin_metrics("")
         self.events.begin_run(done)
+        self._round_from = perf_counter()
         print(f"run folder: {self.folder.path}", flush=True)
         if done:
             print(f"resumed after round {done}", flush=True)
@@ -238,22 +241,28 @@ class ServerRun:
         started = perf_counter()
         final = server_round == self.config.federation.rounds
         record, groups = strategy.round, self.data.groups
-        medians = median_site_reports(record.site_recalls, groups)
+        recalls = [found.recalls for found in record.evaluations.values()]
+        medians = median_site_reports(recalls, groups)
         medians.pop(TEACHER_HEAD, None)
         reports = (
             self.evaluator.evaluate(*self._delivered(strategy), final)
             if record.recalls is None
             else self._site_reports(record.recalls)
         )
-        seconds = {**record.seconds, "evaluation": perf_counter() - started}
+        spent = perf_counter() - started + record.seconds.get("evaluation", 0.0)
+        seconds = {**record.seconds, "evaluation": spent}
         line = metrics_line(
             server_round, record, reports, medians, self.evaluator, seconds, final
         )
+        if not self.config.simulated:
+            line |= site_fields(record, groups, self._clock())
         with self._storing(f"round {server_round}"):
             self.folder.append_metrics(line)
             if final:
                 self.folder.write_artifacts(
-                    strategy.artifacts(), self.evaluator.confusion, self.data.held
+                    strategy.artifacts(),
+                    self.evaluator.confusion | summed_confusion(record),
+                    self.data.held,
                 )
             if final or server_round % self.config.checkpoint.every == 0:
                 # The best round is chosen, so images that are held out have no part.
@@ -278,6 +287,11 @@ class ServerRun:
             ),
             flush=True,
         )
+
+    def _clock(self) -> float:
+        """Return the seconds since the run's start or since the last round's end."""
+        last, self._round_from = self._round_from, perf_counter()
+        return self._round_from - last
 
     def _site_reports(
         self, recalls: Mapping[str, list[float | None]]

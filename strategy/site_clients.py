@@ -194,8 +194,8 @@ class SiteClients:
         """Return the name of a site that is connected or has been."""
         return self._seen.get(client, f"site number {client}")
 
-    def _meet(self, grid: Grid) -> None:
-        """Forget the sites that have left, and ask new nodes for their names."""
+    def look(self, grid: Grid) -> set[int]:
+        """Forget the sites that are no longer connected; return the connected nodes."""
         connected = set(grid.get_node_ids())
         for node in sorted(self._names.keys() - connected):
             name = self._names.pop(node)
@@ -206,6 +206,11 @@ class SiteClients:
                 node,
             )
             self.events.note(What.AWAY, name)
+        return connected
+
+    def _meet(self, grid: Grid) -> None:
+        """Forget the sites that have left, and ask new nodes for their names."""
+        connected = self.look(grid)
         self._read_registry()
         now = time.monotonic()
         asked = [
@@ -293,10 +298,11 @@ class SiteClients:
                 f"the name {name} is already used by another site; give each site a "
                 "name of its own: --node-config 'site=\"...\"'"
             )
+        known = client_number(name) in self._seen
         self._names[node] = name
         self._seen[client_number(name)] = name
         log(INFO, "site %s (node %d) takes part", name, node)
-        self.events.note(What.JOINED, name)
+        self.events.note(What.BACK if known else What.JOINED, name)
 
 
 def client_number(name: str) -> int:

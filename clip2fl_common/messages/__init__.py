@@ -100,6 +100,9 @@ from clip2fl_common.messages.names import (
     CONFIG as CONFIG,
 )
 from clip2fl_common.messages.names import (
+    CONFUSION as CONFUSION,
+)
+from clip2fl_common.messages.names import (
     DATA_ERROR as DATA_ERROR,
 )
 from clip2fl_common.messages.names import (
@@ -172,10 +175,7 @@ from clip2fl_common.messages.names import (
     VARIANCE as VARIANCE,
 )
 from clip2fl_common.messages.sites import (
-    recall_reply as recall_reply,
-)
-from clip2fl_common.messages.sites import (
-    recalls_of as recalls_of,
+    Evaluation as Evaluation,
 )
 from clip2fl_common.messages.sites import (
     simulated_partition as simulated_partition,
