@@ -366,12 +366,25 @@ def report(
 
 
 @app.command()
-def status(folder: RunFolder, as_json: AsJson = False) -> None:
+def status(
+    folder: RunFolder,
+    as_json: AsJson = False,
+    prometheus: Annotated[
+        bool, typer.Option("--prometheus", help="Print Prometheus' text format.")
+    ] = False,
+) -> None:
     """Say what a run does now: round, phase, sites, accuracy and time left."""
     from clip2fl_cli.live import RunWatch
+    from clip2fl_cli.prometheus import exposition
     from clip2fl_cli.status import sentences, site_rows
 
+    if as_json and prometheus:
+        raise click.UsageError("give one of --json and --prometheus")
     found = RunWatch(folder).look()
+    if prometheus:
+        # As it is: lines must neither be wrapped nor escaped.
+        click.echo(exposition(found), nl=False)
+        return
     if as_json:
         console.print_json(found.fields())
         return
@@ -382,20 +395,35 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def watch(folder: RunFolder) -> None:
+def watch(
+    folder: RunFolder,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one."),
+    ] = 0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the token that every request needs, at least 32 "
+            "characters; none: a random token.",
+        ),
+    ] = None,
+) -> None:
     """Show a run in the browser while it runs: curves, sites, phase, time left, log.
 
-    Only this machine can open the page, and only with the whole printed address. Ctrl-C
-    ends the page; the run goes on.
+    Only this machine can open the page, and only with the whole printed address. At
+    /metrics, Prometheus gets the same numbers. Ctrl-C ends the page; the run goes on.
     """
     from clip2fl_cli.live import RunWatch
-    from clip2fl_cli.watch import serve
+    from clip2fl_cli.watch import read_token, serve
 
     shown_run = RunWatch(folder)
     # A folder without a run is refused here.
     shown_run.look()
+    token = None if token_file is None else read_token(token_file)
     with contextlib.suppress(KeyboardInterrupt):
-        serve(shown_run, console.answer_address)
+        serve(shown_run, console.answer_address, port, token)
     console.tell("clip2fl: the page has ended; a run that is running goes on")
 
 

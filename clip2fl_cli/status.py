@@ -64,7 +64,10 @@ def site_rows(
     """
     now = now or datetime.now(UTC)
     who = "site" if status.sites_train else "client"
-    header = [who, "state", "round", "images", "seconds", "MB", "last seen", "reason"]
+    header = [
+        *(who, "state", "round", "images", "seconds", "MB"),
+        *("accuracy, %", "left", "last seen", "reason"),
+    ]
     return header, [_row(site, now) for site in status.sites]
 
 
@@ -79,6 +82,8 @@ def _row(site: Site, now: datetime) -> list[object]:
         "-" if site.images is None else f"{site.images:,}",
         "-" if site.seconds is None else f"{site.seconds:.1f}",
         "-" if site.bytes is None else f"{site.bytes / 1e6:.2f}",
+        "-" if site.accuracy is None else f"{site.accuracy:.1f}",
+        "-" if site.seconds_left is None else _duration(site.seconds_left),
         ago,
         site.reason or "-",
     ]

@@ -107,10 +107,12 @@ class AttentiveGrid(Grid):
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 request = waiting.pop(reply.metadata.reply_to_message_id)
+                # Flower's error for a lost node is not the node's.
+                if reply.metadata.src_node_id == request.metadata.dst_node_id:
+                    self._tell(request)
                 if reply.has_error():
                     reply = Message(reply.error, reply_to=request)
                 replies.append(reply)
-                self._tell(request)
             if not waiting or (end is not None and time.monotonic() > end):
                 break
             time.sleep(POLL_S)

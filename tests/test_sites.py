@@ -614,6 +614,9 @@ def test_lost_node_is_named_though_the_superlink_signs_its_error(
     (dropped,) = [m for m in flower_log.messages if "dropped the reply" in m]
     assert f"node {grid._ids[0]} (north)" in dropped
     assert told(tmp_path / "run", What.DROPPED) == [(1, "north")]
+    # In training only the others have replied; all three evaluate.
+    replied = [site for _, site in told(tmp_path / "run", What.REPLIED)]
+    assert sorted(map(str, replied)) == sorted([*NAMES, "east", "west"])
     assert not any("did not reply in time" in m for m in flower_log.messages)
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]
 
