@@ -41,6 +41,7 @@ from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
 from server_app.event_file import EventWriter
 from server_app.file_names import EVENTS
+from server_app.hook import Hook
 from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
@@ -48,7 +49,7 @@ from server_app.run_state import RunState
 from server_app.site_fields import site_fields, summed_confusion
 from server_app.tracking import open_trackers, scalars
 from strategy.base import Method
-from strategy.events import Events, What
+from strategy.events import Event, Events, What
 from strategy.registry import method_named
 
 TEACHER_ROW = "teacher zero-shot"
@@ -102,7 +103,13 @@ class ServerRun:
         )
         self._trackers = open_trackers(config, self.folder.path)
         self._event_file = EventWriter(self.folder.path / EVENTS)
-        self.events = Events(self._event_file)
+        self._hook = Hook.of_environment(self.folder.path)
+        self.events = Events(self._tell)
+
+    def _tell(self, event: Event) -> None:
+        self._event_file(event)
+        if self._hook is not None:
+            self._hook(event)
 
     def __enter__(self) -> Self:
         """Return the run, which alone uses its folder until the end."""
@@ -123,6 +130,8 @@ class ServerRun:
                 reason=f"{type(error).__name__}: {error}".removesuffix(": "),
             )
         self._event_file.close()
+        if self._hook is not None:
+            self._hook.close()
         self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
