@@ -4,10 +4,11 @@ from collections.abc import Callable
 from logging import getLogger
 from typing import cast
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.images import SiteError, names_kept_here
+from client_app.node_log import described, logging_to_site
 from client_app.own_site import OwnSite, data_folder
 from client_app.round import evaluate_round, train_round
 from client_app.site_ledger import Kind
@@ -67,8 +68,27 @@ def _answer(
     answer: Callable[[RunConfig, OwnSite | None], RecordDict],
 ) -> Message:
     """Return a handler's answer, unless one of the site's own rules forbids it."""
+    settings = message.content.config_records.get(messages.CONFIG, ConfigRecord())
+    server_round = settings.get(messages.ROUND)
+    with logging_to_site(
+        context.node_config,
+        context.run_id,
+        kind,
+        server_round if isinstance(server_round, int) else None,
+    ):
+        return _logged_answer(message, context, kind, answer)
+
+
+def _logged_answer(
+    message: Message,
+    context: Context,
+    kind: Kind,
+    answer: Callable[[RunConfig, OwnSite | None], RecordDict],
+) -> Message:
     try:
         with names_kept_here(context.node_config):
+            size = messages.message_bytes(message.content)
+            logger.info("asked, %.2f MB", size / 1e6)
             site = OwnSite.of(context.node_config)
             config = RunConfig.from_run_config(context.run_config)
             if site is not None:
@@ -76,26 +96,32 @@ def _answer(
                     config,
                     kind=kind,
                     run=str(context.run_id),
-                    request_bytes=messages.message_bytes(message.content),
+                    request_bytes=size,
                 )
             elif config.dataset.name == SITES:
                 data_folder(context.node_config)  # raises: the site has no data folder
             content = answer(config, site)
             if site is not None:
                 site.check_reply(messages.message_bytes(content))
+                logger.info("%s", described(content))
             return Message(content, reply_to=message)
     except SiteRefusal as refusal:
-        logger.error("run %d, %s: %s", context.run_id, kind, refusal)
+        logger.error("refused: %s", refusal)
         error = Error(messages.SITE_REFUSES, refusal.sent)
     except DatasetError as found:
-        logger.error("run %d, %s: %s", context.run_id, kind, found)
+        logger.error("images: %s", found)
         told = f"{type(found).__name__}: {found}"
         if is_real_site(context.node_config):
             told = found.summary
         error = Error(messages.DATA_ERROR, told)
     except FloatingPointError as diverged:
+        logger.error("training has diverged: %s", diverged)
         # This code tells the server that the model that it sent may be at fault.
         error = Error(messages.DIVERGED, messages.plain(diverged))
+    except Exception as failed:
+        cause = failed.__cause__ or failed
+        logger.error("failed: %s: %s", type(cause).__name__, cause)
+        raise
     return Message(error, reply_to=message)
 
 
