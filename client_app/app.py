@@ -17,6 +17,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.messages import TrainRequest
+from clip2fl_common.provenance import versions_here
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 logger = getLogger(__name__)
@@ -32,7 +33,7 @@ def query(message: Message, context: Context) -> Message:
         if site is not None:
             name = _site_name(context)
             open_site(config.dataset, site.folder)
-            return messages.site_reply(name)
+            return messages.site_reply(name, versions_here())
         place = MetricRecord(
             {messages.PARTITION: cast(int, context.node_config["partition-id"])}
         )
@@ -102,8 +103,10 @@ def _logged_answer(
                 data_folder(context.node_config)  # raises: the site has no data folder
             content = answer(config, site)
             if site is not None:
-                site.check_reply(messages.message_bytes(content))
-                logger.info("%s", described(content))
+                size = messages.message_bytes(content)
+                site.check_reply(size)
+                metrics = content.metric_records.get(messages.METRICS)
+                logger.info("%s", described(metrics, size))
             return Message(content, reply_to=message)
     except SiteRefusal as refusal:
         logger.error("refused: %s", refusal)

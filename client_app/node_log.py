@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
-from flwr.app import RecordDict
 
 from client_app.own_site import data_folder, state_folder
 from client_app.site_policy import NodeConfig, SiteRefusal, is_real_site
@@ -73,7 +72,7 @@ class SharedFile(RotatingFileHandler):
     def _release(self) -> None:
         if self.stream is not None:
             self.stream.close()
-            self.stream = None  # type: ignore[assignment]  # as FileHandler.close does
+            self.stream = None  # as FileHandler.close does
 
     def _open(self) -> Any:
         return open(
@@ -149,19 +148,21 @@ class _Console(logging.StreamHandler[IO[str]]):
         super().emit(record)
 
 
-def described(content: RecordDict) -> str:
+def described(metrics: Mapping[str, Any] | None, size: int) -> str:
     """Return what an answer says, for the site's log.
 
     Parameters
     ----------
-    content : RecordDict
-        The answer to a query, to a train request or to an evaluation request.
+    metrics : mapping or None
+        Metrics of a reply to a train request or an evaluation request; None: the answer
+        to a query.
+    size : int
+        Size of the answer in bytes.
     """
-    size = f"{messages.message_bytes(content) / 1e6:.2f} MB"
-    metrics = content.metric_records.get(messages.METRICS)
+    answered = f"answered, {size / 1e6:.2f} MB"
     if metrics is None:
-        return f"answered, {size}"
-    values: dict[str, Any] = dict(metrics)
+        return answered
+    values = dict(metrics)
     images = f"{values[messages.NUM_EXAMPLES]:,} images"
     unreadable = values["unreadable-images"]
     seconds = ", ".join(
@@ -181,7 +182,7 @@ def described(content: RecordDict) -> str:
             f"loss {values['loss']:.4f}, distillation loss "
             f"{values['distillation-loss']:.4f}"
         )
-    return f"answered, {size}: {images}, {unreadable} unreadable; {found}; {seconds}"
+    return f"{answered}: {images}, {unreadable} unreadable; {found}; {seconds}"
 
 
 def _file(node_config: NodeConfig) -> Path | None:

@@ -21,6 +21,7 @@ from clip2fl_cli.run_schema import (
     Images,
     Round,
 )
+from clip2fl_common.provenance import differences
 from clip2fl_common.shown import shown
 from server_app.console import HEAD_TITLES
 from server_app.event_file import EventReader
@@ -94,6 +95,10 @@ class Site:
     seconds_left : float or None
         Estimate of the time until it replies, from the time that it took before; None
         if the server waits for nothing, or knows no earlier time.
+    versions : dict of str to str
+        Versions of its code and packages; empty for a simulated client.
+    other_versions : str
+        How they differ from the server's, in words; empty if they do not.
     reason : str
         Why its reply was dropped, or it was refused or lost.
     """
@@ -107,6 +112,8 @@ class Site:
     bytes: int | None = None
     accuracy: float | None = None
     seconds_left: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    other_versions: str = ""
     reason: str = ""
 
     def fields(self) -> dict[str, Any]:
@@ -307,6 +314,8 @@ class _Told:
             site.bytes = event.bytes
         if event.what is What.EVALUATED:
             site.accuracy = event.accuracy
+        if event.versions is not None:
+            site.versions = event.versions
         site.reason = event.reason or ""
 
     def left(self, site: Site, now: datetime) -> float | None:
@@ -397,7 +406,7 @@ class RunWatch:
             images=_images(sites_train, self._tuning),
             accuracy={} if latest is None else self._rounds[latest],
             accuracy_round=latest,
-            sites=self._sites(now),
+            sites=self._sites(now, facts["versions"]),
             unreadable=self._events.unreadable + self._unreadable,
             has_events=told.last is not None,
         )
@@ -497,7 +506,7 @@ class RunWatch:
         # Times in a foreign file may be centuries apart.
         return min(max(0.0, left), MAX_SECONDS)
 
-    def _sites(self, now: datetime) -> list[Site]:
+    def _sites(self, now: datetime, server: dict[str, str]) -> list[Site]:
         """Return copies: those asked last come first, then by name."""
 
         def place(site: Site) -> tuple[int, bool, int, str]:
@@ -515,6 +524,8 @@ class RunWatch:
                 name=site.name if isinstance(site.name, int) else shown(site.name),
                 reason=shown(site.reason),
                 seconds_left=self._told.left(site, now),
+                versions={shown(n): shown(v) for n, v in site.versions.items()},
+                other_versions=shown(differences(site.versions, server)),
             )
             for site in sorted(self._told.sites.values(), key=place)
         ]

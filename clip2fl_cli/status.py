@@ -24,6 +24,11 @@ def sentences(status: Status) -> list[str]:
             f"{accuracy.title}: balanced {accuracy.balanced:.1f} %, few-shot {few} "
             f"(round {status.accuracy_round}, on {IMAGES[status.images]})"
         )
+    lines += [
+        f"{site.name} has other versions than the server: {site.other_versions}"
+        for site in status.sites
+        if site.other_versions
+    ]
     if not status.has_events:
         lines.append("the run has no events.jsonl, so its phase and sites are unknown")
     if status.unreadable:

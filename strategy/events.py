@@ -20,6 +20,9 @@ MAX_COUNT = 2**62
 MAX_SECONDS = 1e13
 
 
+Short = Annotated[str, Field(max_length=50)]
+
+
 class What(StrEnum):
     """The kinds of events."""
 
@@ -82,6 +85,8 @@ class Event(BaseModel):
     accuracy : float or None
         Balanced accuracy of the delivered head on the site's own validation images, in
         percent.
+    versions : dict of str to str or None
+        Versions of a site's code and packages, when it connects.
     reason : str or None
         Why, on one line: of a dropped reply, a refused node or a failed run.
     """
@@ -104,6 +109,7 @@ class Event(BaseModel):
     seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] | None = None
     bytes: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    versions: Annotated[dict[Short, Short], Field(max_length=50)] | None = None
     reason: Annotated[str, Field(max_length=1000)] | None = None
 
 
@@ -151,6 +157,7 @@ class Events:
         seconds: float | None = None,
         size: int | None = None,
         accuracy: float | None = None,
+        versions: dict[str, str] | None = None,
         reason: str | None = None,
     ) -> None:
         """Tell an event; `Event` describes the parameters, ``size`` is in bytes."""
@@ -165,6 +172,7 @@ class Events:
                 seconds=seconds,
                 bytes=size,
                 accuracy=accuracy,
+                versions=versions or None,
                 reason=None if reason is None else plain(reason),
             )
         )

@@ -28,6 +28,7 @@ from server_app.delivery import load_model
 from server_app.event_file import EventReader
 from strategy.events import Event, What
 from strategy.site_clients import client_number
+from tests.clip2fl_cli.html_page import Page
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import lost_node_error, wire_bytes
@@ -340,7 +341,7 @@ def test_only_what_was_agreed_leaves_a_site(
         content = reply.content
         if kind == "query":
             assert set(content) == {"config"}
-            assert set(content.config_records["config"]) == {"site"}
+            assert set(content.config_records["config"]) == {"site", "versions"}
         elif kind == "evaluate":
             assert set(content) == {"metrics"}
             values = content.metric_records["metrics"]
@@ -630,6 +631,58 @@ def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
     assert page.count("Sites do not report their number of images by class.") == 2
     balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
     assert f'data-value="{balanced}"' in page
+
+
+def test_report_has_a_table_of_sites_and_their_spread(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        config = request.content.config_records["config"]
+        asked = config["partition-id"], config["server-round"]
+        if asked != (client_number("west"), 1):
+            return reply
+        return Message(Error(code=2, reason="no <b>memory"), reply_to=request)
+
+    federate(
+        tmp_path / "run",
+        folders,
+        tamper=tamper,
+        federation__clients_per_round=3,
+        rules={"east": {"send-confusion-matrix": True}},
+    )
+    run = FinishedRun.read(tmp_path / "run")
+    page = Page(write_run_report(run))
+    lines = metrics(tmp_path / "run")
+    table = page.tables["sites-table"]
+    names = [row[0] for row in table.texts]
+    last = {name: site["evaluation"] for name, site in lines[-1]["sites"].items()}
+
+    def balanced(head: str) -> dict[str, float]:
+        return {n: found["accuracy"][head]["balanced"] for n, found in last.items()}
+
+    own, teachers = balanced("retrained"), balanced("teacher")
+    assert names == sorted(sorted(NAMES), key=lambda name: own[name])
+    training = {n: site["training"] for n, site in lines[-1]["sites"].items()}
+    for title, values in (
+        ("balanced", own),
+        ("teacher", teachers),
+        ("training images", {n: training[n]["images"] for n in NAMES}),
+        ("validation images", {n: last[n]["images"] for n in NAMES}),
+        ("trained in rounds", {n: 1 if n == "west" else 2 for n in NAMES}),
+        ("replies not used", {n: int(n == "west") for n in NAMES}),
+    ):
+        assert table.column(title) == [json.dumps(values[name]) for name in names]
+    assert page.tables["unused-table"].texts == [["1", "west", "train", "no <b>memory"]]
+    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    worst, best = min(own.values()), max(own.values())
+    mean = sum(own.values()) / 3
+    spread = (sum((v - mean) ** 2 for v in own.values()) / 3) ** 0.5
+    assert f"worst {worst:.1f} % ({names[0]})" in text
+    assert f"best {best:.1f} % ({names[-1]}), standard deviation {spread:.1f}" in text
+    assert "validation images of 1 of 3 sites" in text
+    clock = run.clock_seconds()
+    assert clock is not None and clock >= run.wall_seconds() - 0.1
+    assert "minutes by the clock, waiting for sites included" in text
 
 
 class _Liar(InProcessGrid):

@@ -186,6 +186,9 @@ from clip2fl_common.messages.sites import (
 from clip2fl_common.messages.sites import (
     site_reply as site_reply,
 )
+from clip2fl_common.messages.sites import (
+    versions_of as versions_of,
+)
 from clip2fl_common.messages.training import (
     TrainReply as TrainReply,
 )

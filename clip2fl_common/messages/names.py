@@ -18,6 +18,7 @@ HEAD_RECORDS = {
 PARTITION = "partition-id"
 STREAM = "random-stream"
 SITE = "site"
+VERSIONS = "versions"
 ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 PROXIMAL_MU = "proximal-mu"

@@ -5,6 +5,7 @@ name or an empty string. It also evaluates: the request is like a train request,
 reply has only ``metrics``, and a confusion matrix if the site's own policy allows it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -27,27 +28,51 @@ from clip2fl_common.messages.names import (
     RECALL,
     RECALL_STEP,
     SITE,
+    VERSIONS,
 )
 from clip2fl_common.shown import quoted
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
+VERSION = re.compile(r"([A-Za-z0-9_.-]{1,50})=([A-Za-z0-9_.+!-]{1,50})")
+MOST_VERSIONS = 50
 # Far above what a site evaluates; sums over sites stay in 63 bits.
 MOST_IMAGES = 2**40
 
 
-def site_reply(name: str) -> RecordDict:
+def site_reply(name: str, versions: Mapping[str, str]) -> RecordDict:
     """Return the answer to a query of a node with images of its own.
 
     Parameters
     ----------
     name : str
         The site's name; empty if the node was given none.
+    versions : mapping of str to str
+        Versions of the node's code and packages, by name.
 
     Returns
     -------
     RecordDict
     """
-    return RecordDict({CONFIG: ConfigRecord({SITE: name})})
+    listed = [f"{package}={version}" for package, version in versions.items()]
+    return RecordDict({CONFIG: ConfigRecord({SITE: name, VERSIONS: listed})})
+
+
+def versions_of(reply: Message) -> dict[str, str]:
+    """Return the versions in a reply made by `site_reply`; empty if it has none.
+
+    Raises
+    ------
+    ReplyError
+        If they are not names and versions.
+    """
+    record = reply.content.config_records.get(CONFIG, ConfigRecord())
+    listed = record.get(VERSIONS, [])
+    if not isinstance(listed, list) or len(listed) > MOST_VERSIONS:
+        raise ReplyError(f"its answer has more than {MOST_VERSIONS} {VERSIONS}")
+    found = [VERSION.fullmatch(one) if isinstance(one, str) else None for one in listed]
+    if None in found:
+        raise ReplyError(f"its answer has {VERSIONS} that are no name=version")
+    return {match[1]: match[2] for match in found if match is not None}
 
 
 def site_of(reply: Message) -> str:

@@ -285,6 +285,8 @@ def test_command_says_the_state(
         "bytes": None,
         "accuracy": None,
         "seconds_left": None,
+        "versions": {},
+        "other_versions": "",
         "reason": "not finite",
     }
     assert set(found) == set(Status.__dataclass_fields__)
