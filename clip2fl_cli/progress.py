@@ -131,12 +131,15 @@ class RunOutput(io.StringIO):
         The file.
     folder : Path or None
         The run's folder, once the server has named it and if it is on this machine.
+    named : str or None
+        The run's folder as the server has named it.
     """
 
     def __init__(self, on_line: Callable[[str, Line], None]) -> None:
         super().__init__()
         self.log = RunLog()
         self.folder: Path | None = None
+        self.named: str | None = None
         self._on_line = on_line
         self._reader = Reader()
         self._rest = ""
@@ -146,7 +149,8 @@ class RunOutput(io.StringIO):
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self.log.write(line)
-            if self.folder is None and (named := FOLDER.fullmatch(line)):
+            if self.named is None and (named := FOLDER.fullmatch(line)):
+                self.named = named[1]
                 self._settle(Path(named[1]))
             self._on_line(line, self._reader.read(line))
         return len(text)
