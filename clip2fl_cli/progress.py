@@ -44,6 +44,8 @@ BEGINNING = re.compile(r"\[ROUND (\d+)/(\d+)\]")
 RAY = re.compile(
     r"\(.*pid=\d+.*?\)|\(raylet\b|\[?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d+\b"
 )
+# What the server says of sites (strategy/site_clients.py), which it says rarely.
+SITES = re.compile(r"waiting for sites: |site \S+ \(node \d+\) takes part")
 TRACEBACK = "Traceback (most recent call last):"
 CHAINED = ("The above exception was the direct", "During handling of the above exc")
 
@@ -114,6 +116,8 @@ class Reader:
             return Line(kind, f"{level.lower()}: {text}")
         if BEGINNING.fullmatch(text):
             return Line(Kind.BEGINNING, text)
+        if SITES.match(text):
+            return Line(Kind.TEXT, text)
         return Line(Kind.HIDDEN, line)
 
 
