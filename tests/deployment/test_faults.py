@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sqlite3
-from datetime import UTC, datetime
 from pathlib import Path
 
 import open_clip
@@ -11,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server_app.event_file import EventReader
-from strategy.events import Event, What
 from tests.deployment.conftest import COUNTS, TINY
 from tests.deployment.stack import Stack, wait_for
 from tests.site_folders import write_site
@@ -38,7 +35,6 @@ def clients(federation: Stack) -> list[list[str]]:
 
 def test_killed_node_is_left_out_by_name_and_comes_back(federation: Stack) -> None:
     start(federation, 5)
-    killed = datetime.now(UTC)
     federation.nodes["east"].kill_all()  # SIGKILL, the training process too
     federation.start_node("east", federation.nodes["east"].folder / "images")
     assert federation.wait_for_run(5 * ROUND_S) == 0, federation.server.log("run")
@@ -47,16 +43,6 @@ def test_killed_node_is_left_out_by_name_and_comes_back(federation: Stack) -> No
     assert trained[-1] == ALL
     log = federation.server.log("run")
     assert "dropped the reply of node" in log and "(east)" in log
-    # When an operator could see it: after Flower's 60 s, and the server's own look.
-    told: list[Event] = []
-    EventReader(federation.results / "events.jsonl").read(told.append, told.clear)
-    east = [e for e in told if e.site == "east" and e.time > killed]
-    lost = next(e for e in east if e.what in (What.AWAY, What.DROPPED))
-    assert (lost.time - killed).total_seconds() < 90
-    assert What.DROPPED in [e.what for e in east if e.reason]
-    # It may come back between two looks; then the server does not miss it.
-    kinds = [e.what for e in east]
-    assert kinds.count(What.BACK) == kinds.count(What.AWAY)
 
 
 # Rounds of two nodes take 20 s on a fast machine: the run must outlast the cut, and the

@@ -212,17 +212,16 @@ def hostile_answers() -> Iterator[tuple[str, Change]]:
             metrics = MetricRecord({**honest, name: value})
             content = RecordDict({messages.METRICS: metrics})
             yield f"evaluation {name} {number}", _content(content)
-    for number, record in enumerate(
-        (
-            ConfigRecord({"a": 1}),
-            ArrayRecord(cast(Any, {})),
-            messages.numpy_to_arrays({"other": np.zeros((10, 10), np.int64)}),
-            messages.numpy_to_arrays({"confusion": np.full((10, 10), 2**62)}),
-            messages.numpy_to_arrays({"confusion": np.full((10, 10), -1)}),
-            messages.numpy_to_arrays({"confusion": np.zeros((1, 10**6), np.int64)}),
-            messages.numpy_to_arrays({"confusion": np.zeros((10, 10), complex)}),
-        )
-    ):
+    records: tuple[ConfigRecord | ArrayRecord, ...] = (
+        ConfigRecord({"a": 1}),
+        ArrayRecord(cast(Any, {})),
+        messages.numpy_to_arrays({"other": np.zeros((10, 10), np.int64)}),
+        messages.numpy_to_arrays({"confusion": np.full((10, 10), 2**62)}),
+        messages.numpy_to_arrays({"confusion": np.full((10, 10), -1)}),
+        messages.numpy_to_arrays({"confusion": np.zeros((1, 10**6), np.int64)}),
+        messages.numpy_to_arrays({"confusion": np.zeros((10, 10), complex)}),
+    )
+    for number, record in enumerate(records):
         content = RecordDict({messages.METRICS: MetricRecord(honest)})
         content["confusion"] = record
         yield f"confusion matrix {number}", _content(content)
