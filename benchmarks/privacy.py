@@ -43,7 +43,7 @@ from strategy.privacy_ledger import epsilon
 
 IMAGES_OF_A_CLASS = (1, 2, 5, 20)
 TRIALS = 50
-# Requests to the client asked most often, in 30 rounds of conf/shapes.toml, seeds 7 to 9.
+# Requests to the client asked most often: 30 rounds of conf/shapes.toml, seeds 7 to 9.
 RELEASES = 23
 NOISE = {8: 3.06, 2: 10.31}
 

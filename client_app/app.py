@@ -5,11 +5,12 @@ from dataclasses import replace
 from logging import getLogger
 from typing import cast
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.images import SiteError, names_kept_here
 from client_app.model_inbox import ModelInbox
+from client_app.node_log import described, logging_to_site
 from client_app.own_site import OwnSite, data_folder
 from client_app.round import evaluate_round, train_round
 from client_app.site_ledger import Kind
@@ -18,6 +19,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.messages import TrainRequest
+from clip2fl_common.provenance import versions_here
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 logger = getLogger(__name__)
@@ -33,7 +35,9 @@ def query(message: Message, context: Context) -> Message:
         if site is not None:
             name = _site_name(context)
             open_site(config.dataset, site.folder)
-            return messages.site_reply(name, site.policy.listed_in_card)
+            return messages.site_reply(
+                name, versions_here(), site.policy.listed_in_card
+            )
         place = MetricRecord(
             {messages.PARTITION: cast(int, context.node_config["partition-id"])}
         )
@@ -87,8 +91,27 @@ def _answer(
     answer: Callable[[RunConfig, OwnSite | None], RecordDict],
 ) -> Message:
     """Return a handler's answer, unless one of the site's own rules forbids it."""
+    settings = message.content.config_records.get(messages.CONFIG, ConfigRecord())
+    server_round = settings.get(messages.ROUND)
+    with logging_to_site(
+        context.node_config,
+        context.run_id,
+        kind,
+        server_round if isinstance(server_round, int) else None,
+    ):
+        return _logged_answer(message, context, kind, answer)
+
+
+def _logged_answer(
+    message: Message,
+    context: Context,
+    kind: Kind,
+    answer: Callable[[RunConfig, OwnSite | None], RecordDict],
+) -> Message:
     try:
         with names_kept_here(context.node_config):
+            size = messages.message_bytes(message.content)
+            logger.info("asked, %.2f MB", size / 1e6)
             site = OwnSite.of(context.node_config)
             config = RunConfig.from_run_config(context.run_config)
             if site is not None:
@@ -96,26 +119,34 @@ def _answer(
                     config,
                     kind=kind,
                     run=str(context.run_id),
-                    request_bytes=messages.message_bytes(message.content),
+                    request_bytes=size,
                 )
             elif config.dataset.name == SITES:
                 data_folder(context.node_config)  # raises: the site has no data folder
             content = answer(config, site)
             if site is not None:
-                site.check_reply(messages.message_bytes(content))
+                size = messages.message_bytes(content)
+                site.check_reply(size)
+                metrics = content.metric_records.get(messages.METRICS)
+                logger.info("%s", described(metrics, size))
             return Message(content, reply_to=message)
     except SiteRefusal as refusal:
-        logger.error("run %d, %s: %s", context.run_id, kind, refusal)
+        logger.error("refused: %s", refusal)
         error = Error(messages.SITE_REFUSES, refusal.sent)
     except DatasetError as found:
-        logger.error("run %d, %s: %s", context.run_id, kind, found)
+        logger.error("images: %s", found)
         told = f"{type(found).__name__}: {found}"
         if is_real_site(context.node_config):
             told = found.summary
         error = Error(messages.DATA_ERROR, told)
     except FloatingPointError as diverged:
+        logger.error("training has diverged: %s", diverged)
         # This code tells the server that the model that it sent may be at fault.
         error = Error(messages.DIVERGED, messages.plain(diverged))
+    except Exception as failed:
+        cause = failed.__cause__ or failed
+        logger.error("failed: %s: %s", type(cause).__name__, cause)
+        raise
     return Message(error, reply_to=message)
 
 

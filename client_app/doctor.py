@@ -67,6 +67,9 @@ def findings(
         yield preflight.check_teacher(
             config.teacher.model, config.teacher.pretrained, options.teacher_fingerprint
         )
+        from client_app.zero_shot_check import check_zero_shot  # needs torch
+
+        yield check_zero_shot(config, options.data_path, options.policy)
 
 
 def _run_config(path: Path) -> RunConfig:

@@ -19,7 +19,7 @@ from client_app.own_site import OwnSite
 from client_app.part import ClientRound
 from client_app.registry import part_for
 from client_app.shared_training import train_or_reuse
-from client_app.site_evaluation import recalls
+from client_app.site_evaluation import predictions, recalls
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -33,7 +33,7 @@ from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset
 from clip2fl_common.devices import resolve_device, to_device_if_small
 from clip2fl_common.messages import TrainRequest
-from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD
+from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD, confusion_matrix
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.schedule import step_size
@@ -93,6 +93,7 @@ def evaluate_round(
 
     Parameters and errors are the same as for `train_round`.
     """
+    started = time.perf_counter()
     _check_code(request.code_fingerprint)
     device = resolve_device(config.device)
     dataset, loaded = validation_images(config, site)
@@ -108,15 +109,26 @@ def evaluate_round(
         teacher_logits[TEACHER_HEAD] = _teacher_logits(
             config, dataset, loaded.images, request, device, site
         )
-    found = recalls(
+    votes = predictions(
         model,
         PixelImages(loaded.images, dataset.normalization, device),
-        loaded.labels,
         classifiers,
         teacher_logits,
         config.evaluation.batch_size,
     )
-    return messages.recall_reply(len(loaded.labels), found)
+    confusion = None
+    wanted = votes.get(request.confusion_of)
+    if site is not None and site.policy.send_confusion_matrix and wanted is not None:
+        confusion = confusion_matrix(
+            loaded.labels.numpy(), wanted.numpy(), len(dataset.class_names)
+        )
+    return messages.Evaluation(
+        images=len(loaded.labels),
+        recalls=recalls(votes, loaded.labels),
+        unreadable=len(loaded.unreadable),
+        seconds=time.perf_counter() - started,
+        confusion=confusion,
+    ).content()
 
 
 def _prepare(

@@ -97,6 +97,10 @@ class SitePolicy:
     min_evaluation_samples: Positive | None = None
     """Fewest different validation images that a class needs for its accuracy to be
     sent; by default ``min_class_samples``."""
+    send_confusion_matrix: bool = False
+    """Whether the site sends a confusion matrix when the server asks for one, as it
+    does in the last round. The sums of its rows are the site's class counts among the
+    validation images."""
     validation_share: Annotated[float, Field(ge=0.001, le=0.9)] | None = None
     """Share of the images for validation; by default the share of the first run."""
     min_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0

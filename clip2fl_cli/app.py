@@ -18,12 +18,17 @@ import typer
 from clip2fl_cli import console
 from clip2fl_cli.delivering import deliver, signing_key
 from clip2fl_cli.options import (
+    CONTROL_ADDRESS,
     MOST_NODES,
     AsJson,
+    ControlAddress,
     ModelPath,
+    Patience,
     PublicKey,
+    RootCertificates,
     RunConfigFile,
     RunFolder,
+    RunId,
     Settings,
     ShownImages,
     Verbose,
@@ -32,6 +37,11 @@ from clip2fl_cli.options import (
 )
 from clip2fl_cli.site_commands import site
 from clip2fl_common.shown import shown
+
+RESUMING = (
+    "clip2fl: to go on after its last checkpoint, start a run with the same "
+    "configuration and --set 'run.resume=\"FOLDER\"', the folder that its log names"
+)
 
 app = typer.Typer(
     name="clip2fl",
@@ -183,49 +193,79 @@ def _report_run(folder: Path) -> None:
 
 @app.command()
 def federate(
-    root_certificates: Annotated[
-        Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
-    ],
-    superlink: Annotated[
-        str,
-        typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink."),
-    ] = "127.0.0.1:8000",
+    root_certificates: RootCertificates,
+    superlink: ControlAddress = CONTROL_ADDRESS,
     run_config: RunConfigFile = None,
     settings: Settings = [],  # noqa: B006
-    patience: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            callback=finite,
-            help="Seconds for which the SuperLink may be away.",
-        ),
-    ] = 300.0,
+    patience: Patience = 300.0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Start the run, and do not follow it.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train: start a run on a SuperLink and follow it to its end.
 
     Run this command at the server: Flower's Control API must not be reachable from
-    other machines. Exit status: 0 the run completed; 1 it did not; 2 wrong usage; 130
-    or 143 Ctrl-C or SIGTERM ended the command, while the run continues.
+    other machines. Ctrl-C ends the command, and the run goes on: clip2fl attach follows
+    it again, and clip2fl stop ends it. Exit status: 0 the run completed, or has started
+    with --detach; 1 it did not; 2 wrong usage; 130 or 143 Ctrl-C or SIGTERM ended the
+    command.
     """
-    from clip2fl_cli import federation
-    from clip2fl_cli.progress import RunProgress
-    from clip2fl_cli.signals import Interrupted, interrupting
+    from clip2fl_cli.federation import begin, connected
+    from clip2fl_cli.following import Following
 
-    progress = RunProgress(console.out, verbose)
-    output = progress.output
-    try:
-        with interrupting(), progress:
-            status, details = federation.federate(
-                superlink, root_certificates, run_config, settings, patience, output
-            )
-    except Interrupted as interruption:
-        console.tell(f"clip2fl: {interruption}; a run that has started goes on")
-        _name_log(output.log.path)
-        raise typer.Exit(128 + interruption.signum) from None
-    console.answer(f"{status} ({details})" if details else status)
-    _name_log(output.log.path)
-    raise typer.Exit(0 if status == "finished:completed" else 1)
+    following = Following(superlink, root_certificates, verbose)
+    with following, connected(superlink, root_certificates, patience) as link:
+        following.run = begin(link, run_config, settings, following.output)
+        if not detach:
+            following.to_the_end(link)
+    following.finish(detached=detach, again=["clip2fl", *sys.argv[1:]])
+
+
+@app.command()
+def attach(
+    root_certificates: RootCertificates,
+    run: RunId = None,
+    superlink: ControlAddress = CONTROL_ADDRESS,
+    patience: Patience = 300.0,
+    verbose: Verbose = False,
+) -> None:
+    """Follow a run on a SuperLink, from its first line to its end.
+
+    The exit status is that of federate, and Ctrl-C leaves the run running, too.
+    """
+    from clip2fl_cli.federation import begun, connected
+    from clip2fl_cli.following import Following
+
+    following = Following(superlink, root_certificates, verbose)
+    with following, connected(superlink, root_certificates, patience) as link:
+        following.run = link.known(None if run is None else str(run))
+        following.output.write(begun(following.run))
+        following.to_the_end(link)
+    following.finish()
+
+
+@app.command()
+def stop(
+    root_certificates: RootCertificates,
+    run: RunId = None,
+    superlink: ControlAddress = CONTROL_ADDRESS,
+) -> None:
+    """Stop a run on a SuperLink. Its checkpoints stay, and a run can resume from them.
+
+    Exit status: 0 the run has ended; 1 it has not; 2 wrong usage.
+    """
+    from clip2fl_cli.federation import connected
+
+    with connected(superlink, root_certificates, 0.0) as link:
+        number = link.known(None if run is None else str(run))
+        status, details = link.stop(number)
+    told = f"run {number}: {status}"
+    console.answer(f"{told} ({details})" if details else told)
+    if status == "unknown":
+        raise typer.Exit(1)
+    if status != "finished:completed":
+        console.tell(RESUMING)
 
 
 @app.command()
@@ -374,12 +414,25 @@ def report(
 
 
 @app.command()
-def status(folder: RunFolder, as_json: AsJson = False) -> None:
+def status(
+    folder: RunFolder,
+    as_json: AsJson = False,
+    prometheus: Annotated[
+        bool, typer.Option("--prometheus", help="Print Prometheus' text format.")
+    ] = False,
+) -> None:
     """Say what a run does now: round, phase, sites, accuracy and time left."""
     from clip2fl_cli.live import RunWatch
+    from clip2fl_cli.prometheus import exposition
     from clip2fl_cli.status import sentences, site_rows
 
+    if as_json and prometheus:
+        raise click.UsageError("give one of --json and --prometheus")
     found = RunWatch(folder).look()
+    if prometheus:
+        # As it is: lines must neither be wrapped nor escaped.
+        click.echo(exposition(found), nl=False)
+        return
     if as_json:
         console.print_json(found.fields())
         return
@@ -390,20 +443,35 @@ def status(folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def watch(folder: RunFolder) -> None:
+def watch(
+    folder: RunFolder,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one."),
+    ] = 0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the token that every request needs, at least 32 "
+            "characters; none: a random token.",
+        ),
+    ] = None,
+) -> None:
     """Show a run in the browser while it runs: curves, sites, phase, time left, log.
 
-    Only this machine can open the page, and only with the whole printed address. Ctrl-C
-    ends the page; the run goes on.
+    Only this machine can open the page, and only with the whole printed address. At
+    /metrics, Prometheus gets the same numbers. Ctrl-C ends the page; the run goes on.
     """
     from clip2fl_cli.live import RunWatch
-    from clip2fl_cli.watch import serve
+    from clip2fl_cli.watch import read_token, serve
 
     shown_run = RunWatch(folder)
     # A folder without a run is refused here.
     shown_run.look()
+    token = None if token_file is None else read_token(token_file)
     with contextlib.suppress(KeyboardInterrupt):
-        serve(shown_run, console.answer_address)
+        serve(shown_run, console.answer_address, port, token)
     console.tell("clip2fl: the page has ended; a run that is running goes on")
 
 

@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from clip2fl_cli import console
-from clip2fl_cli.options import AsJson, RootCertificates, SuperLink, Verbose, finite
+from clip2fl_cli.options import (
+    CONTROL_ADDRESS,
+    AsJson,
+    ControlAddress,
+    Patience,
+    RootCertificates,
+    Verbose,
+)
 
 
 def deliver(
@@ -18,7 +25,7 @@ def deliver(
         ),
     ],
     root_certificates: RootCertificates,
-    superlink: SuperLink = "127.0.0.1:8000",
+    superlink: ControlAddress = CONTROL_ADDRESS,
     signing_key: Annotated[
         Path | None,
         typer.Option(
@@ -27,14 +34,7 @@ def deliver(
             "the run.",
         ),
     ] = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            callback=finite,
-            help="Seconds for which the SuperLink may be away.",
-        ),
-    ] = 300.0,
+    patience: Patience = 300.0,
     verbose: Verbose = False,
 ) -> None:
     """Send a run's signed model to the sites that are connected now.
@@ -44,30 +44,19 @@ def deliver(
     2 wrong usage; 130 or 143 Ctrl-C or SIGTERM ended the command, and the delivery
     continues.
     """
-    from clip2fl_cli import federation
-    from clip2fl_cli.progress import RunProgress
-    from clip2fl_cli.signals import Interrupted, interrupting
+    from clip2fl_cli.federation import begin, connected
+    from clip2fl_cli.following import Following
 
     # JSON writes strings as TOML does.
     settings = [f"delivery.run={json.dumps(str(run.absolute()))}"]
     if signing_key is not None:
         path = json.dumps(str(signing_key.absolute()))
         settings.append(f"delivery.signing-key={path}")
-    progress = RunProgress(console.out, verbose)
-    log = progress.output.log
-    try:
-        with interrupting(), progress:
-            status, details = federation.federate(
-                superlink, root_certificates, None, settings, patience, progress.output
-            )
-    except Interrupted as interruption:
-        console.tell(f"clip2fl: {interruption}; a delivery that has started goes on")
-        raise typer.Exit(128 + interruption.signum) from None
-    if status != "finished:completed":
-        console.tell(f"{status} ({details})" if details else status, "bold red")
-        if log.path is not None:
-            console.tell(f"clip2fl: the whole log is in {log.path}")
-        raise typer.Exit(1)
+    following = Following(superlink, root_certificates, verbose)
+    with following, connected(superlink, root_certificates, patience) as link:
+        following.run = begin(link, None, settings, following.output)
+        following.to_the_end(link)
+    following.finish()
 
 
 def signing_key(

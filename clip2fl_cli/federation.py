@@ -1,4 +1,4 @@
-"""Start a run on a SuperLink, follow it to its end and return its status.
+"""Start, follow and stop a run on a SuperLink, and tell how it ended.
 
 ``flwr run --stream`` ends with status 0 even if the ServerApp failed. It also ends when
 the SuperLink restarts, although the run continues. This module follows the run itself.
@@ -8,7 +8,8 @@ Use it at the server: Flower's Control API must not be reachable from other mach
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +30,8 @@ CONNECTION = "server"
 RETRY_SECONDS = 3.0
 # Each status request starts two processes of about a second; a round takes longer.
 LOOK_SECONDS = 15.0
+# A ServerApp that is stopped ends after the message that it waits for.
+STOP_SECONDS = 60.0
 
 
 class Federation:
@@ -44,6 +47,11 @@ class Federation:
         Folder for Flower's settings of this connection.
     patience : float
         Seconds for which the SuperLink may be unreachable.
+
+    Attributes
+    ----------
+    folder : Path
+        The same folder.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Federation:
             address=address,
             root_certificates=str(certificates.resolve()),
         )
+        self.folder = folder
         self._environment = environment(folder)
         self._patience = patience
 
@@ -101,6 +110,68 @@ class Federation:
                 return "unknown", f"no SuperLink for {self._patience:.0f} s"
             time.sleep(LOOK_SECONDS)
 
+    def active(self) -> list[str]:
+        """Return the ids of the runs that have not ended; none without an answer."""
+        answer = parsed(self._ask("ls", CONNECTION, "--format", "json"))
+        runs = answer.get("runs", [])
+        return [
+            str(run["run-id"])
+            for run in runs
+            if not str(run["status"]).startswith("finished")
+        ]
+
+    def known(self, run: str | None) -> str:
+        """Return a run's id, after finding out that the SuperLink knows it.
+
+        Parameters
+        ----------
+        run : str or None
+            The id; None: the only run that has not ended.
+
+        Raises
+        ------
+        SimulationError
+            If there is no such run, or more than one.
+        """
+        active = self.active()
+        there = ", ".join(active) or "none"
+        if run is None:
+            if len(active) != 1:
+                raise SimulationError(
+                    f"name the run: {len(active)} runs have not ended ({there})"
+                )
+            return active[0]
+        answer = self._ask("ls", CONNECTION, "--run-id", run, "--format", "json")
+        if listed_run(answer) is None:
+            reason = str(parsed(answer).get("error-message", answer)).strip()
+            raise SimulationError(
+                f"run {run} is not found: {reason} (runs that have not ended: {there})"
+            )
+        return run
+
+    def stop(self, run: str) -> tuple[str, str]:
+        """Stop a run; return its status and details, which Flower may tell late.
+
+        Raises
+        ------
+        SimulationError
+            If Flower does not stop it, and it has not ended by itself.
+        """
+        answer = self._ask("stop", run, CONNECTION, "--format", "json")
+        end = time.monotonic() + STOP_SECONDS
+        while True:
+            found = listed_run(
+                self._ask("ls", CONNECTION, "--run-id", run, "--format", "json")
+            )
+            if found is not None and found[0].startswith("finished"):
+                return found
+            if parsed(answer).get("success") is not True:
+                reason = str(parsed(answer).get("error-message", answer)).strip()
+                raise SimulationError(f"run {run} was not stopped: {reason}")
+            if time.monotonic() > end:
+                return "unknown", f"no end within {STOP_SECONDS:.0f} s"
+            time.sleep(RETRY_SECONDS)
+
     def _is_there(self) -> bool:
         answer = self._ask("ls", CONNECTION, "--limit", "1", "--format", "json")
         return parsed(answer).get("success") is True
@@ -118,29 +189,42 @@ class Federation:
         return ANSI.sub("", done.stdout or done.stderr)
 
 
-def federate(
-    address: str,
-    certificates: Path,
-    run_config: Path | None,
-    overrides: Sequence[str],
-    patience: float,
-    output: TextIO,
-) -> tuple[str, str]:
-    """Run this program's app on a SuperLink and pass on its log.
+@contextmanager
+def connected(
+    address: str, certificates: Path, patience: float
+) -> Iterator[Federation]:
+    """Return a connection to a SuperLink, in a folder that is removed afterwards.
 
     Parameters
     ----------
     address, certificates, patience
         As in `Federation`.
+    """
+    with tempfile.TemporaryDirectory(prefix="clip2fl-") as directory:
+        yield Federation(address, certificates, Path(directory), patience)
+
+
+def begin(
+    federation: Federation,
+    run_config: Path | None,
+    overrides: Sequence[str],
+    output: TextIO,
+) -> str:
+    """Start this program's app on a SuperLink.
+
+    Parameters
+    ----------
+    federation : Federation
+        The connection.
     run_config, overrides
         As in `clip2fl_cli.simulation.simulate`.
     output : TextIO
-        Stream for the log, without colours.
+        Stream for the log, which begins with the run's id.
 
     Returns
     -------
-    tuple of str
-        The status that Flower recorded and its details.
+    str
+        The run's id.
 
     Raises
     ------
@@ -150,11 +234,22 @@ def federate(
         If the SuperLink refuses the run or stays unreachable.
     """
     text = checked_run_config(PROJECT, run_config, overrides)
-    with tempfile.TemporaryDirectory(prefix="clip2fl-") as directory:
-        folder = Path(directory)
-        (folder / "run-config.toml").write_text(text, "utf-8")
-        write_app_folder(PROJECT, folder / "app")
-        federation = Federation(address, certificates, folder, patience)
-        run = federation.start(folder / "app", folder / "run-config.toml")
-        output.write(f"run {run}\n")
-        return federation.follow(run, output)
+    others = federation.active()
+    (federation.folder / "run-config.toml").write_text(text, "utf-8")
+    write_app_folder(PROJECT, federation.folder / "app")
+    run = federation.start(
+        federation.folder / "app", federation.folder / "run-config.toml"
+    )
+    output.write(begun(run))
+    if others:
+        output.write(
+            f"WARNING :   {len(others)} other runs have not ended on this SuperLink: "
+            f"{', '.join(others)}. All runs share the nodes, which compute for each of "
+            "them; clip2fl stop ends a run\n"
+        )
+    return run
+
+
+def begun(run: str) -> str:
+    """Return the first line of a run's log, by which `RunLog` knows the run again."""
+    return f"run {run}\n"

@@ -21,6 +21,7 @@ from clip2fl_cli.run_schema import (
     Images,
     Round,
 )
+from clip2fl_common.provenance import differences
 from clip2fl_common.shown import shown
 from server_app.console import HEAD_TITLES
 from server_app.event_file import EventReader
@@ -65,6 +66,7 @@ class SiteState(StrEnum):
     EVALUATING = "evaluating"
     REPLIED = "replied"
     ACCEPTED = "accepted"
+    EVALUATED = "evaluated"
     DROPPED = "dropped"
     SILENT = "no reply"
     AWAY = "away"
@@ -87,8 +89,18 @@ class Site:
         When the server last heard from it.
     images, seconds, bytes : int, float, int or None
         Of its last accepted reply: training images, its own working time, size.
+    accuracy : float or None
+        Balanced accuracy of the delivered head on its own validation images, in
+        percent, when it last evaluated.
+    seconds_left : float or None
+        Estimate of the time until it replies, from the time that it took before; None
+        if the server waits for nothing, or knows no earlier time.
+    versions : dict of str to str
+        Versions of its code and packages; empty for a simulated client.
+    other_versions : str
+        How they differ from the server's, in words; empty if they do not.
     reason : str
-        Why its reply was dropped, or it was refused.
+        Why its reply was dropped, or it was refused or lost.
     """
 
     name: str | int
@@ -98,6 +110,10 @@ class Site:
     images: int | None = None
     seconds: float | None = None
     bytes: int | None = None
+    accuracy: float | None = None
+    seconds_left: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    other_versions: str = ""
     reason: str = ""
 
     def fields(self) -> dict[str, Any]:
@@ -205,13 +221,18 @@ class Status:
 _STATES = {
     What.REPLIED: SiteState.REPLIED,
     What.ACCEPTED: SiteState.ACCEPTED,
+    What.EVALUATED: SiteState.EVALUATED,
     What.DROPPED: SiteState.DROPPED,
     What.SILENT: SiteState.SILENT,
     What.JOINED: SiteState.CONNECTED,
+    What.BACK: SiteState.CONNECTED,
     What.AWAY: SiteState.AWAY,
     What.REFUSED: SiteState.REFUSED,
 }
 _NOT_HEARD = (What.ASKED, What.SILENT, What.AWAY)
+# A reply that was asked of a site which is away is lost, and does not bring it back.
+_LOST = (What.DROPPED, What.SILENT)
+_ANSWERS = (What.REPLIED, What.ACCEPTED, What.EVALUATED)
 _ENDS = {
     What.RUN_ENDED: RunState.COMPLETED,
     What.RUN_FAILED: RunState.FAILED,
@@ -234,6 +255,9 @@ class _Told:
     phases: list[tuple[str, datetime]] = field(default_factory=list)
     phases_ended: datetime | None = None
     sites: dict[str | int, Site] = field(default_factory=dict)
+    # By site: what the server waits for, since when; and how long each kind took last.
+    asked: dict[str | int, tuple[SiteState, datetime]] = field(default_factory=dict)
+    took: dict[tuple[str | int, SiteState], float] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
@@ -275,14 +299,34 @@ class _Told:
             evaluates = bool(self.phases) and self.phases[-1][0] == "evaluation"
             site.state = SiteState.EVALUATING if evaluates else SiteState.TRAINING
             site.round = event.round
-        elif event.what in _STATES:
+            self.asked[name] = site.state, event.time
+        elif event.what in _STATES and not (
+            site.state is SiteState.AWAY and event.what in _LOST
+        ):
             site.state = _STATES[event.what]
+        if event.what in _ANSWERS and name in self.asked:
+            kind, since = self.asked.pop(name)
+            self.took[name, kind] = _seconds(since, event.time) or 0.0
         if event.what not in _NOT_HEARD:
             site.last_seen = event.time
         if event.what is What.ACCEPTED:
             site.images, site.seconds = event.images, event.seconds
             site.bytes = event.bytes
+        if event.what is What.EVALUATED:
+            site.accuracy = event.accuracy
+        if event.versions is not None:
+            site.versions = event.versions
         site.reason = event.reason or ""
+
+    def left(self, site: Site, now: datetime) -> float | None:
+        """Return the seconds until a site replies, if it takes as long as before."""
+        if site.state not in (SiteState.TRAINING, SiteState.EVALUATING):
+            return None
+        took = self.took.get((site.name, site.state))
+        if took is None or site.name not in self.asked:
+            return None
+        waited = _seconds(self.asked[site.name][1], now) or 0.0
+        return min(max(0.0, took - waited), MAX_SECONDS)
 
     def phase_list(self, now: datetime) -> list[Phase]:
         """Return the phases of the current or last round with their seconds."""
@@ -362,7 +406,7 @@ class RunWatch:
             images=_images(sites_train, self._tuning),
             accuracy={} if latest is None else self._rounds[latest],
             accuracy_round=latest,
-            sites=self._sites(),
+            sites=self._sites(now, facts["versions"]),
             unreadable=self._events.unreadable + self._unreadable,
             has_events=told.last is not None,
         )
@@ -462,7 +506,7 @@ class RunWatch:
         # Times in a foreign file may be centuries apart.
         return min(max(0.0, left), MAX_SECONDS)
 
-    def _sites(self) -> list[Site]:
+    def _sites(self, now: datetime, server: dict[str, str]) -> list[Site]:
         """Return copies: those asked last come first, then by name."""
 
         def place(site: Site) -> tuple[int, bool, int, str]:
@@ -479,6 +523,9 @@ class RunWatch:
                 site,
                 name=site.name if isinstance(site.name, int) else shown(site.name),
                 reason=shown(site.reason),
+                seconds_left=self._told.left(site, now),
+                versions={shown(n): shown(v) for n, v in site.versions.items()},
+                other_versions=shown(differences(site.versions, server)),
             )
             for site in sorted(self._told.sites.values(), key=place)
         ]

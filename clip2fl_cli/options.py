@@ -76,15 +76,33 @@ PublicKey = Annotated[
         "must be signed by a key that clip2fl site fetch has used.",
     ),
 ]
-RootCertificates = Annotated[
-    Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
-]
-SuperLink = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink.")
-]
 RunFolder = Annotated[
     Path,
     typer.Argument(
         metavar="RUN", help="The run's folder, which the run names when it starts."
+    ),
+]
+RootCertificates = Annotated[
+    Path, typer.Option(metavar="FILE", help="The federation's ca.crt.")
+]
+ControlAddress = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Control API of the SuperLink.")
+]
+CONTROL_ADDRESS = "127.0.0.1:8000"
+Patience = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Seconds for which the SuperLink may be away.",
+    ),
+]
+RunId = Annotated[
+    int | None,
+    typer.Argument(
+        metavar="[RUN]",
+        min=0,
+        help="The run's number, which federate prints; none: the only run that has "
+        "not ended.",
     ),
 ]

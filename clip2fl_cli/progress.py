@@ -44,6 +44,8 @@ BEGINNING = re.compile(r"\[ROUND (\d+)/(\d+)\]")
 RAY = re.compile(
     r"\(.*pid=\d+.*?\)|\(raylet\b|\[?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d+\b"
 )
+# What the server says of sites (strategy/site_clients.py), which it says rarely.
+SITES = re.compile(r"waiting for sites: |site \S+ \(node \d+\) takes part")
 TRACEBACK = "Traceback (most recent call last):"
 CHAINED = ("The above exception was the direct", "During handling of the above exc")
 
@@ -114,6 +116,8 @@ class Reader:
             return Line(kind, f"{level.lower()}: {text}")
         if BEGINNING.fullmatch(text):
             return Line(Kind.BEGINNING, text)
+        if SITES.match(text):
+            return Line(Kind.TEXT, text)
         return Line(Kind.HIDDEN, line)
 
 
@@ -131,12 +135,15 @@ class RunOutput(io.StringIO):
         The file.
     folder : Path or None
         The run's folder, once the server has named it and if it is on this machine.
+    named : str or None
+        The run's folder as the server has named it.
     """
 
     def __init__(self, on_line: Callable[[str, Line], None]) -> None:
         super().__init__()
         self.log = RunLog()
         self.folder: Path | None = None
+        self.named: str | None = None
         self._on_line = on_line
         self._reader = Reader()
         self._rest = ""
@@ -146,7 +153,8 @@ class RunOutput(io.StringIO):
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self.log.write(line)
-            if self.folder is None and (named := FOLDER.fullmatch(line)):
+            if self.named is None and (named := FOLDER.fullmatch(line)):
+                self.named = named[1]
                 self._settle(Path(named[1]))
             self._on_line(line, self._reader.read(line))
         return len(text)

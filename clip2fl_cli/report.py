@@ -31,6 +31,7 @@ from clip2fl_cli.sections import (
     rounds_of,
     teacher_text,
 )
+from clip2fl_cli.sites_section import sites_section
 from clip2fl_cli.tables import (
     COLUMNS,
     TITLES,
@@ -90,6 +91,7 @@ def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Pa
         _run_results(run, against),
         accuracy_section(lines, rounds_table(run, accuracy_values, "accuracy-rounds")),
         classes_section(lines),
+        *sites_section(run, style_of["run"].of_head(0)),
         clients_section(run),
         features_section(run),
         losses_section(
@@ -196,8 +198,11 @@ def _run_costs(run: FinishedRun, style: Style) -> Section:
             columns=2,
         ),
     )
+    clock = run.clock_seconds()
+    took = run.wall_seconds() if clock is None else clock
+    waiting = "" if clock is None else " by the clock, waiting for sites included"
     text = (
-        f"The run took {run.wall_seconds() / 60:,.1f} minutes. Clients work side by "
+        f"The run took {took / 60:,.1f} minutes{waiting}. Clients work side by "
         "side, so their own seconds add up to more than the phase 'clients' took."
     )
     table = rounds_table(run, cost_values, "costs-rounds")

@@ -181,6 +181,65 @@ class Spent(BaseModel):
     delta: Annotated[float, Field(ge=0, le=1)]
 
 
+class SiteTraining(BaseModel):
+    """A site's training in a round."""
+
+    model_config = _strict
+
+    images: Count
+    unreadable: Count
+    seconds: Seconds
+    bytes: Count
+
+
+class SiteEvaluation(BaseModel):
+    """A site's evaluation of a round's model; empty accuracy without images for it."""
+
+    model_config = _strict
+
+    images: Count
+    unreadable: Count
+    seconds: Seconds
+    confusion_matrix: bool
+    accuracy: Annotated[dict[Name, Accuracy], Field(max_length=20)]
+
+
+class SiteOfRound(BaseModel):
+    """What a site did in a round; a part that it did not do is missing."""
+
+    model_config = _strict
+
+    training: SiteTraining | None = None
+    evaluation: SiteEvaluation | None = None
+
+
+class UnusedReply(BaseModel):
+    """A reply that is missing or was not used."""
+
+    model_config = _strict
+
+    site: Name | Count
+    request: Name
+    reason: Text
+
+
+class Clock(BaseModel):
+    """A round by the clock, waiting for sites included."""
+
+    model_config = _strict
+
+    seconds: Seconds
+
+
+class Unreadable(BaseModel):
+    """Images that were left out as unreadable."""
+
+    model_config = _strict
+
+    train: Count
+    test: Count
+
+
 class Round(BaseModel):
     """A line of ``metrics.jsonl``."""
 
@@ -198,6 +257,11 @@ class Round(BaseModel):
     seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
     bytes: Bytes
     privacy: dict[Mechanism, Spent] = {}
+    unreadable_images: Unreadable | None = None
+    # Only runs of sites have these.
+    sites: Annotated[dict[Name, SiteOfRound], Field(max_length=MAX_RUNS)] = {}
+    unused_replies: Annotated[list[UnusedReply], Field(max_length=MAX_RUNS)] = []
+    clock: Clock | None = None
 
 
 class FailedRun(BaseModel):

@@ -235,6 +235,19 @@ class FinishedRun:
                 totals[phase] = totals.get(phase, 0.0) + seconds
         return totals
 
+    def clock_seconds(self) -> float | None:
+        """Return the run's length by the clock, without the time between resumptions.
+
+        Returns
+        -------
+        float or None
+            None for a run with simulated clients, which does not record it.
+        """
+        clocks = [clock for line in self.rounds if (clock := line.get("clock"))]
+        if len(clocks) < len(self.rounds):
+            return None
+        return sum(float(clock["seconds"]) for clock in clocks)
+
     def wall_seconds(self) -> float:
         """Return the sum of the phases, without the clients' overlapping seconds."""
         return sum(s for name, s in self.phases().items() if "clients-" not in name)

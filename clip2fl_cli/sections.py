@@ -14,6 +14,7 @@ from clip2fl_cli.colours import IN_BACKGROUND, TEACHER, Style
 from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
+from clip2fl_cli.sites_section import confusion_sites
 from clip2fl_cli.summary import teachers, tested_on
 from clip2fl_cli.tables import LOSSES, matrix_tables
 from clip2fl_cli.wording import head_title, last_rounds, method_title
@@ -27,6 +28,10 @@ PANELS = {
 }
 # Keys that every run has to itself.
 OWN_KEYS = ("run.dir", "run.name")
+NOT_ALLOWED = (
+    "No site's policy allows a confusion matrix (send-confusion-matrix), since it "
+    "reveals the site's class counts."
+)
 UNTOLD = "Sites do not report their number of images by class."
 
 
@@ -263,8 +268,9 @@ def confusion_section(run: FinishedRun) -> Section:
     """Return the section of the delivered classifier's confusion matrix."""
     title = "Confusion matrix"
     head = run.heads[0]
+    sites = confusion_sites(run)
     if f"confusion.{head}" not in run.artifacts:
-        return _absent("confusion", title)
+        return _absent("confusion", title, "" if sites is None else NOT_ALLOWED)
     order = run.by_frequency
     matrix = run.artifacts[f"confusion.{head}"].numpy()[order][:, order]
     names = [run.class_names[c] for c in order]
@@ -298,6 +304,11 @@ def confusion_section(run: FinishedRun) -> Section:
         f"Classifier: {head_title(head)}, after the last round. Each row adds up to "
         "100 % of a true class; the most frequent class comes first."
     )
+    if sites is not None:
+        text += (
+            f" The matrix counts validation images of {sites[0]} of {sites[1]} sites: "
+            "those whose policy allows it."
+        )
     if run.whole is not None:
         text += " The matrix counts all test images."
     return Section("confusion", title, text, [picture], tables)

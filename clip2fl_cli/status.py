@@ -24,6 +24,11 @@ def sentences(status: Status) -> list[str]:
             f"{accuracy.title}: balanced {accuracy.balanced:.1f} %, few-shot {few} "
             f"(round {status.accuracy_round}, on {IMAGES[status.images]})"
         )
+    lines += [
+        f"{site.name} has other versions than the server: {site.other_versions}"
+        for site in status.sites
+        if site.other_versions
+    ]
     if not status.has_events:
         lines.append("the run has no events.jsonl, so its phase and sites are unknown")
     if status.unreadable:
@@ -64,7 +69,10 @@ def site_rows(
     """
     now = now or datetime.now(UTC)
     who = "site" if status.sites_train else "client"
-    header = [who, "state", "round", "images", "seconds", "MB", "last seen", "reason"]
+    header = [
+        *(who, "state", "round", "images", "seconds", "MB"),
+        *("accuracy, %", "left", "last seen", "reason"),
+    ]
     return header, [_row(site, now) for site in status.sites]
 
 
@@ -79,6 +87,8 @@ def _row(site: Site, now: datetime) -> list[object]:
         "-" if site.images is None else f"{site.images:,}",
         "-" if site.seconds is None else f"{site.seconds:.1f}",
         "-" if site.bytes is None else f"{site.bytes / 1e6:.2f}",
+        "-" if site.accuracy is None else f"{site.accuracy:.1f}",
+        "-" if site.seconds_left is None else _duration(site.seconds_left),
         ago,
         site.reason or "-",
     ]

@@ -6,12 +6,15 @@ must be this machine's. Otherwise a page could have its own name point here (DNS
 rebinding) and read the answers.
 """
 
+import re
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -22,6 +25,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from clip2fl_cli import colours
 from clip2fl_cli.html import render
 from clip2fl_cli.live import RunWatch, Status
+from clip2fl_cli.prometheus import CONTENT_TYPE, exposition
+from clip2fl_common.shown import shown
 from server_app.foreign_files import ForeignFileError
 
 HOST = "127.0.0.1"
@@ -59,6 +64,7 @@ class Views:
         # The server answers requests in several threads.
         self._lock = threading.Lock()
         self._read_at = float("-inf")
+        self._status: Status | None = None
         self._view: dict[str, Any] = {}
 
     def view(self) -> dict[str, Any]:
@@ -70,18 +76,34 @@ class Views:
             If the folder holds no run, or a file has not the form that a run writes.
         """
         with self._lock:
-            if time.monotonic() - self._read_at > EVERY_S:
-                status = self._watch.look()
-                self._view = {
-                    **status.fields(),
-                    "sites": [s.fields() for s in status.sites[:SHOWN_SITES]],
-                    "more_sites": max(0, len(status.sites) - SHOWN_SITES),
-                    "curves": _drawn(self._watch.curves(), status),
-                    "log": self._watch.log_tail(),
-                    "now": datetime.now(UTC).isoformat(),
-                }
-                self._read_at = time.monotonic()
+            self._look()
             return self._view
+
+    def metrics(self) -> str:
+        """Return the run's state in Prometheus' text format.
+
+        Raises
+        ------
+        ForeignFileError
+            As in `view`.
+        """
+        with self._lock:
+            return exposition(self._look())
+
+    def _look(self) -> Status:
+        """Read the files again, unless that was done a moment ago."""
+        if self._status is None or time.monotonic() - self._read_at > EVERY_S:
+            status = self._status = self._watch.look()
+            self._view = {
+                **status.fields(),
+                "sites": [s.fields() for s in status.sites[:SHOWN_SITES]],
+                "more_sites": max(0, len(status.sites) - SHOWN_SITES),
+                "curves": _drawn(self._watch.curves(), status),
+                "log": self._watch.log_tail(),
+                "now": datetime.now(UTC).isoformat(),
+            }
+            self._read_at = time.monotonic()
+        return self._status
 
 
 def _drawn(curves: dict[str, dict[str, Any]], status: Status) -> list[dict[str, Any]]:
@@ -101,14 +123,18 @@ def _drawn(curves: dict[str, dict[str, Any]], status: Status) -> list[dict[str, 
 
 
 def watch_app(watch: RunWatch, token: str) -> FastAPI:
-    """Return the web application: the page at ``/``, its numbers at ``/state``.
+    """Return the web application.
+
+    The page is at ``/``, its numbers are at ``/state``, and at ``/metrics`` in
+    Prometheus' text format.
 
     Parameters
     ----------
     watch : RunWatch
         The run.
     token : str
-        Each request must have it as the parameter ``token``.
+        Each request must have it as the parameter ``token``, or as the bearer token in
+        the header ``Authorization``.
 
     Returns
     -------
@@ -137,11 +163,19 @@ def watch_app(watch: RunWatch, token: str) -> FastAPI:
         except ForeignFileError as error:
             return JSONResponse({"problem": str(error)})
 
+    @app.get("/metrics")
+    def metrics() -> Response:
+        try:
+            return PlainTextResponse(views.metrics(), media_type=CONTENT_TYPE)
+        except ForeignFileError as error:
+            return PlainTextResponse(f"{error}\n", 500)
+
     @app.middleware("http")
     async def guard(
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        given = request.query_params.get("token", "")
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = request.query_params.get("token", bearer)
         if not secrets.compare_digest(given.encode(), token.encode()):
             return PlainTextResponse(
                 "Open the whole address that clip2fl watch has printed.", 403
@@ -163,8 +197,34 @@ def watch_app(watch: RunWatch, token: str) -> FastAPI:
     return app
 
 
-def serve(watch: RunWatch, ready: Callable[[str], None]) -> None:
-    """Serve the page on a free port until a signal ends it.
+def read_token(file: Path) -> str:
+    """Return the token in a file.
+
+    Raises
+    ------
+    ValueError
+        If it can be guessed: it is short, or other users may read the file.
+    """
+    token = file.read_text("ascii").strip()
+    if not re.fullmatch(r"[\w-]{32,256}", token, re.ASCII):
+        raise ValueError(
+            f"{shown(file)} holds no token: it must have 32 to 256 letters, digits, _ "
+            "or -, as 'openssl rand -hex 32' prints them"
+        )
+    if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise ValueError(
+            f"{shown(file)} can be read by other users: chmod 600 {shown(file)}"
+        )
+    return token
+
+
+def serve(
+    watch: RunWatch,
+    ready: Callable[[str], None],
+    port: int = 0,
+    token: str | None = None,
+) -> None:
+    """Serve the page on this machine until a signal ends it.
 
     Parameters
     ----------
@@ -172,13 +232,19 @@ def serve(watch: RunWatch, ready: Callable[[str], None]) -> None:
         The run.
     ready : callable
         Called with the page's address when it can be opened.
+    port : int
+        0: any free one.
+    token : str or None
+        None: a random one.
 
     Raises
     ------
+    OSError
+        If the port is in use.
     KeyboardInterrupt
         After Ctrl-C, when the server has ended.
     """
-    token = secrets.token_urlsafe(32)
+    token = token or secrets.token_urlsafe(32)
     config = uvicorn.Config(
         watch_app(watch, token),
         lifespan="off",
@@ -188,7 +254,7 @@ def serve(watch: RunWatch, ready: Callable[[str], None]) -> None:
         limit_concurrency=64,
         timeout_graceful_shutdown=1,
     )
-    with socket.create_server((HOST, 0)) as listening:
+    with socket.create_server((HOST, port)) as listening:
         port = listening.getsockname()[1]
         ready(f"http://{HOST}:{port}/?token={token}")
         uvicorn.Server(config).run(sockets=[listening])

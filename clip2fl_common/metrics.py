@@ -209,7 +209,7 @@ def recall_report(
 
 
 def median_site_reports(
-    sites: Sequence[Mapping[str, Mapping[int, int]]], groups: ShotGroups
+    sites: Sequence[Mapping[str, Mapping[int, float]]], groups: ShotGroups
 ) -> dict[str, AccuracyReport]:
     """Return for each head the median of the sites' reports.
 
@@ -236,7 +236,7 @@ def median_site_reports(
         recalls = [site[head] for site in sites if site.get(head)]
 
         def median_of(
-            wanted: Sequence[int], of: Sequence[Mapping[int, int]]
+            wanted: Sequence[int], of: Sequence[Mapping[int, float]]
         ) -> float | None:
             means = [
                 sum(values) / len(values)

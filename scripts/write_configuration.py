@@ -35,7 +35,7 @@ WIDTH = 88
 
 HEAD = """# Configuration keys
 
-Every key of a run, with its default (`conf/shapes.toml` has them too). Files in `conf/` change some of them;
+Every key of a run, with its default. Files in `conf/` change some of them;
 `--set 'KEY=VALUE ...'` of `clip2fl`, or `--run-config` of `flwr run`, change any.
 Strings need quotes. A key that does not exist or a value that is not allowed is refused
 by name.

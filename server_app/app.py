@@ -98,4 +98,4 @@ def _clients(
     def arrived(client: int) -> None:
         run.events.note(What.REPLIED, sites.label(client))
 
-    return sites, AttentiveGrid(grid, arrived)
+    return sites, AttentiveGrid(grid, arrived, sites.look)

@@ -38,14 +38,14 @@ class ListedSite:
         Its name.
     images : int or None
         Number of images that it trained on last; None if it has not trained.
-    per_class : mapping of int to int
+    per_class : mapping of int to float
         Its accuracy in percent on its own validation images, with the delivered
         classifier, by class; empty if it has not reported any.
     """
 
     name: str
     images: int | None
-    per_class: Mapping[int, int]
+    per_class: Mapping[int, float]
 
 
 class _Facts(BaseModel):

@@ -121,7 +121,7 @@ def deliver_run(grid: AttentiveGrid, config: RunConfig) -> None:
 
 def listed_sites(clients: SiteClients, last: RoundRecord) -> list[ListedSite]:
     """Return the sites that allow the card to list them, with their figures."""
-    reports = dict(zip(last.site_names, last.site_recalls, strict=True))
+    reports = {name: found.recalls for name, found in last.evaluations.items()}
     return [
         ListedSite(name, images, next(iter(reports.get(name, {}).values()), {}))
         for name, images in clients.in_card().items()

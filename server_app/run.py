@@ -42,13 +42,15 @@ from server_app.delivery import ModelCard, save_model
 from server_app.evaluation import Evaluator
 from server_app.event_file import EventWriter
 from server_app.file_names import EVENTS
+from server_app.hook import Hook
 from server_app.metrics_line import accuracy_fields, metrics_line
 from server_app.run_data import RunData
 from server_app.run_folder import BEST_MODEL, MODEL, RunFolder
 from server_app.run_state import RunState
+from server_app.site_fields import site_fields, summed_confusion
 from server_app.tracking import open_trackers, scalars
 from strategy.base import Method
-from strategy.events import Events, What
+from strategy.events import Event, Events, What
 from strategy.registry import method_named
 
 TEACHER_ROW = "teacher zero-shot"
@@ -91,6 +93,7 @@ class ServerRun:
         self.teacher = self._load_teacher()
         self._progress = Progress(config.federation.rounds)
         self._teacher_row: dict[str, AccuracyReport] = {}
+        self._round_from = perf_counter()
         self.folder = RunFolder(config, run_id)
         self.state = RunState(
             config,
@@ -101,7 +104,13 @@ class ServerRun:
         )
         self._trackers = open_trackers(config, self.folder.path)
         self._event_file = EventWriter(self.folder.path / EVENTS)
-        self.events = Events(self._event_file)
+        self._hook = Hook.of_environment(self.folder.path)
+        self.events = Events(self._tell)
+
+    def _tell(self, event: Event) -> None:
+        self._event_file(event)
+        if self._hook is not None:
+            self._hook(event)
 
     def __enter__(self) -> Self:
         """Return the run, which alone uses its folder until the end."""
@@ -122,6 +131,8 @@ class ServerRun:
                 reason=f"{type(error).__name__}: {error}".removesuffix(": "),
             )
         self._event_file.close()
+        if self._hook is not None:
+            self._hook.close()
         self.folder.release()
 
     def _load_teacher(self) -> Teacher | None:
@@ -164,6 +175,7 @@ class ServerRun:
                 self.state.write(0, strategy)
                 self.folder.begin_metrics("")
         self.events.begin_run(done)
+        self._round_from = perf_counter()
         print(f"run folder: {self.folder.path}", flush=True)
         if done:
             print(f"resumed after round {done}", flush=True)
@@ -241,22 +253,28 @@ class ServerRun:
         started = perf_counter()
         final = server_round == self.config.federation.rounds
         record, groups = strategy.round, self.data.groups
-        medians = median_site_reports(record.site_recalls, groups)
+        recalls = [found.recalls for found in record.evaluations.values()]
+        medians = median_site_reports(recalls, groups)
         medians.pop(TEACHER_HEAD, None)
         reports = (
             self.evaluator.evaluate(*self._delivered(strategy), final)
             if record.recalls is None
             else self._site_reports(record.recalls)
         )
-        seconds = {**record.seconds, "evaluation": perf_counter() - started}
+        spent = perf_counter() - started + record.seconds.get("evaluation", 0.0)
+        seconds = {**record.seconds, "evaluation": spent}
         line = metrics_line(
             server_round, record, reports, medians, self.evaluator, seconds, final
         )
+        if not self.config.simulated:
+            line |= site_fields(record, groups, self._clock())
         with self._storing(f"round {server_round}"):
             self.folder.append_metrics(line)
             if final:
                 self.folder.write_artifacts(
-                    strategy.artifacts(), self.evaluator.confusion, self.data.held
+                    strategy.artifacts(),
+                    self.evaluator.confusion | summed_confusion(record),
+                    self.data.held,
                 )
             if final or server_round % self.config.checkpoint.every == 0:
                 # The best round is chosen, so images that are held out have no part.
@@ -281,6 +299,11 @@ class ServerRun:
             ),
             flush=True,
         )
+
+    def _clock(self) -> float:
+        """Return the seconds since the run's start or since the last round's end."""
+        last, self._round_from = self._round_from, perf_counter()
+        return self._round_from - last
 
     def _site_reports(
         self, recalls: Mapping[str, list[float | None]]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from clip2fl_common import messages
-from clip2fl_common.messages import TrainReply
+from clip2fl_common.messages import Evaluation, TrainReply
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
     FEDAVG_HEAD,
@@ -43,10 +44,10 @@ from strategy.recovery import Earlier
 from strategy.replies import ReplyCheck, Verdicts
 from strategy.requests import Requests
 from strategy.robust import Arrays, log_rule, shorten_update
-from strategy.round_record import RoundRecord
+from strategy.round_record import RoundRecord, Trained
 from strategy.safeguards import Safeguards
 from strategy.setting import Setting
-from strategy.site_accuracy import mean_recalls, site_recalls
+from strategy.site_accuracy import mean_recalls, site_evaluations
 
 
 class Method(Strategy):
@@ -117,6 +118,7 @@ class Method(Strategy):
         self._requests = Requests(setting.clients, self.events)
         self.sent: Arrays = {}
         self._asked_at = 0.0
+        self._last_round = config.federation.rounds
         self._heads: list[str] = []
 
     # Hooks: what a method may change.
@@ -264,7 +266,8 @@ class Method(Strategy):
         numbers = self.safeguards.sample(server_round)
         content = self._content(server_round, arrays, config, self.content())
         self.round = RoundRecord(
-            bytes_down=len(numbers) * messages.payload_bytes(content)
+            bytes_down=len(numbers) * messages.payload_bytes(content),
+            unused=self._requests.begin_round(),
         )
         for client in numbers:
             self.ledger.note(client)
@@ -347,7 +350,9 @@ class Method(Strategy):
             content[messages.HEAD_RECORDS[name]] = messages.model_to_arrays(head)
         teacher = [TEACHER_HEAD] if messages.TEACHER_FINGERPRINT in config else []
         self._heads = [*heads, FEDAVG_HEAD, *teacher]
-        self.events.begin_phase("evaluation")
+        if server_round == self._last_round:
+            content.config_records[messages.CONFIG][messages.CONFUSION] = self._heads[0]
+        self._asked_at = self.begin("evaluation")
         return self._address(server_round, content, numbers, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -358,13 +363,15 @@ class Method(Strategy):
             return None
         replies = list(replies)
         self._requests.log_silent(server_round, replies)
-        found = site_recalls(
+        found = site_evaluations(
             server_round, replies, self._heads, self._num_classes, self._requests
         )
-        recalls = [of_site for _, of_site in found]
-        self.round.site_names = [name for name, _ in found]
-        self.round.site_recalls = recalls
+        for site, evaluation in found.items():
+            self._note_evaluated(site, evaluation)
+        self.round.evaluations = found
+        recalls = [evaluation.recalls for evaluation in found.values()]
         self.round.recalls = mean_recalls(recalls, self._heads, self._num_classes)
+        self.book("evaluation", self._asked_at)
         return None
 
     def summary(self) -> None:
@@ -395,13 +402,32 @@ class Method(Strategy):
     def _note_accepted(self, replies: Sequence[TrainReply]) -> None:
         for reply in replies:
             spent = sum(reply.metrics[name] for name in messages.CLIENT_SECONDS)
+            label = self.clients.label(reply.client)
             self.events.note(
                 What.ACCEPTED,
-                self.clients.label(reply.client),
+                label,
                 images=reply.images,
                 seconds=spent,
                 size=reply.upload_bytes,
             )
+            if isinstance(label, str):
+                self.round.trained[label] = Trained(
+                    reply.images,
+                    int(reply.metrics["unreadable-images"]),
+                    spent,
+                    reply.upload_bytes,
+                )
+
+    def _note_evaluated(self, site: str, evaluation: Evaluation) -> None:
+        # The delivered head comes first. A site may have no image that evaluates.
+        values = list(evaluation.recalls[self._heads[0]].values())
+        self.events.note(
+            What.EVALUATED,
+            site,
+            images=evaluation.images,
+            seconds=evaluation.seconds,
+            accuracy=fmean(values) if values else None,
+        )
 
     def _content(
         self,

@@ -20,6 +20,9 @@ MAX_COUNT = 2**62
 MAX_SECONDS = 1e13
 
 
+Short = Annotated[str, Field(max_length=50)]
+
+
 class What(StrEnum):
     """The kinds of events."""
 
@@ -46,8 +49,12 @@ class What(StrEnum):
     """A reply is not used."""
     SILENT = "silent"
     """A client did not reply in time."""
+    EVALUATED = "evaluated"
+    """A site's evaluation of the round's model has passed all checks."""
     JOINED = "joined"
-    """A site has connected, for the first time or again."""
+    """A site has connected for the first time in this run."""
+    BACK = "back"
+    """A site that was away has connected again."""
     AWAY = "away"
     """A site is no longer connected, or no longer registered."""
     REFUSED = "refused"
@@ -70,11 +77,16 @@ class Event(BaseModel):
     phase : str or None
         The phase that begins.
     images : int or None
-        Number of training images that the client claims.
+        Number of images that the client claims to have trained on or evaluated.
     seconds : float or None
         The client's own measurement of its work.
     bytes : int or None
-        Size of the arrays in the reply.
+        Size of the arrays in the request (``asked``) or in the reply (``accepted``).
+    accuracy : float or None
+        Balanced accuracy of the delivered head on the site's own validation images, in
+        percent.
+    versions : dict of str to str or None
+        Versions of a site's code and packages, when it connects.
     reason : str or None
         Why, on one line: of a dropped reply, a refused node or a failed run.
     """
@@ -96,6 +108,8 @@ class Event(BaseModel):
     images: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] | None = None
     bytes: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    versions: Annotated[dict[Short, Short], Field(max_length=50)] | None = None
     reason: Annotated[str, Field(max_length=1000)] | None = None
 
 
@@ -142,6 +156,8 @@ class Events:
         images: int | None = None,
         seconds: float | None = None,
         size: int | None = None,
+        accuracy: float | None = None,
+        versions: dict[str, str] | None = None,
         reason: str | None = None,
     ) -> None:
         """Tell an event; `Event` describes the parameters, ``size`` is in bytes."""
@@ -155,6 +171,8 @@ class Events:
                 images=images,
                 seconds=seconds,
                 bytes=size,
+                accuracy=accuracy,
+                versions=versions or None,
                 reason=None if reason is None else plain(reason),
             )
         )

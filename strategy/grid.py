@@ -11,6 +11,8 @@ from clip2fl_common.messages import CONFIG, PARTITION
 
 # Seconds between two polls for replies.
 POLL_S = 1.0
+# Seconds between two looks at the connected nodes while replies are missing.
+LOOK_S = 10.0
 
 
 class AttentiveGrid(Grid):
@@ -29,13 +31,20 @@ class AttentiveGrid(Grid):
         Flower's.
     arrived : callable
         Called with the number of a client when its reply has arrived.
+    look : callable
+        Called with Flower's grid every `LOOK_S` seconds while replies are missing. A
+        round may take hours, and a site that is lost is noticed here.
     """
 
     def __init__(
-        self, grid: Grid, arrived: Callable[[int], None] = lambda client: None
+        self,
+        grid: Grid,
+        arrived: Callable[[int], None] = lambda client: None,
+        look: Callable[[Grid], object] = lambda grid: None,
     ) -> None:
         self._grid = grid
         self._arrived = arrived
+        self._look = look
 
     # Flower's type of a run is not public.
     def set_run(self, run: Any) -> None:
@@ -92,18 +101,24 @@ class AttentiveGrid(Grid):
         requests = list(messages)
         identifiers = list(self._grid.push_messages(requests))
         waiting = dict(zip(identifiers, requests, strict=True))
-        end = None if timeout is None else time.monotonic() + timeout
+        started = looked = time.monotonic()
+        end = None if timeout is None else started + timeout
         replies = []
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 request = waiting.pop(reply.metadata.reply_to_message_id)
+                # Flower's error for a lost node is not the node's.
+                if reply.metadata.src_node_id == request.metadata.dst_node_id:
+                    self._tell(request)
                 if reply.has_error():
                     reply = Message(reply.error, reply_to=request)
                 replies.append(reply)
-                self._tell(request)
             if not waiting or (end is not None and time.monotonic() > end):
                 break
             time.sleep(POLL_S)
+            if time.monotonic() - looked >= LOOK_S:
+                self._look(self._grid)
+                looked = time.monotonic()
         return replies
 
     def _tell(self, request: Message) -> None:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
@@ -11,6 +12,25 @@ from clip2fl_common.provenance import code_fingerprint
 from strategy.clients import Clients
 from strategy.events import Events, What
 from strategy.log import log
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A reply that is missing or not used.
+
+    Attributes
+    ----------
+    client : str or int
+        The site's name or the simulated client's number; ``node N`` if that is open.
+    kind : str
+        Flower's type of the request, such as ``train``.
+    reason : str
+        Why, on one line.
+    """
+
+    client: str | int
+    kind: str
+    reason: str
 
 
 class Requests:
@@ -33,10 +53,17 @@ class Requests:
     def __init__(self, clients: Clients, events: Events) -> None:
         self._clients = clients
         self._events = events
+        self._unused: list[Unused] = []
         self.asked: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self._names: dict[int, str] = {}
+        self._kind = ""
         # A message gets its id when it is sent. Its content is not kept.
         self._sent: list[tuple[Metadata, int]] = []
+
+    def begin_round(self) -> list[Unused]:
+        """Return a list that gets the round's missing and unused replies."""
+        self._unused = []
+        return self._unused
 
     def address(
         self, content: RecordDict, numbers: Sequence[int], message_type: str
@@ -58,6 +85,8 @@ class Requests:
             In the order of the clients.
         """
         config = content.config_records[messages.CONFIG]
+        size = messages.payload_bytes(content)
+        self._kind = message_type
         self.asked.clear()
         self._sent.clear()
         requests = []
@@ -78,7 +107,7 @@ class Requests:
             request = Message(own, node, message_type)
             requests.append(request)
             self._sent.append((request.metadata, client))
-            self._events.note(What.ASKED, label)
+            self._events.note(What.ASKED, label, size=size)
         return requests
 
     def name(self, reply: Message) -> str:
@@ -86,14 +115,8 @@ class Requests:
         node = reply.metadata.src_node_id
         return self._names.get(node, f"node {node}")
 
-    def label(self, reply: Message) -> int | str:
-        """Return the client that a node evaluates for, as reports name it."""
-        node = reply.metadata.src_node_id
-        asked = list(self.asked.get(node, {}))
-        return self._clients.label(asked[0]) if len(asked) == 1 else f"node {node}"
-
-    def note_dropped(self, reply: Message, reason: str) -> None:
-        """Tell that a reply is not used, and whose it is."""
+    def client(self, reply: Message) -> str | int:
+        """Return whose reply it is: a site's name, a client's number or ``node N``."""
         answered = reply.metadata.reply_to_message_id
         node = reply.metadata.src_node_id
         asked = self.asked.get(node, {})
@@ -103,8 +126,13 @@ class Requests:
             if answered and sent.message_id == answered and client in asked
         ] or list(asked)
         # Without the id, a node that simulates several clients leaves it open.
-        site = self._clients.label(clients[0]) if len(clients) == 1 else f"node {node}"
-        self._events.note(What.DROPPED, site, reason=reason)
+        return self._clients.label(clients[0]) if len(clients) == 1 else f"node {node}"
+
+    def note_dropped(self, reply: Message, reason: str) -> None:
+        """Tell that a reply is not used, and whose it is."""
+        client = self.client(reply)
+        self._unused.append(Unused(client, self._kind, messages.plain(reason)))
+        self._events.note(What.DROPPED, client, reason=reason)
 
     def log_silent(self, server_round: int, replies: Sequence[Message]) -> None:
         """Log each node that has not replied at all."""
@@ -117,4 +145,6 @@ class Requests:
                 self._names[node],
             )
             for client in self.asked[node]:
-                self._events.note(What.SILENT, self._clients.label(client))
+                label = self._clients.label(client)
+                self._unused.append(Unused(label, self._kind, "no reply in time"))
+                self._events.note(What.SILENT, label)

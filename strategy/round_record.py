@@ -2,6 +2,31 @@
 
 from dataclasses import dataclass, field
 
+from clip2fl_common.messages import Evaluation
+from strategy.requests import Unused
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A site's training in a round, from its used reply.
+
+    Attributes
+    ----------
+    images : int
+        Number of training images that the site claims.
+    unreadable : int
+        Number of training images that it skipped as unreadable.
+    seconds : float
+        Its own measurement of its work.
+    bytes : int
+        Size of the arrays in the reply.
+    """
+
+    images: int
+    unreadable: int
+    seconds: float
+    bytes: int
+
 
 @dataclass
 class RoundRecord:
@@ -40,10 +65,12 @@ class RoundRecord:
     recalls : dict or None
         Mean accuracy over sites for each class in percent, by head; None for a class
         that no site has. The whole is None without sites.
-    site_recalls : list of dict
-        Each site's own accuracy in percent, by head and class.
-    site_names : list of (int or str)
-        The sites of ``site_recalls``, in the same order.
+    trained : dict
+        The used reply of each site; empty without sites.
+    evaluations : dict
+        Each site's own evaluation; empty without sites.
+    unused : list of Unused
+        Clients whose replies are missing or not used.
     privacy : dict
         Cost of this round and of all rounds so far, by mechanism (see `PrivacyLedger`).
     """
@@ -63,6 +90,7 @@ class RoundRecord:
     unreadable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     recalls: dict[str, list[float | None]] | None = None
-    site_recalls: list[dict[str, dict[int, int]]] = field(default_factory=list)
-    site_names: list[int | str] = field(default_factory=list)
+    trained: dict[str, Trained] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    unused: list[Unused] = field(default_factory=list)
     privacy: dict[str, dict[str, float]] = field(default_factory=dict)

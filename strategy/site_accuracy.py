@@ -1,4 +1,4 @@
-"""Accuracies that sites report for a model, and their mean."""
+"""Evaluations that sites send for a model, and the mean of their accuracies."""
 
 from collections.abc import Mapping, Sequence
 from logging import WARNING
@@ -7,18 +7,19 @@ from statistics import fmean
 from flwr.app import Message
 
 from clip2fl_common import messages
+from clip2fl_common.messages import Evaluation
 from strategy.log import log
 from strategy.requests import Requests
 
 
-def site_recalls(
+def site_evaluations(
     server_round: int,
     replies: Sequence[Message],
     heads: Sequence[str],
     num_classes: int,
     requests: Requests,
-) -> list[tuple[int | str, dict[str, dict[int, int]]]]:
-    """Return each site's report; log and skip unusable replies.
+) -> dict[str, Evaluation]:
+    """Return each site's evaluation; log and skip unusable replies.
 
     Parameters
     ----------
@@ -35,16 +36,15 @@ def site_recalls(
 
     Returns
     -------
-    list of tuple
-        Each site's name, and its accuracy in percent by head and class.
+    dict of str to Evaluation
+        By the site's name, in the order of arrival.
     """
-    found = []
+    found = {}
     for reply in replies:
         try:
             if reply.has_error():
                 raise messages.ReplyError(str(reply.error.reason))
-            recalls = messages.recalls_of(reply, num_classes, heads)
-            found.append((requests.label(reply), recalls))
+            evaluation = Evaluation.parse(reply, num_classes, heads)
         except messages.ReplyError as error:
             log(
                 WARNING,
@@ -54,11 +54,13 @@ def site_recalls(
                 error,
             )
             requests.note_dropped(reply, str(error))
+        else:
+            found[str(requests.client(reply))] = evaluation
     return found
 
 
 def mean_recalls(
-    sites: Sequence[Mapping[str, Mapping[int, int]]],
+    sites: Sequence[Mapping[str, Mapping[int, float]]],
     heads: Sequence[str],
     num_classes: int,
 ) -> dict[str, list[float | None]]:
@@ -68,7 +70,7 @@ def mean_recalls(
 
     Parameters
     ----------
-    sites : sequence of mapping of str to mapping of int to int
+    sites : sequence of mapping of str to mapping of int to float
         Each site's accuracy in percent, by head and class.
     heads : sequence of str
         Heads (classifiers) that all sites report on.

@@ -13,6 +13,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
+from clip2fl_common.provenance import differences, versions_here
 from clip2fl_common.randomness import generator, secret_generator
 from clip2fl_common.site_names import clashing
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
@@ -23,6 +24,8 @@ from strategy.log import log
 QUERY_TIMEOUT_S = 120.0
 # Seconds between two checks of the connected nodes while there are too few sites.
 WAIT_S = 3.0
+# Seconds after which a line about missing sites is repeated, if nothing has changed.
+TELL_AGAIN_S = 300.0
 # Seconds after which a node that refused to take part is asked again.
 ASK_AGAIN_S = 30.0
 # A site's number has this many low bits that do not number its random streams.
@@ -97,19 +100,18 @@ class SiteClients:
         grid : Grid
             Flower's grid.
         """
+        told, told_at = "", 0.0
         while True:
             self._meet(grid)
             needed = 1 if self._started else self.clients_per_round
             if len(self._names) >= needed:
                 break
             self.events.begin_phase("waiting")
-            log(
-                INFO,
-                "waiting for sites: %d of %d connected (%s)",
-                len(self._names),
-                needed,
-                ", ".join(sorted(self._names.values())) or "none",
-            )
+            names = ", ".join(sorted(self._names.values())) or "none"
+            text = f"{len(self._names)} of {needed} connected ({names})"
+            if text != told or time.monotonic() - told_at >= TELL_AGAIN_S:
+                log(INFO, "waiting for sites: %s", text)
+                told, told_at = text, time.monotonic()
             time.sleep(WAIT_S)
         self._started = True
 
@@ -209,8 +211,8 @@ class SiteClients:
             for name in sorted(self._in_card)
         }
 
-    def _meet(self, grid: Grid) -> None:
-        """Forget the sites that have left, and ask new nodes for their names."""
+    def look(self, grid: Grid) -> set[int]:
+        """Forget the sites that are no longer connected; return the connected nodes."""
         connected = set(grid.get_node_ids())
         for node in sorted(self._names.keys() - connected):
             name = self._names.pop(node)
@@ -221,6 +223,11 @@ class SiteClients:
                 node,
             )
             self.events.note(What.AWAY, name)
+        return connected
+
+    def _meet(self, grid: Grid) -> None:
+        """Forget the sites that have left, and ask new nodes for their names."""
+        connected = self.look(grid)
         self._read_registry()
         now = time.monotonic()
         asked = [
@@ -243,7 +250,9 @@ class SiteClients:
                 reasons[node] = messages.plain(answer.error.reason)
                 continue
             try:
-                self._welcome(node, self._name_of(node, messages.site_of(answer)))
+                versions = messages.versions_of(answer)
+                name = self._name_of(node, messages.site_of(answer))
+                self._welcome(node, name, versions)
             except messages.ReplyError as error:
                 reasons[node] = str(error)
                 continue
@@ -296,7 +305,7 @@ class SiteClients:
             )
         return name
 
-    def _welcome(self, node: int, name: str) -> None:
+    def _welcome(self, node: int, name: str, versions: dict[str, str]) -> None:
         taken = {clashing(known) for known in self._names.values()}
         if clashing(name) in taken:
             log(
@@ -312,10 +321,14 @@ class SiteClients:
                 f"the name {name} is already used by another site; give each site a "
                 "name of its own: --node-config 'site=\"...\"'"
             )
+        known = client_number(name) in self._seen
         self._names[node] = name
         self._seen[client_number(name)] = name
-        log(INFO, "site %s (node %d) takes part", name, node)
-        self.events.note(What.JOINED, name)
+        listed = ", ".join(f"{package} {v}" for package, v in versions.items())
+        log(INFO, "site %s (node %d) takes part: %s", name, node, listed or "-")
+        if other := differences(versions, versions_here()):
+            log(WARNING, "site %s has other versions than the server: %s", name, other)
+        self.events.note(What.BACK if known else What.JOINED, name, versions=versions)
 
 
 def client_number(name: str) -> int:

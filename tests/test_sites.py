@@ -3,7 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from PIL import Image
+from safetensors.torch import load_file
 
 from clip2fl_cli.report import write_run_report
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
-from clip2fl_common.data.datasets import open_site
+from clip2fl_common.data.datasets import FileSource, open_site
 from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.messages import TEACHER_FINGERPRINT
 from clip2fl_common.models import build_model
@@ -26,6 +28,7 @@ from server_app.delivery import load_model
 from server_app.event_file import EventReader
 from strategy.events import Event, What
 from strategy.site_clients import client_number
+from tests.clip2fl_cli.html_page import Page
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import lost_node_error, wire_bytes
@@ -71,9 +74,10 @@ def federate(
     order_seed: int = 3,
     away: set[int] | None = None,
     kind: type[InProcessGrid] = InProcessGrid,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
     **changes: Scalar,
 ) -> InProcessGrid:
-    """Run a tiny federation of sites."""
+    """Run a tiny federation of sites; ``rules`` are sites' own, by name."""
     settings: dict[str, Scalar] = {
         "dataset__name": "sites",
         "dataset__class_names": CLASSES,
@@ -88,7 +92,8 @@ def federate(
         order_seed,
         tamper,
         [
-            {"data-path": str(folder)} | ({} if name is None else {"site": name})
+            {"data-path": str(folder), **(rules or {}).get(name, {})}
+            | ({} if name is None else {"site": name})
             for folder, name in zip(folders, names, strict=True)
         ],
     )
@@ -102,7 +107,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]
     for line in rounds:
-        del line["seconds"]
+        del line["seconds"], line["clock"]
+        for site in line["sites"].values():
+            for part in site.values():
+                del part["seconds"]
     return rounds
 
 
@@ -185,6 +193,137 @@ def test_accuracy_is_the_mean_over_the_sites_that_have_the_class(
     assert report["balanced"] == pytest.approx(sum(known) / len(known), abs=1e-3)
 
 
+def test_metrics_say_what_each_site_did(tmp_path: Path, folders: list[Path]) -> None:
+    """Computed again here, image by image, from the delivered model."""
+    for i in range(8):
+        (folders[0] / "circle" / f"broken-{i}.png").write_bytes(b"x" * (i + 1))
+    federate(
+        tmp_path / "run",
+        folders,
+        method="fedavg",
+        federation__rounds=1,
+        federation__clients_per_round=3,
+        dataset__skip_unreadable=True,
+        rules={name: {"send-confusion-matrix": True} for name in ("north", "west")},
+    )
+    (line,) = metrics(tmp_path / "run")
+    assert list(line["sites"]) == sorted(NAMES)
+    model, card = load_model(tmp_path / "run" / "model.safetensors")
+    config = run_config(
+        dataset__name="sites",
+        dataset__class_names=CLASSES,
+        dataset__validation_share=0.3,
+        dataset__skip_unreadable=True,
+    )
+    broken = {"train": 0, "test": 0}
+    summed = np.zeros((10, 10), dtype=np.int64)
+    for name, folder in zip(NAMES, folders, strict=True):
+        site = line["sites"][name]
+        data = open_site(config.dataset, folder)
+        for part, source, own in (
+            ("train", data.train, site["training"]),
+            ("test", data.test, site["evaluation"]),
+        ):
+            assert isinstance(source, FileSource)
+            bad = sum("broken" in str(path) for path in source.paths)
+            broken[part] += bad
+            assert own["unreadable"] == bad
+            assert own["images"] == len(source.labels) - bad
+        loaded = data.test.load(np.arange(len(data.test.labels)))
+        hits: dict[int, list[bool]] = {}
+        for image, label in zip(loaded.images, loaded.labels.tolist(), strict=True):
+            guess = int(model(card.normalization(image[None])).argmax())
+            hits.setdefault(label, []).append(guess == label)
+            if name != "east":
+                summed[label, guess] += 1
+        expected = {c: 5 * round(20 * sum(h) / len(h)) for c, h in hits.items()}
+        accuracy = site["evaluation"]["accuracy"]["fedavg"]
+        assert accuracy["per_class"] == [expected.get(c) for c in range(10)]
+        assert accuracy["balanced"] == pytest.approx(
+            sum(expected.values()) / len(expected), abs=1e-3
+        )
+        assert site["evaluation"]["confusion_matrix"] == (name != "east")
+        assert (tmp_path / "run" / "events.jsonl").read_text().count(
+            f'"what":"evaluated","round":1,"site":"{name}"'
+        ) == 1
+    assert broken["train"] > 0 and broken["test"] > 0
+    assert line["unreadable_images"] == broken
+    matrices = load_file(tmp_path / "run" / "artifacts.safetensors")
+    assert matrices["confusion.fedavg"].tolist() == summed.tolist()
+
+
+def test_seconds_of_a_round_have_the_evaluation_and_the_clock(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    class Slow(InProcessGrid):
+        """Evaluation takes 0.3 s longer than it needs."""
+
+        def send_and_receive(self, messages: Any, *, timeout: Any = None) -> Any:
+            asked = list(messages)
+            if asked and asked[0].metadata.message_type == "evaluate":
+                time.sleep(0.3)
+            return super().send_and_receive(asked, timeout=timeout)
+
+    started = time.perf_counter()
+    federate(tmp_path / "run", folders, kind=Slow, method="fedavg")
+    took = time.perf_counter() - started
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    for line in rounds:
+        assert line["seconds"]["evaluation"] >= 0.3
+        phases = [s for n, s in line["seconds"].items() if "clients-" not in n]
+        assert sum(phases) <= line["clock"]["seconds"] + 0.01
+    assert sum(line["clock"]["seconds"] for line in rounds) <= took
+
+
+def test_metrics_name_the_sites_whose_replies_are_not_used(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        if request.content.config_records["config"]["partition-id"] != client_number(
+            "west"
+        ):
+            return reply
+        return Message(Error(code=2, reason="no\nmemory"), reply_to=request)
+
+    federate(
+        tmp_path / "run",
+        folders,
+        tamper=tamper,
+        method="fedavg",
+        federation__rounds=1,
+        federation__clients_per_round=3,
+    )
+    (line,) = metrics(tmp_path / "run")
+    assert line["unused_replies"] == [
+        {"site": "west", "request": "train", "reason": r"no\nmemory"}
+    ]
+    assert "training" not in line["sites"]["west"]
+    assert line["sites"]["west"]["evaluation"]["images"] > 0
+
+
+def test_tampered_confusion_matrices_are_dropped() -> None:
+    good = np.array([[2, 1], [0, 4]])
+
+    def parsed(matrix: Any, images: int = 7, name: str = "confusion") -> Any:
+        content = messages.Evaluation(images, {"fedavg": {0: 1.0}}).content()
+        content["confusion"] = messages.numpy_to_arrays({name: matrix})
+        reply = Message(content, reply_to=Message(RecordDict(), 5, "evaluate"))
+        return messages.Evaluation.parse(reply, 2, ["fedavg"]).confusion
+
+    assert parsed(good).tolist() == good.tolist()
+    for matrix, images, name, reason in (
+        (good[:1], 7, "confusion", "shape"),
+        (good.astype(np.float32), 7, "confusion", "type"),
+        (good, 8, "confusion", "does not count 8 images"),
+        (np.array([[-1, 8], [0, 0]]), 7, "confusion", "does not count"),
+        (np.full((2, 2), 2**62), 7, "confusion", "does not count"),
+        (good, 7, "other", "holds no confusion matrix"),
+    ):
+        with pytest.raises(messages.ReplyError, match=reason):
+            parsed(matrix, images, name)
+
+
 def test_only_what_was_agreed_leaves_a_site(
     tmp_path: Path, folders: list[Path]
 ) -> None:
@@ -202,12 +341,13 @@ def test_only_what_was_agreed_leaves_a_site(
         content = reply.content
         if kind == "query":
             assert set(content) == {"config"}
-            assert set(content.config_records["config"]) == {"site"}
+            assert set(content.config_records["config"]) == {"site", "versions"}
         elif kind == "evaluate":
             assert set(content) == {"metrics"}
             values = content.metric_records["metrics"]
             heads = {"recall-retrained", "recall-fedavg", "recall-teacher"}
-            assert set(values) == {"num-examples", "classes"} | heads
+            counted = {"num-examples", "classes", "unreadable-images"}
+            assert set(values) == counted | {"seconds-evaluation"} | heads
             for head in heads:
                 # Steps of 5 %: neither counts nor fractions that tell them.
                 assert {v % 5 for v in cast(list[int], values[head])} == {0}
@@ -315,7 +455,8 @@ def test_site_that_leaves_is_not_waited_for_and_comes_back(
     assert sum("site east" in m and "takes part" in m for m in flower_log.messages) == 2
     assert [site for _, site in told(tmp_path / "run", What.AWAY)] == ["east"]
     joined = told(tmp_path / "run", What.JOINED)
-    assert sorted(str(site) for _, site in joined) == sorted([*NAMES, "east"])
+    assert sorted(str(site) for _, site in joined) == sorted(NAMES)
+    assert [site for _, site in told(tmp_path / "run", What.BACK)] == ["east"]
 
 
 def test_silent_site_is_named(
@@ -388,17 +529,20 @@ def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None
     good = {"retrained": {0: 10.0, 3: 99.0}, "fedavg": {0: 0.0, 3: 50.0}}
 
     def reply(**changes: Any) -> Message:
-        content = messages.recall_reply(7, good)
+        content = messages.Evaluation(7, good, 2, 1.5).content()
         for name, value in changes.items():
             content.metric_records["metrics"][name.replace("_", "-")] = value
         request = Message(RecordDict(), 5, "evaluate")
         return Message(content, reply_to=request)
 
     heads = ["retrained", "fedavg"]
-    assert messages.recalls_of(reply(), 4, heads) == {
+    found = messages.Evaluation.parse(reply(), 4, heads)
+    assert found.recalls == {
         "retrained": {0: 10, 3: 100},
         "fedavg": {0: 0, 3: 50},
     }
+    assert (found.images, found.unreadable, found.seconds) == (7, 2, 1.5)
+    assert found.confusion is None
     cases: list[tuple[dict[str, Any], str]] = [
         ({"classes": [0, 4]}, "classes must be integers from 0 to 3"),
         ({"classes": [0, 0]}, "they must differ"),
@@ -406,10 +550,13 @@ def test_tampered_evaluations_are_dropped_with_the_node_and_the_reason() -> None
         ({"recall_fedavg": [0.5, 1.0]}, "recall-fedavg must be integers"),
         ({"recall_fedavg": [5]}, "1 accuracies of fedavg for 2 classes"),
         ({"top1": 3}, "metrics missing or unknown: top1"),
+        ({"num_examples": -1}, "num-examples must be an integer from 0"),
+        ({"unreadable_images": 0.5}, "unreadable-images must be an integer from 0"),
+        ({"seconds_evaluation": float("nan")}, "seconds-evaluation must be a number"),
     ]
     for changes, message in cases:
         with pytest.raises(messages.ReplyError, match=message):
-            messages.recalls_of(reply(**changes), 4, heads)
+            messages.Evaluation.parse(reply(**changes), 4, heads)
 
 
 def test_site_with_another_teacher_is_left_out_by_name(
@@ -468,6 +615,9 @@ def test_lost_node_is_named_though_the_superlink_signs_its_error(
     (dropped,) = [m for m in flower_log.messages if "dropped the reply" in m]
     assert f"node {grid._ids[0]} (north)" in dropped
     assert told(tmp_path / "run", What.DROPPED) == [(1, "north")]
+    # In training only the others have replied; all three evaluate.
+    replied = [site for _, site in told(tmp_path / "run", What.REPLIED)]
+    assert sorted(map(str, replied)) == sorted([*NAMES, "east", "west"])
     assert not any("did not reply in time" in m for m in flower_log.messages)
     assert sorted(metrics(tmp_path / "run")[0]["clients"]) == ["east", "west"]
 
@@ -481,6 +631,58 @@ def test_run_of_sites_has_a_report(tmp_path: Path, folders: list[Path]) -> None:
     assert page.count("Sites do not report their number of images by class.") == 2
     balanced = metrics(tmp_path / "run")[-1]["accuracy"]["retrained"]["balanced"]
     assert f'data-value="{balanced}"' in page
+
+
+def test_report_has_a_table_of_sites_and_their_spread(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    def tamper(request: Message, reply: Message) -> Message:
+        config = request.content.config_records["config"]
+        asked = config["partition-id"], config["server-round"]
+        if asked != (client_number("west"), 1):
+            return reply
+        return Message(Error(code=2, reason="no <b>memory"), reply_to=request)
+
+    federate(
+        tmp_path / "run",
+        folders,
+        tamper=tamper,
+        federation__clients_per_round=3,
+        rules={"east": {"send-confusion-matrix": True}},
+    )
+    run = FinishedRun.read(tmp_path / "run")
+    page = Page(write_run_report(run))
+    lines = metrics(tmp_path / "run")
+    table = page.tables["sites-table"]
+    names = [row[0] for row in table.texts]
+    last = {name: site["evaluation"] for name, site in lines[-1]["sites"].items()}
+
+    def balanced(head: str) -> dict[str, float]:
+        return {n: found["accuracy"][head]["balanced"] for n, found in last.items()}
+
+    own, teachers = balanced("retrained"), balanced("teacher")
+    assert names == sorted(sorted(NAMES), key=lambda name: own[name])
+    training = {n: site["training"] for n, site in lines[-1]["sites"].items()}
+    for title, values in (
+        ("balanced", own),
+        ("teacher", teachers),
+        ("training images", {n: training[n]["images"] for n in NAMES}),
+        ("validation images", {n: last[n]["images"] for n in NAMES}),
+        ("trained in rounds", {n: 1 if n == "west" else 2 for n in NAMES}),
+        ("replies not used", {n: int(n == "west") for n in NAMES}),
+    ):
+        assert table.column(title) == [json.dumps(values[name]) for name in names]
+    assert page.tables["unused-table"].texts == [["1", "west", "train", "no <b>memory"]]
+    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    worst, best = min(own.values()), max(own.values())
+    mean = sum(own.values()) / 3
+    spread = (sum((v - mean) ** 2 for v in own.values()) / 3) ** 0.5
+    assert f"worst {worst:.1f} % ({names[0]})" in text
+    assert f"best {best:.1f} % ({names[-1]}), standard deviation {spread:.1f}" in text
+    assert "validation images of 1 of 3 sites" in text
+    clock = run.clock_seconds()
+    assert clock is not None and clock >= run.wall_seconds() - 0.1
+    assert "minutes by the clock, waiting for sites included" in text
 
 
 class _Liar(InProcessGrid):

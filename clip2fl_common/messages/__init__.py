@@ -121,6 +121,9 @@ from clip2fl_common.messages.names import (
     CONFIG as CONFIG,
 )
 from clip2fl_common.messages.names import (
+    CONFUSION as CONFUSION,
+)
+from clip2fl_common.messages.names import (
     DATA_ERROR as DATA_ERROR,
 )
 from clip2fl_common.messages.names import (
@@ -193,13 +196,10 @@ from clip2fl_common.messages.names import (
     VARIANCE as VARIANCE,
 )
 from clip2fl_common.messages.sites import (
+    Evaluation as Evaluation,
+)
+from clip2fl_common.messages.sites import (
     may_be_in_card as may_be_in_card,
-)
-from clip2fl_common.messages.sites import (
-    recall_reply as recall_reply,
-)
-from clip2fl_common.messages.sites import (
-    recalls_of as recalls_of,
 )
 from clip2fl_common.messages.sites import (
     simulated_partition as simulated_partition,
@@ -209,6 +209,9 @@ from clip2fl_common.messages.sites import (
 )
 from clip2fl_common.messages.sites import (
     site_reply as site_reply,
+)
+from clip2fl_common.messages.sites import (
+    versions_of as versions_of,
 )
 from clip2fl_common.messages.training import (
     TrainReply as TrainReply,

@@ -19,6 +19,7 @@ PARTITION = "partition-id"
 STREAM = "random-stream"
 SITE = "site"
 IN_CARD = "listed-in-card"
+VERSIONS = "versions"
 ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 PROXIMAL_MU = "proximal-mu"
@@ -53,5 +54,11 @@ SUMMED_METRICS = ("unreadable-images", *CLIENT_SECONDS)
 
 CLASSES = "classes"
 RECALL = "recall-"
+# A site's own measurements of an evaluation.
+EVALUATION_SECONDS = "seconds-evaluation"
+EVALUATION_UNREADABLE = "unreadable-images"
+# In an evaluation request: whether the server asks for a confusion matrix. In a reply:
+# the record with the matrix, if the site's policy allows it.
+CONFUSION = "confusion"
 # Steps in percent to which a site rounds its accuracy on each class.
 RECALL_STEP = 5

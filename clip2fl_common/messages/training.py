@@ -30,6 +30,7 @@ from clip2fl_common.messages.names import (
     CLASSIFIER,
     CODE_FINGERPRINT,
     CONFIG,
+    CONFUSION,
     DISTILLATION_TEMPERATURE,
     DISTILLATION_WEIGHT,
     FIELDS,
@@ -77,6 +78,8 @@ class TrainRequest:
     heads : mapping of str to tuple of Tensor
         Classifiers to evaluate besides the model's own, by name: weight [C, d] and bias
         [C] of each.
+    confusion_of : str
+        Head whose confusion matrix the server asks for; empty: none.
     """
 
     server_round: int
@@ -91,6 +94,7 @@ class TrainRequest:
     distillation_temperature: float
     proximal_mu: float
     heads: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    confusion_of: str = ""
 
     @classmethod
     def parse(cls, content: RecordDict) -> "TrainRequest":
@@ -120,6 +124,7 @@ class TrainRequest:
                 for head, record in HEAD_RECORDS.items()
                 if record in content.array_records
             },
+            confusion_of=cast(str, config.get(CONFUSION, "")),
         )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client_app.site_evaluation import recalls
+from client_app.site_evaluation import predictions, recalls
 from clip2fl_common.models import build_model
 
 
@@ -17,10 +17,9 @@ def test_recalls_equal_a_slow_loop(count: int) -> None:
     labels = torch.randint(0, 2, (count,))  # class 2 has no images
     other = nn.Linear(16, 3)
     scores = torch.randn(count, 3)
-    found = recalls(
+    votes = predictions(
         model,
         images,
-        labels,
         {
             "own": (model.classifier.weight, model.classifier.bias),
             "other": (other.weight, other.bias),
@@ -28,6 +27,7 @@ def test_recalls_equal_a_slow_loop(count: int) -> None:
         {"given": scores},
         batch_size=4,
     )
+    found = recalls(votes, labels)
     hits: dict[str, dict[int, list[bool]]] = {"own": {}, "other": {}, "given": {}}
     model.eval()
     for i, label in enumerate(labels.tolist()):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from clip2fl_cli import federation as module
 from clip2fl_cli.app_folder import write_app_folder
 from clip2fl_cli.federation import Federation
 from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.progress import Kind, Reader, RunOutput
 from clip2fl_common.project import PROJECT
 from tests.clip2fl_cli.commands import refused, run
 
@@ -37,6 +39,7 @@ STARTED = json.dumps({"success": True, "run-id": "77", "fab-id": "clip2fl/clip2f
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Federation, "active", lambda _: [])
 
 
 def listed(status: str, details: str = "N/A") -> str:
@@ -147,8 +150,193 @@ def test_interrupted_follower_leaves_nothing_and_says_that_the_run_goes_on(
     monkeypatch.setattr(Federation, "follow", follow)
     arguments = ("federate", "--root-certificates", tmp_path / "ca.crt")
     assert run(monkeypatch, *arguments) == 128 + signum
-    assert "a run that has started goes on" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    options = f"--root-certificates {tmp_path / 'ca.crt'}"
+    assert "run 5 goes on" in told
+    assert f"to follow it: clip2fl attach 5 {options}\n" in told
+    assert f"to end it: clip2fl stop 5 {options}\n" in told
     assert list(temporary.iterdir()) == []
+
+
+def test_signal_before_the_start_is_over_says_how_to_find_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        Federation, "start", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    arguments = ("--root-certificates", tmp_path / "ca.crt", "--superlink", "h:1")
+    assert run(monkeypatch, "federate", *arguments) == 128 + signal.SIGTERM
+    options = f"--root-certificates {tmp_path / 'ca.crt'} --superlink h:1"
+    told = capsys.readouterr().err
+    assert "a run that has started goes on" in told
+    assert f"clip2fl attach {options} follows it" in told
+
+
+def runs(**status: str) -> str:
+    """Return what ``flwr ls --format json`` prints of all runs."""
+    listed = [
+        {"run-id": n.removeprefix("r"), "status": s, "status-details": "N/A"}
+        for n, s in status.items()
+    ]
+    return json.dumps({"success": True, "runs": listed})
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find out which runs have not ended as the program does."""
+    monkeypatch.setattr(Federation, "active", ACTIVE)
+
+
+ACTIVE = Federation.active
+NOT_FOUND = json.dumps({"success": False, "error-message": "Run ID 9 not found"})
+
+
+@pytest.mark.usefixtures("asking")
+def test_the_only_run_that_has_not_ended_needs_no_number(tmp_path: Path) -> None:
+    def known(*answers: str, run: str | None = None) -> str:
+        return Scripted(tmp_path, {"ls": list(answers)}, 0).known(run)
+
+    two = runs(r7="running", r5="finished:failed", r8="pending")
+    assert known(runs(r7="starting", r5="finished:failed")) == "7"
+    with pytest.raises(SimulationError, match=r"2 runs have not ended \(7, 8\)"):
+        known(two)
+    with pytest.raises(SimulationError, match=r"0 runs have not ended \(none\)"):
+        known(runs(r5="finished:completed"))
+    assert known(two, listed("finished:failed"), run="5") == "5"
+    with pytest.raises(SimulationError, match="run 9 is not found: Run ID 9 not.*7, 8"):
+        known(two, NOT_FOUND, run="9")
+
+
+@pytest.mark.usefixtures("asking")
+def test_second_run_at_once_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "checked_run_config", lambda *_: "")
+    monkeypatch.setattr(module, "write_app_folder", lambda *_: None)
+    for others, count in (
+        (runs(r7="running", r3="finished:completed"), 1),
+        (runs(r3="finished:completed"), 0),
+        (DOWN, 0),
+    ):
+        output = io.StringIO()
+        scripted = Scripted(tmp_path, {"ls": [others], "run": [STARTED]}, 0)
+        assert module.begin(scripted, None, [], output) == "77"
+        first, *rest = output.getvalue().splitlines()
+        assert first == "run 77"
+        assert len(rest) == count
+        if count:
+            line = Reader().read(rest[0])
+            assert line.kind is Kind.WARNING
+            assert "1 other runs have not ended on this SuperLink: 7." in line.text
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"stop": [STARTED], "ls": [listed("finished:stopped")]}, "finished:stopped"),
+        # It takes some time, and one answer gets lost.
+        (
+            {
+                "stop": [STARTED],
+                "ls": [listed("running"), DOWN, listed("finished:stopped")],
+            },
+            "finished:stopped",
+        ),
+        # It ended by itself before it was asked to.
+        (
+            {"stop": [NOT_FOUND], "ls": [listed("finished:completed")]},
+            "finished:completed",
+        ),
+        ({"stop": [NOT_FOUND], "ls": [NOT_FOUND]}, "run 9 was not stopped: Run ID 9"),
+        ({"stop": [DOWN], "ls": [DOWN]}, "SuperLink is unavailable"),
+    ],
+)
+def test_stop_waits_for_the_end(
+    tmp_path: Path, answers: dict[str, list[str]], expected: str
+) -> None:
+    scripted = Scripted(tmp_path, answers, 0)
+    if expected.startswith("finished"):
+        assert scripted.stop("9") == (expected, "")
+    else:
+        with pytest.raises(SimulationError, match=expected):
+            scripted.stop("9")
+
+
+def test_detached_start_names_the_commands_and_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Federation, "start", lambda *_: "5")
+    monkeypatch.delattr(Federation, "follow")
+    arguments = ("federate", "--root-certificates", tmp_path / "ca.crt", "--detach")
+    assert run(monkeypatch, *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "run 5\n"
+    assert f"clip2fl attach 5 --root-certificates {tmp_path}" in captured.err
+
+
+@pytest.mark.parametrize("command", ["federate", "attach"])
+def test_run_that_failed_says_how_to_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    def follow(_: Federation, run: str, output: TextIO) -> tuple[str, str]:
+        output.write("run folder: /results/a run\n")
+        return "finished:failed", "why"
+
+    monkeypatch.setattr(Federation, "start", lambda *_: "5")
+    monkeypatch.setattr(Federation, "known", lambda *_: "5")
+    monkeypatch.setattr(Federation, "follow", follow)
+    options = ("--root-certificates", tmp_path / "ca.crt")
+    settings = ("--set", "seed=3") if command == "federate" else ("5",)
+    assert run(monkeypatch, command, *options, *settings) == 1
+    told = capsys.readouterr().err
+    (said,) = re.findall("last checkpoint: (.+)", told)
+    assert shlex.split(said)[-2:] == ["--set", 'run.resume="/results/a run"']
+    if command == "federate":
+        assert said.startswith(f"clip2fl federate --root-certificates {tmp_path}")
+        assert "--set seed=3" in said
+
+
+def test_stop_command_says_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Federation, "known", lambda _, run: run or "5")
+    options = ("--root-certificates", tmp_path / "ca.crt")
+    for outcome, status, resumes in (
+        (("finished:stopped", ""), 0, True),
+        (("finished:completed", ""), 0, False),
+        (("unknown", "no end within 60 s"), 1, False),
+    ):
+        monkeypatch.setattr(Federation, "stop", lambda *_, o=outcome: o)
+        assert run(monkeypatch, "stop", *options) == status
+        captured = capsys.readouterr()
+        assert captured.out.startswith(f"run 5: {outcome[0]}")
+        assert ("run.resume=" in captured.err) == resumes
+
+
+def test_log_of_a_run_that_is_followed_again_has_each_line_once(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    earlier = ["run 4", "one", f"run folder: {folder}", "earlier"]
+    log = ["run 5", "one", f"run folder: {folder}", "two", "three", "four"]
+
+    def follow(*lines: str) -> list[str]:
+        output = RunOutput(lambda whole, line: None)
+        output.write("".join(f"{line}\n" for line in lines))
+        output.log.close()
+        text = (folder / "run.log").read_text("utf-8")
+        return [line.split(" ", 1)[1] for line in text.splitlines()]
+
+    assert follow(*earlier) == earlier
+    # A resumed run, followed in three pieces.
+    assert follow(*log[:4]) == [*earlier, *log[:4]]
+    assert follow(*log[:3]) == [*earlier, *log[:4]]
+    assert follow(*log) == [*earlier, *log]
+    # A line that differs ends the comparison: nothing is lost.
+    assert follow(*log[:4], "else", "four") == [*earlier, *log, "else", "four"]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,50 @@ def test_running_run(tmp_path: Path) -> None:
     assert seen == {"a": after(49), "b": after(49), "c": after(57), "node 7": after(59)}
 
 
+def test_site_has_its_accuracy_and_the_time_that_it_still_needs(
+    tmp_path: Path,
+) -> None:
+    folder = unfinished(tmp_path / "run", 1, 3)
+    tell(folder, 0, What.RUN_STARTED, 0)
+    # It trains for 30 s, and evaluates for 8 s.
+    for number, start in ((1, 0), (2, 50)):
+        tell(folder, start, What.ROUND_STARTED, number)
+        tell(folder, start, What.PHASE, number, phase="clients")
+        tell(folder, start + 1, What.ASKED, number, site="a", bytes=4000)
+        if number == 2:
+            break
+        tell(folder, start + 31, What.REPLIED, number, site="a")
+        own = {"images": 7, "seconds": 25.0, "bytes": 1000}
+        tell(folder, start + 33, What.ACCEPTED, number, site="a", **own)
+        tell(folder, start + 34, What.PHASE, number, phase="evaluation")
+        tell(folder, start + 34, What.ASKED, number, site="a")
+        tell(folder, start + 42, What.REPLIED, number, site="a")
+        found = {"images": 3, "seconds": 6.0, "accuracy": 62.5}
+        tell(folder, start + 43, What.EVALUATED, number, site="a", **found)
+        tell(folder, start + 44, What.ROUND_ENDED, number)
+    watch = RunWatch(folder)
+    with used(folder):
+        (site,) = watch.look(after(63)).sites
+        assert (site.state, site.seconds_left) == (SiteState.TRAINING, 18)
+        assert (site.accuracy, site.images, site.seconds) == (62.5, 7, 25.0)
+        assert watch.look(after(200)).sites[0].seconds_left == 0
+        tell(folder, 90, What.PHASE, 2, phase="evaluation")
+        tell(folder, 90, What.ASKED, 2, site="a")
+        (site,) = watch.look(after(93)).sites
+        assert (site.state, site.seconds_left) == (SiteState.EVALUATING, 5)
+        header, rows = site_rows(watch.look(after(93)), after(93))
+        row = dict(zip(header, rows[0], strict=True))
+        assert (row["accuracy, %"], row["left"]) == ("62.5", "0:00:05")
+        # Lost while it is asked: Flower's error for the lost node comes after.
+        tell(folder, 95, What.AWAY, 2, site="a")
+        tell(folder, 96, What.DROPPED, 2, site="a", reason="node unavailable")
+        (site,) = watch.look(after(97)).sites
+        assert (site.state, site.reason) == (SiteState.AWAY, "node unavailable")
+        assert site.seconds_left is None
+        tell(folder, 98, What.BACK, 2, site="a")
+        assert watch.look(after(99)).sites[0].state is SiteState.CONNECTED
+
+
 def test_the_same_watch_sees_what_comes(tmp_path: Path) -> None:
     folder = unfinished(tmp_path / "run", 1, 3)
     watch = RunWatch(folder)
@@ -168,6 +212,7 @@ EVENTS = st.fixed_dictionaries(
         "images": st.integers(0, 2**62),
         "seconds": st.floats(0, 1e13),
         "bytes": st.integers(0, 2**62),
+        "accuracy": st.floats(0, 100),
         "reason": st.text(max_size=30),
     },
 )
@@ -238,6 +283,10 @@ def test_command_says_the_state(
         "images": None,
         "seconds": None,
         "bytes": None,
+        "accuracy": None,
+        "seconds_left": None,
+        "versions": {},
+        "other_versions": "",
         "reason": "not finite",
     }
     assert set(found) == set(Status.__dataclass_fields__)

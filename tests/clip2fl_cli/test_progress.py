@@ -130,6 +130,9 @@ def test_error_is_shown_without_the_lines_of_its_traceback() -> None:
     assert len(hidden) == 6
 
 
+TAKES_PART = "site a (node 7) takes part: x 1"
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "text"),
     [
@@ -137,6 +140,8 @@ def test_error_is_shown_without_the_lines_of_its_traceback() -> None:
         ("INFO :      round 3/30: a", Kind.HIDDEN, "INFO :      round 3/30: a"),
         ("WARNING :   lost", Kind.WARNING, "warning: lost"),
         ("CRITICAL :  lost", Kind.ERROR, "critical: lost"),
+        ("INFO :      waiting for sites: 1", Kind.TEXT, "waiting for sites: 1"),
+        ("INFO :      site a (node 7) takes part: x 1", Kind.TEXT, TAKES_PART),
         ("ERROR :     ", Kind.HIDDEN, "ERROR :     "),
         ("information: x", Kind.TEXT, "information: x"),
         (" round 1/2: x", Kind.TEXT, " round 1/2: x"),

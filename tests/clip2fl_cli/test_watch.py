@@ -36,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("path", ["/", "/state", "/docs", "/openapi.json", "/else"])
+@pytest.mark.parametrize(
+    "path", ["/", "/state", "/metrics", "/docs", "/openapi.json", "/else"]
+)
 @pytest.mark.parametrize(
     "query", ["", "?token=", "?token=the-toke", "?token=the-token2", "?token=%ff\u00e9"]
 )
@@ -150,6 +152,43 @@ def test_folder_that_goes_bad_is_a_message(folder: Path) -> None:
     assert "events.jsonl is a folder" in answer.json()["problem"]
     assert answer.headers["content-type"] == "application/json"
     assert client(folder).post(f"/state?token={TOKEN}").status_code == 405
+
+
+def test_prometheus_reads_the_numbers_with_the_token(folder: Path) -> None:
+    asked = client(folder)
+    for query, headers, status in (
+        (f"?token={TOKEN}", {}, 200),
+        ("", {"Authorization": f"Bearer {TOKEN}"}, 200),
+        ("", {"Authorization": "Bearer other"}, 403),
+        ("?token=other", {"Authorization": f"Bearer {TOKEN}"}, 403),
+    ):
+        answer = asked.get(f"/metrics{query}", headers=headers)
+        assert answer.status_code == status
+        if status == 200:
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0")
+            assert 'clip2fl_rounds_over{run="run"} 2\n' in answer.text
+    (folder / "events.jsonl").unlink()
+    (folder / "events.jsonl").mkdir()
+    answer = client(folder).get(f"/metrics?token={TOKEN}")
+    # A scrape that fails, not one without numbers.
+    assert answer.status_code == 500
+    assert "events.jsonl is a folder" in answer.text
+
+
+def test_token_file_must_be_long_and_private(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    for text, mode, problem in (
+        ("short", 0o600, "holds no token"),
+        ("x" * 31 + "?", 0o600, "holds no token"),
+        ("x" * 40, 0o640, "can be read by other users"),
+    ):
+        file.write_text(text)
+        file.chmod(mode)
+        with pytest.raises(ValueError, match=problem):
+            watch.read_token(file)
+    file.chmod(0o600)
+    file.write_text("x" * 40 + "\n")
+    assert watch.read_token(file) == "x" * 40
 
 
 def test_command_serves_until_ctrl_c(folder: Path) -> None:

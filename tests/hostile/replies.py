@@ -201,11 +201,30 @@ def hostile_answers() -> Iterator[tuple[str, Change]]:
         yield f"error with text {number}", _error(2, text)
         site = RecordDict({messages.CONFIG: ConfigRecord({messages.SITE: text})})
         yield f"site {number}", _content(site)
+        versions = ConfigRecord({messages.SITE: "a", "versions": [f"torch={text}"]})
+        yield f"versions {number}", _content(RecordDict({messages.CONFIG: versions}))
+    honest: dict[str, Any] = {
+        **{messages.NUM_EXAMPLES: 4, "classes": [0], "recall-fedavg": [100]},
+        **{"unreadable-images": 0, "seconds-evaluation": 1.0},
+    }
     for number, value in enumerate(NUMBERS):
-        metrics = MetricRecord(
-            {messages.NUM_EXAMPLES: value, "classes": [0, 1], "recall-fedavg": [100]}
-        )
-        yield f"evaluation {number}", _content(RecordDict({messages.METRICS: metrics}))
+        for name in honest:
+            metrics = MetricRecord({**honest, name: value})
+            content = RecordDict({messages.METRICS: metrics})
+            yield f"evaluation {name} {number}", _content(content)
+    records: tuple[ConfigRecord | ArrayRecord, ...] = (
+        ConfigRecord({"a": 1}),
+        ArrayRecord(cast(Any, {})),
+        messages.numpy_to_arrays({"other": np.zeros((10, 10), np.int64)}),
+        messages.numpy_to_arrays({"confusion": np.full((10, 10), 2**62)}),
+        messages.numpy_to_arrays({"confusion": np.full((10, 10), -1)}),
+        messages.numpy_to_arrays({"confusion": np.zeros((1, 10**6), np.int64)}),
+        messages.numpy_to_arrays({"confusion": np.zeros((10, 10), complex)}),
+    )
+    for number, record in enumerate(records):
+        content = RecordDict({messages.METRICS: MetricRecord(honest)})
+        content["confusion"] = record
+        yield f"confusion matrix {number}", _content(content)
 
 
 def _contents() -> list[RecordDict]:

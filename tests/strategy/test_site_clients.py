@@ -10,8 +10,12 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from clip2fl_common import messages
 from clip2fl_common.messages import training
+from clip2fl_common.provenance import versions_here
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
+from strategy.events import Event, Events, What
+from strategy.grid import AttentiveGrid
 from strategy.site_clients import SiteClients, client_number
+from tests.flower_private import give_id
 from tests.stand_in_grid import StandInGrid
 
 # Two names with equal 32-bit numbers, found by trying s1, s2, ...
@@ -199,3 +203,120 @@ def test_registry_is_read_again_in_a_run(
 def test_run_does_not_start_with_an_unusable_registry(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="cannot be read"):
         SiteClients(1, 7, 1000, tmp_path / "missing")
+
+
+class Versioned(Nodes):
+    """Nodes that also tell their versions."""
+
+    versions: list[Any] = []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        replies = super().send_and_receive(messages, timeout=timeout)
+        for reply in replies:
+            reply.content.config_records["config"]["versions"] = self.versions
+        return replies
+
+
+def test_versions_of_a_site_are_listed_and_compared(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    told: list[Event] = []
+    here = versions_here()
+    for versions, warned in (
+        ({**here, "torch": "0.1+cpu", "else": "7"}, True),
+        (here, False),
+        ({}, False),
+    ):
+        flower_log.clear()
+        told.clear()
+        nodes = Versioned({3: "north"})
+        nodes.versions = [f"{name}={version}" for name, version in versions.items()]
+        SiteClients(1, 7, 1000, events=Events(told.append)).refresh(nodes)
+        (takes_part,) = [m for m in flower_log.messages if "takes part" in m]
+        assert all(f"{n} {v}" in takes_part for n, v in versions.items())
+        warnings = [m for m in flower_log.messages if "other versions" in m]
+        differs = f"torch 0.1+cpu (server {here['torch']})"
+        said = f"site north has other versions than the server: {differs}"
+        assert warnings == ([said] if warned else [])
+        (joined,) = [e for e in told if e.what is What.JOINED]
+        assert (joined.versions or {}) == versions
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [["torch"], ["torch=\x1b[2J"], ["a=b\n"], [f"a{n}=1" for n in range(51)], [7]],
+)
+def test_node_with_forged_versions_does_not_take_part(
+    versions: list[Any], flower_log: pytest.LogCaptureFixture
+) -> None:
+    nodes = Versioned({3: "north"})
+    nodes.versions = versions
+    plan = SiteClients(1, 7, 1000)
+    plan._meet(nodes)
+    assert plan.connected() == []
+    (line,) = [m for m in flower_log.messages if "does not take part" in m]
+    assert "versions" in line and line.isprintable()
+
+
+def test_line_about_missing_sites_is_repeated_only_when_it_changes(
+    monkeypatch: pytest.MonkeyPatch, flower_log: pytest.LogCaptureFixture
+) -> None:
+    clock = [1000.0]
+    nodes = Nodes({})
+
+    def sleep(_: float) -> None:
+        """Three seconds pass; nodes come after 90 and 400 of them."""
+        clock[0] += 3.0
+        if clock[0] == 1090.0:
+            nodes.names[3] = "north"
+        if clock[0] == 1399.0:
+            nodes.names[4] = "east"
+
+    monkeypatch.setattr("strategy.site_clients.time.sleep", sleep)
+    monkeypatch.setattr("strategy.site_clients.time.monotonic", lambda: clock[0])
+    SiteClients(2, 7, 1000).refresh(nodes)
+    lines = [m for m in flower_log.messages if "waiting for sites" in m]
+    assert lines == [
+        "waiting for sites: 0 of 2 connected (none)",
+        "waiting for sites: 1 of 2 connected (north)",
+        "waiting for sites: 1 of 2 connected (north)",
+    ]
+
+
+def test_lost_site_is_noticed_while_others_still_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether or not the lost site was asked."""
+    monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.grid.LOOK_S", 0.0)
+    told: list[Event] = []
+    plan = SiteClients(2, 7, 1000, events=Events(told.append))
+
+    class Slow(Nodes):
+        """One node answers the third time; the other one is gone by then."""
+
+        polls = 0
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            self.request = next(iter(messages))
+            give_id(self.request, "one")
+            return ["one"]
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            self.polls += 1
+            if self.polls == 2:
+                del self.names[4]
+            if self.polls == 3:
+                away = [e.site for e in told if e.what is What.AWAY]
+                assert away == ["east"]
+                return [Message(RecordDict(), reply_to=self.request)]
+            return []
+
+    nodes = Slow({3: "north", 4: "east"})
+    plan.refresh(nodes)
+    request = Message(RecordDict(), 3, "train")
+    (reply,) = AttentiveGrid(nodes, look=plan.look).send_and_receive([request])
+    assert not reply.has_error()
+    assert [plan.label(c) for c in plan.connected()] == ["north"]
