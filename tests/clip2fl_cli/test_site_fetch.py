@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clip2fl import load_model
-from clip2fl_cli import federation
+from clip2fl_cli.federation import Federation
 from clip2fl_cli.model_keys import key_file
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import build_model
@@ -281,30 +281,31 @@ def test_deliver_starts_a_run_that_only_delivers(
     outcome: tuple[str, str],
     status: int,
 ) -> None:
-    asked: list[tuple[str, Path, Sequence[str]]] = []
+    asked: list[str] = []
+    sent: list[str] = []
+    plain = Federation.__init__
 
-    def start(
-        address: str, ca: Path, config: None, settings: Sequence[str], *_: object
-    ) -> tuple[str, str]:
-        from clip2fl_cli.app_folder import checked_run_config
-        from clip2fl_common.project import PROJECT
+    def connect(self: Federation, address: str, *rest: Any) -> None:
+        asked.append(address)
+        plain(self, address, *rest)
 
-        assert config is None
-        asked.append((address, ca, settings))
-        text = checked_run_config(PROJECT, config, settings)
-        assert f'delivery.run = "{tmp_path}/a run"' in text
-        return outcome
+    def start(_: Federation, app: Path, run_config: Path) -> str:
+        sent.append(run_config.read_text("utf-8"))
+        return "5"
 
-    monkeypatch.setattr(federation, "federate", start)
+    monkeypatch.setattr(Federation, "__init__", connect)
+    monkeypatch.setattr(Federation, "active", lambda _: [])
+    monkeypatch.setattr(Federation, "start", start)
+    monkeypatch.setattr(Federation, "follow", lambda *_: outcome)
     arguments = ("deliver", tmp_path / "a run", "--root-certificates", "ca.crt")
     assert run(monkeypatch, *arguments) == status
+    assert ("no site" in capsys.readouterr().out) == bool(status)
     assert run(
         monkeypatch, *arguments, "--signing-key", "/k", "--superlink", "h:1"
     ) == (status)
-    assert asked[0][:2] == ("127.0.0.1:8000", Path("ca.crt"))
-    assert asked[1][0] == "h:1"
-    assert asked[1][2][1] == 'delivery.signing-key="/k"'
-    assert ("no site" in capsys.readouterr().err) == bool(status)
+    assert asked == ["127.0.0.1:8000", "h:1"]
+    assert all(f'delivery.run = "{tmp_path}/a run"' in text for text in sent)
+    assert 'delivery.signing-key = "/k"' in sent[1]
 
 
 def test_signing_key_prints_what_a_policy_needs(
