@@ -46,7 +46,7 @@ from strategy.synthesis import (
 CPU = torch.device("cpu")
 # float32 sums in another order; convolutions may round to TF32, 10 bits.
 EXACT, CONVOLVED = 1e-4, 2e-2
-# The same kernels may add in another order (cuDNN's backward passes are not repeatable),
+# Kernels may add in another order each time (cuDNN's backward passes do),
 # and an optimizer that divides by a gradient's size makes more of it.
 GRAPHED = 1e-2
 
