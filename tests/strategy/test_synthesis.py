@@ -1,6 +1,6 @@
 """Test the synthesis of federated features against the reference and slow versions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -396,6 +396,16 @@ def test_mean_over_the_clients_that_hold_the_class() -> None:
     assert mean_class_gradients([]) == {}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let one piece of work follow the other, as on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("contrast", [0.0, 0.01])
 def test_recorded_steps_equal_direct_ones(low_rank: bool, contrast: float) -> None:
