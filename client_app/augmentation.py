@@ -6,7 +6,8 @@ borders are filled with zeros.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -160,21 +161,90 @@ def random_crop_flip(
     -------
     Tensor, shape [N, 3, H, W]
     """
+    drawn = draw_crops(len(images), padding, generator, per_image=per_image)
+    return drawn(images, padding)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops and flips: one for all images of a batch, or one for each image.
+
+    Attributes
+    ----------
+    top, left : Tensor of int64, shape [1] or [N]
+        Corner of each crop in the padded image.
+    mirrored : Tensor of bool, shape [1] or [N]
+        Which crops are mirrored, left and right.
+    shared : bool
+        Whether there is one for all images.
+    """
+
+    top: torch.Tensor
+    left: torch.Tensor
+    mirrored: torch.Tensor
+    shared: bool
+
+    def __call__(self, images: torch.Tensor, padding: int) -> torch.Tensor:
+        """Return images [N, 3, H, W] after their crops and flips."""
+        if self.shared:
+            moved = _shift(images, int(self.top), int(self.left), padding, padding)
+            return moved.flip(3) if self.mirrored else moved
+        return crop_flip(images, padding, self.top, self.left, self.mirrored)
+
+    @staticmethod
+    def joined(batches: "Sequence[tuple[Crops, int]]", device: torch.device) -> "Crops":
+        """Return one crop for each image of several batches, one after the other.
+
+        Parameters
+        ----------
+        batches : sequence of tuple
+            Crops of each batch, and its number of images.
+        device : torch.device
+            Where the numbers are kept.
+        """
+        top, left, mirrored = (
+            torch.cat(
+                [getattr(crops, name).expand(number) for crops, number in batches]
+            )
+            for name in ("top", "left", "mirrored")
+        )
+        return Crops(top.to(device), left.to(device), mirrored.to(device), shared=False)
+
+    def part(self, start: int, end: int) -> "Crops":
+        """Return the crops of the images from ``start`` to before ``end``."""
+        return Crops(
+            self.top[start:end],
+            self.left[start:end],
+            self.mirrored[start:end],
+            shared=False,
+        )
+
+
+def draw_crops(
+    number: int, padding: int, generator: torch.Generator, *, per_image: bool
+) -> Crops:
+    """Draw the crops and flips of a batch, of each image or of the whole batch.
+
+    Parameters
+    ----------
+    number : int
+        Images of the batch.
+    padding, generator, per_image
+        As `random_crop_flip`.
+
+    Returns
+    -------
+    Crops
+        On the CPU.
+    """
     if per_image:
-        return _crop_flip_each(images, padding, generator)
-    top = _integer(0, 2 * padding, generator)
-    left = _integer(0, 2 * padding, generator)
-    return _flip(_shift(images, top, left, padding, padding), generator)
-
-
-def _crop_flip_each(
-    images: torch.Tensor, padding: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Draw crop and flip of each image separately."""
-    number = len(images)
-    draw = torch.randint(2 * padding + 1, (2, number, 1), generator=generator)
-    mirrored = torch.rand(number, 1, generator=generator) < FLIP_PROBABILITY
-    return crop_flip(images, padding, draw[0, :, 0], draw[1, :, 0], mirrored[:, 0])
+        draw = torch.randint(2 * padding + 1, (2, number, 1), generator=generator)
+        mirrored = torch.rand(number, 1, generator=generator) < FLIP_PROBABILITY
+        return Crops(draw[0, :, 0], draw[1, :, 0], mirrored[:, 0], shared=False)
+    top = torch.tensor([_integer(0, 2 * padding, generator)])
+    left = torch.tensor([_integer(0, 2 * padding, generator)])
+    mirrored = torch.tensor([_uniform(generator) < FLIP_PROBABILITY])
+    return Crops(top, left, mirrored, shared=True)
 
 
 def crop_flip(
@@ -193,7 +263,8 @@ def crop_flip(
     padding : int
         Zero pixels added on every side before the crop.
     top, left : Tensor of int64, shape [N]
-        Corner of each crop in the padded image, from 0 to twice the padding.
+        Corner of each crop in the padded image, from 0 to twice the padding; on any
+        device.
     mirrored : Tensor of bool, shape [N]
         Which crops are mirrored, left and right.
 
@@ -203,12 +274,13 @@ def crop_flip(
         Of the images' type.
     """
     number, _, height, width = images.shape
-    columns = torch.arange(width)
-    columns = torch.where(mirrored[:, None], columns.flip(0), columns) + left[:, None]
-    rows = torch.arange(height) + top[:, None]
-    padded = functional.pad(images, (padding, padding, padding, padding))
-    index = torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]
     device = images.device
+    top, left, mirrored = (t.to(device)[:, None] for t in (top, left, mirrored))
+    columns = torch.arange(width, device=device)
+    columns = torch.where(mirrored, columns.flip(0), columns) + left
+    rows = torch.arange(height, device=device) + top
+    padded = functional.pad(images, (padding, padding, padding, padding))
+    each = torch.arange(number, device=device)[:, None, None]
     # Channels last while gathering, so that each index selects a whole pixel.
-    pixels = padded.permute(0, 2, 3, 1)[tuple(i.to(device) for i in index)]
+    pixels = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
     return pixels.permute(0, 3, 1, 2)

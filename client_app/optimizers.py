@@ -29,11 +29,18 @@ ITERATIONS = 5
 LEAST_NORM = 1e-7
 
 
+Rate = float | torch.Tensor
+"""A step size: a number, or a tensor without axes, which may change between steps."""
+
+
 class Optimizer(Protocol):
     """An optimizer of one client's training in one round."""
 
     def step(self) -> None:
         """Move the parameters by their gradients; those without one stay."""
+
+    def state(self) -> list[torch.Tensor]:
+        """Return the tensors that steps change besides parameters; all start at 0."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,10 @@ PLAIN_SGD = OptimizerSettings()
 
 
 def make_optimizer(
-    settings: OptimizerSettings, model: ImageClassifier, learning_rate: float
+    settings: OptimizerSettings,
+    model: ImageClassifier,
+    learning_rate: Rate,
+    other_learning_rate: torch.Tensor | None = None,
 ) -> Optimizer:
     """Return a new optimizer of a model, with its state at zero.
 
@@ -74,10 +84,17 @@ def make_optimizer(
         Which one, and its numbers.
     model : ImageClassifier
         Its parameters are moved in place.
-    learning_rate : float
-        Step size.
+    learning_rate : float or Tensor
+        Step size. With a tensor on the model's device, steps use no number of the
+        host that changes from step to step, so that they can be recorded
+        (`clip2fl_common.graphs`).
+    other_learning_rate : Tensor or None
+        Takes the place of the settings' ``other_learning_rate``.
     """
     momentum, decay = settings.momentum, settings.weight_decay
+    other: Rate = settings.other_learning_rate
+    if other_learning_rate is not None:
+        other = other_learning_rate
     parameters = list(model.parameters())
     match settings.name:
         case "sgd":
@@ -96,7 +113,7 @@ def make_optimizer(
             others = [parameter for parameter in parameters if parameter not in kept]
             return Both(
                 Muon(hidden, learning_rate, decay, momentum),
-                NesterovMean(others, settings.other_learning_rate, decay, momentum),
+                NesterovMean(others, other, decay, momentum),
             )
         case _:
             assert_never(settings.name)
@@ -118,12 +135,12 @@ class Descent(ABC):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        learning_rate: float,
+        learning_rate: Rate,
         weight_decay: float = 0.0,
     ) -> None:
         self.parameters = list(parameters)
         self.learning_rate = learning_rate
-        self.kept_share = 1 - weight_decay * learning_rate
+        self.weight_decay = weight_decay
 
     @torch.no_grad()
     def step(self) -> None:
@@ -134,10 +151,18 @@ class Descent(ABC):
                 moving.append(parameter)
                 gradients.append(parameter.grad)
         directions = self.directions(moving, gradients)
+        rate = self.learning_rate
         for parameter, direction in zip(moving, directions, strict=True):
-            if self.kept_share != 1:
-                parameter.mul_(self.kept_share)
-            parameter.add_(direction, alpha=-self.learning_rate)
+            if self.weight_decay:
+                parameter.mul_(1 - self.weight_decay * rate)
+            if isinstance(rate, torch.Tensor):
+                parameter.addcmul_(direction, rate, value=-1)
+            else:
+                parameter.add_(direction, alpha=-rate)
+
+    def state(self) -> list[torch.Tensor]:
+        """Return the tensors that `directions` changes; all start at zero."""
+        return []
 
     @abstractmethod
     def directions(
@@ -181,13 +206,17 @@ class Momentum(Descent):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        learning_rate: float,
+        learning_rate: Rate,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
     ) -> None:
         super().__init__(parameters, learning_rate, weight_decay)
         self.momentum = momentum
         self._kept = self._zeros()
+
+    def state(self) -> list[torch.Tensor]:
+        """Return the sums."""
+        return list(self._kept.values())
 
     def directions(
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]
@@ -205,15 +234,24 @@ class Adam(Descent):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        learning_rate: float,
+        learning_rate: Rate,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
     ) -> None:
         super().__init__(parameters, learning_rate, weight_decay)
         self.momentum = momentum
-        self._steps = 0
+        # With a tensor as the step size, steps are counted on its device, too,
+        # and in double precision: the shares are differences from 1.
+        self._steps: int | torch.Tensor = 0
+        if isinstance(learning_rate, torch.Tensor):
+            self._steps = learning_rate.new_zeros((), dtype=torch.float64)
         self._means = self._zeros()
         self._squares = self._zeros()
+
+    def state(self) -> list[torch.Tensor]:
+        """Return means, mean squares and, where it is a tensor, the number of steps."""
+        kept = [*self._means.values(), *self._squares.values()]
+        return [*kept, self._steps] if isinstance(self._steps, torch.Tensor) else kept
 
     def directions(
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]
@@ -221,7 +259,12 @@ class Adam(Descent):
         """Return the mean gradients over the roots of the mean squared gradients."""
         self._steps += 1
         mean_share = 1 - self.momentum**self._steps
-        root_share = math.sqrt(1 - SQUARES_DECAY**self._steps)
+        square_share = 1 - SQUARES_DECAY**self._steps
+        root_share = (
+            square_share.sqrt()
+            if isinstance(square_share, torch.Tensor)
+            else math.sqrt(square_share)
+        )
         found = []
         for parameter, gradient in zip(parameters, gradients, strict=True):
             mean = self._means[parameter].lerp_(gradient, 1 - self.momentum)
@@ -287,6 +330,10 @@ class Both:
         """Take a step of each."""
         self.first.step()
         self.second.step()
+
+    def state(self) -> list[torch.Tensor]:
+        """Return the state of both."""
+        return [*self.first.state(), *self.second.state()]
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:

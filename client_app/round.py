@@ -31,7 +31,7 @@ from client_app.views import ViewRecipe
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset
-from clip2fl_common.devices import resolve_device, to_device_if_small
+from clip2fl_common.devices import resolve_device, tensor_cores, to_device_if_small
 from clip2fl_common.messages import TrainRequest
 from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD, confusion_matrix
 from clip2fl_common.models import ImageClassifier, build_model
@@ -76,11 +76,13 @@ def train_round(
         teacher_logits = None if views is not None else _distilled_logits(client)
     content = RecordDict()
     parts = [part_for(name) for name in request.fields]
-    with _timed(seconds, "gradients"):
-        _add(content, {part.field: part.before_training(client) for part in parts})
-    with _timed(seconds, "training"):
-        losses = _train(client, teacher_logits, views)
-    _add(content, {part.field: part.after_training(client) for part in parts})
+    # The teacher's features, which all runs share, do not depend on the setting.
+    with tensor_cores(config.client.tf32):
+        with _timed(seconds, "gradients"):
+            _add(content, {part.field: part.before_training(client) for part in parts})
+        with _timed(seconds, "training"):
+            losses = _train(client, teacher_logits, views)
+        _add(content, {part.field: part.after_training(client) for part in parts})
     content[messages.ARRAYS] = messages.model_to_arrays(client.model)
     content[messages.METRICS] = _metrics(client, losses, seconds)
     return content

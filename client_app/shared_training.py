@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from client_app.training import TrainingLosses
+from clip2fl_common.devices import tf32_state
 from clip2fl_common.provenance import code_fingerprint
 
 # `clip2fl compare` sets it for its own simulations. No server can set it on a node.
@@ -32,8 +33,8 @@ def train_or_reuse(training: "partial[TrainingLosses]") -> TrainingLosses:
     ----------
     training : partial
         `training.train_locally` with all of its arguments, the model first. The
-        arguments are the key, with the code, torch's version and its number of threads:
-        these change the last bits.
+        arguments are the key, with the code, torch's version, its number of threads and
+        its use of TF32: these change the last bits.
 
     Returns
     -------
@@ -50,6 +51,7 @@ def train_or_reuse(training: "partial[TrainingLosses]") -> TrainingLosses:
             code_fingerprint(),
             torch.__version__,
             torch.get_num_threads(),
+            tf32_state(),
             _plain(training.args),
             _plain(training.keywords),
         ]

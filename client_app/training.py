@@ -1,193 +1,38 @@
-"""Local training: (logit-adjusted) cross-entropy, distillation, proximal term."""
+"""Local training, and the features of which class gradients are made."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch.nn import functional
 
-from client_app.augmentation import random_crop_flip, siamese_augment
+from client_app.augmentation import siamese_augment
+from client_app.batches import Batch, Batches, Images, PixelImages, Views
+from client_app.local_step import LocalStep, mixed_precision, recorded_training
+from client_app.losses import (
+    LocalObjective,
+    distillation_loss,
+    label_loss,
+    logit_offsets,
+)
 from client_app.optimizers import PLAIN_SGD, OptimizerSettings, make_optimizer
+from clip2fl_common.graphs import Capture, capture_for
 from clip2fl_common.models import ImageClassifier, folded
 from clip2fl_common.parallel import map_pieces
 
-
-def distillation_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Return ``T^2 * KL(softmax(teacher/T) || softmax(student/T))``.
-
-    Knowledge distillation (Hinton et al. 2015) as CLIP2FL uses it (Eq. 5), averaged
-    over the batch.
-
-    Parameters
-    ----------
-    student_logits, teacher_logits : Tensor, shape [N, C]
-        Logits.
-    temperature : float
-        T > 0.
-
-    Returns
-    -------
-    Tensor, scalar
-    """
-    return temperature**2 * functional.kl_div(
-        functional.log_softmax(student_logits / temperature, dim=1),
-        functional.log_softmax(teacher_logits / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
-def logit_offsets(
-    labels: torch.Tensor, num_classes: int, strength: float
-) -> torch.Tensor:
-    """Return ``strength * log(prior)``, with the label frequencies as the prior.
-
-    The offsets are added to the logits inside the cross-entropy (Menon et al. 2021,
-    Eq. 10). They demand a larger margin of rare classes over frequent ones. The
-    classifier without the offsets then suits balanced classes. Each client uses its
-    own prior, as in FedLC (Zhang et al. 2022), so that no label counts leave it.
-
-    A class that the client does not hold has the offset -infinity. It takes no part in
-    the softmax, so this client neither raises nor lowers its score. This is the limit
-    of the formula (and of FedLC's), and the restricted softmax of FedRS (Li and Zhan
-    2021). With a finite offset the clients without a rare class, which are the
-    majority, would unlearn it in every step.
-
-    Parameters
-    ----------
-    labels : Tensor of int64, shape [N]
-        The client's labels.
-    num_classes : int
-        Number of classes C.
-    strength : float
-        tau > 0; Menon et al. use 1.
-
-    Returns
-    -------
-    Tensor, shape [C]
-        On the labels' device.
-    """
-    counts = torch.bincount(labels, minlength=num_classes)
-    return strength * (counts / len(labels)).log()
-
-
-@dataclass(frozen=True)
-class LocalObjective:
-    """The terms of the local loss and their weights.
-
-    Attributes
-    ----------
-    distillation_weight : float
-        alpha; 0 turns distillation off.
-    distillation_temperature : float
-        T > 0.
-    proximal_mu : float
-        Weight of half the squared distance to the global model (FedProx, Li et al.
-        2020, Eq. 2); 0 turns it off.
-    label_weight : float
-        Weight of the cross-entropy with the labels; with 0 the teacher alone trains.
-    """
-
-    distillation_weight: float = 0.0
-    distillation_temperature: float = 1.0
-    proximal_mu: float = 0.0
-    label_weight: float = 1.0
-
-
-class Images(Protocol):
-    """Normalised images [N, 3, H, W]: a tensor, or an object that makes batches."""
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the batches."""
-
-    def __len__(self) -> int:
-        """Return the number of images N."""
-
-    def __getitem__(self, indices: torch.Tensor, /) -> torch.Tensor:
-        """Return the images at these indices."""
-
-
-@dataclass(frozen=True)
-class PixelImages:
-    """Images kept as pixels and normalised batch by batch.
-
-    Pixels take a quarter of the memory of normalised images, and may be memory-mapped.
-
-    Attributes
-    ----------
-    pixels : Tensor of uint8, shape [N, 3, H, W]
-        RGB images.
-    normalize : callable
-        Converts uint8 images to normalised float images (`datasets.Normalization`).
-    device : torch.device
-        Device of the batches.
-    """
-
-    pixels: torch.Tensor
-    normalize: Callable[[torch.Tensor], torch.Tensor]
-    device: torch.device
-
-    def __len__(self) -> int:
-        """Return the number of images N."""
-        return len(self.pixels)
-
-    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the normalised images at these indices."""
-        chosen = self.pixels[indices.to(self.pixels.device)]
-        return self.normalize(chosen.to(self.device))
-
-
-class Views(Protocol):
-    """Augmented pictures of the images, with the teacher's logits of each picture."""
-
-    def batch(
-        self, epoch: int, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return normalised pictures [n, 3, H, W] and logits [n, C] of the images."""
-
-    def mixture(
-        self, epoch: int, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return which images are mixed in [n], and the shares of the first [n].
-
-        None where the pictures are not mixed.
-        """
-
-
-def label_loss(
-    scores: torch.Tensor,
-    labels: torch.Tensor,
-    mixture: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Return the cross-entropy with the labels, averaged over the batch.
-
-    For a mixed picture it is ``lambda * CE(y_i) + (1 - lambda) * CE(y_j)`` (mixup,
-    Zhang et al. 2018; CutMix, Yun et al. 2019).
-
-    Parameters
-    ----------
-    scores : Tensor, shape [n, C]
-        Logits. They may be -infinity for classes that are no label.
-    labels : Tensor of int64, shape [n]
-        Labels of the (first) images.
-    mixture : tuple of Tensor or None
-        Labels [n] of the images that are mixed in, and lambda [n].
-
-    Returns
-    -------
-    Tensor, scalar
-    """
-    if mixture is None:
-        return functional.cross_entropy(scores, labels)
-    others, shares = mixture
-    # Soft labels in one cross-entropy would multiply -infinity by zero.
-    own = functional.cross_entropy(scores, labels, reduction="none")
-    other = functional.cross_entropy(scores, others, reduction="none")
-    return (shares * own + (1 - shares) * other).mean()
+__all__ = [
+    "Images",
+    "LocalObjective",
+    "PixelImages",
+    "TrainingLosses",
+    "Views",
+    "augmented_features",
+    "distillation_loss",
+    "held_images",
+    "label_loss",
+    "logit_offsets",
+    "mixed_precision",
+    "train_locally",
+]
 
 
 @dataclass(frozen=True)
@@ -215,8 +60,13 @@ def train_locally(
     precision: torch.dtype = torch.float32,
     optimizer: OptimizerSettings = PLAIN_SGD,
     views: Views | None = None,
+    capture: Capture | None = None,
 ) -> TrainingLosses:
     """Train a model in place; return its losses.
+
+    On a CUDA device a step is a CUDA graph, recorded once in a process for each kind of
+    model, objective and batch size. Its numbers are those of the same operations one
+    after the other.
 
     Parameters
     ----------
@@ -251,6 +101,9 @@ def train_locally(
         Pictures to train on instead of the images with a crop and a flip; their logits
         take the place of ``teacher_logits``. Mixed pictures have mixed labels
         (`label_loss`).
+    capture : Capture or None
+        How a step is recorded; None: as a CUDA graph on a CUDA device, and not at all
+        on others.
 
     Returns
     -------
@@ -261,68 +114,59 @@ def train_locally(
     FloatingPointError
         If the loss is no longer finite.
     """
-    model.train()
-    # The global model's parameters stay fixed while the local ones move.
-    anchors = (
-        [parameter.detach().clone() for parameter in model.parameters()]
-        if objective.proximal_mu > 0
-        else []
+    batches = Batches(
+        images,
+        labels,
+        teacher_logits,
+        views,
+        epochs=epochs,
+        batch_size=batch_size,
+        padding=crop_padding,
+        generator=generator,
+        per_image=augment_per_image,
     )
-    descent = make_optimizer(optimizer, model, learning_rate)
-    for epoch in range(epochs):
-        total = distilled = torch.zeros((), device=images.device)
-        for batch in torch.randperm(len(images), generator=generator).split(batch_size):
-            chosen = batch.to(images.device)
-            taught: torch.Tensor | None
-            mixture = None
-            if views is not None:
-                augmented, taught = views.batch(epoch, batch)
-                if (mixed := views.mixture(epoch, batch)) is not None:
-                    mixture = labels[mixed[0]], mixed[1]
-            else:
-                augmented = random_crop_flip(
-                    images[chosen], crop_padding, generator, per_image=augment_per_image
-                )
-                taught = None if teacher_logits is None else teacher_logits[chosen]
-            with mixed_precision(images.device, precision):
-                logits = model(augmented)
-            # In half precision the loss would be rounded to three digits.
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            scores = logits if offsets is None else logits + offsets
-            loss = label_loss(scores, labels[chosen], mixture)
-            if objective.label_weight != 1:
-                loss = objective.label_weight * loss
-            if taught is not None:
-                distillation = distillation_loss(
-                    logits, taught, objective.distillation_temperature
-                )
-                loss = loss + objective.distillation_weight * distillation
-                distilled = distilled + distillation.detach() * len(batch)
-            if anchors:
-                squared = sum(
-                    (parameter - anchor).square().sum()
-                    for parameter, anchor in zip(
-                        model.parameters(), anchors, strict=True
-                    )
-                )
-                loss = loss + objective.proximal_mu / 2 * squared
-            model.zero_grad()
-            loss.backward()
-            descent.step()
-            total = total + loss.detach() * len(batch)
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"the local loss became {float(total / len(images))}; lower "
-                f"client.learning-rate (now {learning_rate})"
-            )
-    return TrainingLosses(float(total / len(images)), float(distilled / len(images)))
+    capture = capture or capture_for(images.device)
+    if capture is None:
+        descent = make_optimizer(optimizer, model, learning_rate)
+        step = LocalStep(model, objective, descent, offsets, precision)
+        for epoch in range(epochs):
+            _run_epoch(step, step, batches.one_by_one(epoch))
+            _check_finite(step.total / len(images), learning_rate)
+    else:
+        recorded = recorded_training(
+            model, objective, optimizer, offsets, precision, capture
+        )
+        other = optimizer.other_learning_rate
+        recorded.start(model, learning_rate, other, offsets)
+        step = recorded.step
+        for epoch_batches in batches.many_at_once():
+            _run_epoch(step, recorded.take_step, epoch_batches)
+        # Once at the end: a look at the loss waits for the GPU. Once it is not finite,
+        # it stays so.
+        _check_finite(step.total / len(images), learning_rate)
+        recorded.finish(model)
+    return TrainingLosses(
+        float(step.total / len(images)), float(step.distilled / len(images))
+    )
 
 
-def mixed_precision(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return torch's automatic mixed precision; float32 switches it off."""
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == torch.bfloat16
-    )
+def _run_epoch(
+    step: LocalStep, take_step: Callable[..., None], batches: Iterable[Batch]
+) -> None:
+    """Take an epoch's steps; the sums of the losses then belong to this epoch."""
+    step.total.zero_()
+    step.distilled.zero_()
+    for batch in batches:
+        take_step(*batch)
+
+
+def _check_finite(loss: torch.Tensor, learning_rate: float) -> None:
+    """Raise if an epoch's mean loss is not finite."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the local loss became {float(loss)}; lower "
+            f"client.learning-rate (now {learning_rate})"
+        )
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from typing import TextIO
 
 from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.gpu_memory import free_gpu_bytes, memory_warning
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.superlink import own_superlink, private_directory
+from clip2fl_common.config.files import complete_config
 from clip2fl_common.project import PROJECT
 
 CLIENTS_PER_GPU = 4
@@ -120,6 +122,13 @@ def simulate(
     )
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client)
+    if gpus_per_client and output is not None and app.resolve() == PROJECT:
+        together = max(1, (os.cpu_count() or 1) // cpus_per_client)
+        warning = memory_warning(
+            complete_config(config_text), gpus_per_client, together, free_gpu_bytes()
+        )
+        if warning:
+            output.write(f"WARNING :   {warning}\n")
     federation_config = (
         f"num-supernodes={supernodes or max(2, os.cpu_count() or 1)}"
         f" client-resources-num-cpus={cpus_per_client}"

@@ -1,6 +1,11 @@
-"""Choose the compute device."""
+"""Choose the compute device, and how exactly an NVIDIA GPU multiplies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from clip2fl_common.choices import TF32
 
 # Images up to this many bytes are kept on a GPU; larger sets are copied by batch.
 SMALL_BYTES = 2 * 2**30
@@ -58,3 +63,30 @@ def to_device_if_small(images: torch.Tensor, device: torch.device) -> torch.Tens
     Tensor of uint8, shape [N, 3, H, W]
     """
     return images.to(device) if images.nbytes <= SMALL_BYTES else images
+
+
+@contextmanager
+def tensor_cores(allowed: TF32) -> Iterator[None]:
+    """Say which float32 products may round their factors to TF32, within the block.
+
+    TF32 has the range of float32 and 10 bits of precision. NVIDIA GPUs since Ampere
+    multiply it several times as fast; other devices ignore this. Sums stay in float32.
+
+    Parameters
+    ----------
+    allowed : {"off", "convolutions", "all"}
+        "convolutions" is torch's default; "all" adds matrix products.
+    """
+    convolutions, matrices = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, matrices.allow_tf32
+    convolutions.allow_tf32 = allowed != "off"
+    matrices.allow_tf32 = allowed == "all"
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, matrices.allow_tf32 = before
+
+
+def tf32_state() -> tuple[bool, bool]:
+    """Return whether convolutions and matrix products may round their factors."""
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from clip2fl_common.choices import OptimizerName, Precision
+from clip2fl_common.choices import TF32, OptimizerName, Precision
 from clip2fl_common.config.checks import SITES, contradictions
 from clip2fl_common.config.keys import (
     AUTO,
@@ -282,6 +282,10 @@ class Client:
     """tau: logit-adjusted loss by the client's own class frequencies; 0: plain loss."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (mixed precision: faster on GPUs, slower on most CPUs)."""
+    tf32: TF32 = "convolutions"
+    """NVIDIA GPUs: which float32 products of training and class gradients round their
+    factors to 10 bits (TF32, several times as fast): off, convolutions or all (also
+    matrix products)."""
 
 
 @dataclass(frozen=True, config=_strict)

@@ -5,14 +5,20 @@ own features, gradient and share of the contrastive loss, and no term joins two 
 So all descent steps run on a few classes at a time: their data stay in the processor's
 cache, no array of shape [C, C, d] is formed, and several cores work on different
 classes.
+
+On a GPU a step of few classes is shorter than the host takes to start its operations.
+There it is recorded as a CUDA graph (`clip2fl_common.graphs`), which later rounds use
+again if their classes and ranks have the same shapes.
 """
 
+import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from clip2fl_common.class_gradients import CodedGradient
+from clip2fl_common.graphs import Capture, Kept, Replayed, capture_for
 from clip2fl_common.parallel import map_pieces
 from strategy.synthesis.losses import (
     Objective,
@@ -25,6 +31,19 @@ from strategy.synthesis.target import GradientTarget
 
 # Measured time of a multiplication in a factorisation, relative to one in a product.
 FACTORISATION_COST = 3
+
+# Steps of larger targets keep a GPU busy for longer than the host needs to start them:
+# on an H100 a step took 1.1 ms at C = 10 and 1.3 ms at C = 100 (0.2 MB and 20 MB), but
+# 42 ms at C = 1000 (2 GB).
+RECORDED_BYTES = 64 * 2**20
+# Recording costs a few steps, and the time of about twenty more to make it ready
+# (expected, not measured).
+LEAST_RECORDED_STEPS = 25
+# Recordings in a process, each with targets and a few arrays of their size.
+KEPT = 6
+# Recorded steps are padded to an eighth of the classes and to multiples of this rank,
+# so that most rounds have the shapes of an earlier one.
+RANK_STEP = 8
 
 
 @torch.no_grad()
@@ -113,6 +132,34 @@ class _Descent:
             self.log_multiplicity = log_multiplicity(
                 classes, num_classes, per_class, features
             )
+
+    def kind(self) -> tuple[object, ...]:
+        """Return what two descents have in common if one can take the other's values.
+
+        That are all numbers of the host, and the shapes of `operands`.
+        """
+        numbers = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, bool | int | float)
+        }
+        shapes = ((t.shape, t.dtype, t.device) for t in self.operands())
+        return (*numbers.items(), self.target is None, *shapes)
+
+    def operands(self) -> list[torch.Tensor]:
+        """Return all tensors that `gradient` reads and does not write."""
+        found = [self.matrix, self.bias, *self.own]
+        if self.target is not None:
+            target = self.target
+            found += [target.left, target.bias, self.target_norms]
+            found.append(self.target_bias_norms)
+            if target.right is not None:
+                found.append(target.right)
+            if not self.through_products:
+                found.append(self.target_weight)
+        if self.contrasts:
+            found.append(self.log_multiplicity)
+        return found
 
     def gradient(self, features: torch.Tensor) -> torch.Tensor:
         """Return the derivative at features [k, m, d], in the same shape."""
@@ -250,12 +297,79 @@ def _subspace_pays(
 
 
 def _descended(
-    descent: _Descent, features: torch.Tensor, steps: int, learning_rate: float
+    descent: _Descent,
+    features: torch.Tensor,
+    steps: int,
+    learning_rate: float,
+    capture: Capture | None,
 ) -> torch.Tensor:
-    """Take all descent steps in place and return the features."""
+    """Take all descent steps, maybe in place, and return the features."""
+    if capture is not None:
+        recorded = _recorded.of(
+            (descent.kind(), features.shape, learning_rate, capture),
+            lambda: _RecordedDescent(descent, features, learning_rate, capture),
+        )
+        return recorded.descended(descent, features, steps)
     for _ in range(steps):
         features.sub_(descent.gradient(features), alpha=learning_rate)
     return features
+
+
+class _RecordedDescent:
+    """Steps of one shape, on copies of features and targets at fixed addresses."""
+
+    def __init__(
+        self,
+        descent: _Descent,
+        features: torch.Tensor,
+        learning_rate: float,
+        capture: Capture,
+    ) -> None:
+        # Deep: later rounds write to what the copy reads.
+        self._descent = copy.deepcopy(descent)
+        self._features = features.clone()
+        self._learning_rate = learning_rate
+        self._take = Replayed(self._step, [self._features], capture, "the synthesis")
+
+    def _step(self) -> None:
+        gradient = self._descent.gradient(self._features)
+        self._features.sub_(gradient, alpha=self._learning_rate)
+
+    def descended(
+        self, descent: _Descent, features: torch.Tensor, steps: int
+    ) -> torch.Tensor:
+        """Return new features after steps with the values of another descent."""
+        self._features.copy_(features)
+        theirs = descent.operands()
+        for own, given in zip(self._descent.operands(), theirs, strict=True):
+            own.copy_(given)
+        for _ in range(steps):
+            self._take()
+        return self._features.clone()
+
+
+_recorded: Kept[_RecordedDescent] = Kept(KEPT)
+
+
+def recording_pays(steps: int, num_classes: int, dim: int, classes: int) -> bool:
+    """Return whether a GPU's steps are recorded: if they are many and small.
+
+    Parameters
+    ----------
+    steps : int
+        Number of steps in a round.
+    num_classes, dim, classes : int
+        C, d and the number of classes k that are treated at once: their dense
+        gradients hold k * C * d numbers.
+    """
+    small = 4 * classes * num_classes * dim <= RECORDED_BYTES
+    return small and steps >= LEAST_RECORDED_STEPS
+
+
+def _padded(chunk: Sequence[int], num_classes: int) -> list[int]:
+    """Return classes with the last one repeated, up to a multiple of an eighth of C."""
+    step = -(-num_classes // 8)
+    return [*chunk, *[chunk[-1]] * (-len(chunk) % step)]
 
 
 @torch.no_grad()
@@ -270,6 +384,7 @@ def synthesize(
     learning_rate: float,
     contrast_weight: float,
     temperature: float,
+    capture: Capture | None = None,
 ) -> torch.Tensor:
     """Return the federated features after plain gradient descent.
 
@@ -297,6 +412,9 @@ def synthesize(
         Weight eta of the prototype contrastive loss.
     temperature : float
         tau > 0 of the prototype contrastive loss.
+    capture : Capture or None
+        How steps are recorded; None: as CUDA graphs where that pays on a GPU
+        (`recording_pays`), and not at all elsewhere.
 
     Returns
     -------
@@ -311,24 +429,37 @@ def synthesize(
     shared = SharedRows.of(rows) if len(rows) < dim else None
 
     def descend(chunk: Sequence[int]) -> None:
-        current = features[list(chunk)]
+        recording = capture
+        if recording is None and recording_pays(steps, num_classes, dim, len(chunk)):
+            recording = capture_for(features.device)
+        classes = chunk if recording is None else _padded(chunk, num_classes)
+        current = features[list(classes)]
+
+        def descended(
+            target: GradientTarget | None, matrix: torch.Tensor, start: torch.Tensor
+        ) -> torch.Tensor:
+            descent = _Descent(start, classes, target, objective, matrix)
+            return _descended(descent, start, steps, learning_rate, recording)
+
         if chunk[0] not in gradients:
-            matrix = objective.rows(matching=False)
-            descent = _Descent(current, chunk, None, objective, matrix)
-            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+            moved = descended(None, objective.rows(matching=False), current)
+            result[list(chunk)] = moved[: len(chunk)]
             return
-        target = GradientTarget.stack(gradients, chunk, features)
-        if shared is None or not _subspace_pays(current, target, len(rows), steps):
-            descent = _Descent(current, chunk, target, objective, rows)
-            result[list(chunk)] = _descended(descent, current, steps, learning_rate)
+        rank_step = 1 if recording is None else RANK_STEP
+        target = GradientTarget.stack(gradients, classes, features, rank_step)
+        if (
+            shared is None
+            or recording is not None
+            or not _subspace_pays(current, target, len(rows), steps)
+        ):
+            result[list(chunk)] = descended(target, rows, current)[: len(chunk)]
             return
         spanning = target.rows.shape[1]
         subspace = Subspace(shared, torch.cat([target.rows, current], dim=1))
         target = target.with_rows(subspace.coordinates[:, :spanning].contiguous())
         current = subspace.coordinates[:, spanning:].contiguous()
-        descent = _Descent(current, chunk, target, objective, shared.coordinates)
         result[list(chunk)] = subspace.out_of(
-            _descended(descent, current, steps, learning_rate)
+            descended(target, shared.coordinates, current)
         )
 
     absent = [c for c in range(num_classes) if c not in gradients]

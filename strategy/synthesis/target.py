@@ -32,6 +32,7 @@ class GradientTarget:
         gradients: Mapping[int, CodedGradient],
         classes: Sequence[int],
         like: torch.Tensor,
+        rank_step: int = 1,
     ) -> "GradientTarget":
         """Stack the gradients of some classes.
 
@@ -43,6 +44,8 @@ class GradientTarget:
             The k classes to stack, at least one.
         like : Tensor
             Gives the device and type of the result.
+        rank_step : int
+            The common rank of factors is padded to a multiple of it.
 
         Returns
         -------
@@ -56,6 +59,7 @@ class GradientTarget:
             weight = torch.stack([gradient.weight.to(like) for gradient in chosen])
             return cls(weight, None, bias)
         rank = max(factor.rank for factor in factors)
+        rank += -rank % rank_step
         num_classes, dim = bias.shape[1], factors[0].right.shape[1]
         left = like.new_zeros(len(factors), num_classes, rank)
         right = like.new_zeros(len(factors), rank, dim)

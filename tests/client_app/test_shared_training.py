@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from client_app.optimizers import PLAIN_SGD, OptimizerSettings
 from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
 from client_app.views import ViewRecipe
+from clip2fl_common.choices import TF32
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
+from clip2fl_common.devices import tensor_cores
 from clip2fl_common.models import ImageClassifier, build_model
 from tests.federation import federate, metrics
 
@@ -133,6 +135,17 @@ def test_another_argument_is_another_training(
     train_or_reuse(training(slim()))
     train_or_reuse(training(slim(), **{name: OTHERS[name]}))
     assert len(trained) == 2
+
+
+def test_other_precision_of_products_is_another_training(
+    folder: Path, trained: list[str]
+) -> None:
+    """A GPU's last digits depend on it."""
+    allowed: tuple[TF32, ...] = get_args(TF32)
+    for products in allowed:
+        with tensor_cores(products):
+            train_or_reuse(training(slim()))
+    assert len(trained) == len(allowed) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ runs them without pytest, on a machine that holds nothing else.
 
 import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -16,13 +16,16 @@ from torch.nn import functional
 from client_app.augmentation import OPERATIONS, random_crop_flip, siamese_augment
 from client_app.gradients import class_gradients, coded_class_gradients
 from client_app.mixing import mix_views
+from client_app.optimizers import OptimizerSettings
 from client_app.training import (
     LocalObjective,
     PixelImages,
     augmented_features,
+    logit_offsets,
     train_locally,
 )
 from client_app.views import ViewRecipe, make_views, view_numbers
+from clip2fl_common.choices import OptimizerName
 from clip2fl_common.class_gradients import (
     ClassGradient,
     CodedGradient,
@@ -30,6 +33,8 @@ from clip2fl_common.class_gradients import (
     encode_gradients,
     row_cosines,
 )
+from clip2fl_common.devices import tensor_cores
+from clip2fl_common.graphs import Capture, cuda_graph, run_directly
 from clip2fl_common.models import build_model
 from strategy.retraining import retrain_classifier
 from strategy.synthesis import (
@@ -41,6 +46,9 @@ from strategy.synthesis import (
 CPU = torch.device("cpu")
 # float32 sums in another order; convolutions may round to TF32, 10 bits.
 EXACT, CONVOLVED = 1e-4, 2e-2
+# Kernels may add in another order each time (cuDNN's backward passes do),
+# and an optimizer that divides by a gradient's size makes more of it.
+GRAPHED = 1e-2
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -243,6 +251,93 @@ def check_coding(device: torch.device) -> None:
     assert ranks == [3, 3]
 
 
+def check_graphs(device: torch.device) -> None:
+    """CUDA graphs are made, and compute what their operations do one by one.
+
+    Three clients of 40, 21 and 40 images in batches of 16 share the recordings. All
+    optimizers, with distillation, offsets, a proximal term and views' own layout.
+    """
+    names: tuple[OptimizerName, ...] = get_args(OptimizerName)
+    for name in names:
+        counted = Counted(cuda_graph(device))
+        captures: tuple[Capture, ...] = (counted, run_directly)
+        states: list[list[torch.Tensor]] = []
+        for capture in captures:
+            states.append([])
+            for place, number in enumerate((40, 21, 40)):
+                torch.manual_seed(place)
+                model = build_model("resnet8-slim", 10, 64).to(device)
+                labels = torch.arange(number) % 10
+                with tensor_cores("off"):
+                    train_locally(
+                        model,
+                        normal(number, 3, 32, 32, seed=place).to(device),
+                        labels.to(device),
+                        5 * normal(number, 10, seed=place).to(device),
+                        LocalObjective(0.5, 3.0, 0.01, 0.9),
+                        epochs=2,
+                        batch_size=16,
+                        learning_rate=0.01 / (1 + place),
+                        crop_padding=4,
+                        generator=seeded(place),
+                        offsets=logit_offsets(labels.to(device), 10, 1.0),
+                        augment_per_image=place == 1,
+                        optimizer=OptimizerSettings(name, 0.9, 0.01),
+                        capture=capture,
+                    )
+                states[-1] += [t.float() for t in model.state_dict().values()]
+        for found, expected in zip(*states, strict=True):
+            assert (found - expected).norm() <= GRAPHED * (1 + expected.norm())
+        assert counted.recordings == 3  # batches of 16, 8 and 5
+    features = normal(10, 20, 64).to(device)
+    results = [
+        retrain_classifier(
+            features,
+            epochs=3,
+            batch_size=32,
+            learning_rate=0.05,
+            generator=seeded(),
+            capture=capture,
+        )
+        for capture in (Counted(cuda_graph(device)), run_directly)
+    ]
+    close(results[0].weight, results[1].weight.cpu(), EXACT)
+    gradients = {c: ClassGradient(normal(10, 64, seed=c), normal(10)) for c in range(7)}
+    moved = [
+        synthesize(
+            features,
+            dict(gradients),
+            normal(10, 64).to(device),
+            normal(10).to(device),
+            functional.normalize(normal(10, 64, seed=9), dim=1).to(device),
+            steps=30,
+            learning_rate=0.1,
+            contrast_weight=0.01,
+            temperature=0.1,
+            capture=capture,
+        )
+        for capture in (Counted(cuda_graph(device)), run_directly)
+    ]
+    close(moved[0], moved[1].cpu(), EXACT)
+
+
+class Counted:
+    """A way of recording that counts, and does not hide a failure."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self.recordings = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record; raise another error than the one that makes steps run directly."""
+        try:
+            replay = self._capture(step)
+        except RuntimeError as error:
+            raise AssertionError("a CUDA graph cannot be made") from error
+        self.recordings += 1
+        return replay
+
+
 CHECKS: tuple[Callable[[torch.device], None], ...] = (
     check_augmentation,
     check_views,
@@ -251,6 +346,7 @@ CHECKS: tuple[Callable[[torch.device], None], ...] = (
     check_synthesis,
     check_retraining,
     check_coding,
+    check_graphs,
 )
 
 

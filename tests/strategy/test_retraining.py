@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from strategy.retraining import new_classifier, retrain_classifier
+from strategy.retraining import (
+    new_classifier,
+    retrain_classifier,
+    retraining_device,
+)
+from tests.recording import StandInCapture
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -184,3 +189,78 @@ def test_learns_separable_features() -> None:
     )
     predictions = classifier(features).argmax(dim=2)
     assert torch.equal(predictions, torch.arange(6)[:, None].expand(6, 20))
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "per_class", "batch_size"),
+    # 60 samples: in one recording with a last batch of 28; in two of four batches of 5
+    # and a rest of four; in batches of one.
+    [(10, 6, 32), (10, 6, 5), (3, 3, 1)],
+)
+def test_recorded_steps_equal_direct_ones(
+    num_classes: int,
+    per_class: int,
+    batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit, also for a second call, which records nothing."""
+    monkeypatch.setattr("strategy.retraining.STEPS_AT_ONCE", 4)
+    capture = StandInCapture()
+    recordings = []
+    for seed in range(2):
+        features = torch.randn(num_classes, per_class, 16, generator=seeded(seed))
+        initial = nn.Linear(16, num_classes) if seed else None
+        results = [
+            retrain_classifier(
+                features,
+                epochs=3,
+                batch_size=batch_size,
+                learning_rate=0.05,
+                generator=seeded(3),
+                initial=initial,
+                capture=how,
+            )
+            for how in (capture, None)
+        ]
+        assert torch.equal(results[0].weight, results[1].weight)
+        assert torch.equal(results[0].bias, results[1].bias)
+        recordings.append(capture.recordings)
+    assert recordings[0] == recordings[1] > 0
+
+
+def test_recorded_steps_know_the_classes_that_have_features() -> None:
+    """Features of classes 4 and 1 of 5."""
+    features = torch.randn(2, 6, 8, generator=seeded(0))
+    results = [
+        retrain_classifier(
+            features,
+            epochs=2,
+            batch_size=4,
+            learning_rate=0.05,
+            generator=seeded(3),
+            classes=torch.tensor([4, 1]),
+            num_classes=5,
+            capture=how,
+        )
+        for how in (StandInCapture(), None)
+    ]
+    assert torch.equal(results[0].weight, results[1].weight)
+
+
+def test_device_follows_from_the_size() -> None:
+    """The published settings go to the GPU, a demo's few small steps to the CPU."""
+    gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+
+    def chosen(num_classes: int, per_class: int, epochs: int, dim: int) -> torch.device:
+        steps = epochs * -(-num_classes * per_class // 32)
+        return retraining_device(gpu, steps, 32 * dim * num_classes)
+
+    assert [chosen(c, 100, 300, 512) for c in (10, 100, 1000)] == [gpu] * 3
+    assert chosen(10, 20, 30, 64) == cpu
+    assert chosen(10, 100, 0, 512) == cpu
+    # More work never goes back to the CPU.
+    steps = [retraining_device(gpu, 2**n, 164_000) == gpu for n in range(20)]
+    sizes = [retraining_device(gpu, 2000, 2**n) == gpu for n in range(30)]
+    for places in (steps, sizes):
+        assert places == sorted(places) and len(set(places)) == 2
+    assert retraining_device(cpu, 10**6, 10**9) == cpu

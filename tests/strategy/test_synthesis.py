@@ -1,6 +1,6 @@
 """Test the synthesis of federated features against the reference and slow versions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ from strategy.synthesis import (
     synthesis_gradient,
     synthesize,
 )
+from strategy.synthesis.descent import recording_pays
 from strategy.synthesis.target import GradientTarget
 from tests import reference
+from tests.recording import StandInCapture
 from tests.strategy import slow_synthesis as slow
 from tests.strategy.slow_synthesis import Problem, random_problem
 
@@ -288,7 +290,11 @@ def test_synthesis_equals_slow_descent(
 def test_synthesis_without_steps_returns_the_features() -> None:
     """The features do not move, and the result is a copy."""
     features, gradients, weight, bias, text = random_problem(0, 3, 2, 4, {1})
-    settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
+    settings: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "contrast_weight": 0.1,
+        "temperature": 0.1,
+    }
     final = synthesize(features, gradients, weight, bias, text, steps=0, **settings)
     assert torch.equal(final, features)
     assert final.data_ptr() != features.data_ptr()
@@ -343,7 +349,11 @@ def test_result_does_not_depend_on_the_number_of_threads(threads: int) -> None:
     features, gradients, weight, bias, text = random_problem(
         0, 12, 3, 8, set(range(11))
     )
-    settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
+    settings: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "contrast_weight": 0.1,
+        "temperature": 0.1,
+    }
     before = torch.get_num_threads()
     results = []
     try:
@@ -384,3 +394,71 @@ def test_mean_over_the_clients_that_hold_the_class() -> None:
         torch.testing.assert_close(mean[c].bias, torch.full((3,), -value))
     assert torch.equal(replies[0][2].weight, torch.ones(3, 2))
     assert mean_class_gradients([]) == {}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let one piece of work follow the other, as on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("contrast", [0.0, 0.01])
+def test_recorded_steps_equal_direct_ones(low_rank: bool, contrast: float) -> None:
+    """In three rounds with other classes, ranks and classifiers; some are recorded."""
+    capture = StandInCapture()
+    num_classes, per_class, dim = 9, 3, 7
+    seen = []
+    for place, held in enumerate(((0, 1, 2, 5, 8), (0, 1, 3, 4, 6, 7), (2, 3))):
+        drawing = torch.Generator().manual_seed(place)
+
+        def normal(*shape: int, drawing: torch.Generator = drawing) -> torch.Tensor:
+            return torch.randn(*shape, generator=drawing)
+
+        gradients: dict[int, CodedGradient] = {
+            c: LowRankGradient(
+                normal(num_classes, 1 + c % 3), normal(1 + c % 3, dim), normal(9)
+            )
+            if low_rank
+            else ClassGradient(normal(num_classes, dim), normal(num_classes))
+            for c in held
+        }
+        features = normal(num_classes, per_class, dim)
+        weight, bias = normal(num_classes, dim), normal(num_classes)
+        text = torch.nn.functional.normalize(normal(num_classes, dim), dim=1)
+        before = [tensor.clone() for tensor in (features, weight, bias, text)]
+        results = [
+            synthesize(
+                features,
+                gradients,
+                weight,
+                bias,
+                text,
+                steps=4,
+                learning_rate=0.1,
+                contrast_weight=contrast,
+                temperature=0.1,
+                capture=how,
+            )
+            for how in (capture, None)
+        ]
+        torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+        assert not torch.equal(results[0], features)
+        # What a round was given is never written to, in no later round either.
+        seen += [*zip((features, weight, bias, text), before, strict=True)]
+    assert all(torch.equal(tensor, first) for tensor, first in seen)
+    # 5 and 6 held classes are padded to 6, 4 and 3 absent ones to 4.
+    assert capture.recordings == 4
+    assert capture.replays == 3 * 2 * 4
+
+
+def test_many_small_steps_are_recorded() -> None:
+    """The published 100 steps at C = 10 and 100 are, large or few steps are not."""
+    assert recording_pays(100, 10, 512, 10)
+    assert recording_pays(100, 100, 512, 100)
+    assert not recording_pays(100, 1000, 512, 524)
+    assert not recording_pays(5, 10, 512, 10)

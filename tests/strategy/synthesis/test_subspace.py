@@ -1,5 +1,7 @@
 """Coordinates in the span keep inner products, and with them the whole descent."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -114,7 +116,11 @@ def test_coordinates_are_used_where_they_save(
     features, gradients, weight, bias, text = slow.random_problem(
         0, num_classes, 100, 512, {0}
     )
-    settings = {"learning_rate": 0.1, "contrast_weight": 0.1, "temperature": 0.1}
+    settings: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "contrast_weight": 0.1,
+        "temperature": 0.1,
+    }
     if used:
         with pytest.raises(MadeError):
             synthesize(features, gradients, weight, bias, text, steps=steps, **settings)
