@@ -56,6 +56,7 @@ from server_app.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, DIRECT, FLOWER, PFL = "clip2fl run", "benchmarks.direct", "Flower", "pfl"
+WAYS = [OURS, DIRECT, FLOWER, PFL]
 # Sums in another order differ by this much, relative to the largest step of a round.
 TOLERANCE = 1e-4
 NOT_AVERAGED = (*RUNNING_STATISTICS, "num_batches_tracked")
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     options = parser.parse_args()
     if options.way:
         run_here(options.folder, options.way)
@@ -266,7 +268,7 @@ def main() -> None:
         'device="cpu"'
     )
     config = resolve(None, [settings, *options.set])
-    ways = [OURS, DIRECT, FLOWER, *([PFL] if options.pfl_python else [])]
+    ways = [w for w in options.ways if w != PFL or options.pfl_python]
     found = compare(config, ways, options.repeats, options.pfl_python)
     title = "A round of FedAvg against other frameworks"
     text = page(found, config, options.repeats)

@@ -1,17 +1,31 @@
 """The problem that all peers solve, and how their models are compared."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Context, Message, RecordDict
 
-from benchmarks import peers
+import server_app.app
+from benchmarks import peers, peers_flower, peers_problem
 from benchmarks.peers_problem import Problem, write_model
 from client_app.training import LocalObjective, train_locally
 from clip2fl_common.randomness import generator
+from server_app.checkpoints import load_checkpoint
 from tests.defaults import run_config
+from tests.flower_private import act_as_flower_process
+from tests.in_process_grid import InProcessGrid
+from tests.stand_in_grid import StandInGrid
 
-CONFIG = run_config(method="fedavg", client__epochs=2, client__batch_size=8)
+CONFIG = run_config(
+    method="fedavg",
+    client__epochs=2,
+    client__batch_size=8,
+    federation__clients_per_round=3,
+    checkpoint__keep=10,
+)
 
 
 def test_batches_are_those_of_local_training() -> None:
@@ -39,6 +53,58 @@ def test_batches_are_those_of_local_training() -> None:
     )
     for name, expected in ours.state_dict().items():
         torch.testing.assert_close(plain.state_dict()[name], expected, msg=name)
+
+
+class TextbookGrid(StandInGrid):
+    """Calls the textbook ClientApp in this process; each node is one client."""
+
+    def get_node_ids(self) -> list[int]:
+        """Return one node for each client."""
+        return [10 + client for client in range(CONFIG.partition.clients)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Return the ClientApp's replies."""
+        return [
+            peers_flower.client_app(
+                message,
+                Context(
+                    run_id=1,
+                    node_id=message.metadata.dst_node_id,
+                    node_config={"partition-id": message.metadata.dst_node_id - 10},
+                    state=RecordDict(),
+                    run_config={},
+                ),
+            )
+            for message in messages
+        ]
+
+
+def test_textbook_apps_average_the_model_of_this_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = json.dumps(CONFIG.to_flat())
+    (tmp_path / peers_problem.CONFIG).write_text(settings, "utf-8")
+    monkeypatch.setattr("sys.argv", ["peers_flower", str(tmp_path)])
+    act_as_flower_process(monkeypatch.setattr)
+    threads = torch.get_num_threads()
+    peers_flower.server_app(TextbookGrid(), Context(1, 0, {}, RecordDict(), {}))
+    torch.set_num_threads(threads)
+    ends = json.loads((tmp_path / peers_problem.TIMES).read_text("utf-8"))
+    assert len(ends) == CONFIG.federation.rounds and ends == sorted(ends)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / peers_problem.CONFIG).write_text(
+        json.dumps({**CONFIG.to_flat(), "run.dir": str(own), "run.name": "run"}),
+        "utf-8",
+    )
+    grid = InProcessGrid(Problem.read(own).config, CONFIG.partition.clients)
+    flat = Problem.read(own).config.to_flat()
+    server_app.app.main(grid, Context(1, 0, {}, RecordDict(), flat))
+    write_model(own, load_checkpoint(own / "run", 1).model)
+    start = Problem(CONFIG).model().state_dict()
+    assert peers.largest_difference(own, tmp_path, start) < peers.TOLERANCE
 
 
 def test_difference_is_relative_to_the_step_and_leaves_statistics_out(
