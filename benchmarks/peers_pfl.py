@@ -6,6 +6,7 @@ Started by ``benchmarks.peers``, one process for each client that trains at a ti
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
-from pfl.callback import TrainingProcessCallback
+from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNTrainHyperParams
@@ -48,11 +49,11 @@ class OwnBatches(Dataset):  # type: ignore[misc]
 
     def __init__(self, problem: Problem, server_round: int, client: int) -> None:
         super().__init__((problem.held[client][1],), user_id=str(client))
-        self._batches = problem.batches(server_round, client)
+        self._batches = partial(problem.batches, server_round, client)
 
     def iter(self, batch_size: int | None) -> Iterator[Batch]:  # noqa: A003
-        """Yield the batches."""
-        return self._batches
+        """Return the batches anew: pfl reads them to train, and once to evaluate."""
+        return self._batches()
 
 
 class Clock(TrainingProcessCallback):  # type: ignore[misc]
