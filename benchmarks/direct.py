@@ -21,6 +21,10 @@ def _start(threads: int) -> None:
     act_as_flower_process()
 
 
+def _started() -> None:
+    """Do nothing, in a process that is ready."""
+
+
 def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
     context = Context(
         run_id=1,
@@ -51,7 +55,10 @@ class DirectGrid(StandInGrid):
         )
 
     def __enter__(self) -> "DirectGrid":
-        """Return the grid itself."""
+        """Return the grid itself, once the processes have started."""
+        # On a busy machine this takes longer than the ServerApp waits for replies.
+        for started in [self._pool.submit(_started) for _ in self._nodes]:
+            started.result()
         return self
 
     def __exit__(

@@ -139,6 +139,7 @@ def _prepare(
     """Load this client's images and the global model."""
     device = resolve_device(config.device)
     dataset, loaded = training_images(config, site, request.partition)
+    config = config.for_classes(len(dataset.class_names))
     images = PixelImages(
         to_device_if_small(loaded.images, device), dataset.normalization, device
     )

@@ -386,8 +386,9 @@ def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _check_same(run: PlannedRun) -> None:
     from clip2fl_cli.runs import FinishedRun
 
-    there = FinishedRun.read(run.folder).config
-    for key, then, now in differences(there, run.config.to_flat()):
+    there = FinishedRun.read(run.folder)
+    wanted = run.config.for_classes(len(there.class_names))
+    for key, then, now in differences(there.config, wanted.to_flat()):
         raise ComparisonError(
             f"{shown(run.folder)} was made with {key} = {short(then)}, but the "
             f"comparison now wants {short(now)}: choose another folder with --runs, or "
@@ -407,7 +408,10 @@ def _can_go_on(run: PlannedRun) -> bool:
     except (ValueError, KeyError, TypeError, OSError, SafetensorError):
         return False
     same_code = newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE)
-    return same_code and not differences(newest.config, run.config.to_flat())
+    # Some defaults depend on the number of classes, which the planned run may not know.
+    bias = newest.model.get("classifier.bias")
+    wanted = run.config if bias is None else run.config.for_classes(len(bias))
+    return same_code and not differences(newest.config, wanted.to_flat())
 
 
 def _set_aside(folder: Path) -> None:

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from clip2fl_cli.comparison import ComparisonFile
 from clip2fl_common.config import KEYS, RunConfig
-from clip2fl_common.config.keys import Key, fields_of, kebab
+from clip2fl_common.config.keys import FEW_CLASSES, Key, fields_of, kebab
 from clip2fl_common.config.types import METHODS, Rule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ def block() -> str:
             sentence = key.sentence
             if not together and not reads_all(key):
                 sentence += f" Read by {', '.join(key.methods)}."
-            if key.by_method:
+            if key.chosen:
                 sentence += f" auto: {defaults_in_words(key)}."
             lines += textwrap.wrap(
                 sentence,
@@ -127,8 +127,10 @@ def reads_all(key: Key) -> bool:
 
 
 def defaults_in_words(key: Key) -> str:
-    """Return a key's default and those of methods that have another."""
+    """Return a key's default, and other ones of methods and of many classes."""
     others = [f"{_as_value(v)} for {method}" for method, v in key.by_method.items()]
+    if key.many_classes is not None:
+        others.append(f"{_as_value(key.many_classes)} above {FEW_CLASSES} classes")
     return "; ".join([_as_value(key.default), *others])
 
 
@@ -145,7 +147,7 @@ def page() -> str:
                 (
                     f"`{key.name}`",
                     f"`{_as_value(key.default)}`"
-                    if not key.by_method
+                    if not key.chosen
                     else f"auto: {defaults_in_words(key)}",
                     allowed(key.field),
                     "all" if reads_all(key) else ", ".join(key.methods),

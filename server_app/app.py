@@ -37,6 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     # Nodes start and answer while the run is prepared, which takes seconds, too.
     nodes = found_later(grid) if config.simulated else None
     with ServerRun(config, context.run_id) as run:
+        config = run.config  # without "auto", now that the classes are known
         run.measure_teacher()
         clients, grid = _clients(run, grid, nodes)
         setting = Setting(

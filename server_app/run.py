@@ -77,9 +77,10 @@ class ServerRun:
     """
 
     def __init__(self, config: RunConfig, run_id: int) -> None:
+        self.data = RunData.load(config)
+        config = config.for_classes(len(self.data.class_names))
         self.config = config
         self.device = resolve_device(config.device)
-        self.data = RunData.load(config)
         self.model = _initial_model(config, len(self.data.class_names))
         self.evaluator = Evaluator(
             self.data.dataset,

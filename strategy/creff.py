@@ -15,6 +15,7 @@ from clip2fl_common.randomness import generator
 from clip2fl_common.schedule import step_size
 from strategy.fedavg import FedAvg
 from strategy.log import log
+from strategy.memory import refuse_beyond_memory
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.robust import combine_class_gradients, shorten_gradient
 from strategy.setting import Setting
@@ -46,6 +47,11 @@ class CReFF(FedAvg):
         Federated features, kept from round to round.
     classifier : torch.nn.Linear
         Re-trained classifier of the last round; freshly initialised before round 1.
+
+    Raises
+    ------
+    ConfigError
+        If this machine's memory is too small for the number of classes.
     """
 
     reply_fields: ClassVar[tuple[str, ...]] = (messages.GRADIENTS,)
@@ -60,6 +66,12 @@ class CReFF(FedAvg):
         self.device = setting.device
         self._format = GradientFormat.of(config, setting.num_classes)
         dim = config.model.feature_dim
+        refuse_beyond_memory(
+            setting.num_classes,
+            self.synthesis.features_per_class,
+            dim,
+            dense=config.upload.min_cosine == 1,
+        )
         self.features = torch.randn(
             setting.num_classes,
             self.synthesis.features_per_class,

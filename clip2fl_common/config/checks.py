@@ -3,12 +3,13 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip2fl_common.config.messages import shown
 from clip2fl_common.config.types import (
+    GRADIENT_METHODS,
     MOMENTUM_METHODS,
     TEACHER_METHODS,
     listed_names,
@@ -30,6 +31,7 @@ HUB_NAME = re.compile(rf"{HUB}({_HUB_PART}/{_HUB_PART})@([\w-][\w./-]*)", re.ASC
 """A data set on the Hugging Face hub, and its revision: a commit, a tag or a branch."""
 # Classes of each data set, and training images of each class where they are known.
 CLASSES = {"demo": 10, "cifar10": 10, "cifar100": 100, "imagenet-lt": 1000}
+FEWEST_CLASSES = 2
 CIFAR_IMAGES = {"cifar10": 5000, "cifar100": 500}
 NEEDED_PATHS = {
     "cifar10": ["root"],
@@ -51,13 +53,34 @@ JOINERS = "\u200c\u200d"
 """Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with."""
 
 
-def contradictions(config: "RunConfig") -> list[str]:
+def known_classes(flat: Mapping[str, object]) -> int | None:
+    """Return the number of classes, if a configuration's keys tell it.
+
+    Parameters
+    ----------
+    flat : mapping
+        Dotted keys to values, which need not be checked yet.
+
+    Returns
+    -------
+    int or None
+        None where only the images tell it, as in a folder of images.
+    """
+    name, names = flat.get("dataset.name"), flat.get("dataset.class-names")
+    if name in NAMED and isinstance(names, str) and names:
+        return len(listed_names(names))
+    return CLASSES.get(name) if isinstance(name, str) else None
+
+
+def contradictions(config: "RunConfig", classes: int) -> list[str]:
     """Return the contradictions between keys that are each in range.
 
     Parameters
     ----------
     config : RunConfig
         A configuration whose keys are each in range.
+    classes : int
+        Number of classes C, on which the size of some arrays depends.
 
     Returns
     -------
@@ -90,7 +113,7 @@ def contradictions(config: "RunConfig") -> list[str]:
             f"dataset.image-size = {config.dataset.image_size}: a crop could show "
             "nothing of the image; lower the first"
         )
-    return [*problems, *_memory_problems(config), *_path_problems(config)]
+    return [*problems, *_memory_problems(config, classes), *_path_problems(config)]
 
 
 def _federation_problems(config: "RunConfig") -> Iterator[str]:
@@ -327,15 +350,10 @@ def _partition_problems(config: "RunConfig") -> Iterator[str]:
         )
 
 
-def _memory_problems(config: "RunConfig") -> Iterator[str]:
+def _memory_problems(config: "RunConfig", classes: int) -> Iterator[str]:
     """Name products of keys for which no machine has enough memory."""
     dataset, synthesis = config.dataset, config.synthesis
     gradients, width = config.class_gradients, config.model.feature_dim
-    classes = (
-        len(listed_names(dataset.class_names))
-        if dataset.name in NAMED and dataset.class_names
-        else CLASSES.get(dataset.name, 2)  # an image-folder's are not known here
-    )
     image = 3 * dataset.image_size**2
     padded = 3 * (dataset.image_size + 2 * config.client.crop_padding) ** 2
     arrays = {
@@ -353,6 +371,12 @@ def _memory_problems(config: "RunConfig") -> Iterator[str]:
             4 * gradients.draws * gradients.samples_per_class * width
         ),
     }
+    if config.method in GRADIENT_METHODS and config.upload.min_cosine == 1:
+        # The server's mean of the gradients of all classes, in float32.
+        arrays[
+            "upload.min-cosine = 1.0 (whole class gradients; 0.99 sends thin factors), "
+            f"{classes} classes and model.feature-dim = {width}"
+        ] = 4 * classes**2 * width
     with_size = f"and dataset.image-size = {dataset.image_size}"
     batches = {
         "client": (config.client.batch_size, padded),

@@ -1,19 +1,23 @@
-"""Properties of a key besides its type: which methods read it, when it may change."""
+"""Properties of a key besides its type: readers, defaults, and when it may change."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import GetJsonSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, core_schema
 
 from clip2fl_common.config.types import METHODS, Scalar
 
 AUTO = "auto"
-"""The value of a key whose default depends on the method, until the method is known."""
+"""The value of a key whose default depends on the method or on the number of classes,
+until these are known."""
+
+FEW_CLASSES = 50
+"""Up to this number of classes the published settings are the defaults of all keys."""
 
 
 class ReadBy:
@@ -30,19 +34,41 @@ class ReadBy:
 
 
 class DefaultOf:
-    """Marks a key whose default differs for some methods.
+    """Marks a key whose default differs for some methods, or with many classes.
 
-    Flower's block of defaults then has ``"auto"``, for which a run takes the method's
-    own default. A value that is written in its place always counts.
+    Flower's block of defaults then has ``"auto"``, for which a run takes the default of
+    its method and number of classes. A value that is written in its place always
+    counts.
 
     Parameters
     ----------
-    by_method : mapping of str to (bool, int, float or str)
+    by_method : mapping of str to (bool, int, float or str), or None
         The defaults of those methods; all others have the field's default.
+    many_classes : bool, int, float, str or None
+        The default with more than `FEW_CLASSES` classes; None: the same as with few.
+        Where it is given, the key is ``"auto"`` until the classes are known
+        (`RunConfig.for_classes`). The field's type says what it is afterwards.
     """
 
-    def __init__(self, by_method: Mapping[str, Scalar]) -> None:
-        self.by_method = by_method
+    def __init__(
+        self,
+        by_method: Mapping[str, Scalar] | None = None,
+        *,
+        many_classes: Scalar | None = None,
+    ) -> None:
+        self.by_method = by_method or {}
+        self.many_classes = many_classes
+
+    def __get_pydantic_core_schema__(
+        self, source: type, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Let ``"auto"`` wait for the number of classes."""
+        schema = handler(source)
+        if self.many_classes is None:
+            return schema
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, checked: value if value == AUTO else checked(value), schema
+        )
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -79,6 +105,8 @@ class Key:
         Whether it may change when a run is resumed.
     by_method : mapping of str to (bool, int, float or str)
         Other defaults, by method (`DefaultOf`).
+    many_classes : bool, int, float, str or None
+        The default with many classes, if it is another (`DefaultOf`).
     """
 
     name: str
@@ -88,17 +116,33 @@ class Key:
     methods: tuple[str, ...]
     may_change: bool
     by_method: Mapping[str, Scalar]
+    many_classes: Scalar | None
 
-    def default_of(self, method: object) -> Scalar:
-        """Return the default of a method; it may be one that the schema knows not."""
+    def default_of(self, method: object, classes: int | None = None) -> Scalar:
+        """Return the default of a method with a number of classes.
+
+        Parameters
+        ----------
+        method : object
+            Its name; it may be one that the schema knows not.
+        classes : int or None
+            Number of classes; None: few.
+        """
         if isinstance(method, str) and method in self.by_method:
             return self.by_method[method]
+        if self.many_classes is not None and (classes or 0) > FEW_CLASSES:
+            return self.many_classes
         return self.default
 
     @property
+    def chosen(self) -> bool:
+        """Return whether the default depends on the method or on the classes."""
+        return bool(self.by_method) or self.many_classes is not None
+
+    @property
     def written_default(self) -> Scalar:
-        """Return the default as configurations have it before the method is known."""
-        return AUTO if self.by_method else self.default
+        """Return the default as configurations have it before the choice is made."""
+        return AUTO if self.chosen else self.default
 
 
 def kebab(name: str) -> str:
@@ -139,18 +183,27 @@ def keys_of(
     for name, field in fields_of(cls).items():
         readers = methods
         changes = may_change
-        by_method: Mapping[str, Scalar] = {}
+        own = DefaultOf()
         for mark in field.metadata:
             if isinstance(mark, ReadBy):
                 readers = mark.methods
             elif isinstance(mark, MayChange):
                 changes = True
             elif isinstance(mark, DefaultOf):
-                by_method = mark.by_method
+                own = mark
         key = f"{prefix}{kebab(name)}"
         if dataclasses.is_dataclass(field.annotation):
             assert isinstance(field.annotation, type)
             yield from keys_of(field.annotation, f"{key}.", readers, changes)
         else:
             sentence = " ".join((field.description or "").split())
-            yield Key(key, field.default, sentence, field, readers, changes, by_method)
+            yield Key(
+                key,
+                field.default,
+                sentence,
+                field,
+                readers,
+                changes,
+                own.by_method,
+                own.many_classes,
+            )

@@ -17,7 +17,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from clip2fl_common.choices import TF32, OptimizerName, Precision
-from clip2fl_common.config.checks import SITES, contradictions
+from clip2fl_common.config.checks import (
+    FEWEST_CLASSES,
+    SITES,
+    contradictions,
+    known_classes,
+)
 from clip2fl_common.config.keys import (
     AUTO,
     DefaultOf,
@@ -353,8 +358,9 @@ class Head:
 class ClassGradients:
     """Class gradients of the re-trained classifier."""
 
-    draws: Draws = 5
-    """Augmented draws over which a class gradient is averaged."""
+    draws: Annotated[Draws, DefaultOf(many_classes=2)] = 5
+    """Augmented draws over which a class gradient is averaged. Each draw is a forward
+    pass of nearly all of a client's images if it has few of each class."""
     samples_per_class: Positive = 32
     """Largest number of images of a class in one draw."""
     augment: bool = True
@@ -368,7 +374,7 @@ class Upload:
     precision: Precision = "half"
     """Precision of uploaded class gradients: half (bfloat16: float32's range, 8 bits of
     precision) or full (float32)."""
-    min_cosine: Cosine = 1.0
+    min_cosine: Annotated[Cosine, DefaultOf(many_classes=0.99)] = 1.0
     """Smallest cosine between a row of a class gradient and the row that the server
     decodes. 1 uploads all rows; below 1, e.g. 0.99, a low-rank factorisation of the
     smallest rank that keeps the bound."""
@@ -427,8 +433,9 @@ class Retraining:
     init: Literal["fresh", "warm"] = "fresh"
     """Start of re-training: fresh (the released code) or warm (last round's
     classifier)."""
-    epochs: Positive = 300
-    """Passes over the federated features when the classifier is re-trained."""
+    epochs: Annotated[Positive, DefaultOf(many_classes=30)] = 300
+    """Passes over the federated features when the classifier is re-trained. A pass has
+    a number of steps that grows with the classes."""
     batch_size: Positive = 32
     """Mini-batch size of re-training."""
     learning_rate: StepSize = 0.01
@@ -525,13 +532,19 @@ class RunConfig:
     delivery: Annotated[Delivery, MayChange()] = Delivery()
 
     @classmethod
-    def from_run_config(cls, flat: Mapping[str, Scalar]) -> "RunConfig":
+    def from_run_config(
+        cls, flat: Mapping[str, Scalar], classes: int | None = None
+    ) -> "RunConfig":
         """Parse and check Flower's flat run configuration.
 
         Parameters
         ----------
         flat : mapping
             Dotted kebab-case keys to scalars, as in ``context.run_config``.
+        classes : int or None
+            Number of classes C of the images; None: as far as the keys tell it
+            (`known_classes`). If it is unknown, the keys whose defaults depend on it
+            stay ``"auto"``, for `for_classes`.
 
         Returns
         -------
@@ -543,12 +556,14 @@ class RunConfig:
             Names each invalid key, its value and what is allowed.
         """
         problems = list(key_problems(flat, known_keys()))
+        classes = classes or known_classes(flat)
         nested: dict[str, Any] = {}
         for key, known in KEYS.items():
             if key in flat and scalar_problem(flat[key]) is None:
                 value = flat[key]
-                if known.by_method and value == AUTO:
-                    value = known.default_of(flat.get("method"))
+                waits = known.many_classes is not None and classes is None
+                if known.chosen and value == AUTO and not waits:
+                    value = known.default_of(flat.get("method"), classes)
                 group, dot, leaf = key.partition(".")
                 if dot:
                     nested.setdefault(group, {})[leaf] = value
@@ -558,13 +573,36 @@ class RunConfig:
             # Only JSON input lets strict types and nested dataclasses go together.
             config = _adapter.validate_json(json.dumps(nested))
         except ValidationError as error:
-            auto = {name for name, key in KEYS.items() if key.by_method}
+            auto = {name for name, key in KEYS.items() if key.chosen}
             problems += [explain(dict(problem), auto) for problem in error.errors()]
-        if not problems:
-            problems = contradictions(config)
+        if not problems and classes is not None:
+            problems = contradictions(config, classes)
         if problems:
             raise ConfigError(listed(problems))
+        if classes is None:
+            # Raises what contradicts itself with any number of classes.
+            cls.from_run_config(flat, FEWEST_CLASSES)
         return config
+
+    def for_classes(self, classes: int) -> "RunConfig":
+        """Return the configuration of a run whose images have a number of classes.
+
+        Parameters
+        ----------
+        classes : int
+            Number of classes C.
+
+        Returns
+        -------
+        RunConfig
+            Without ``"auto"``, which only `device` may then be.
+
+        Raises
+        ------
+        ConfigError
+            If an array of the run would not fit any memory with so many classes.
+        """
+        return self.from_run_config(self.to_flat(), classes)
 
     @property
     def simulated(self) -> bool:
@@ -598,7 +636,7 @@ def known_keys() -> list[str]:
 def defaults() -> dict[str, Scalar]:
     """Return every dotted key with its default, in the order of `KEYS`.
 
-    A key whose default depends on the method has ``"auto"``, which
-    `RunConfig.from_run_config` replaces.
+    A key whose default depends on the method or on the number of classes has
+    ``"auto"``, which `RunConfig.from_run_config` and `RunConfig.for_classes` replace.
     """
     return {name: key.written_default for name, key in KEYS.items()}

@@ -1,5 +1,7 @@
 """Keys that differ from their defaults although the run's method does not read them."""
 
+from clip2fl_common.config.checks import known_classes
+from clip2fl_common.config.keys import AUTO
 from clip2fl_common.config.schema import KEYS, RunConfig
 from clip2fl_common.config.types import METHODS
 
@@ -20,11 +22,13 @@ def unread_warning(config: RunConfig) -> str | None:
     """
     if config.method not in METHODS:
         return None
+    flat = config.to_flat()
+    classes = known_classes(flat)
     unread = [
         f"{name} = {value!r}"
-        for name, value in config.to_flat().items()
+        for name, value in flat.items()
         if config.method not in KEYS[name].methods
-        and value != KEYS[name].default_of(config.method)
+        and value not in (AUTO, KEYS[name].default_of(config.method, classes))
     ]
     if not unread:
         return None

@@ -48,7 +48,7 @@ def test_flower_gets_the_defaults_of_the_schema() -> None:
     assert all(type(block[key]) is type(v) for key, v in defaults().items())
     assert {key for key, value in block.items() if value == "auto"} == {
         "device",  # a value of its own
-        *(name for name, key in KEYS.items() if key.by_method),
+        *(name for name, key in KEYS.items() if key.chosen),
     }
 
 
@@ -58,7 +58,7 @@ def test_every_key_has_its_default_and_a_meaning() -> None:
     block = (ROOT / "pyproject.toml").read_text("utf-8").split(BEGIN)[1].split(END)[0]
     for key, default in defaults().items():
         shown = f'"{default}"' if isinstance(default, str) else str(default).lower()
-        if KEYS[key].by_method:
+        if KEYS[key].chosen:
             assert found[key][1].startswith("auto: "), key
         else:
             assert found[key][1] == f"`{shown}`"

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clip2fl_common.config import ConfigError, RunConfig, Scalar, known_keys
+from clip2fl_common.config import (
+    ConfigError,
+    RunConfig,
+    Scalar,
+    defaults,
+    known_keys,
+)
 from clip2fl_common.config.checks import LARGEST_ARRAY_BYTES
 from clip2fl_common.config.messages import shown_key
 from clip2fl_common.partition import long_tail_counts, long_tail_partition
@@ -316,7 +322,7 @@ def test_class_names_of_any_language_are_accepted() -> None:
         ", ".join(f"species {n}" for n in range(10_000)),
         f"{'a' * 100}, {'ü' * 100}",
     ):
-        parse(**SITES, **{"dataset.class-names": names})
+        RunConfig.from_run_config({**defaults(), **SITES, "dataset.class-names": names})
 
 
 @pytest.mark.parametrize(
@@ -362,6 +368,15 @@ def test_other_class_names_are_refused(names: str, message: str) -> None:
             },
             4 * 10**9 * 512,
         ),
+        (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": ", ".join(map(str, range(10_000))),
+                "upload.min-cosine": 1.0,
+                "model.feature-dim": 512,
+            },
+            4 * 10_000**2 * 512,
+        ),
         ({"client.batch-size": 10**6, "dataset.image-size": 512}, 12 * 10**6 * 520**2),
         ({"teacher.batch-size": 10**6, "dataset.image-size": 512}, 12 * 10**6 * 2**18),
         (
@@ -386,8 +401,8 @@ def test_products_must_fit_memory(changes: dict[str, Scalar], size: int) -> None
     """Each key alone is in range; the message names all keys and both sizes."""
     message = str(refusal(changes))
     assert len(message.splitlines()) == 1
-    unnamed = ("dataset.imbalance-factor", "dataset.name", "dataset.root")
-    named = [key for key in changes if key not in unnamed]
+    unnamed = ("imbalance-factor", "name", "root", "class-names")
+    named = [key for key in changes if key.removeprefix("dataset.") not in unnamed]
     assert all(f"{key} = {changes[key]}" in message for key in named)
     assert f"{size:,} bytes" in message
     assert f"{LARGEST_ARRAY_BYTES:,}" in message

@@ -173,6 +173,62 @@ def test_only_keys_with_defaults_by_method_may_be_auto() -> None:
         RunConfig.from_run_config({**defaults(), "client.learning-rate": "fast"})
 
 
+MANY = "class-gradients.draws", "upload.min-cosine", "retraining.epochs"
+
+
+def of_classes(flat: dict[str, Scalar], classes: int | None = None) -> list[Scalar]:
+    """Return what a run takes for the keys whose default depends on the classes."""
+    config = RunConfig.from_run_config(flat, classes).to_flat()
+    return [config[key] for key in MANY]
+
+
+def test_the_number_of_classes_chooses_some_defaults() -> None:
+    """Few classes keep the published values, and a value that is written counts."""
+    published, many = [5, 1.0, 300], [2, 0.99, 30]
+    assert of_classes(defaults()) == published  # the demo has ten
+    lists = dict.fromkeys(("dataset.train-list", "dataset.test-list"), "/x")
+    imagenet = {"dataset.name": "imagenet-lt", "dataset.root": "/x", **lists}
+    assert of_classes({**defaults(), **imagenet}) == many
+    sites = {
+        "dataset.name": "sites",
+        "dataset.class-names": ",".join(map(str, range(51))),
+    }
+    assert of_classes({**defaults(), **sites}) == many
+    own = dict(zip(MANY, (7, 0.9, 3), strict=True))
+    assert of_classes({**defaults(), **imagenet, **own}) == [7, 0.9, 3]
+
+
+def test_keys_wait_until_the_images_tell_the_classes() -> None:
+    """A folder's classes are unknown at first; writing and reading changes nothing."""
+    folder = {**defaults(), "dataset.name": "image-folder", "dataset.root": "/x"}
+    config = RunConfig.from_run_config(folder)
+    assert of_classes(folder) == ["auto"] * 3
+    assert RunConfig.from_run_config(config.to_flat()) == config
+    assert unread_warning(config) is None
+    for classes, expected in ((50, [5, 1.0, 300]), (51, [2, 0.99, 30])):
+        known = config.for_classes(classes)
+        assert of_classes(config.to_flat(), classes) == expected
+        assert "auto" not in {**known.to_flat(), "device": ""}.values()
+        assert known.for_classes(10) == known
+
+
+def test_defaults_of_many_classes_are_no_changes() -> None:
+    """A method that does not read them brings no warning of unread keys."""
+    lists = dict.fromkeys(("dataset.train-list", "dataset.test-list"), "/x")
+    imagenet = {"dataset.name": "imagenet-lt", "dataset.root": "/x", **lists}
+    config = RunConfig.from_run_config({**defaults(), **imagenet, "method": "fedavg"})
+    assert config.class_gradients.draws == 2
+    assert unread_warning(config) is None
+
+
+def test_sizes_are_checked_with_the_classes_of_the_images() -> None:
+    folder = {**defaults(), "dataset.name": "image-folder", "dataset.root": "/x"}
+    config = RunConfig.from_run_config({**folder, "upload.min-cosine": 1.0})
+    assert config.for_classes(1000).upload.min_cosine == 1
+    with pytest.raises(ConfigError, match=r"whole class gradients.* 20000 classes"):
+        config.for_classes(20_000)
+
+
 def test_changes_are_told_from_the_defaults_of_the_method() -> None:
     """A run of before a key had other defaults is compared with those it had."""
     plus = RunConfig.from_run_config({**defaults(), "method": "clip2fl-plus"})
