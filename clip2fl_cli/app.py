@@ -28,6 +28,7 @@ from clip2fl_cli.options import (
     finite,
     positive,
 )
+from clip2fl_cli.site_commands import site
 from clip2fl_common.shown import shown
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(site)
 
 
 def _print_version(wanted: bool) -> None:

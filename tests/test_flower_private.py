@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-from deploy.register import KEY_IN_USE
+from clip2fl_cli.sites.registration import KEY_IN_USE
 from deploy.superlink import LOCK_WAIT_MS, wait_for_locks
 from tests.checkout import copy_of_checkout
 from tests.flower_private import (
@@ -77,7 +77,7 @@ def test_node_config_is_read_as_toml() -> None:
 
 
 def test_code_of_a_key_in_use_is_the_one_that_registration_knows() -> None:
-    """Else deploy/register.sh takes a site that is registered for one refused."""
+    """Else `clip2fl site register` takes a site that is registered for one refused."""
     assert f"[code: {code_of_a_key_in_use()}]" == KEY_IN_USE
 
 

@@ -3,7 +3,7 @@
 The machines are joined by a bridge in one more namespace, so no packet leaves them.
 The server is set up as docs/deployment.md says: SuperLink on its own loopback only,
 nginx with the repository's configuration in front. Each node makes its own key; names
-are bound to keys by the registry that `deploy/register.sh` writes.
+are bound to keys by the registry that `clip2fl site register` writes.
 """
 
 import contextlib
@@ -260,13 +260,13 @@ class Stack:
 
     def register(self, *names: str) -> str:
         """Register nodes' keys at the server."""
-        return self.run_register(*(f"{n}={self.public_key(n)}" for n in names))
+        return self.run_site("register", *(f"{n}={self.public_key(n)}" for n in names))
 
-    def run_register(self, *arguments: object) -> str:
-        """Return what register.sh prints at the server."""
+    def run_site(self, *arguments: object) -> str:
+        """Return what ``clip2fl site`` prints at the server."""
         return self.server.run(
-            *("env", f"CA={self.ca}", f"REGISTRY={self.registry}"),
-            *(ROOT / "deploy" / "register.sh", *arguments),
+            *("env", f"--chdir={ROOT}", f"CLIP2FL_SERVER_FOLDER={self.keys}"),
+            *(sys.executable, "-m", "clip2fl_cli.app", "site", *arguments),
         )
 
     def flwr(self, *arguments: object) -> str:
