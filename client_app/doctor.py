@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import cast
 
 from client_app import data_check, preflight
-from client_app.own_site import state_folder
+from client_app.own_site import state_folder, with_own_teacher
 from client_app.policy_check import check_ledger, check_policy
 from client_app.preflight import Finding
 from clip2fl_common.config import (
     SITES,
     TEACHER_METHODS,
+    ConfigError,
     RunConfig,
     Scalar,
     defaults,
@@ -44,7 +45,9 @@ def findings(
         yield from preflight.check_server(
             options.superlink, options.root_certificates, now
         )
-    yield from check_policy(options.policy, config)
+    if config is not None:
+        config = with_own_teacher(config, options.teacher_path)
+    yield from check_policy(options.policy, config, options.teacher_path)
     yield check_ledger(options.site_state, options.policy)
     if config is None:
         yield preflight.check_disk(cache_dir(), 0, 0)
@@ -69,10 +72,22 @@ def findings(
         )
 
 
-def _run_config(path: Path) -> RunConfig:
-    """Return the configuration: the file's values over the defaults."""
+def site_run_config(path: Path) -> RunConfig:
+    """Return a run's configuration: the file's values over the defaults.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a value is not allowed, or the run is none of sites.
+    """
     flat = {**defaults(), **flatten(read_toml(experiment(path)))}
-    return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
+    config = RunConfig.from_run_config(cast(dict[str, Scalar], flat))
+    if config.dataset.name != SITES:
+        raise ConfigError(
+            f"dataset.name = {config.dataset.name!r}, but only 'sites' uses nodes' own "
+            "images"
+        )
+    return config
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -115,6 +130,12 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--private-key", type=Path, metavar="FILE", help="the node's private key"
     )
     parser.add_argument(
+        "--teacher-path",
+        type=Path,
+        metavar="DIR",
+        help="the node's own folder of the run's teacher, if --node-config names one",
+    )
+    parser.add_argument(
         "--teacher-fingerprint",
         default="",
         metavar="HEX",
@@ -134,16 +155,9 @@ def main(
     config = None
     if options.run_config:
         try:
-            config = _run_config(options.run_config)
+            config = site_run_config(options.run_config)
         except ValueError as error:
             print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
-            return 2
-        if config.dataset.name != SITES:
-            print(
-                f"doctor: {options.run_config}: dataset.name = "
-                f"{config.dataset.name!r}, but only 'sites' uses nodes' own images",
-                file=sys.stderr,
-            )
             return 2
     if options.site_state is None:
         options.site_state = state_folder({}, options.data_path)
