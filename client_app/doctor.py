@@ -9,7 +9,7 @@ Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -144,10 +144,29 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(
-    arguments: Sequence[str] | None = None, prog: str = "python -m client_app.doctor"
-) -> int:
-    """Run the command line and return its exit status."""
+def examine(
+    arguments: Sequence[str] | None, prog: str, stop_at: Collection[str] = ()
+) -> list[Finding]:
+    """Check a node and print each finding.
+
+    Parameters
+    ----------
+    arguments : sequence of str or None
+        Options of the command line; None: those of this process.
+    prog : str
+        Name of the command in its help.
+    stop_at : collection of str
+        Checks after whose problem no other check is made.
+
+    Returns
+    -------
+    list of Finding
+
+    Raises
+    ------
+    ConfigError
+        If the run's configuration cannot be used.
+    """
     options = _parse(arguments, prog)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without accents still prints accented names, escaped.
@@ -156,18 +175,32 @@ def main(
     if options.run_config:
         try:
             config = site_run_config(options.run_config)
-        except ValueError as error:
-            print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
-            return 2
+        except ConfigError as error:
+            raise ConfigError(f"{options.run_config}: {error}") from None
     if options.site_state is None:
         options.site_state = state_folder({}, options.data_path)
-    levels = []
+    found = []
     for finding in findings(options, config):
         print(finding, flush=True)
-        levels.append(finding.level)
+        found.append(finding)
+        if finding.level == "problem" and finding.check in stop_at:
+            break
+    levels = [finding.level for finding in found]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    print(f"\n{problems} to fix, {warnings} warnings")
-    return 1 if problems else 0
+    print(f"\n{problems} to fix, {warnings} warnings", flush=True)
+    return found
+
+
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m client_app.doctor"
+) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        found = examine(arguments, prog)
+    except ConfigError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    return 1 if any(finding.level == "problem" for finding in found) else 0
 
 
 if __name__ == "__main__":
