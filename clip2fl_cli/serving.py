@@ -14,20 +14,19 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clip2fl_cli import console
-from clip2fl_cli.flower_command import executable
+from clip2fl_cli.flower_command import environment, executable
 from clip2fl_cli.signals import Interrupted, interrupting
 from clip2fl_common.files import private_folder, replacing
 from clip2fl_common.provenance import PACKAGE_ROOT
 
 DEPLOY = PACKAGE_ROOT / "deploy"
-START_SECONDS = 120.0
+START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.2
 # Administrators' folders, which Debian leaves out of other users' PATH.
@@ -88,23 +87,21 @@ def serve(serving: Serving) -> None:
     configuration = serving.folder / "nginx.conf"
     with replacing(configuration) as file:
         file.write(nginx_configuration(serving).encode())
-    parts = {
-        "superlink": superlink_command(serving),
-        "superexec": superexec_command(serving),
-        "proxy": [
-            *(nginx, "-c", str(configuration), "-e", "stderr"),
-            *("-g", "daemon off;"),
-        ],
-    }
-    with interrupting(), _running(serving, parts) as processes:
+    proxy = [nginx, "-c", str(configuration), "-e", "stderr", "-g", "daemon off;"]
+    with interrupting(), _Parts(serving) as parts:
         try:
-            _wait_until_ready(serving, processes)
+            parts.start("superlink", superlink_command(serving))
+            # The others would wait longer and longer between their attempts.
+            parts.wait_for(serving.superlink_port)
+            parts.start("superexec", superexec_command(serving))
+            parts.start("proxy", proxy)
+            parts.wait_for(serving.port)
             console.tell(
                 f"clip2fl: the server is ready on port {serving.port}, for nodes that "
                 f"call it {', '.join(serving.names) or 'localhost'}; Ctrl-C ends it"
             )
             while True:
-                _check_alive(serving, processes)
+                parts.check()
                 time.sleep(POLL_SECONDS)
         except Interrupted:
             console.tell("clip2fl: the server ends")
@@ -200,78 +197,79 @@ def _make_keys(serving: Serving) -> None:
     )
 
 
-@contextlib.contextmanager
-def _running(
-    serving: Serving, parts: dict[str, list[str]]
-) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run all parts; at the end all have ended."""
-    variables = {
-        **os.environ,
-        "FLWR_HOME": str(serving.folder / "state" / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}"
-        f"{os.environ.get('PATH', os.defpath)}",
-    }
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for name, command in parts.items():
-            with (serving.folder / "logs" / f"{name}.log").open("ab") as log:
-                processes[name] = subprocess.Popen(
-                    command,
-                    cwd=serving.folder,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    # Ctrl-C is for this process, which ends them in order.
-                    start_new_session=True,
-                )
-        yield processes
-    finally:
-        for process in reversed(processes.values()):
+class _Parts:
+    """The server's processes; when the block ends, all of them have ended."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes.values()):
             process.terminate()
         end = time.monotonic() + STOP_SECONDS
-        for process in processes.values():
+        for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
-
-def _wait_until_ready(
-    serving: Serving, processes: dict[str, subprocess.Popen[bytes]]
-) -> None:
-    """Wait until the proxy and the SuperLink behind it answer."""
-    context = ssl.create_default_context(cafile=serving.certificate)
-    # Without a proxy of the environment: the server is on this machine.
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        _check_alive(serving, processes)
-        with (
-            contextlib.suppress(OSError),
-            opener.open(f"https://127.0.0.1:{serving.port}/health", timeout=5),
-        ):
-            return
-        time.sleep(POLL_SECONDS)
-    raise ServerError(
-        f"the server did not answer in {START_SECONDS:.0f} s: "
-        f"{serving.folder / 'logs'} says more"
-    )
-
-
-def _check_alive(
-    serving: Serving, processes: dict[str, subprocess.Popen[bytes]]
-) -> None:
-    for name, process in processes.items():
-        if process.poll() is not None:
-            log = serving.folder / "logs" / f"{name}.log"
-            last = log.read_text("utf-8", "replace").strip().splitlines()[-3:]
-            raise ServerError(
-                f"the {name} has ended (status {process.returncode}); {log}: "
-                f"{' '.join(last)}"
+    def start(self, name: str, command: list[str]) -> None:
+        """Start a part, whose output goes to a file."""
+        folder = self._serving.folder
+        commands = str(Path(sys.executable).parent)
+        with self._log(name).open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={
+                    **environment(folder / "state" / "flwr"),
+                    "PATH": f"{commands}{os.pathsep}"
+                    f"{os.environ.get('PATH', os.defpath)}",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for this process, which ends them in order.
+                start_new_session=True,
             )
+
+    def wait_for(self, port: int) -> None:
+        """Wait until the SuperLink answers on a port."""
+        context = ssl.create_default_context(cafile=self._serving.certificate)
+        # Without a proxy of the environment: the server is on this machine.
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),
+            urllib.request.HTTPSHandler(context=context),
+        )
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            self.check()
+            with (
+                contextlib.suppress(OSError),
+                opener.open(f"https://127.0.0.1:{port}/health", timeout=5),
+            ):
+                return
+            time.sleep(POLL_SECONDS)
+        raise ServerError(
+            f"nothing answered on port {port} in {START_SECONDS:.0f} s: "
+            f"{self._log('superlink').parent} says more"
+        )
+
+    def check(self) -> None:
+        """Raise `ServerError` if a part has ended."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                log = self._log(name)
+                last = log.read_text("utf-8", "replace").strip().splitlines()[-3:]
+                raise ServerError(
+                    f"the {name} has ended (status {process.returncode}); {log}: "
+                    f"{' '.join(last)}"
+                )
+
+    def _log(self, name: str) -> Path:
+        return self._serving.folder / "logs" / f"{name}.log"

@@ -134,12 +134,16 @@ usage="usage: make-keys.sh server DIR NAME... | own-key DIR SITE [PUBLIC]"
 [ $# -ge 3 ] || fail "$usage"
 what=$1 dir=$2
 shift 2
-for tool in openssl ssh-keygen; do
-    command -v "$tool" >/dev/null || fail "$tool is missing: install it"
-done
+need() {
+    command -v "$1" >/dev/null || fail "$1 is missing: install it"
+}
 case $what in
-    server) make_server "$@" ;;
+    server)
+        need openssl
+        make_server "$@"
+        ;;
     own-key)
+        need ssh-keygen
         [ $# -le 2 ] || fail "$usage"
         make_own_key "$@"
         ;;

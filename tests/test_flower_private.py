@@ -70,7 +70,7 @@ def test_lost_node_is_reported_by_the_superlink(request_message: Message) -> Non
 
 
 def test_node_config_is_read_as_toml() -> None:
-    """Else deploy/node_config.py writes paths that Flower reads otherwise."""
+    """Else `clip2fl site` writes paths that Flower reads otherwise."""
     text = 'data-path="/a\\U00000022b" number=3 on=true'
     expected = {"data-path": '/a"b', "number": 3, "on": True}
     assert parse_node_config(text) == expected

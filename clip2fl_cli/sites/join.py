@@ -350,18 +350,24 @@ def _check_as(owner: tuple[int, int], folder: Path) -> int:
     """Check the site as the user who will run its node, and who must read all."""
     if owner[0] == os.geteuid():
         return node.check(installed_node(folder), all_checks=True)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "clip2fl_cli.app", "site", "start"),
-            *("--only-check", str(folder)),
-        ],
-        cwd=PACKAGE_ROOT,
-        user=owner[0],
-        group=owner[1],
-        extra_groups=[],
-        env={**os.environ, "HOME": str(folder)},
-    )
-    return done.returncode
+    try:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "clip2fl_cli.app", "site", "start"),
+                *("--only-check", str(folder)),
+            ],
+            cwd=PACKAGE_ROOT,
+            user=owner[0],
+            group=owner[1],
+            extra_groups=[],
+            env={**os.environ, "HOME": str(folder)},
+        ).returncode
+    except OSError as error:
+        raise JoinError(
+            f"the node's user {owner[0]} cannot run {sys.executable} in {PACKAGE_ROOT} "
+            f"({error.strerror}): install this program where all users can read it, "
+            "such as /opt/clip2fl, or name another user with --user"
+        ) from None
 
 
 def _tell_public_half(folder: Path, site: str) -> None:

@@ -282,6 +282,11 @@ def _teacher_files(folder: Path) -> list[Path]:
         raise KitWishError(
             f"the teacher's folder {folder} cannot be read ({error.strerror})"
         ) from None
+    if not any(path.name == "open_clip_config.json" for path in files):
+        raise KitWishError(
+            f"the teacher's folder {folder} has no open_clip_config.json: give the "
+            "folder of an open_clip checkpoint (configuration and weights)"
+        )
     if len(files) > MOST_TEACHER_FILES:
         raise KitWishError(
             f"the teacher's folder {folder} has {len(files)} files: keep only the "

@@ -282,7 +282,7 @@ class Stack:
     def start_node(
         self, name: str, data: Path, site: str = "", ca: Path | None = None
     ) -> None:
-        """Start a node by node.sh, again and again as systemd would.
+        """Start a node by its command, again and again as systemd would.
 
         It calls itself ``site``, or else by its own name.
         """
@@ -292,7 +292,8 @@ class Stack:
             *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
             *("env", f"--chdir={ROOT}", f"SUPERLINK={SERVER_IP}:{PORT}"),
             *(f"SITE={site or name}", f"DATA_PATH={data}", f"KEYS={keys}"),
-            *(f"CA={ca or keys / 'ca.crt'}", ROOT / "deploy" / "node.sh"),
+            f"CA={ca or keys / 'ca.crt'}",
+            *(sys.executable, "-m", "clip2fl_cli.app", "site", "start"),
         )
 
     def start_run(self, settings: str) -> None:
