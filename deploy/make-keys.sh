@@ -2,7 +2,7 @@
 # Make the certificates and keys of a federation. Existing files are not overwritten.
 #
 #   deploy/make-keys.sh server DIR NAME...          at the server, once
-#   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   at each site
+#   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   for the sites of docker-compose.yml
 #
 # `server` makes one folder for each part of the server. No part needs the folder of
 # another part:

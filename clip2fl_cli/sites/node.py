@@ -5,12 +5,13 @@ each value as TOML. So special characters are written as TOML escapes such as
 ``\U00000022``.
 """
 
+import contextlib
 import os
 import re
 import shlex
-import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import yaml
 
 from clip2fl_cli import console
 from clip2fl_cli.flower_command import executable
+from clip2fl_cli.signals import Interrupted, interrupting
 from clip2fl_common.config import ConfigError
 from clip2fl_common.files import CACHE_VARIABLE
 
@@ -315,13 +317,14 @@ def hold() -> None:
     A container engine starts a container again whatever its exit status, unless it was
     ended by hand. A node that cannot start would then read all images again and again.
     """
-    console.tell(
-        "clip2fl: the node waits and does nothing. Mend what is listed above, then "
-        "start it again: docker restart checks anew"
-    )
-    ends = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    signal.sigwait(ends)
+    with contextlib.suppress(Interrupted), interrupting():
+        console.tell(
+            "clip2fl: the node waits and does nothing. Mend what is listed above, then "
+            "start it again: docker restart checks anew"
+        )
+        while True:
+            # Short, since another thread may have been given the signal.
+            time.sleep(0.5)
 
 
 def shell_line(command: list[str]) -> str:

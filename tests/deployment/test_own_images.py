@@ -33,10 +33,10 @@ main()
 """
 # The page's run is for photographs, with a teacher that is downloaded.
 # Far longer than any command takes on two idle cores.
-WAIT_S = 1200.0
+WAIT_S = 2400.0
 SMALL = {
     "dataset.image-size": 32,
-    "federation.rounds": 2,
+    "federation.rounds": 1,
     "client.epochs": 1,
     "class-gradients.draws": 2,
     "synthesis.steps": 5,
@@ -172,7 +172,7 @@ def test_commands_lead_from_folders_to_a_model(machine: Machine) -> None:
     assert "finished:completed" in log
     metrics = folder / "server" / "runs" / "first" / "metrics.jsonl"
     rounds = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    assert [sorted(r["clients"]) for r in rounds] == [["east", "north", "west"]] * 2
+    assert [sorted(r["clients"]) for r in rounds] == [["east", "north", "west"]]
     assert all(r["dropped_replies"] == 0 for r in rounds)
     classes = "|".join(held()["north"] + held()["west"])
     assert re.search(rf"1\.jpg: ({classes}) [\d.]+ %", ends("predict", predict))
