@@ -119,7 +119,11 @@ def join(kit: Path, wishes: Wishes) -> int:
         (folder / name).mkdir(mode=FOLDER_MODE, exist_ok=True)
     if os.geteuid() == 0:
         give_to(folder, *owner)
-    console.tell(f"clip2fl: {manifest.site} is installed in {folder}")
+    again = node.shell_line(["clip2fl", "site", "start", str(folder)])
+    console.tell(
+        f"clip2fl: {manifest.site} is installed in {folder}; '{again}' starts its node "
+        "again without the kit"
+    )
     if manifest.version != version():
         console.tell(
             f"clip2fl: the kit is of clip2fl {manifest.version}, and this is "
