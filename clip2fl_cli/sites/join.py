@@ -241,6 +241,7 @@ def _install(
     )
     if not os.path.lexists(folder) or (folder.is_dir() and not os.listdir(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(manifest, folder.parent)
         with replacing_folder(folder, FOLDER_MODE) as place:
             kit_archive.read_archive(kit, place)
             _put_own_files(place, wishes)
@@ -248,11 +249,22 @@ def _install(
         return
     _check_installed(settings, folder, wishes)
     if wishes.update:
+        _check_space(manifest, folder)
         with tempfile.TemporaryDirectory(prefix=".kit-", dir=folder) as name:
             kit_archive.read_archive(kit, Path(name))
             _update(Path(name), folder)
         _put_own_files(folder, wishes)
         settings.write(folder)
+
+
+def _check_space(manifest: kit_archive.Manifest, folder: Path) -> None:
+    needed = sum(entry.size for entry in manifest.files.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise JoinError(
+            f"the kit needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free "
+            f"in {folder}: make room, or give another --folder"
+        )
 
 
 def _put_own_files(folder: Path, wishes: Wishes) -> None:

@@ -128,14 +128,7 @@ def compose(node: Node, folder: Path, owner: tuple[int, int], image: str) -> str
 
 def _bind(path: Path, *, read_only: bool) -> dict[str, Any]:
     place = _literal(path)
-    return {
-        "type": "bind",
-        "source": place,
-        "target": place,
-        "read_only": read_only,
-        # A missing folder is an error, and is not made by root.
-        "bind": {"create_host_path": False},
-    }
+    return {"type": "bind", "source": place, "target": place, "read_only": read_only}
 
 
 def _literal(path: Path) -> str:

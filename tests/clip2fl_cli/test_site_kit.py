@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -40,7 +41,7 @@ from tests.defaults import ROOT
 from tests.deployment.test_register import FakeSuperLink
 from tests.flower_private import parse_node_config
 from tests.tiny_teacher import write_teacher
-from tests.tools import need_root, needed_tool
+from tests.tools import find_tool, need_root, needed_tool
 
 CLASSES = "cat, owl, fox"
 RUN = f'method="fedavg" dataset.class-names="{CLASSES}" dataset.image-size=16'
@@ -578,6 +579,24 @@ def test_site_without_images_is_refused_before_anything_is_installed(
     assert not (tmp_path / "site").exists()
 
 
+def test_kit_that_would_fill_the_disk_is_refused(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    """Its manifest may say any size."""
+    (kit,) = make(server, "north")
+    sizes = json.loads(content(kit)["kit.json"])["files"]
+    sizes["teacher/weights"] = {"size": 2**35, "sha256": FINGERPRINT}
+    free = shutil.disk_usage(tmp_path).free
+    sizes |= {
+        f"teacher/{i}": {"size": 2**35, "sha256": FINGERPRINT}
+        for i in range(min(free // 2**35, 50))
+    }
+    bad = packed(tmp_path / "bad.tar.gz", with_manifest(files=sizes)(members(kit)))
+    with pytest.raises(JoinError, match="GiB, and .* are free in"):
+        join(bad, Wishes(photos, tmp_path / "sites" / "north"))
+    assert list((tmp_path / "sites").iterdir()) == []
+
+
 def test_damaged_kit_leaves_no_folder(
     server: Server, photos: Path, tmp_path: Path
 ) -> None:
@@ -761,6 +780,10 @@ def test_systemd_unit_does_not_start_again_what_somebody_must_mend(
     assert f"ReadWritePaths={site}/cache {site}/state" in lines
     told = capsys.readouterr().out
     assert "systemctl enable --now clip2fl-north.service" in told
+    if verify := find_tool("systemd-analyze"):
+        unit = site / "clip2fl-north.service"
+        done = subprocess.run([verify, "verify", unit], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
     odd = service.ServiceError
     with pytest.raises(odd, match="systemd would misread"):
         service.unit("north", Path("/srv/a b"), "clip2fl")
