@@ -440,8 +440,13 @@ def _start_systemd(site: str, folder: Path, user: int) -> None:
     if os.geteuid() == 0 and Path("/run/systemd/system").is_dir():
         with replacing(service.UNIT_FOLDER / name, kit_archive.PUBLIC_MODE) as file:
             file.write(text)
-        subprocess.run(["systemctl", "daemon-reload"], check=True)
-        subprocess.run(["systemctl", "enable", "--now", name], check=True)
+        # A node that runs starts again, as the kit may be a new one.
+        for action in (["daemon-reload"], ["enable", name], ["restart", name]):
+            if subprocess.run(["systemctl", *action]).returncode:
+                raise JoinError(
+                    f"systemctl {' '.join(action)} failed; {service.UNIT_FOLDER / name} "
+                    "is written: mend what systemctl says, and give the command again"
+                )
         console.tell(f"clip2fl: the node runs; its log: journalctl -u {name}")
         return
     with replacing(folder / name, kit_archive.PUBLIC_MODE) as file:
