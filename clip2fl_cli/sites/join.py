@@ -444,8 +444,9 @@ def _start_systemd(site: str, folder: Path, user: int) -> None:
         for action in (["daemon-reload"], ["enable", name], ["restart", name]):
             if subprocess.run(["systemctl", *action]).returncode:
                 raise JoinError(
-                    f"systemctl {' '.join(action)} failed; {service.UNIT_FOLDER / name} "
-                    "is written: mend what systemctl says, and give the command again"
+                    f"systemctl {' '.join(action)} failed, and the unit is "
+                    f"{service.UNIT_FOLDER / name}: mend what systemctl says, and give "
+                    "the command again"
                 )
         console.tell(f"clip2fl: the node runs; its log: journalctl -u {name}")
         return
