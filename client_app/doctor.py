@@ -9,17 +9,18 @@ Exit status: 0 the node can take part; 1 something must be fixed; 2 wrong usage.
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 from client_app import data_check, preflight
-from client_app.own_site import state_folder
+from client_app.own_site import state_folder, with_own_teacher
 from client_app.policy_check import check_ledger, check_policy
 from client_app.preflight import Finding
 from clip2fl_common.config import (
     SITES,
     TEACHER_METHODS,
+    ConfigError,
     RunConfig,
     Scalar,
     defaults,
@@ -44,7 +45,9 @@ def findings(
         yield from preflight.check_server(
             options.superlink, options.root_certificates, now
         )
-    yield from check_policy(options.policy, config)
+    if config is not None:
+        config = with_own_teacher(config, options.teacher_path)
+    yield from check_policy(options.policy, config, options.teacher_path)
     yield check_ledger(options.site_state, options.policy)
     if config is None:
         yield preflight.check_disk(cache_dir(), 0, 0)
@@ -72,10 +75,22 @@ def findings(
         yield check_zero_shot(config, options.data_path, options.policy)
 
 
-def _run_config(path: Path) -> RunConfig:
-    """Return the configuration: the file's values over the defaults."""
+def site_run_config(path: Path) -> RunConfig:
+    """Return a run's configuration: the file's values over the defaults.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a value is not allowed, or the run is none of sites.
+    """
     flat = {**defaults(), **flatten(read_toml(experiment(path)))}
-    return RunConfig.from_run_config(cast(dict[str, Scalar], flat))
+    config = RunConfig.from_run_config(cast(dict[str, Scalar], flat))
+    if config.dataset.name != SITES:
+        raise ConfigError(
+            f"dataset.name = {config.dataset.name!r}, but only 'sites' uses nodes' own "
+            "images"
+        )
+    return config
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -118,6 +133,12 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--private-key", type=Path, metavar="FILE", help="the node's private key"
     )
     parser.add_argument(
+        "--teacher-path",
+        type=Path,
+        metavar="DIR",
+        help="the node's own folder of the run's teacher, if --node-config names one",
+    )
+    parser.add_argument(
         "--teacher-fingerprint",
         default="",
         metavar="HEX",
@@ -126,10 +147,29 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(
-    arguments: Sequence[str] | None = None, prog: str = "python -m client_app.doctor"
-) -> int:
-    """Run the command line and return its exit status."""
+def examine(
+    arguments: Sequence[str] | None, prog: str, stop_at: Collection[str] = ()
+) -> list[Finding]:
+    """Check a node and print each finding.
+
+    Parameters
+    ----------
+    arguments : sequence of str or None
+        Options of the command line; None: those of this process.
+    prog : str
+        Name of the command in its help.
+    stop_at : collection of str
+        Checks after whose problem no other check is made.
+
+    Returns
+    -------
+    list of Finding
+
+    Raises
+    ------
+    ConfigError
+        If the run's configuration cannot be used.
+    """
     options = _parse(arguments, prog)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without accents still prints accented names, escaped.
@@ -137,26 +177,33 @@ def main(
     config = None
     if options.run_config:
         try:
-            config = _run_config(options.run_config)
-        except ValueError as error:
-            print(f"doctor: {options.run_config}: {error}", file=sys.stderr)
-            return 2
-        if config.dataset.name != SITES:
-            print(
-                f"doctor: {options.run_config}: dataset.name = "
-                f"{config.dataset.name!r}, but only 'sites' uses nodes' own images",
-                file=sys.stderr,
-            )
-            return 2
+            config = site_run_config(options.run_config)
+        except ConfigError as error:
+            raise ConfigError(f"{options.run_config}: {error}") from None
     if options.site_state is None:
         options.site_state = state_folder({}, options.data_path)
-    levels = []
+    found = []
     for finding in findings(options, config):
         print(finding, flush=True)
-        levels.append(finding.level)
+        found.append(finding)
+        if finding.level == "problem" and finding.check in stop_at:
+            break
+    levels = [finding.level for finding in found]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    print(f"\n{problems} to fix, {warnings} warnings")
-    return 1 if problems else 0
+    print(f"\n{problems} to fix, {warnings} warnings", flush=True)
+    return found
+
+
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m client_app.doctor"
+) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        found = examine(arguments, prog)
+    except ConfigError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    return 1 if any(finding.level == "problem" for finding in found) else 0
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from client_app.site_policy import (
     SiteRefusal,
     is_real_site,
     site_policy,
+    teacher_folder,
 )
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import DatasetError
 from clip2fl_common.files import cache_dir
+from clip2fl_common.teacher import DEMO, LOCAL_PREFIX
 
 logger = getLogger(__name__)
 
@@ -39,11 +41,14 @@ class OwnSite:
         The site's rules.
     ledger : SiteLedger
         The site's record of what it has answered.
+    teacher : Path or None
+        The site's own folder of the teacher, used in place of the run's.
     """
 
     folder: Path
     policy: SitePolicy
     ledger: SiteLedger
+    teacher: Path | None = None
 
     @classmethod
     def of(cls, node_config: NodeConfig) -> "OwnSite | None":
@@ -60,7 +65,8 @@ class OwnSite:
             return None
         policy = site_policy(node_config)
         folder = data_folder(node_config)
-        return cls(folder, policy, SiteLedger(state_folder(node_config, folder)))
+        ledger = SiteLedger(state_folder(node_config, folder))
+        return cls(folder, policy, ledger, teacher_folder(node_config))
 
     def admit(
         self, config: RunConfig, *, kind: Kind, run: str, request_bytes: int
@@ -81,7 +87,8 @@ class OwnSite:
         Returns
         -------
         RunConfig
-            With the site's own division into training and validation images.
+            With the site's own division into training and validation images, and its
+            own folder of the teacher.
 
         Raises
         ------
@@ -89,6 +96,7 @@ class OwnSite:
             If a rule forbids the request; the message names the rule.
         """
         check_size("request", request_bytes, self.policy.max_request_mib)
+        config = with_own_teacher(config, self.teacher)
         if problems := list(self.policy.violations(config)):
             raise SiteRefusal("; ".join(problems))
         try:
@@ -175,6 +183,26 @@ class OwnSite:
             for c, at in places.items()
             if class_names[c] in chosen
         }
+
+
+def with_own_teacher(config: RunConfig, folder: Path | None) -> RunConfig:
+    """Return a run's configuration with the site's own folder of the teacher.
+
+    The fingerprint in each request decides whether the folder has the run's teacher, so
+    the server and the sites need not keep it at the same path. The built-in teacher
+    comes with the program.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    folder : Path or None
+        The site's own folder, if it has one.
+    """
+    if folder is None or config.teacher.model == DEMO:
+        return config
+    own = {"teacher.model": f"{LOCAL_PREFIX}{folder}", "teacher.pretrained": ""}
+    return RunConfig.from_run_config({**config.to_flat(), **own})
 
 
 def data_folder(node_config: NodeConfig) -> Path:

@@ -16,7 +16,9 @@ from client_app.site_policy import (
 from clip2fl_common.config import TEACHER_METHODS, RunConfig
 
 
-def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Finding]:
+def check_policy(
+    path: Path | None, config: RunConfig | None, teacher: Path | None = None
+) -> Iterator[Finding]:
     """Yield each rule, and each conflict of a run with the rules.
 
     Parameters
@@ -25,6 +27,8 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
         The site's policy file.
     config : RunConfig or None
         A run's configuration.
+    teacher : Path or None
+        The site's own folder of the teacher.
 
     Yields
     ------
@@ -64,6 +68,7 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
             yield _check_models(Path(policy.models_folder))
     if config is None:
         return
+    policy = policy.with_teacher(teacher)
     problems = list(policy.violations(config))
     if policy.teachers and config.method in TEACHER_METHODS and not problems:
         problems += _teacher_problems(policy, config)

@@ -10,6 +10,8 @@ import socket
 import ssl
 import stat
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -122,7 +124,7 @@ def check_certificate(path: Path, now: datetime) -> Finding:
 
 def check_key(path: Path) -> Finding:
     """Check that Flower accepts the node's private key, and only its user reads it."""
-    make = "make one with deploy/make-keys.sh, and register its .pub at the server"
+    make = "make one with 'clip2fl site join', and register its public half"
     try:
         key = load_ssh_private_key(path.read_bytes(), password=None)
         mode = path.stat().st_mode
@@ -166,53 +168,28 @@ def check_server(
             "problem", "server", f"{address!r} is not HOST:PORT", "correct --superlink"
         )
         return
+    scheme = "http" if root_certificates is None else "https"
+    # Flower's node obeys the same variables.
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        address += f" (through {scheme.upper()}_PROXY)"
     try:
-        connection: http.client.HTTPConnection = http.client.HTTPConnection(
-            host.strip("[]"), int(port), timeout=CONNECT_TIMEOUT_S
-        )
-        if root_certificates is not None:
-            connection = http.client.HTTPSConnection(
-                host.strip("[]"),
-                int(port),
-                timeout=CONNECT_TIMEOUT_S,
-                context=ssl.create_default_context(cafile=root_certificates),
-            )
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        connection.close()
-    except ssl.SSLCertVerificationError as error:
-        yield Finding(
-            "problem",
-            "server",
-            f"{address} shows a certificate that is not accepted: "
-            f"{error.verify_message}",
-            "use the server's own ca.crt, and a name or address for which its "
-            "certificate was made (see docs/deployment.md)",
-        )
-        return
-    except socket.gaierror:
-        yield Finding(
-            "problem", "server", f"{host} is not known", "correct the name, or the DNS"
-        )
+        status, date = _health(f"{scheme}://{host}:{port}/health", root_certificates)
+    except urllib.error.URLError as error:
+        yield _unreachable(host, address, error.reason)
         return
     except (OSError, http.client.HTTPException) as error:
-        yield Finding(
-            "problem",
-            "server",
-            f"{address} cannot be reached ({error or type(error).__name__})",
-            "start the server, or let this machine connect to it (firewall, proxy)",
-        )
+        yield _unreachable(host, address, error)
         return
-    if answer.status != http.client.OK:
+    if status != http.client.OK:
         yield Finding(
             "problem",
             "server",
-            f"{address} answers, but /health with status {answer.status}",
+            f"{address} answers, but /health with status {status}",
             "look at the server's proxy and SuperLink: is it running?",
         )
     else:
         yield Finding("ok", "server", f"{address} is there")
-    if date := answer.getheader("Date"):
+    if date:
         ahead = (now - parsedate_to_datetime(date)).total_seconds()
         level: Level = "ok" if -MAX_BEHIND_S < ahead < MAX_AHEAD_S else "problem"
         yield Finding(
@@ -224,6 +201,44 @@ def check_server(
             else "synchronise the clocks (NTP): the server refuses "
             "requests with other times",
         )
+
+
+def _health(url: str, root_certificates: Path | None) -> tuple[int, str | None]:
+    """Return status and date of an answer; a proxy of the environment is used."""
+    handlers = []
+    if root_certificates is not None:
+        context = ssl.create_default_context(cafile=root_certificates)
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    opener = urllib.request.build_opener(*handlers)
+    try:
+        with opener.open(url, timeout=CONNECT_TIMEOUT_S) as answer:
+            return answer.status, answer.headers["Date"]
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.code, answer.headers["Date"]
+
+
+def _unreachable(host: str, address: str, reason: object) -> Finding:
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return Finding(
+            "problem",
+            "server",
+            f"{address} shows a certificate that is not accepted: "
+            f"{reason.verify_message}",
+            "use the server's own ca.crt, and a name or address for which its "
+            "certificate was made (see docs/deployment.md)",
+        )
+    if isinstance(reason, socket.gaierror) and "PROXY" not in address:
+        return Finding(
+            "problem", "server", f"{host} is not known", "correct the name, or the DNS"
+        )
+    return Finding(
+        "problem",
+        "server",
+        f"{address} cannot be reached ({reason or type(reason).__name__})",
+        "start the server, or let this machine connect to it (firewall; HTTPS_PROXY "
+        "names a proxy, NO_PROXY the hosts without one)",
+    )
 
 
 def check_teacher(model: str, pretrained: str, expected: str) -> Finding:

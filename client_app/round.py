@@ -37,7 +37,12 @@ from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD, confusion_matrix
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
 from clip2fl_common.schedule import step_size
-from clip2fl_common.teacher import OtherTeacherError, Teacher, load_teacher
+from clip2fl_common.teacher import (
+    LOCAL_PREFIX,
+    OtherTeacherError,
+    Teacher,
+    load_teacher,
+)
 
 
 def train_round(
@@ -331,9 +336,12 @@ def _teacher(
 
 def _check_teacher(teacher: Teacher, expected: str) -> None:
     if teacher.fingerprint != expected:
+        # The name may be a folder of this site, and the server reads this text.
+        local = teacher.name.startswith(LOCAL_PREFIX)
         raise OtherTeacherError(
-            f"teacher {teacher.name} has the fingerprint {teacher.fingerprint[:12]} "
-            f"here, but {expected[:12]} at the server: install the same weights on both"
+            f"{'the teacher' if local else f'teacher {teacher.name}'} has the "
+            f"fingerprint {teacher.fingerprint[:12]} here, but {expected[:12]} at the "
+            "server: install the same weights on both"
         )
 
 

@@ -11,7 +11,7 @@ import json
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +30,9 @@ NodeConfig = Mapping[str, bool | int | float | str]
 DATA_PATH = "data-path"
 POLICY = "policy"
 STATE = "site-state"
+TEACHER_PATH = "teacher-path"
 # Keys of a node's configuration that are not rules.
-NODE_KEYS = (DATA_PATH, "site", POLICY, STATE)
+NODE_KEYS = (DATA_PATH, "site", POLICY, STATE, TEACHER_PATH)
 
 # Most images of a class that enter its gradient, if the site fixes them.
 SET_SIZE = 32
@@ -80,6 +81,7 @@ def one_line(text: str) -> str:
         strict=True,
         allow_inf_nan=False,
         alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
     ),
 )
 class SitePolicy:
@@ -153,6 +155,12 @@ class SitePolicy:
     def needs_ledger(self) -> bool:
         """Return whether a rule depends on what was answered before."""
         return self.fixes_images or not (self.max_runs is self.max_rounds is None)
+
+    def with_teacher(self, folder: Path | None) -> "SitePolicy":
+        """Return these rules, which also allow the site's own folder of the teacher."""
+        if folder is None:
+            return self
+        return replace(self, teacher_folders=(*self.teacher_folders, str(folder)))
 
     def rules(self) -> dict[str, Any]:
         """Return each rule's value in force, by key."""
@@ -232,7 +240,8 @@ class SitePolicy:
 
         if self.teachers is not None and (not self.teachers or fingerprint is not None):
             if not any((fingerprint or "").startswith(own) for own in self.teachers):
-                named = fingerprint[:12] if fingerprint else teacher.model
+                # Without the folder, which may be this site's own.
+                named = fingerprint[:12] if fingerprint else teacher.model.split(":")[0]
                 yield f"the run's teacher {named!r} is not among the site's teachers"
         if teacher.model.startswith(HUB_PREFIX) and not self.hub_downloads:
             yield (
@@ -297,6 +306,26 @@ def site_policy(node_config: NodeConfig) -> SitePolicy:
     """
     if unknown := sorted(set(node_config) - {*NODE_KEYS, *RULES}):
         raise _unusable(f"--node-config: {_unknown(unknown[0], (*NODE_KEYS, *RULES))}")
+    return _given_policy(node_config).with_teacher(teacher_folder(node_config))
+
+
+def teacher_folder(node_config: NodeConfig) -> Path | None:
+    """Return the site's own folder of the teacher, if it has one.
+
+    Raises
+    ------
+    SiteRefusal
+        If ``teacher-path`` is not an absolute path.
+    """
+    path = node_config.get(TEACHER_PATH)
+    if path is None:
+        return None
+    if not isinstance(path, str) or not Path(path).is_absolute():
+        raise _unusable(f"teacher-path = {path!r} in --node-config is no absolute path")
+    return Path(path)
+
+
+def _given_policy(node_config: NodeConfig) -> SitePolicy:
     own = {
         key: _listed(value) if key in LISTS and isinstance(value, str) else value
         for key, value in node_config.items()

@@ -49,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(site)
 
 
 def _print_version(wanted: bool) -> None:
@@ -266,6 +267,42 @@ def stop(
         raise typer.Exit(1)
     if status != "finished:completed":
         console.tell(RESUMING)
+
+
+@app.command()
+def serve(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="The server's keys, database, registry, runs and logs; made if need "
+            "be.",
+        ),
+    ],
+    names: Annotated[
+        list[str],
+        typer.Option(
+            "--name",
+            metavar="HOST",
+            help="DNS name or IP address by which nodes reach this machine; may be "
+            "repeated. Its certificate is made for these names and for localhost.",
+        ),
+    ] = [],  # noqa: B006
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for nodes.")] = 9092,
+    superlink_port: Annotated[
+        int,
+        typer.Option(
+            min=1, max=65535, help="Port of the SuperLink, on this machine only."
+        ),
+    ] = 8000,
+) -> None:
+    """Run a server on this machine: SuperLink, SuperExec and proxy, until Ctrl-C.
+
+    The first start makes keys and certificates. A restart keeps sites and runs.
+    """
+    from clip2fl_cli import serving
+
+    serving.serve(serving.Serving(folder, names, port, superlink_port))
 
 
 @app.command()
@@ -567,7 +604,6 @@ def export(
 
 app.command()(deliver)
 app.command()(signing_key)
-app.add_typer(site)
 
 
 def main() -> None:
@@ -586,9 +622,10 @@ def main() -> None:
         console.fail(_message(error), 2)
     except RuntimeError as error:
         from clip2fl_cli.flower_command import SimulationError
+        from clip2fl_cli.serving import ServerError
         from clip2fl_common.teacher import TeacherError
 
-        if not isinstance(error, TeacherError | SimulationError):
+        if not isinstance(error, TeacherError | SimulationError | ServerError):
             raise
         console.fail(_message(error), 1)
     sys.exit(status if isinstance(status, int) else 0)

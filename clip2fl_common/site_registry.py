@@ -2,7 +2,7 @@
 
 Flower gives a node its id when its public key is registered, and the id stays the same.
 On each connection the node proves with its key that it has this id. So the node id
-binds a name to a key. `deploy/register.sh` writes the file::
+binds a name to a key. `clip2fl site register` and `clip2fl site kit` write the file::
 
     {"format": 1, "sites": [
         {"name": "site-a", "node": "17264013853174281906",
@@ -142,7 +142,7 @@ class SiteRegistry:
             reason = str(error)
         raise RegistryError(
             f"the site registry {path} is damaged ({reason}): restore it from a copy, "
-            "or move it away and register the sites again with deploy/register.sh"
+            "or move it away and register the sites again with 'clip2fl site register'"
         )
 
     def text(self) -> str:
@@ -186,7 +186,7 @@ class SiteRegistry:
                 raise RegistryError(_taken(name, other.name))
             raise RegistryError(
                 f"{name} is registered with another key. If the site has a new key, "
-                f"remove it first: deploy/register.sh ... --remove {name}"
+                f"remove it first: clip2fl site remove {name}"
             )
         if (other := self.with_key(key)) and other.name != name:
             raise RegistryError(
@@ -228,14 +228,14 @@ def _content(path: Path) -> bytes:
         what = "is a link" if error.errno == errno.ELOOP else (error.strerror or "?")
         raise RegistryError(
             f"the site registry {path} cannot be read ({what}): make it with "
-            "deploy/register.sh, and give the path of the file itself"
+            "'clip2fl site register', and give the path of the file itself"
         ) from None
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise RegistryError(
                 f"the site registry {path} is no file: give the path of the file that "
-                "deploy/register.sh has written"
+                "'clip2fl site register' has written"
             )
         if status.st_mode & stat.S_IWOTH:
             raise RegistryError(
@@ -249,7 +249,7 @@ def _content(path: Path) -> bytes:
     if len(text) > LARGEST_FILE:
         raise RegistryError(
             f"the site registry {path} has more than {LARGEST_FILE} bytes: this is "
-            "none that deploy/register.sh has written"
+            "none that 'clip2fl site register' has written"
         )
     return text
 

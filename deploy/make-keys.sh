@@ -2,7 +2,7 @@
 # Make the certificates and keys of a federation. Existing files are not overwritten.
 #
 #   deploy/make-keys.sh server DIR NAME...          at the server, once
-#   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   at each site
+#   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   for the sites of docker-compose.yml
 #
 # `server` makes one folder for each part of the server. No part needs the folder of
 # another part:
@@ -134,12 +134,16 @@ usage="usage: make-keys.sh server DIR NAME... | own-key DIR SITE [PUBLIC]"
 [ $# -ge 3 ] || fail "$usage"
 what=$1 dir=$2
 shift 2
-for tool in openssl ssh-keygen; do
-    command -v "$tool" >/dev/null || fail "$tool is missing: install it"
-done
+need() {
+    command -v "$1" >/dev/null || fail "$1 is missing: install it"
+}
 case $what in
-    server) make_server "$@" ;;
+    server)
+        need openssl
+        make_server "$@"
+        ;;
     own-key)
+        need ssh-keygen
         [ $# -le 2 ] || fail "$usage"
         make_own_key "$@"
         ;;

@@ -296,7 +296,7 @@ class SiteClients:
         if name is None:
             raise messages.ReplyError(
                 f"it calls itself {given or 'nothing'}, but its key is not in "
-                f"{self.registry}: register it there with deploy/register.sh"
+                f"{self.registry}: register it there with 'clip2fl site register'"
             )
         if given not in ("", name):
             raise messages.ReplyError(

@@ -94,7 +94,7 @@ def test_documented_commands_can_be_given(line: str) -> None:
 def test_there_are_commands_of_every_kind() -> None:
     """The search finds them."""
     kinds = {PROGRAM.match(line)[1] for line in documented()}  # type: ignore[index]
-    assert kinds >= {"python", "make", "flwr", "flower-supernode", "clip2fl", "docker"}
+    assert kinds >= {"python", "make", "flwr", "clip2fl", "docker"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

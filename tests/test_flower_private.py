@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-from deploy.register import KEY_IN_USE
+from clip2fl_cli.sites.registration import KEY_IN_USE
 from deploy.superlink import LOCK_WAIT_MS, wait_for_locks
 from tests.checkout import copy_of_checkout
 from tests.flower_private import (
@@ -70,14 +70,14 @@ def test_lost_node_is_reported_by_the_superlink(request_message: Message) -> Non
 
 
 def test_node_config_is_read_as_toml() -> None:
-    """Else deploy/node_config.py writes paths that Flower reads otherwise."""
+    """Else `clip2fl site` writes paths that Flower reads otherwise."""
     text = 'data-path="/a\\U00000022b" number=3 on=true'
     expected = {"data-path": '/a"b', "number": 3, "on": True}
     assert parse_node_config(text) == expected
 
 
 def test_code_of_a_key_in_use_is_the_one_that_registration_knows() -> None:
-    """Else deploy/register.sh takes a site that is registered for one refused."""
+    """Else `clip2fl site register` takes a site that is registered for one refused."""
     assert f"[code: {code_of_a_key_in_use()}]" == KEY_IN_USE
 
 

@@ -212,7 +212,7 @@ class Federation:
     and with sites more than half of the sites seen in the run."""
     site_registry: Annotated[PathText, MayChange()] = ""
     """Absolute path, at the server, of the file that binds sites' names to their keys
-    (deploy/register.sh writes it); empty: a node may call itself any site."""
+    (`clip2fl site register` writes it); empty: a node may call itself any site."""
 
 
 @dataclass(frozen=True, config=_strict)

@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import select
+import socket
 import ssl
 import subprocess
 import sys
@@ -327,6 +329,46 @@ def test_server_is_there(server: tuple[Server, Path], tmp_path: Path) -> None:
     listening.shutdown()
     listening.server_close()
     assert check("localhost", port, crt)["server"].startswith("problem: localhost:")
+
+
+def test_server_is_reached_through_the_proxy_of_the_environment(
+    server: tuple[Server, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's node uses the same proxy: what one reaches, the other must reach."""
+    listening, crt = server
+    port = listening.server_address[1]
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        asked: list[bytes] = []
+        threading.Thread(target=tunnel, args=(proxy, port, asked), daemon=True).start()
+        address = f"http://user:secret@127.0.0.1:{proxy.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", address)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        found = check("localhost", port, crt)
+    assert asked[0].startswith(f"CONNECT localhost:{port} ".encode())
+    assert found["server"] == f"ok: localhost:{port} (through HTTPS_PROXY) is there"
+    assert found["clock"].startswith("ok")
+    # Nobody listens there any more.
+    text = check("localhost", port, crt)["server"]
+    assert text.startswith("problem") and "HTTPS_PROXY" in text
+    assert "secret" not in text
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    assert "PROXY" not in check("localhost", port, crt)["server"]
+
+
+def tunnel(proxy: socket.socket, port: int, asked: list[bytes]) -> None:
+    """Answer one CONNECT as an HTTP proxy does, and pass on what follows."""
+    client, _ = proxy.accept()
+    asked.append(client.recv(4096))
+    with client, socket.create_connection(("127.0.0.1", port)) as behind:
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        ends = {client: behind, behind: client}
+        while True:
+            for end in select.select(list(ends), [], [])[0]:
+                data = end.recv(65536)
+                if not data:
+                    return
+                ends[end].sendall(data)
 
 
 def test_wrong_usage_names_the_file(

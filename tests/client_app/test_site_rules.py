@@ -11,6 +11,8 @@ from client_app import round as client
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import FileSource, open_site
+from clip2fl_common.data.demo import CLASS_NAMES
+from clip2fl_common.models import build_model
 from clip2fl_common.teacher import load_teacher
 from tests.conftest import be_flower
 from tests.defaults import ROOT
@@ -28,6 +30,7 @@ from tests.site_node import (
     told,
     works,
 )
+from tests.tiny_teacher import write_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +334,35 @@ def test_only_the_sites_teachers_are_loaded(
     for claimed in ("", "a"):
         reply = node.ask("train", config, teacher_fingerprint=claimed, **wanted)
         assert "is not among the site's teachers" in refusal(reply)
+
+
+def test_sites_own_folder_has_the_teacher_whatever_path_the_run_names(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Its weights decide, by their fingerprint, and no path leaves the site."""
+    for name, seed in (("own", 0), ("other", 1)):
+        write_teacher(tmp_path / name, seed)
+    expected = load_teacher(f"local-dir:{tmp_path / 'own'}").fingerprint
+    wanted: dict[str, Any] = {
+        "distillation_weight": 1.0,
+        "teacher_fingerprint": expected,
+    }
+    for model in ("local-dir:/at/the/server", "ViT-B-32", "hf-hub:someone/anything"):
+        run = site_run(method="clip2fl", teacher__model=model, model__feature_dim=512)
+        own = SiteNode(folder, {"teacher_path": str(tmp_path / "own")})
+        works(own.ask("query", run))
+        other = SiteNode(folder, {"teacher_path": str(tmp_path / "other")})
+        global_model = messages.model_to_arrays(
+            build_model("resnet8-slim", len(CLASS_NAMES), 512)
+        )
+        works(own.ask("evaluate", run, model=global_model, **wanted))
+        reply = told(other.ask("evaluate", run, model=global_model, **wanted))
+        assert "has the fingerprint" in reply and str(tmp_path) not in reply
+    # The built-in teacher comes with the program.
+    demo = load_teacher("demo").fingerprint
+    works(other.ask("evaluate", site_run(method="clip2fl"), teacher_fingerprint=demo))
+    relative = SiteNode(folder, {"teacher_path": "own"})
+    assert "rules are not usable" in refusal(relative.ask("query", run))
 
 
 def test_sites_own_least_number_holds_whatever_the_run_says(folder: Path) -> None:

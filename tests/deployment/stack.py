@@ -3,7 +3,7 @@
 The machines are joined by a bridge in one more namespace, so no packet leaves them.
 The server is set up as docs/deployment.md says: SuperLink on its own loopback only,
 nginx with the repository's configuration in front. Each node makes its own key; names
-are bound to keys by the registry that `deploy/register.sh` writes.
+are bound to keys by the registry that `clip2fl site register` writes.
 """
 
 import contextlib
@@ -265,13 +265,13 @@ class Stack:
 
     def register(self, *names: str) -> str:
         """Register nodes' keys at the server."""
-        return self.run_register(*(f"{n}={self.public_key(n)}" for n in names))
+        return self.run_site("register", *(f"{n}={self.public_key(n)}" for n in names))
 
-    def run_register(self, *arguments: object) -> str:
-        """Return what register.sh prints at the server."""
+    def run_site(self, *arguments: object) -> str:
+        """Return what ``clip2fl site`` prints at the server."""
         return self.server.run(
-            *("env", f"CA={self.ca}", f"REGISTRY={self.registry}"),
-            *(ROOT / "deploy" / "register.sh", *arguments),
+            *("env", f"--chdir={ROOT}", f"CLIP2FL_SERVER_FOLDER={self.keys}"),
+            *(sys.executable, "-m", "clip2fl_cli.app", "site", *arguments),
         )
 
     def flwr(self, *arguments: object) -> str:
@@ -287,7 +287,7 @@ class Stack:
     def start_node(
         self, name: str, data: Path, site: str = "", ca: Path | None = None
     ) -> None:
-        """Start a node by node.sh, again and again as systemd would.
+        """Start a node by its command, again and again as systemd would.
 
         It calls itself ``site``, or else by its own name.
         """
@@ -297,7 +297,8 @@ class Stack:
             *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
             *("env", f"--chdir={ROOT}", f"SUPERLINK={SERVER_IP}:{PORT}"),
             *(f"SITE={site or name}", f"DATA_PATH={data}", f"KEYS={keys}"),
-            *(f"CA={ca or keys / 'ca.crt'}", ROOT / "deploy" / "node.sh"),
+            f"CA={ca or keys / 'ca.crt'}",
+            *(sys.executable, "-m", "clip2fl_cli.app", "site", "start"),
         )
 
     def start_run(self, settings: str) -> None:

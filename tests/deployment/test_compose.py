@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from clip2fl_cli.sites.keys import fingerprint, public_key
+from clip2fl_cli.sites.registration import Server
 from clip2fl_common.config import RunConfig
 from clip2fl_common.config.dotted_keys import flatten
-from deploy.register import fingerprint, public_key
 from scripts.draw_sites import draw_sites
 from tests.defaults import ROOT, default_config
 from tests.tools import needed_tool
@@ -119,7 +120,7 @@ def test_each_part_has_its_own_keys_and_no_others(compose: dict[str, Any]) -> No
         "setup"
     }
     assert by_volume["registry"] == {
-        "register": "/registry",
+        "register": "/keys/registry",
         "superexec": "/registry:ro",
     }
 
@@ -152,7 +153,11 @@ def test_every_place_of_a_volume_belongs_to_the_containers_user(
 
 def test_runs_know_the_registry(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    file = services["register"]["environment"]["REGISTRY"]
+    folder = Path(services["register"]["environment"]["CLIP2FL_SERVER_FOLDER"])
+    written = Server(folder, "").registry
+    holder = mounts(compose)["register"]["registry"]
+    seen = mounts(compose)["superexec"]["registry"].removesuffix(":ro")
+    file = seen / written.relative_to(holder)
     assert f'federation.site-registry="{file}"' in services["runner"]["command"][-1]
 
 
@@ -227,7 +232,7 @@ def test_demo_registers_prepares_and_runs_the_same_sites(
     names = [name for name in sites(compose) if not name.endswith("-gpu")]
     services = compose["services"]
     registered = [f"{name}=/public/{name}/{name}.pub" for name in names]
-    assert services["register"]["command"] == ["deploy/register.sh", *registered]
+    assert services["register"]["command"][3:] == ["site", "register", *registered]
     assert services["images"]["command"][-4:] == names
     for name in names:
         key = services[f"{name}-key"]["command"]

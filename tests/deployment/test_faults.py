@@ -1,18 +1,14 @@
 """Nodes, links and the SuperLink fail in mid-run; the run completes all the same."""
 
 import contextlib
-import json
 import sqlite3
-from pathlib import Path
 
-import open_clip
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.deployment.conftest import COUNTS, TINY
 from tests.deployment.stack import Stack, wait_for
 from tests.site_folders import write_site
+from tests.tiny_teacher import write_teacher
 
 pytestmark = pytest.mark.slow
 ALL = sorted(COUNTS)
@@ -80,28 +76,6 @@ def test_locked_database_does_not_end_the_run(federation: Stack) -> None:
     assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
     assert clients(federation) == [ALL] * 3
     assert "database is locked" not in federation.server.log("superlink")
-
-
-def write_teacher(folder: Path, seed: int) -> None:
-    """Write a tiny open_clip model with random weights."""
-    config = {
-        "embed_dim": 512,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "head_width": 16,
-            "patch_size": 16,
-        },
-        "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
-    }
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(**config)
-    folder.mkdir()
-    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-    )
 
 
 def test_node_with_another_teacher_is_left_out_by_name(server: Stack) -> None:

@@ -34,7 +34,7 @@ def test_run_completes_without_an_impostor_and_its_model_predicts(
     pixels = torch.zeros(1, 3, card.image_size, card.image_size, dtype=torch.uint8)
     assert model(card.normalization(pixels)).shape == (1, 10)
 
-    assert "guest: removed" in federation.run_register("--remove", "guest")
+    assert "guest: removed" in federation.run_site("remove", "guest")
     sites = {s.name: str(s.node) for s in SiteRegistry.read(federation.registry).sites}
     assert set(sites) == {"east", "north", "west"}
     listed = federation.flwr("supernode", "list", "server", "--format", "json")

@@ -1,15 +1,17 @@
 """Registration binds each site's name to one key, whatever is tried or goes wrong."""
 
-import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from clip2fl_cli.sites import registration as register
+from clip2fl_cli.sites.keys import KeyFileError, fingerprint, public_key
+from clip2fl_cli.sites.registration import RegistrationError
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
-from deploy import register
-from deploy.register import RegistrationError, fingerprint, main, public_key
+from tests.clip2fl_cli.commands import refused
 from tests.defaults import ROOT
 from tests.tools import needed_tool
 
@@ -204,7 +206,7 @@ def test_only_public_keys_that_flower_takes_pass(
     (tmp_path / "text").write_text("ecdsa-sha2-nistp384 AAAA\n")
     (tmp_path / "two").write_bytes(keys[0].read_bytes() * 2)
     for reason, path in cases.items():
-        with pytest.raises(RegistrationError, match=reason):
+        with pytest.raises(KeyFileError, match=reason):
             public_key(path)
     # A comment is no part of the key.
     (tmp_path / "same.pub").write_text(keys[0].read_text().split("=")[0] + "= x y z\n")
@@ -212,35 +214,47 @@ def test_only_public_keys_that_flower_takes_pass(
 
 
 def test_command_line_says_in_one_line_what_is_wrong(
-    tmp_path: Path, keys: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    keys: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    target = ["--registry", str(tmp_path / "r" / "sites.json")]
-    for arguments, message in (
-        (["site-a"], "'site-a' is not SITE=KEY.pub"),
-        (["--list"], "cannot be read (No such file or directory)"),
-        ([f"site-a={tmp_path / 'none.pub'}"], "No such file or directory"),
-    ):
-        assert main([*target, *arguments]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("register.sh: ") and message in line
-    (tmp_path / "r").mkdir(exist_ok=True)
-    (tmp_path / "r" / "sites.json").symlink_to(keys[0])
-    assert main([*target, f"a={keys[0]}"]) == 1
-    assert "(is a link)" in capsys.readouterr().err
+    def says(command: str, *arguments: object) -> str:
+        given = [*map(str, arguments), "--server", str(tmp_path)]
+        return refused(monkeypatch, capsys, "site", command, *given)
+
+    assert "ca.crt is not there" in says("register", f"site-a={keys[0]}")
+    (tmp_path / "trust").mkdir()
+    (tmp_path / "trust" / "ca.crt").write_text("-")
+    assert "'site-a' is not SITE=KEY" in says("register", "site-a")
+    missing = f"site-a={tmp_path / 'none.pub'}"
+    assert "No such file or directory" in says("register", missing)
+    assert "--node-id goes with one" in says("register", "a=b", "c=d", "--node-id", 3)
+    assert "cannot be read (No such file or directory)" in says("list")
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "sites.json").symlink_to(keys[0])
+    assert "(is a link)" in says("register", f"a={keys[0]}")
+    assert "(is a link)" in says("remove", "a")
+
+
+def test_key_may_be_given_as_its_line(keys: list[Path]) -> None:
+    line = keys[0].read_text().strip()
+    assert register.wanted([f"a={line}"]) == [("a", public_key(keys[0]))]
 
 
 def test_unreachable_superlink_is_said(tmp_path: Path, keys: list[Path]) -> None:
     """The real command, against a port on which nobody listens."""
+    (tmp_path / "trust").mkdir()
+    (tmp_path / "trust" / "ca.crt").write_text("-")
     done = subprocess.run(
-        [ROOT / "deploy" / "register.sh", f"a={keys[0]}"],
-        env={
-            **os.environ,
-            "SUPERLINK": "127.0.0.1:9",
-            "CA": str(tmp_path / "ca.crt"),
-            "REGISTRY": str(tmp_path / "sites.json"),
-        },
+        [
+            *(sys.executable, "-m", "clip2fl_cli.app", "site", "register"),
+            *(f"a={keys[0]}", "--server", tmp_path, "--superlink", "127.0.0.1:9"),
+        ],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and done.stderr.startswith("register.sh: a is not")
-    assert "Traceback" not in done.stderr and not (tmp_path / "sites.json").exists()
+    assert done.returncode == 2 and done.stderr.startswith("clip2fl: a is not")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "registry" / "sites.json").exists()

@@ -1,42 +1,29 @@
-"""Register sites' public keys and update the registry: see register.sh."""
+"""Register sites' public keys at the SuperLink, and record them in the registry."""
 
-import argparse
-import base64
 import fcntl
-import hashlib
 import itertools
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import (
-    SECP256R1,
-    SECP384R1,
-    SECP521R1,
-    EllipticCurvePublicKey,
+from clip2fl_cli import console
+from clip2fl_cli.flower_command import (
+    ANSI,
+    environment,
+    executable,
+    parsed,
+    write_connection,
 )
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_public_key,
-)
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from clip2fl_cli.sites.keys import fingerprint, public_key
 from clip2fl_common.files import replacing
-from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
+from clip2fl_common.site_registry import Site, SiteRegistry
 
-PROFILE = "server"
-# Larger files are refused; a public key has a few hundred bytes.
-LARGEST_KEY = 16 * 1024
+CONNECTION = "server"
 REMOVED = "unregistered"
 # Flower's code of the error "Public key already in use".
 KEY_IN_USE = "[code: 23]"
@@ -60,20 +47,19 @@ class Flower:
     """
 
     def __init__(self, superlink: str, certificates: Path, folder: Path) -> None:
-        (folder / "config.toml").write_text(
-            f"[superlink.{PROFILE}]\n"
-            f"address = {json.dumps(superlink)}\n"
-            f"root-certificates = {json.dumps(str(certificates.resolve()))}\n",
-            "utf-8",
+        write_connection(
+            folder,
+            CONNECTION,
+            address=superlink,
+            root_certificates=str(certificates.resolve()),
         )
         self._folder = folder
-        self._flwr = str(Path(sys.executable).with_name("flwr"))
 
     def register(self, name: str, key: str) -> int | None:
         """Register a key; return its new node's id, or None if the key is in use."""
         half = self._folder / "key.pub"
         half.write_text(f"{key}\n", "utf-8")
-        answer = self._ask("register", str(half), PROFILE, "--name", name)
+        answer = self._ask("register", str(half), CONNECTION, "--name", name)
         if answer.get("success"):
             return int(answer["node-id"])
         if KEY_IN_USE in _reason(answer):
@@ -82,14 +68,14 @@ class Flower:
 
     def nodes(self) -> dict[int, str]:
         """Return id and status of every node that was ever registered."""
-        answer = self._ask("list", PROFILE)
+        answer = self._ask("list", CONNECTION)
         if not answer.get("success"):
             raise RegistrationError(f"the nodes cannot be listed: {_reason(answer)}")
         return {int(n["node-id"]): str(n["status"]) for n in answer["nodes"]}
 
     def remove(self, site: Site) -> None:
         """Block a node from connecting; it may already be blocked."""
-        answer = self._ask("unregister", str(site.node), PROFILE)
+        answer = self._ask("unregister", str(site.node), CONNECTION)
         if answer.get("success"):
             return
         if self.nodes().get(site.node, REMOVED) != REMOVED:
@@ -97,82 +83,63 @@ class Flower:
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
         done = subprocess.run(
-            [self._flwr, "supernode", *arguments, "--format", "json"],
-            env={
-                **os.environ,
-                "FLWR_HOME": str(self._folder),
-                "FLWR_TELEMETRY_ENABLED": "0",
-                "FLWR_DISABLE_UPDATE_CHECK": "1",
-            },
+            [executable("flwr"), "supernode", *arguments, "--format", "json"],
+            env=environment(self._folder),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
         )
-        try:
-            answer = json.loads(done.stdout)
-        except ValueError:
-            answer = None
-        if isinstance(answer, dict):
-            return answer
-        return {"error-message": (done.stderr or done.stdout).strip()}
+        told = ANSI.sub("", done.stderr or done.stdout).strip()
+        return parsed(done.stdout) or {"error-message": told}
 
 
 def _reason(answer: dict[str, Any]) -> str:
     return " ".join(str(answer.get("error-message", answer)).split())
 
 
-def public_key(path: Path) -> str:
-    """Return a public key in the format of the registry.
+@dataclass(frozen=True)
+class Server:
+    """The server's public files, and the address of its SuperLink.
 
-    Parameters
+    Attributes
     ----------
-    path : Path
-        File with one line, as ssh-keygen writes it; ``-`` is the standard input.
-
-    Returns
-    -------
-    str
-        Type and base64 of the key.
-
-    Raises
-    ------
-    RegistrationError
-        If it is not a public key that Flower accepts.
+    folder : Path
+        Folder of the server, as ``deploy/make-keys.sh server`` makes it.
+    superlink : str
+        ``HOST:PORT`` of the SuperLink itself, which only the server reaches.
     """
-    try:
-        with open(0 if path == Path("-") else path, "rb") as file:
-            content = file.read(LARGEST_KEY + 1)
-    except OSError as error:
-        raise RegistrationError(f"{path}: {error.strerror}") from None
-    if b"PRIVATE KEY" in content:
-        raise RegistrationError(
-            f"{path} is a private key, which must never leave its site. Delete it "
-            "here, have the site make another one, and take the .pub"
-        )
-    lines = content.strip().splitlines()
-    try:
-        if len(content) > LARGEST_KEY or len(lines) != 1:
-            raise ValueError(f"{len(lines)} lines, expected one")
-        key = load_ssh_public_key(lines[0])
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise RegistrationError(
-            f"{path} is no public key ({error}): take the .pub that "
-            "'deploy/make-keys.sh own-key' has made at the site"
-        ) from None
-    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(
-        key.curve, SECP256R1 | SECP384R1 | SECP521R1
-    ):
-        raise RegistrationError(
-            f"{path} is no key of a NIST elliptic curve, and Flower takes no other: "
-            "have one made with 'deploy/make-keys.sh own-key'"
-        )
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
+    folder: Path
+    superlink: str
 
-def fingerprint(key: str) -> str:
-    """Return the fingerprint that ``ssh-keygen -l`` shows, to compare by telephone."""
-    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+    @property
+    def certificate(self) -> Path:
+        """The certificate of the federation's CA, which is public."""
+        return self.folder / "trust" / "ca.crt"
+
+    @property
+    def registry(self) -> Path:
+        """The file that binds names to keys."""
+        return self.folder.absolute() / "registry" / "sites.json"
+
+    @contextmanager
+    def flower(self) -> Iterator[Flower]:
+        """Lend Flower's commands, which need a temporary folder.
+
+        Raises
+        ------
+        RegistrationError
+            If the folder is no server's.
+        """
+        if not self.certificate.is_file():
+            raise RegistrationError(
+                f"{self.certificate} is not there: give the server's folder with "
+                "--server, or make it with 'clip2fl serve' or deploy/make-keys.sh"
+            )
+        with tempfile.TemporaryDirectory(prefix="clip2fl-") as folder:
+            yield Flower(self.superlink, self.certificate, Path(folder))
 
 
 @contextmanager
@@ -241,7 +208,7 @@ def register(
         if site != known:
             registry = registry.with_site(site)
             write(registry, path)
-        print(f"{name}: {what}, node {new}, key {fingerprint(key)}", flush=True)
+        console.answer(f"{name}: {what}, node {new}, key {fingerprint(key)}")
 
 
 def _known_node(
@@ -260,14 +227,14 @@ def _known_node(
             return known.node
         raise RegistrationError(
             f"{name} was removed at the SuperLink, where its key is of no use from "
-            f"then on: deploy/register.sh --remove {name}, and register a new key"
+            f"then on: clip2fl site remove {name}, and register a new key"
         )
     taken = {site.node for site in registry.sites if site.name != name}
     open_ids = sorted(n for n, s in status.items() if s != REMOVED and n not in taken)
     if not open_ids:
         raise RegistrationError(
             f"the key of {name} was removed before, and is of no use from then on: "
-            "have the site make another one"
+            "make another kit, or have the site make another key"
         )
     if node in open_ids:
         return node
@@ -303,80 +270,23 @@ def remove(
             flower.remove(site)
             registry = registry.without(name)
             write(registry, path)
-        print(f"{name}: removed", flush=True)
+        console.answer(f"{name}: removed")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="register.sh",
-        description="Bind sites' names to their public keys.",
-        epilog="SUPERLINK, CA and REGISTRY of the environment are the defaults.",
-    )
-    parser.add_argument(
-        "sites", nargs="*", metavar="SITE=KEY.pub", help="with --remove: SITE"
-    )
-    parser.add_argument("--remove", action="store_true", help="remove sites")
-    parser.add_argument("--list", action="store_true", help="show the registry")
-    parser.add_argument(
-        "--node-id", type=int, metavar="ID", help="of one key that Flower knows already"
-    )
-    for option, variable, default in (
-        ("--superlink", "SUPERLINK", "127.0.0.1:8000"),
-        ("--root-certificates", "CA", "/etc/clip2fl/trust/ca.crt"),
-        ("--registry", "REGISTRY", "/etc/clip2fl/registry/sites.json"),
-    ):
-        parser.add_argument(
-            option,
-            default=os.environ.get(variable) or default,
-            metavar="HOST:PORT" if variable == "SUPERLINK" else "FILE",
-            help="default: %(default)s",
-        )
-    options = parser.parse_args(arguments)
-    if options.list == bool(options.sites) or (options.list and options.remove):
-        parser.error("give sites, or --list and nothing else")
-    if options.node_id is not None and (options.remove or len(options.sites) != 1):
-        parser.error("--node-id goes with one site")
-    return options
+def wanted(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return names and keys of arguments ``SITE=KEY``.
 
-
-def _wanted(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    wanted = []
+    Raises
+    ------
+    RegistrationError, KeyFileError
+        If an argument has another form, or its key cannot be used.
+    """
+    pairs = []
     for argument in arguments:
-        name, equals, path = argument.partition("=")
+        name, equals, key = argument.partition("=")
         if not equals:
             raise RegistrationError(
-                f"{argument!r} is not SITE=KEY.pub, for example site-a=site-a.pub"
+                f"{argument!r} is not SITE=KEY, for example site-a=site-a.pub"
             )
-        wanted.append((name, public_key(Path(path))))
-    return wanted
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    options = _parse(arguments)
-    path = Path(options.registry).absolute()
-    try:
-        if options.list:
-            for site in SiteRegistry.read(path).sites:
-                print(f"{site.name}  node {site.node}  key {fingerprint(site.key)}")
-            return 0
-        wanted = [] if options.remove else _wanted(options.sites)
-        with (
-            tempfile.TemporaryDirectory(prefix="clip2fl-") as folder,
-            opened(path) as registry,
-        ):
-            flower = Flower(
-                options.superlink, Path(options.root_certificates), Path(folder)
-            )
-            if options.remove:
-                remove(registry, options.sites, flower, path)
-            else:
-                register(registry, wanted, flower, path, options.node_id)
-    except (RegistryError, RegistrationError, OSError) as error:
-        print(f"register.sh: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        pairs.append((name, public_key(key)))
+    return pairs
