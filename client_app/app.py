@@ -10,12 +10,15 @@ from flwr.clientapp import ClientApp
 from client_app.images import SiteError, names_kept_here
 from client_app.own_site import OwnSite, data_folder
 from client_app.round import evaluate_round, train_round
+from client_app.secure_sum import SecureParty
 from client_app.site_ledger import Kind
-from client_app.site_policy import SiteRefusal, is_real_site
+from client_app.site_policy import SiteRefusal, is_real_site, one_line
 from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages.secure import COMMIT, KEYS, REVEAL, SecureRequest
+from clip2fl_common.secure.statements import SecureError
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 logger = getLogger(__name__)
@@ -45,9 +48,35 @@ def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
-        return train_round(config, TrainRequest.parse(message.content), site)
+        request = TrainRequest.parse(message.content)
+
+        def trained() -> RecordDict:
+            return train_round(config, request, site)
+
+        if not config.aggregation.secure:
+            return trained()
+        party = SecureParty.of(config, str(context.run_id), site, request.partition)
+        return party.train(message.content, request, trained)
 
     return _answer(message, context, "train", answer)
+
+
+@app.train(KEYS)
+def keys(message: Message, context: Context) -> Message:
+    """Return this client's public key for a round with secure aggregation."""
+    return _exchange(message, context, "query", SecureParty.keys)
+
+
+@app.train(COMMIT)
+def commit(message: Message, context: Context) -> Message:
+    """Sign the set of clients whose updates are summed."""
+    return _exchange(message, context, "finish", SecureParty.commit)
+
+
+@app.train(REVEAL)
+def reveal(message: Message, context: Context) -> Message:
+    """Reveal the seeds of the masks that do not cancel in the sum."""
+    return _exchange(message, context, "finish", SecureParty.reveal)
 
 
 @app.evaluate()
@@ -58,6 +87,22 @@ def evaluate(message: Message, context: Context) -> Message:
         return evaluate_round(config, TrainRequest.parse(message.content), site)
 
     return _answer(message, context, "evaluate", answer)
+
+
+def _exchange(
+    message: Message,
+    context: Context,
+    kind: Kind,
+    step: Callable[[SecureParty, SecureRequest], RecordDict],
+) -> Message:
+    """Return the answer to one of the other exchanges of secure aggregation."""
+
+    def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
+        request = SecureRequest.parse(message.content)
+        run = str(context.run_id)
+        return step(SecureParty.of(config, run, site, request.partition), request)
+
+    return _answer(message, context, kind, answer)
 
 
 def _answer(
@@ -87,6 +132,9 @@ def _answer(
     except SiteRefusal as refusal:
         logger.error("run %d, %s: %s", context.run_id, kind, refusal)
         error = Error(messages.SITE_REFUSES, refusal.sent)
+    except SecureError as refusal:
+        logger.error("run %d, %s: %s", context.run_id, kind, refusal)
+        error = Error(messages.SITE_REFUSES, one_line(str(refusal)))
     except DatasetError as found:
         logger.error("run %d, %s: %s", context.run_id, kind, found)
         told = f"{type(found).__name__}: {found}"

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
 from clip2fl_common.head_choice import uses_moments
+from clip2fl_common.secure.statements import LEAST_PARTIES
 
 logger = getLogger(__name__)
 
@@ -43,6 +44,7 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Size = Annotated[float, Field(gt=0, le=1e6)]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{12,64}$")]
 Folder = Annotated[str, Field(pattern=r"^/")]
+File = Folder
 
 
 class SiteRefusal(RuntimeError):
@@ -117,6 +119,16 @@ class SitePolicy:
     """Largest request that the site reads, in MiB."""
     max_reply_mib: Size | None = None
     """Largest reply that the site sends, in MiB."""
+    secure_only: bool = False
+    """Whether the site answers only runs with secure aggregation."""
+    min_secure_sites: Annotated[int, Field(ge=LEAST_PARTIES, le=1_000_000)] = (
+        LEAST_PARTIES
+    )
+    """Fewest sites in a sum that the site takes part in."""
+    identity_key: File | None = None
+    """Absolute path of the private key with which the site signs in secure sums."""
+    trusted_sites: File | None = None
+    """Absolute path of the site's own list of the sites and their public keys."""
 
     @property
     def fixes_images(self) -> bool:
@@ -155,6 +167,7 @@ class SitePolicy:
                 f"run has {config.dataset.name!r}"
             )
         yield from self._gradient_violations(config)
+        yield from self._secure_violations(config)
         if self.max_rounds is not None and config.federation.rounds > self.max_rounds:
             yield (
                 f"the run has federation.rounds = {config.federation.rounds}, and the "
@@ -182,6 +195,26 @@ class SitePolicy:
         if uses_moments(config):
             yield from self._noise_violations(
                 "moment", privacy.moment_noise_multiplier, privacy.moment_clip_norm
+            )
+
+    def _secure_violations(self, config: RunConfig) -> Iterator[str]:
+        if not config.aggregation.secure:
+            if self.secure_only:
+                yield (
+                    "the run has aggregation.secure = false, and the site's "
+                    "secure-only is true"
+                )
+            return
+        if self.identity_key is None or self.trusted_sites is None:
+            yield (
+                "the run has aggregation.secure = true, and the site has no "
+                "identity-key or no trusted-sites"
+            )
+        if config.federation.clients_per_round < self.min_secure_sites:
+            yield (
+                f"the run has federation.clients-per-round = "
+                f"{config.federation.clients_per_round}, and the site's "
+                f"min-secure-sites is {self.min_secure_sites}"
             )
 
     def _noise_violations(

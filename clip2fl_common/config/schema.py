@@ -233,6 +233,10 @@ class Aggregation:
     max_site_images: Images = 1000000
     """sites: largest number of training images that a site may report, which is its
     weight in the mean."""
+    secure: bool = False
+    """Secure aggregation: the server learns the sum over a round's clients, at least
+    three, and no client's model or statistics (docs/secure-aggregation.md). Clients
+    clip themselves, and max-length-ratio bounds the sum."""
 
 
 @dataclass(frozen=True, config=_strict)
