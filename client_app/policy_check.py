@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.preflight import Finding, Level
+from client_app.site_keys import site_keys
 from client_app.site_ledger import LedgerError, SiteLedger
 from client_app.site_policy import (
     SitePolicy,
@@ -14,6 +15,7 @@ from client_app.site_policy import (
     writable_by_others,
 )
 from clip2fl_common.config import TEACHER_METHODS, RunConfig
+from clip2fl_common.secure.statements import SecureError
 
 
 def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Finding]:
@@ -60,6 +62,7 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
             f"{key} = {_shown(value)}" for key, value in policy.rules().items()
         )
         yield Finding("ok", "policy", f"{path}: {rules}")
+    yield from _key_findings(policy)
     if config is None:
         return
     problems = list(policy.violations(config))
@@ -71,6 +74,22 @@ def check_policy(path: Path | None, config: RunConfig | None) -> Iterator[Findin
             "policy",
             f"this site would refuse the run: {problem}",
             "change the run's configuration, or the site's policy",
+        )
+
+
+def _key_findings(policy: SitePolicy) -> Iterator[Finding]:
+    try:
+        found = site_keys(policy)
+    except SecureError as error:
+        yield Finding("problem", "keys", str(error), "see docs/secure-aggregation.md")
+        return
+    if found is not None:
+        identity, trust = found
+        yield Finding(
+            "ok",
+            "keys",
+            f"this site is {identity.name} in secure sums; it trusts "
+            f"{', '.join(sorted(trust.keys))}",
         )
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from logging import getLogger
-from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import RecordDict
 
 from client_app.own_site import OwnSite
 from client_app.secure_store import SecureStore
+from client_app.site_keys import site_keys
 from client_app.site_policy import SiteRefusal
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
@@ -36,10 +36,8 @@ from clip2fl_common.secure.checks import (
 )
 from clip2fl_common.secure.identities import (
     Identity,
-    PinnedKeys,
     SimulatedKeys,
     Trust,
-    read_private_key,
 )
 from clip2fl_common.secure.masks import SEED_BYTES, pair_seed, subtracts
 from clip2fl_common.secure.statements import (
@@ -117,21 +115,18 @@ class SecureParty:
             keys = SimulatedKeys(config.seed)
             store = SecureStore(cache_dir() / "secure-simulation")
             return cls(config, run, keys.identity(client), keys, store, least)
-        policy = site.policy
-        # The policy refuses a secure run without them.
-        assert policy.identity_key is not None and policy.trusted_sites is not None
         try:
-            trust = PinnedKeys.read(Path(policy.trusted_sites))
-            identity = trust.identity(read_private_key(Path(policy.identity_key)))
+            found = site_keys(site.policy)
         except SecureError as error:
             raise SiteRefusal(
                 f"no secure sum is possible: {error}",
                 "the site's keys for secure sums cannot be used; the site's own log "
                 "says more",
             ) from error
+        assert found is not None  # the site's rules refuse a secure run without keys
         store = SecureStore(site.ledger.path.parent)
-        least = max(least, policy.min_secure_sites)
-        return cls(config, run, identity, trust, store, least)
+        least = max(least, site.policy.min_secure_sites)
+        return cls(config, run, *found, store, least)
 
     def keys(self, request: SecureRequest) -> RecordDict:
         """Return a new, signed public key, and begin the round."""
