@@ -19,6 +19,7 @@ from clip2fl_common.secure.statements import (
     transcript,
 )
 from tests.clip2fl_common.secure import slow_crypto as slow
+from tests.defaults import ROOT
 
 WIDE, NARROW = Ring(64, 2.0**40), Ring(32, 2.0**7)
 
@@ -217,3 +218,9 @@ def test_all_that_must_be_agreed_on_changes_the_mask(
 def test_key_without_a_secret_is_refused(public: bytes) -> None:
     with pytest.raises(SecureError, match="the key of 'mallory' cannot be used"):
         pair_seed(X25519PrivateKey.generate(), public, b"", "alice", "mallory")
+
+
+def test_page_has_these_test_vectors() -> None:
+    page = (ROOT / "docs" / "secure-aggregation.md").read_text("utf-8")
+    for value in vector_of_the_page():
+        assert f"`{value.hex()}`" in page
