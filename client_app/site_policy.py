@@ -102,6 +102,8 @@ class SitePolicy:
     min_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Least privacy.gradient-noise-multiplier of a run, and least
     privacy.moment-noise-multiplier if it asks for class moments."""
+    min_model_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Least privacy.model-noise-multiplier of a run."""
     max_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Greatest privacy.gradient-clip-norm of a run, which must have one, and greatest
     privacy.moment-clip-norm if it asks for class moments."""
@@ -168,6 +170,13 @@ class SitePolicy:
             )
         yield from self._gradient_violations(config)
         yield from self._secure_violations(config)
+        noise = config.privacy.model_noise_multiplier
+        if noise < self.min_model_noise_multiplier:
+            yield (
+                f"the run has privacy.model-noise-multiplier = {noise:g}, and the "
+                "site's min-model-noise-multiplier is "
+                f"{self.min_model_noise_multiplier:g}"
+            )
         if self.max_rounds is not None and config.federation.rounds > self.max_rounds:
             yield (
                 f"the run has federation.rounds = {config.federation.rounds}, and the "

@@ -108,9 +108,11 @@ class Method(Strategy):
         self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
         self.round = RoundRecord()
         self.earlier: Callable[[int], Earlier | None] = _nothing_kept
+        noisy_models = self.privacy.model_noise_multiplier > 0
         self.safeguards = Safeguards(
             setting.clients,
-            LengthRule(self.aggregation.max_length_ratio),
+            # Noise is many times longer than an update, and hides its norm.
+            LengthRule(0 if noisy_models else self.aggregation.max_length_ratio),
             self.min_replies,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
@@ -481,7 +483,7 @@ class Method(Strategy):
     def _shortened(self, server_round: int, reply: TrainReply) -> TrainReply:
         """Return the reply with its update shortened to the allowed norm."""
         limit = self.aggregation.max_update_norm
-        if limit == 0:
+        if limit == 0 or self.privacy.model_noise_multiplier > 0:
             return reply
         shorter = shorten_update(reply.model, self.sent, limit)
         if shorter is None:

@@ -318,3 +318,27 @@ def test_run_without_any_sum_ends(federate: Any) -> None:
 
     with pytest.raises(NoRepliesError, match="masked sums of 0 of 4 clients, and 3"):
         federate("run", setup=refuse, federation__rounds=9)
+
+
+def test_noisy_models_are_summed_as_they_are(federate: Any, tmp_path: Path) -> None:
+    """Neither client nor server shortens or drops what noise has made long."""
+    noise = {
+        "aggregation__max_update_norm": 0.01,
+        "privacy__model_noise_multiplier": 0.5,
+        "federation__rounds": 1,
+    }
+    plain = federate("plain", aggregation__secure=False, **noise)
+    federate("secure", **noise)
+    sent = plain.requests[0].content.array_records["arrays"]
+    for reply in plain.replies:
+        if reply.metadata.message_type == "train":
+            arrays = reply.content.array_records["arrays"]
+            name = "projection.weight"
+            update = arrays[name].numpy() - sent[name].numpy()
+            # The update itself has the norm 0.01, over 115,000 values.
+            assert update.std() == pytest.approx(0.5 * 2 * 0.01, rel=0.02)
+    same(model(tmp_path / "secure", 1), model(tmp_path / "plain", 1), 2e-6)
+    for name in ("plain", "secure"):
+        (line,) = metrics(tmp_path / name)
+        assert line["dropped_replies"] == 0 and line["shortened"]["updates"] == 0
+        assert set(line["privacy"]) == {"models"}

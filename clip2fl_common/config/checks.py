@@ -207,6 +207,19 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
             "needs aggregation.rule = 'mean' and aggregation.max-update-norm above 0, "
             "which bound what one client can change"
         )
+    if privacy.model_noise_multiplier > 0 and aggregation.max_update_norm == 0:
+        yield (
+            f"privacy.model-noise-multiplier = {privacy.model_noise_multiplier}, but "
+            "aggregation.max-update-norm = 0 does not bound what one image can change; "
+            "set it, for example to 1.0"
+        )
+    if privacy.model_noise_multiplier > 0 and privacy.update_noise_multiplier > 0:
+        yield (
+            f"privacy.model-noise-multiplier = {privacy.model_noise_multiplier} and "
+            f"privacy.update-noise-multiplier = {privacy.update_noise_multiplier}: "
+            "with the clients' noise no norm bounds what one client changes at the "
+            "server; set one of them to 0.0"
+        )
     drawn = config.class_gradients.samples_per_class
     if privacy.min_class_samples > drawn:
         yield (

@@ -393,6 +393,10 @@ class Privacy:
     moment_noise_multiplier: Weight = 0.0
     """discriminant: scale of the Gaussian noise that clients add to class moments,
     relative to the largest change that one image can cause; 0: no noise."""
+    model_noise_multiplier: Weight = 0.0
+    """Scale of the Gaussian noise that clients add to their own model updates, relative
+    to the largest change that one image can cause, which aggregation.max-update-norm
+    bounds; 0: no noise."""
     update_noise_multiplier: Weight = 0.0
     """Scale of the Gaussian noise that the server adds to the mean update, relative to
     the largest change that one client can cause, which aggregation.max-update-norm

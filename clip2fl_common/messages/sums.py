@@ -34,6 +34,7 @@ from clip2fl_common.config import RunConfig
 from clip2fl_common.messages.arrays import (
     NotFiniteError,
     ReplyError,
+    arrays_to_numpy,
     check_values,
     checked,
     numpy_to_arrays,
@@ -54,8 +55,8 @@ from clip2fl_common.messages.names import (
 from clip2fl_common.messages.training import TrainReply
 from clip2fl_common.secure.fixed_point import Ring
 from clip2fl_common.secure.masks import Vector
+from clip2fl_common.updates import Arrays, bounded_update
 
-Arrays = Mapping[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[np.float64]]
 
 # The first power of two above `LARGEST_VALUE`, which no sum of a client exceeds.
@@ -107,6 +108,9 @@ class SumFormat:
         self._sent = sent
         self._fields = fields
         self._aggregation = config.aggregation
+        noisy = config.privacy.model_noise_multiplier > 0
+        # Noise is added after an update was bounded, and makes it longer.
+        self._max_norm = 0.0 if noisy else config.aggregation.max_update_norm
         self.longest_gradient = self._aggregation.max_gradient_norm or LONGEST_GRADIENT
         bound = 2.0 ** math.ceil(math.log2(self.longest_gradient))
         gradients = Ring(32, bound) if config.upload.precision == "half" else WIDE
@@ -157,15 +161,9 @@ class SumFormat:
                 ]
             ),
         }
-        update = {
-            name: content.array_records[ARRAYS][name].numpy().astype(np.float64) - sent
-            for name, sent in self._sent.items()
-        }
-        limit = self._aggregation.max_update_norm
-        norm = math.sqrt(sum(float(np.square(part).sum()) for part in update.values()))
-        scale = weight * (limit / norm if 0 < limit < norm else 1.0)
-        for name, part in update.items():
-            values[_part(MODEL, name)] = scale * part
+        local = arrays_to_numpy(content.array_records[ARRAYS])
+        for name, part in bounded_update(local, self._sent, self._max_norm).items():
+            values[_part(MODEL, name)] = weight * part
         for field in self._fields:
             arrays = self._field_arrays(field, content.array_records[field.name])
             for name, array in arrays.items():

@@ -83,6 +83,18 @@ def test_round_trip() -> None:
             {"aggregation.secure": True, "federation.min-replies": 2},
             "aggregation.secure = true and federation.min-replies = 2: .*least 3",
         ),
+        (
+            {"privacy.model-noise-multiplier": 1.0},
+            r"model-noise-multiplier = 1\.0, but aggregation.max-update-norm = 0",
+        ),
+        (
+            {
+                "privacy.model-noise-multiplier": 1.0,
+                "privacy.update-noise-multiplier": 2.0,
+                "aggregation.max-update-norm": 1.0,
+            },
+            r"model-noise-multiplier = 1\.0 and privacy.update-noise-mul.*one of them",
+        ),
         ({"aggregation.rule": "krum"}, r"aggregation\.rule = 'krum'.*'median'"),
         ({"aggregation.trim": 0.5}, r"aggregation\.trim = 0\.5.*less than 0\.5"),
         ({"aggregation.max-update-norm": -1.0}, r"max-update-norm = -1\.0"),
