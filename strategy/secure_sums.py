@@ -116,12 +116,7 @@ class SecureSums:
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
         self._tell(reasons, "sent no usable key")
         if len(self._keys) < LEAST_PARTIES:
-            log(
-                WARNING,
-                "round %d: %d clients sent a key, and a secure sum needs %d",
-                *(server_round, len(self._keys), LEAST_PARTIES),
-            )
-            self._keys = {}
+            return []  # nobody trains; `add` says why
         return sorted(self._keys)
 
     def record(self) -> ConfigRecord:
@@ -165,6 +160,10 @@ class SecureSums:
         ReplyError
             If there is no sum in this round; says why.
         """
+        if len(self._keys) < LEAST_PARTIES:
+            raise messages.ReplyError(
+                f"{len(self._keys)} clients sent a key, and {LEAST_PARTIES} are needed"
+            )
         sums = SumFormat(self._config, check.sent, self._fields)
         total, members, size = sums.zeros(), [], 0
         for client, message in sorted(found.items()):

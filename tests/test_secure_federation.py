@@ -266,6 +266,20 @@ def test_too_few_masked_sums_make_no_model(federate: Any, tmp_path: Path) -> Non
     assert not second["kept_model"]
 
 
+def test_without_enough_keys_nobody_trains(federate: Any, tmp_path: Path) -> None:
+    grid = federate(
+        "run",
+        lost=("train.keys", 2, 1),
+        partition__clients=3,
+        federation__clients_per_round=3,
+    )
+    first, second = metrics(tmp_path / "run")
+    assert first["kept_model"]
+    assert first["lost"] == "2 clients sent a key, and 3 are needed"
+    assert not second["kept_model"] and second["clients"] == [0, 1, 2]
+    assert len(grid.requests) == 3
+
+
 def test_sum_that_is_far_too_long_is_dropped(
     federate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
