@@ -52,8 +52,6 @@ from strategy.replies import ReplyCheck, Verdicts
 from strategy.setting import Setting
 
 SESSION_BYTES = 16
-# Seconds for an exchange in which no client trains, if the round has that long.
-EXCHANGE_S = 300.0
 
 T = TypeVar("T")
 
@@ -76,7 +74,7 @@ class SecureSums:
         self._config = config
         self._fields = fields
         self._run = setting.run
-        self._timeout = min(EXCHANGE_S, config.federation.round_timeout)
+        self._timeout = config.federation.round_timeout
         self._grid: Grid | None = None
         self._name = RoundName("", 0, b"")
         self._keys: dict[int, SignedKey] = {}
