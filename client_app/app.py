@@ -13,13 +13,16 @@ from client_app.model_inbox import ModelInbox
 from client_app.node_log import described, logging_to_site
 from client_app.own_site import OwnSite, data_folder
 from client_app.round import evaluate_round, train_round
+from client_app.secure_sum import SecureParty
 from client_app.site_ledger import Kind
-from client_app.site_policy import SiteRefusal, is_real_site
+from client_app.site_policy import SiteRefusal, is_real_site, one_line
 from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages.secure import COMMIT, KEYS, REVEAL, SecureRequest
 from clip2fl_common.provenance import versions_here
+from clip2fl_common.secure.statements import SecureError
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 logger = getLogger(__name__)
@@ -51,9 +54,35 @@ def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
-        return train_round(config, TrainRequest.parse(message.content), site)
+        request = TrainRequest.parse(message.content)
+
+        def trained() -> RecordDict:
+            return train_round(config, request, site)
+
+        if not config.aggregation.secure:
+            return trained()
+        party = SecureParty.of(config, str(context.run_id), site, request.partition)
+        return party.train(message.content, request, trained)
 
     return _answer(message, context, "train", answer)
+
+
+@app.train(KEYS)
+def keys(message: Message, context: Context) -> Message:
+    """Return this client's public key for a round with secure aggregation."""
+    return _exchange(message, context, "query", SecureParty.keys)
+
+
+@app.train(COMMIT)
+def commit(message: Message, context: Context) -> Message:
+    """Sign the set of clients whose updates are summed."""
+    return _exchange(message, context, "finish", SecureParty.commit)
+
+
+@app.train(REVEAL)
+def reveal(message: Message, context: Context) -> Message:
+    """Reveal the seeds of the masks that do not cancel in the sum."""
+    return _exchange(message, context, "finish", SecureParty.reveal)
 
 
 @app.evaluate()
@@ -82,6 +111,22 @@ def model(message: Message, context: Context) -> Message:
     except SiteRefusal as refusal:
         logger.error("run %d, model: %s", context.run_id, refusal)
         return Message(Error(messages.SITE_REFUSES, refusal.sent), reply_to=message)
+
+
+def _exchange(
+    message: Message,
+    context: Context,
+    kind: Kind,
+    step: Callable[[SecureParty, SecureRequest], RecordDict],
+) -> Message:
+    """Return the answer to one of the other exchanges of secure aggregation."""
+
+    def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
+        request = SecureRequest.parse(message.content)
+        run = str(context.run_id)
+        return step(SecureParty.of(config, run, site, request.partition), request)
+
+    return _answer(message, context, kind, answer)
 
 
 def _answer(
@@ -133,6 +178,9 @@ def _logged_answer(
     except SiteRefusal as refusal:
         logger.error("refused: %s", refusal)
         error = Error(messages.SITE_REFUSES, refusal.sent)
+    except SecureError as refusal:
+        logger.error("run %d, %s: %s", context.run_id, kind, refusal)
+        error = Error(messages.SITE_REFUSES, one_line(str(refusal)))
     except DatasetError as found:
         logger.error("images: %s", found)
         told = f"{type(found).__name__}: {found}"

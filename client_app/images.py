@@ -21,6 +21,7 @@ from clip2fl_common.data.datasets import (
     partition_indices,
 )
 from clip2fl_common.data.image_cache import file_digests
+from clip2fl_common.secure.statements import SecureError
 from clip2fl_common.teacher import OtherTeacherError, TeacherError
 
 
@@ -158,7 +159,7 @@ def names_kept_here(node_config: NodeConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (SiteRefusal, FloatingPointError):
+    except (SiteRefusal, SecureError, FloatingPointError):
         raise  # their texts are written for the server
     except Exception as error:
         if not is_real_site(node_config):

@@ -77,8 +77,8 @@ class OwnSite:
         ----------
         config : RunConfig
             The configuration from the server.
-        kind : {"query", "train", "evaluate"}
-            Kind of request.
+        kind : {"query", "train", "evaluate", "finish"}
+            Kind of request; ``"finish"`` is that of a round that was counted before.
         run : str
             Flower's id of the run.
         request_bytes : int

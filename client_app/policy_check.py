@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.preflight import Finding, Level
+from client_app.site_keys import site_keys
 from client_app.site_ledger import LedgerError, SiteLedger
 from client_app.site_policy import (
     SitePolicy,
@@ -14,6 +15,7 @@ from client_app.site_policy import (
     writable_by_others,
 )
 from clip2fl_common.config import TEACHER_METHODS, RunConfig
+from clip2fl_common.secure.statements import SecureError
 
 
 def check_policy(
@@ -66,6 +68,7 @@ def check_policy(
         yield Finding("ok", "policy", f"{path}: {rules}")
         if policy.models_folder is not None:
             yield _check_models(Path(policy.models_folder))
+    yield from _key_findings(policy)
     if config is None:
         return
     policy = policy.with_teacher(teacher)
@@ -92,6 +95,22 @@ def _check_models(folder: Path) -> Finding:
         f"models-folder = {folder}, but this user cannot write into {place}",
         f"make {folder}, owned by the node's user, or name another folder",
     )
+
+
+def _key_findings(policy: SitePolicy) -> Iterator[Finding]:
+    try:
+        found = site_keys(policy)
+    except SecureError as error:
+        yield Finding("problem", "keys", str(error), "see docs/secure-aggregation.md")
+        return
+    if found is not None:
+        identity, trust = found
+        yield Finding(
+            "ok",
+            "keys",
+            f"this site is {identity.name} in secure sums; it trusts "
+            f"{', '.join(sorted(trust.keys))}",
+        )
 
 
 def _teacher_problems(policy: SitePolicy, config: RunConfig) -> list[str]:

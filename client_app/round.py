@@ -14,6 +14,7 @@ from client_app.images import (
     training_images,
     validation_images,
 )
+from client_app.model_noise import noisy_local_model
 from client_app.optimizers import OptimizerSettings
 from client_app.own_site import OwnSite
 from client_app.part import ClientRound
@@ -88,7 +89,7 @@ def train_round(
         with _timed(seconds, "training"):
             losses = _train(client, teacher_logits, views)
         _add(content, {part.field: part.after_training(client) for part in parts})
-    content[messages.ARRAYS] = messages.model_to_arrays(client.model)
+    content[messages.ARRAYS] = _released_model(client)
     content[messages.METRICS] = _metrics(client, losses, seconds)
     return content
 
@@ -257,6 +258,23 @@ def _train(
             precision=client.precision,
             optimizer=optimizer,
             views=views,
+        )
+    )
+
+
+def _released_model(client: ClientRound) -> ArrayRecord:
+    """Return the local model, with a bound and noise if the run asks for noise."""
+    arrays = messages.model_to_arrays(client.model)
+    multiplier = client.config.privacy.model_noise_multiplier
+    if multiplier == 0:
+        return arrays
+    return messages.numpy_to_arrays(
+        noisy_local_model(
+            messages.arrays_to_numpy(arrays),
+            messages.arrays_to_numpy(client.request.model),
+            client.config.aggregation.max_update_norm,
+            multiplier,
+            client.noise_source("model-noise"),
         )
     )
 

@@ -6,28 +6,23 @@ in one SQLite file, which is safe between processes. The code never repairs the 
 starts a new one in its place, since losing it would reset all budgets.
 """
 
-import contextlib
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
-from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
-
+from client_app.site_database import LedgerError as LedgerError
+from client_app.site_database import SiteDatabase
 from client_app.site_policy import SitePolicy, SiteRefusal
-from clip2fl_common.files import FILE_MODE, FOLDER_MODE, replacing
 
 logger = getLogger(__name__)
 
-LOCK_TIMEOUT_S = 60.0
 FILE = "ledger.sqlite"
 # Raise it when the tables change.
 FORMAT = 1
 TABLES = """
-CREATE TABLE fact (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE answered (
     run TEXT, kind TEXT, times INTEGER NOT NULL, PRIMARY KEY (run, kind)
 ) WITHOUT ROWID;
@@ -36,11 +31,7 @@ CREATE TABLE gradient_image (
 ) WITHOUT ROWID;
 """
 
-Kind = Literal["query", "train", "evaluate"]
-
-
-class LedgerError(SiteRefusal):
-    """The record of a site's answers cannot be read or written."""
+Kind = Literal["query", "train", "evaluate", "finish"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +50,12 @@ class HeldImages:
     there: frozenset[int]
 
 
-class SiteLedger:
-    """A site's record of runs, requests, its division of images and chosen images.
+class SiteLedger(SiteDatabase):
+    """A site's record of runs, requests, its division of images and chosen images."""
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of the file; created for this user only if it is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    file = FILE
+    tables = TABLES
+    format = FORMAT
 
     def count(self, run: str, kind: Kind, policy: SitePolicy) -> None:
         """Count a request, or refuse it if a budget is used up.
@@ -78,8 +64,9 @@ class SiteLedger:
         ----------
         run : str
             Flower's id of the run.
-        kind : {"query", "train", "evaluate"}
-            Kind of the request. A query is not counted, but it can be refused.
+        kind : {"query", "train", "evaluate", "finish"}
+            Kind of the request. A query is not counted, but it can be refused. To
+            finish a round that was counted is neither.
         policy : SitePolicy
             Gives the most runs, and the most requests of each kind in a run.
 
@@ -90,6 +77,8 @@ class SiteLedger:
         LedgerError
             If the request cannot be counted.
         """
+        if kind == "finish":
+            return
         with self._open() as ledger:
             runs = {row[0] for row in ledger.execute("SELECT run FROM answered")}
             if (
@@ -186,50 +175,6 @@ class SiteLedger:
                 if len(found) >= least:
                     chosen[name] = sorted(place[digest] for digest in found)
         return chosen
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in a transaction that locks out other writers."""
-        try:
-            if not self.path.exists():
-                self._begin()
-            # Never creates a file: a missing or empty one is no valid record.
-            connection = sqlite3.connect(
-                f"{self.path.resolve().as_uri()}?mode=rw",
-                timeout=LOCK_TIMEOUT_S,
-                isolation_level=None,
-                uri=True,
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise self._damaged(str(error)) from error
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            row = connection.execute(
-                "SELECT value FROM fact WHERE name = 'format'"
-            ).fetchone()
-            if row != (FORMAT,):
-                raise self._damaged(f"its format is {row}, expected {FORMAT}")
-            yield connection
-            connection.execute("COMMIT")
-        except (OSError, sqlite3.Error) as error:
-            raise self._damaged(str(error)) from error
-        finally:
-            connection.close()  # rolls back what was not committed
-
-    def _begin(self) -> None:
-        """Write an empty record, whole or not at all."""
-        folder = self.path.parent
-        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock", mode=FILE_MODE, timeout=LOCK_TIMEOUT_S):
-            if self.path.exists():
-                return
-            with contextlib.closing(sqlite3.connect(":memory:")) as empty:
-                empty.executescript(TABLES)
-                empty.execute("INSERT INTO fact VALUES ('format', ?)", (FORMAT,))
-                empty.commit()
-                content = empty.serialize()
-            with replacing(self.path, FILE_MODE, only_writer=True) as file:
-                file.write(content)
 
     def _damaged(self, reason: str) -> LedgerError:
         return LedgerError(

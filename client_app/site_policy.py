@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
 from clip2fl_common.head_choice import uses_moments
+from clip2fl_common.secure.statements import LEAST_PARTIES
 from clip2fl_common.signed_folder import KEY_PATTERN
 
 logger = getLogger(__name__)
@@ -46,6 +47,7 @@ Size = Annotated[float, Field(gt=0, le=1e6)]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{12,64}$")]
 Folder = Annotated[str, Field(pattern=r"^/")]
 PublicKey = Annotated[str, Field(pattern=KEY_PATTERN)]
+File = Folder
 
 
 class SiteRefusal(RuntimeError):
@@ -108,6 +110,8 @@ class SitePolicy:
     min_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Least privacy.gradient-noise-multiplier of a run, and least
     privacy.moment-noise-multiplier if it asks for class moments."""
+    min_model_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Least privacy.model-noise-multiplier of a run."""
     max_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Greatest privacy.gradient-clip-norm of a run, which must have one, and greatest
     privacy.moment-clip-norm if it asks for class moments."""
@@ -135,6 +139,16 @@ class SitePolicy:
     listed_in_card: bool = False
     """Whether the card of the delivered model, which all sites get, has this site's
     name, number of training images and accuracy."""
+    secure_only: bool = False
+    """Whether the site answers only runs with secure aggregation."""
+    min_secure_sites: Annotated[int, Field(ge=LEAST_PARTIES, le=1_000_000)] = (
+        LEAST_PARTIES
+    )
+    """Fewest sites in a sum that the site takes part in."""
+    identity_key: File | None = None
+    """Absolute path of the private key with which the site signs in secure sums."""
+    trusted_sites: File | None = None
+    """Absolute path of the site's own list of the sites and their public keys."""
 
     @property
     def fixes_images(self) -> bool:
@@ -179,6 +193,14 @@ class SitePolicy:
                 f"run has {config.dataset.name!r}"
             )
         yield from self._gradient_violations(config)
+        yield from self._secure_violations(config)
+        noise = config.privacy.model_noise_multiplier
+        if noise < self.min_model_noise_multiplier:
+            yield (
+                f"the run has privacy.model-noise-multiplier = {noise:g}, and the "
+                "site's min-model-noise-multiplier is "
+                f"{self.min_model_noise_multiplier:g}"
+            )
         if self.max_rounds is not None and config.federation.rounds > self.max_rounds:
             yield (
                 f"the run has federation.rounds = {config.federation.rounds}, and the "
@@ -206,6 +228,26 @@ class SitePolicy:
         if uses_moments(config):
             yield from self._noise_violations(
                 "moment", privacy.moment_noise_multiplier, privacy.moment_clip_norm
+            )
+
+    def _secure_violations(self, config: RunConfig) -> Iterator[str]:
+        if not config.aggregation.secure:
+            if self.secure_only:
+                yield (
+                    "the run has aggregation.secure = false, and the site's "
+                    "secure-only is true"
+                )
+            return
+        if self.identity_key is None or self.trusted_sites is None:
+            yield (
+                "the run has aggregation.secure = true, and the site has no "
+                "identity-key or no trusted-sites"
+            )
+        if config.federation.clients_per_round < self.min_secure_sites:
+            yield (
+                f"the run has federation.clients-per-round = "
+                f"{config.federation.clients_per_round}, and the site's "
+                f"min-secure-sites is {self.min_secure_sites}"
             )
 
     def _noise_violations(

@@ -148,14 +148,19 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
     return Section("results", "Results", text, tables=[table])
 
 
+PROTECTED = {
+    "class_gradients": "An image's part in its client's class gradients",
+    "class_moments": "An image's part in its client's class moments",
+    "models": "An image's part in its client's models",
+    "images": "An image's part in all that its client sends with noise",
+    "updates": "A client's part in the averaged models",
+}
+
+
 def _privacy_text(run: FinishedRun) -> list[str]:
     """Return a sentence about each privacy mechanism with an account."""
-    protects = {
-        "class_gradients": "An image's part in its client's class gradients",
-        "updates": "A client's part in the averaged models",
-    }
     return [
-        f"{protects[name]}: ({spent['epsilon_total']:.2f}, {spent['delta']:g})-"
+        f"{PROTECTED[name]}: ({spent['epsilon_total']:.2f}, {spent['delta']:g})-"
         f"differential privacy for the client asked most often, "
         f"{spent['epsilon_round']:.2f} a round; see docs/privacy.md for what that "
         "leaves open."

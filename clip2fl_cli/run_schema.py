@@ -37,7 +37,7 @@ Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 ClassIndex = Annotated[int, Field(ge=0, lt=MAX_CLASSES)]
 PerClass = Annotated[list[Percent | None], Field(max_length=MAX_CLASSES)]
 
-Mechanism = Literal["class_gradients", "class_moments", "images", "updates"]
+Mechanism = Literal["class_gradients", "class_moments", "models", "images", "updates"]
 
 _strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 

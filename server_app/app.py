@@ -47,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
             run.device,
             run.teacher,
             run.events,
+            str(context.run_id),
         )
         strategy = method_named(config.method)(setting)
         done = run.open(strategy)

@@ -73,6 +73,8 @@ def metrics_line(
         line[f"accuracy_{part}"] = {
             name: accuracy_fields(report) for name, report in of_heads.items()
         }
+    if record.lost:
+        line["lost"] = record.lost
     if medians:
         line["accuracy_median_site"] = {
             name: accuracy_fields(report) for name, report in medians.items()

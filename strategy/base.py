@@ -46,6 +46,7 @@ from strategy.requests import Requests
 from strategy.robust import Arrays, log_rule, shorten_update
 from strategy.round_record import RoundRecord, Trained
 from strategy.safeguards import Safeguards
+from strategy.secure_sums import SecureSums, SumCheck
 from strategy.setting import Setting
 from strategy.site_accuracy import mean_recalls, site_evaluations
 
@@ -108,13 +109,17 @@ class Method(Strategy):
         self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
         self.round = RoundRecord()
         self.earlier: Callable[[int], Earlier | None] = _nothing_kept
+        noisy_models = self.privacy.model_noise_multiplier > 0
         self.safeguards = Safeguards(
             setting.clients,
-            LengthRule(self.aggregation.max_length_ratio),
+            # Noise is many times longer than an update, and hides its norm.
+            LengthRule(0 if noisy_models else self.aggregation.max_length_ratio),
             self.min_replies,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
         self._num_classes = setting.num_classes
+        secure = self.aggregation.secure
+        self.secure = SecureSums(setting, self.fields) if secure else None
         self._requests = Requests(setting.clients, self.events)
         self.sent: Arrays = {}
         self._asked_at = 0.0
@@ -265,6 +270,10 @@ class Method(Strategy):
             config[messages.FIELDS] = [field.name for field in self.fields]
         numbers = self.safeguards.sample(server_round)
         content = self._content(server_round, arrays, config, self.content())
+        if self.secure is not None:
+            self.events.begin_phase("keys")
+            numbers = self.secure.agree(server_round, grid, numbers)
+            content[messages.SECURE] = self.secure.record()
         self.round = RoundRecord(
             bytes_down=len(numbers) * messages.payload_bytes(content),
             unused=self._requests.begin_round(),
@@ -291,32 +300,36 @@ class Method(Strategy):
         started = self.begin("checks")
         self._requests.log_silent(server_round, replies)
         self.round.privacy = self.ledger.spent()
-        check = ReplyCheck(self.sent, self._requests.asked, self.fields, self.objection)
-        verdicts = self.safeguards.judge(server_round, check, replies, self._requests)
-        self.round.dropped = len(replies) - len(verdicts.good)
+        verdicts = self.safeguards.judge(
+            server_round, self._check(), replies, self._requests
+        )
+        self.round.dropped = len(replies) - verdicts.used
+        self.round.lost = verdicts.lost
         if verdicts.poisoned:
             self.book("checks", started)
             return self._go_back(server_round, verdicts), None
         self._note_accepted(verdicts.good)
-        trained = {reply.client: reply.images for reply in verdicts.good}
+        trained = _images_by_client(verdicts.good)
         self.round.participation = self.clients.participation(trained)
         needed = self.clients.replies_needed(self.min_replies)
-        if len(verdicts.good) < needed:
+        if verdicts.used < needed:
             log(
                 WARNING,
                 "round %d: %d good replies, fewer than federation.min-replies = %d; "
                 "the model stays as it was",
                 server_round,
-                len(verdicts.good),
+                verdicts.used,
                 needed,
             )
             self.round.kept_model = True
             self.book("checks", started)
             return None, None
         accepted = [self._shortened(server_round, reply) for reply in verdicts.good]
-        self.round.clients = [self.clients.label(reply.client) for reply in accepted]
-        self.round.upload_bytes = [reply.upload_bytes for reply in accepted]
-        self.round.gradient_bytes = [reply.field_bytes for reply in accepted]
+        # All clients of a sum have sent messages of the same size.
+        each = [(client, reply) for reply in accepted for client in reply.clients]
+        self.round.clients = [self.clients.label(client) for client, _ in each]
+        self.round.upload_bytes = [reply.upload_bytes for _, reply in each]
+        self.round.gradient_bytes = [reply.field_bytes for _, reply in each]
         self.book("checks", started)
         if self.discriminant is not None:
             started = self.begin("discriminant")
@@ -381,6 +394,8 @@ class Method(Strategy):
         needed = self.min_replies or self.clients.replies_needed(0)
         log(INFO, "\t│\t└── Good replies a round needs: %s", needed)
         log_rule(self.aggregation, self.clients.clients_per_round)
+        if self.secure is not None:
+            self.secure.log_settings()
         if self.discriminant is not None:
             self.discriminant.log_settings()
         log(INFO, "\t└──> Evaluated and delivered:")
@@ -399,8 +414,22 @@ class Method(Strategy):
 
     # Parts of the hooks above.
 
+    def _check(self) -> ReplyCheck | SumCheck:
+        """Return the check of this round's replies."""
+        check = ReplyCheck(self.sent, self._requests.asked, self.fields, self.objection)
+        if self.secure is None:
+            return check
+        needed = self.clients.replies_needed(self.min_replies)
+        return SumCheck(self.secure, check, needed)
+
     def _note_accepted(self, replies: Sequence[TrainReply]) -> None:
         for reply in replies:
+            for client in reply.members:  # whose images and seconds nobody knows
+                self.events.note(
+                    What.ACCEPTED, self.clients.label(client), size=reply.upload_bytes
+                )
+            if reply.members:
+                continue
             spent = sum(reply.metrics[name] for name in messages.CLIENT_SECONDS)
             label = self.clients.label(reply.client)
             self.events.note(
@@ -461,7 +490,7 @@ class Method(Strategy):
             If there is no earlier model.
         """
         self.round.kept_model = True
-        self.round.dropped += len(verdicts.good)
+        self.round.dropped += verdicts.used
         found = self.safeguards.go_back(
             server_round, verdicts, self.earlier, self._requests.name
         )
@@ -482,7 +511,7 @@ class Method(Strategy):
     def _shortened(self, server_round: int, reply: TrainReply) -> TrainReply:
         """Return the reply with its update shortened to the allowed norm."""
         limit = self.aggregation.max_update_norm
-        if limit == 0:
+        if limit == 0 or self.privacy.model_noise_multiplier > 0:
             return reply
         shorter = shorten_update(reply.model, self.sent, limit)
         if shorter is None:
@@ -532,6 +561,16 @@ class Method(Strategy):
             for name, value in metrics.items()
             if name.startswith("seconds-")
         }
+
+
+def _images_by_client(replies: Sequence[TrainReply]) -> dict[int, int]:
+    """Return the images of each client; those of a sum as equal parts of its images."""
+    parts = {}
+    for reply in replies:
+        clients = reply.clients
+        for i, client in enumerate(clients):
+            parts[client] = (reply.images + i) // len(clients)
+    return parts
 
 
 def _nothing_kept(before: int) -> Earlier | None:

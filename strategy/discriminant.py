@@ -225,10 +225,11 @@ class Discriminant:
         """
         found = [self._of(reply) for reply in replies]
         allowed = self._longest(found)
-        used = []
+        used, releases = [], 0
         for reply, own in zip(replies, found, strict=True):
             if self._noisy or statistic_length(own) <= allowed:
                 used.append(own)
+                releases += len(reply.clients)
                 continue
             log(
                 WARNING,
@@ -245,7 +246,7 @@ class Discriminant:
         self.moments = self.moments.plus(
             combined_moments(used, self._aggregation), self.decay
         )
-        self._releases = self.decay**2 * self._releases + len(used)
+        self._releases = self.decay**2 * self._releases + releases
 
     def head(self, model: Mapping[str, torch.Tensor]) -> nn.Linear:
         """Return the discriminant as a classifier of a model's projected features.

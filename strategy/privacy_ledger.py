@@ -1,9 +1,9 @@
 """Account for the privacy a run has spent, as (epsilon, delta), by Flower's code.
 
 All mechanisms add Gaussian noise, in units of what one record can change. For the
-class gradients and class moments of a client a record is one of its images; for the
-mean update it is a client. A record takes part in the rounds in which its client was
-asked, so the client asked most often has spent the most.
+class gradients, class moments and model of a client a record is one of its images; for
+the mean update it is a client. A record takes part in the rounds in which its client
+was asked, so the client asked most often has spent the most.
 
 Sampling clients does not lower the epsilon here: Flower's accounting has no bound for a
 fixed number of clients a round, and the sample is drawn from a known seed.
@@ -83,17 +83,20 @@ class PrivacyLedger:
     ) -> "PrivacyLedger":
         """Return the ledger of a run, with or without these statistics.
 
-        If clients send both with noise, ``images`` accounts for them together. Gaussian
-        releases of multipliers a and b spend as much as one of (a^-2 + b^-2)^(-1/2).
+        If clients send more than one thing with noise, ``images`` accounts for all of
+        them together. Gaussian releases of multipliers a and b spend as much as one of
+        (a^-2 + b^-2)^(-1/2).
         """
         gradients = privacy.gradient_noise_multiplier if class_gradients else 0.0
         moments = privacy.moment_noise_multiplier if class_moments else 0.0
-        both = 1 / hypot(1 / gradients, 1 / moments) if gradients and moments else 0.0
+        models = privacy.model_noise_multiplier
+        each = [1 / z for z in (gradients, moments, models) if z > 0]
         return cls(
             {
                 "class_gradients": gradients,
                 "class_moments": moments,
-                "images": both,
+                "models": models,
+                "images": 1 / hypot(*each) if len(each) > 1 else 0.0,
                 "updates": privacy.update_noise_multiplier,
             },
             privacy.delta,

@@ -39,6 +39,8 @@ class Verdicts:
         Number of replies dropped because their training diverged.
     unreadable : str
         A client's message about images that it cannot read; empty if there is none.
+    lost : str
+        Why there is no sum, with secure aggregation; empty if there is one.
     """
 
     good: list[TrainReply] = field(default_factory=list)
@@ -46,11 +48,25 @@ class Verdicts:
     dropped: list[tuple[Message, str]] = field(default_factory=list)
     diverged: int = 0
     unreadable: str = ""
+    lost: str = ""
+
+    @property
+    def used(self) -> int:
+        """Return the number of clients whose updates are in the good replies."""
+        return sum(len(reply.clients) for reply in self.good)
 
     @property
     def poisoned(self) -> bool:
         """Return whether most clients diverged, so the model sent is at fault."""
-        return self.diverged > len(self.good)
+        return self.diverged > self.used
+
+    def note_error(self, message: Message) -> None:
+        """Add an error in place of a reply to the dropped ones."""
+        reason = messages.plain(message.error.reason)
+        self.dropped.append((message, reason))
+        self.diverged += message.error.code == messages.DIVERGED
+        if message.error.code == messages.DATA_ERROR:
+            self.unreadable = reason
 
     def reasons(self, name: Callable[[Message], str]) -> list[str]:
         """Return a line for each dropped reply, with the name of its sender."""
@@ -113,11 +129,7 @@ class ReplyCheck:
         found = defaultdict(list)
         for message in replies:
             if message.has_error():
-                reason = messages.plain(message.error.reason)
-                verdicts.dropped.append((message, reason))
-                verdicts.diverged += message.error.code == messages.DIVERGED
-                if message.error.code == messages.DATA_ERROR:
-                    verdicts.unreadable = reason
+                verdicts.note_error(message)
                 continue
             try:
                 reply, size = self._accept(message, measured)
@@ -151,11 +163,28 @@ class ReplyCheck:
         """
         asked = self.asked.get(message.metadata.src_node_id, {})
         reply = TrainReply.parse(message, self.sent, self.fields, asked)
+        return reply, self.measure(reply, measured)
+
+    def measure(self, reply: TrainReply, measured: bool) -> ReplySize:
+        """Return the norms of a reply, or of a sum, whose arrays are as declared.
+
+        Parameters
+        ----------
+        reply : TrainReply
+            The reply.
+        measured : bool
+            Whether the size of its class gradients or statistics matters.
+
+        Raises
+        ------
+        ReplyError
+            If the reply must not be used.
+        """
         self._check_counts(reply)
         if reason := self.objection(reply):
             raise messages.ReplyError(reason)
         scale = self._scale(reply) if measured else None
-        return reply, reply_size(reply.model, self.sent, reply.images, scale)
+        return reply_size(reply.model, self.sent, reply.images, scale)
 
     def _check_counts(self, reply: TrainReply) -> None:
         """Raise `ReplyError` if class statistics count more images than the client has.

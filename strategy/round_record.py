@@ -40,6 +40,8 @@ class RoundRecord:
         Number of replies that were not used.
     kept_model : bool
         Whether the round made no model, so that the previous or an earlier one stays.
+    lost : str
+        Why the round has no sum, with secure aggregation; empty if it has one.
     went_back_to : int or None
         Round whose model replaced a bad one, if any.
     left_out : list of (int or str)
@@ -78,6 +80,7 @@ class RoundRecord:
     clients: list[int | str] = field(default_factory=list)
     dropped: int = 0
     kept_model: bool = False
+    lost: str = ""
     went_back_to: int | None = None
     left_out: list[int | str] = field(default_factory=list)
     participation: str = ""

@@ -14,6 +14,7 @@ from strategy.outliers import LengthRule
 from strategy.recovery import MOST_EMPTY, MOST_RETURNS, ORIGIN, Earlier, Recovery
 from strategy.replies import ReplyCheck, Verdicts
 from strategy.requests import Requests
+from strategy.secure_sums import SumCheck
 
 
 class NoRepliesError(RuntimeError):
@@ -87,7 +88,7 @@ class Safeguards:
     def judge(
         self,
         server_round: int,
-        check: ReplyCheck,
+        check: ReplyCheck | SumCheck,
         replies: Sequence[Message],
         requests: Requests,
     ) -> Verdicts:
@@ -97,7 +98,7 @@ class Safeguards:
         ----------
         server_round : int
             The round.
-        check : ReplyCheck
+        check : ReplyCheck or SumCheck
             The expectations that the replies must meet.
         replies : sequence of Message
             In the order of arrival.
@@ -121,13 +122,18 @@ class Safeguards:
         named = verdicts.reasons(requests.name)
         for reason in named:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)
+        if verdicts.lost:
+            log(WARNING, "round %d: no secure sum: %s", server_round, verdicts.lost)
+            named.append(verdicts.lost)
         if verdicts.good or verdicts.poisoned:
             return verdicts
         self._recovery.empty_rounds += 1
         hopeless = (
             not self._recovery.succeeded and self._recovery.empty_rounds >= MOST_EMPTY
         )
-        if hopeless or not self._clients.come_and_go:
+        # A sum may fail once for a reason that the next round does not have.
+        lasting = not self._clients.come_and_go and not verdicts.lost
+        if hopeless or lasting:
             raise NoRepliesError(
                 f"round {server_round}: no usable reply from "
                 f"{self._clients.clients_per_round} clients ("
@@ -169,7 +175,7 @@ class Safeguards:
         bad = self._recovery.origin
         found = (
             f"round {server_round}: training diverged at {verdicts.diverged} of "
-            f"{verdicts.diverged + len(verdicts.good)} clients, so the model of round "
+            f"{verdicts.diverged + verdicts.used} clients, so the model of round "
             f"{bad} is at fault"
         )
         state = earlier(bad) if bad else None

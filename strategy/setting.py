@@ -28,6 +28,8 @@ class Setting:
         The teacher for methods with ``needs_teacher``; None for the others.
     events : Events
         Told what happens in a round.
+    run : str
+        Flower's id of the run.
     """
 
     clients: Clients
@@ -36,6 +38,7 @@ class Setting:
     device: torch.device
     teacher: Teacher | None
     events: Events = field(default_factory=Events)
+    run: str = ""
 
     @property
     def num_classes(self) -> int:

@@ -11,11 +11,13 @@ from clip2fl_common.config.messages import shown
 from clip2fl_common.config.types import (
     GRADIENT_METHODS,
     MOMENTUM_METHODS,
+    SUMMED_METHODS,
     TEACHER_METHODS,
     listed_names,
     path_fits,
 )
 from clip2fl_common.partition import long_tail_counts
+from clip2fl_common.secure.statements import LEAST_PARTIES
 
 if TYPE_CHECKING:  # the schema calls these checks
     from clip2fl_common.config.schema import Dataset, RunConfig
@@ -91,6 +93,7 @@ def contradictions(config: "RunConfig", classes: int) -> list[str]:
         *_federation_problems(config),
         *_method_problems(config),
         *_privacy_problems(config),
+        *_secure_problems(config),
     ]
     if "{class}" not in config.teacher.prompt:
         problems.append(
@@ -235,6 +238,19 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
             "needs aggregation.rule = 'mean' and aggregation.max-update-norm above 0, "
             "which bound what one client can change"
         )
+    if privacy.model_noise_multiplier > 0 and aggregation.max_update_norm == 0:
+        yield (
+            f"privacy.model-noise-multiplier = {privacy.model_noise_multiplier}, but "
+            "aggregation.max-update-norm = 0 does not bound what one image can change; "
+            "set it, for example to 1.0"
+        )
+    if privacy.model_noise_multiplier > 0 and privacy.update_noise_multiplier > 0:
+        yield (
+            f"privacy.model-noise-multiplier = {privacy.model_noise_multiplier} and "
+            f"privacy.update-noise-multiplier = {privacy.update_noise_multiplier}: "
+            "with the clients' noise no norm bounds what one client changes at the "
+            "server; set one of them to 0.0"
+        )
     drawn = config.class_gradients.samples_per_class
     if privacy.min_class_samples > drawn:
         yield (
@@ -242,6 +258,48 @@ def _privacy_problems(config: "RunConfig") -> Iterator[str]:
             f"class-gradients.samples-per-class = {drawn}, the images of a class that "
             "enter one draw: no gradient would be of as many images as it promises; "
             "lower the first or raise the second"
+        )
+
+
+def _secure_problems(config: "RunConfig") -> Iterator[str]:
+    """Name what needs values of single clients, which secure aggregation hides."""
+    if not config.aggregation.secure:
+        return
+    federation, rule = config.federation, config.aggregation.rule
+    if rule != "mean":
+        yield (
+            f"aggregation.secure = true and aggregation.rule = {rule!r}: the server "
+            "sees the clients' sum only, so set aggregation.rule = 'mean'"
+        )
+    if config.method not in SUMMED_METHODS:
+        yield (
+            f"aggregation.secure = true and method = {config.method!r}: its server "
+            "needs the values of each client; choose one of "
+            f"{', '.join(SUMMED_METHODS)}"
+        )
+    if config.upload.min_cosine < 1:
+        yield (
+            f"aggregation.secure = true and upload.min-cosine = "
+            f"{config.upload.min_cosine}: factors of clients cannot be summed; set "
+            "upload.min-cosine = 1.0"
+        )
+    if config.privacy.update_noise_multiplier > 0:
+        yield (
+            "aggregation.secure = true and privacy.update-noise-multiplier = "
+            f"{config.privacy.update_noise_multiplier}: noise at the server protects "
+            "nothing that the server sees; set it to 0.0"
+        )
+    if federation.clients_per_round < LEAST_PARTIES:
+        yield (
+            f"aggregation.secure = true and federation.clients-per-round = "
+            f"{federation.clients_per_round}: in a sum of fewer than {LEAST_PARTIES} "
+            "a client could take its own part away; raise the second"
+        )
+    if 0 < federation.min_replies < LEAST_PARTIES:
+        yield (
+            f"aggregation.secure = true and federation.min-replies = "
+            f"{federation.min_replies}: a sum needs at least {LEAST_PARTIES} clients; "
+            f"set federation.min-replies to 0 or to {LEAST_PARTIES} and more"
         )
 
 

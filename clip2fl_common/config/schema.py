@@ -238,6 +238,10 @@ class Aggregation:
     max_site_images: Images = 1000000
     """sites: largest number of training images that a site may report, which is its
     weight in the mean."""
+    secure: bool = False
+    """Secure aggregation: the server learns the sum over a round's clients, at least
+    three, and no client's model or statistics (docs/secure-aggregation.md). Clients
+    clip themselves, and max-length-ratio bounds the sum."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -399,6 +403,10 @@ class Privacy:
     moment_noise_multiplier: Weight = 0.0
     """discriminant: scale of the Gaussian noise that clients add to class moments,
     relative to the largest change that one image can cause; 0: no noise."""
+    model_noise_multiplier: Weight = 0.0
+    """Scale of the Gaussian noise that clients add to their own model updates, relative
+    to the largest change that one image can cause, which aggregation.max-update-norm
+    bounds; 0: no noise."""
     update_noise_multiplier: Weight = 0.0
     """Scale of the Gaussian noise that the server adds to the mean update, relative to
     the largest change that one client can cause, which aggregation.max-update-norm

@@ -48,6 +48,8 @@ RETRAINING_METHODS = (*GRADIENT_METHODS, "ccvr")
 re-trains a classifier."""
 METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedlda", "fedprox")
 """Methods that the schema knows; strategy/registry.py may contain others."""
+SUMMED_METHODS = tuple(name for name in METHODS if name != "ccvr")
+"""Methods whose server needs sums over clients only, and no client's own values."""
 
 
 class ConfigError(ValueError):

@@ -178,6 +178,9 @@ from clip2fl_common.messages.names import (
     RUNNING_STATISTICS as RUNNING_STATISTICS,
 )
 from clip2fl_common.messages.names import (
+    SECURE as SECURE,
+)
+from clip2fl_common.messages.names import (
     SITE as SITE,
 )
 from clip2fl_common.messages.names import (

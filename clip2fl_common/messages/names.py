@@ -9,6 +9,8 @@ CLASS_STATISTICS = "class-statistics"
 MOMENTS = "class-moments"
 CONFIG = "config"
 METRICS = "metrics"
+SECURE = "secure-aggregation"
+MASKED = "masked-sums"
 # Records of the heads that a request for evaluation holds.
 HEAD_RECORDS = {
     RETRAINED_HEAD: CLASSIFIER,

@@ -153,6 +153,9 @@ class TrainReply:
         Size of all arrays, and of all arrays besides the model, in bytes.
     fields : mapping of str to object
         Content of the declared fields, by name; read them with `field`.
+    members : tuple of int
+        Clients whose sum this is, with secure aggregation; ``client`` is the first of
+        them then, and ``node`` is 0. Empty for a single client's reply.
     """
 
     node: int
@@ -163,6 +166,12 @@ class TrainReply:
     upload_bytes: int
     field_bytes: int
     fields: Mapping[str, object]
+    members: tuple[int, ...] = ()
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Return the clients whose updates the reply holds."""
+        return self.members or (self.client,)
 
     def field(self, declared: ReplyField[Content]) -> Content:
         """Return the content of a declared field.

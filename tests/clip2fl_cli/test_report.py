@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from clip2fl_cli.colours import (
 from clip2fl_cli.comparison_report import write_comparison_report
 from clip2fl_cli.feature_plane import LABEL_HEIGHT, label_shifts, principal_plane
 from clip2fl_cli.figures import Curve, Points, by_class, over_rounds
-from clip2fl_cli.report import write_run_report
-from clip2fl_cli.run_schema import Images
+from clip2fl_cli.report import PROTECTED, write_run_report
+from clip2fl_cli.run_schema import Images, Mechanism
 from clip2fl_cli.runs import FinishedRun, RunError
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import defaults
@@ -673,3 +674,8 @@ def test_reports_are_of_the_held_out_images(tmp_path: Path) -> None:
     assert results.column("balanced")[:2] == ["64.0", "44.0"]
     assert results.column("balanced, all images")[:2] == ["65.0", "45.0"]
     assert [len(row) for row in results.texts] == [len(results.header)] * 3
+
+
+def test_each_privacy_mechanism_has_words() -> None:
+    """A report of a run with any account can be written."""
+    assert set(PROTECTED) == set(get_args(Mechanism))

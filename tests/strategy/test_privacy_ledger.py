@@ -231,3 +231,32 @@ def test_noise_without_a_bound_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_config(**settings)
+
+
+def test_ledger_adds_up_all_that_a_client_sends_with_noise() -> None:
+    """By Gaussian composition: inverse squares of the multipliers add up."""
+    config = run_config(
+        head__delivered="discriminant",
+        aggregation__max_update_norm=1.0,
+        privacy__gradient_clip_norm=1.0,
+        privacy__gradient_noise_multiplier=3.0,
+        privacy__moment_clip_norm=1.0,
+        privacy__moment_noise_multiplier=4.0,
+        privacy__model_noise_multiplier=12.0,
+    )
+    ledger = PrivacyLedger.of(config.privacy, True, True)
+    for _ in range(5):
+        ledger.note(1)
+    spent = ledger.spent()
+    assert set(spent) == {"class_gradients", "class_moments", "models", "images"}
+    together = (3**-2 + 4**-2 + 12**-2) ** -0.5
+    total = spent["images"]["epsilon_total"]
+    assert total == pytest.approx(epsilon(together, 5, DELTA), rel=1e-9)
+    assert total > max(
+        spent[name]["epsilon_total"]
+        for name in ("class_gradients", "class_moments", "models")
+    )
+    # A method without class gradients and moments spends on its models alone.
+    alone = PrivacyLedger.of(config.privacy, False, False)
+    alone.note(1)
+    assert set(alone.spent()) == {"models"}

@@ -51,6 +51,50 @@ def test_round_trip() -> None:
             {"federation.min-replies": 6},
             "min-replies = 6 is more than .* = 5: no round",
         ),
+        (
+            {"aggregation.secure": True, "aggregation.rule": "median"},
+            "aggregation.secure = true and aggregation.rule = 'median'",
+        ),
+        (
+            {"aggregation.secure": True, "method": "ccvr"},
+            "aggregation.secure = true and method = 'ccvr'.*each client; choose",
+        ),
+        (
+            {"aggregation.secure": True, "method": "fednova"},
+            "aggregation.secure = true and method = 'fednova'",
+        ),
+        (
+            {"aggregation.secure": True, "upload.min-cosine": 0.99},
+            r"aggregation.secure = true and upload.min-cosine = 0\.99",
+        ),
+        (
+            {
+                "aggregation.secure": True,
+                "privacy.update-noise-multiplier": 1.0,
+                "aggregation.max-update-norm": 1.0,
+            },
+            r"aggregation.secure = true and privacy.update-noise-multiplier = 1\.0",
+        ),
+        (
+            {"aggregation.secure": True, "federation.clients-per-round": 2},
+            "aggregation.secure = true and federation.clients-per-round = 2: .* 3 a",
+        ),
+        (
+            {"aggregation.secure": True, "federation.min-replies": 2},
+            "aggregation.secure = true and federation.min-replies = 2: .*least 3",
+        ),
+        (
+            {"privacy.model-noise-multiplier": 1.0},
+            r"model-noise-multiplier = 1\.0, but aggregation.max-update-norm = 0",
+        ),
+        (
+            {
+                "privacy.model-noise-multiplier": 1.0,
+                "privacy.update-noise-multiplier": 2.0,
+                "aggregation.max-update-norm": 1.0,
+            },
+            r"model-noise-multiplier = 1\.0 and privacy.update-noise-mul.*one of them",
+        ),
         ({"aggregation.rule": "krum"}, r"aggregation\.rule = 'krum'.*'median'"),
         ({"aggregation.trim": 0.5}, r"aggregation\.trim = 0\.5.*less than 0\.5"),
         ({"aggregation.max-update-norm": -1.0}, r"max-update-norm = -1\.0"),

@@ -1,0 +1,361 @@
+"""The server's side of secure sums: collect keys, masked sums, signatures and seeds.
+
+docs/secure-aggregation.md describes the protocol. The server adds masked vectors, takes
+away the masks that are left, and makes one reply of the sum. All that follows treats it
+as the only reply of the round.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import TypeVar
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from clip2fl_common import messages
+from clip2fl_common.messages import ReplyField, TrainReply
+from clip2fl_common.messages.secure import (
+    COMMIT,
+    KEYS,
+    REVEAL,
+    Revealed,
+    SecureRequest,
+    key_in,
+    partition_in,
+    revealed_in,
+    signature_in,
+)
+from clip2fl_common.messages.sums import SumFormat, client_in
+from clip2fl_common.secure.identities import (
+    PinnedKeys,
+    SimulatedKeys,
+    Trust,
+    has_signed,
+)
+from clip2fl_common.secure.masks import Vector, subtracts
+from clip2fl_common.secure.statements import (
+    LEAST_PARTIES,
+    RoundName,
+    SecureError,
+    SignedKey,
+    key_statement,
+)
+from strategy.events import What
+from strategy.log import log
+from strategy.outliers import LengthRule
+from strategy.replies import ReplyCheck, Verdicts
+from strategy.setting import Setting
+
+SESSION_BYTES = 16
+
+T = TypeVar("T")
+
+
+class SecureSums:
+    """The secure sums of a run, one in each round.
+
+    Parameters
+    ----------
+    setting : Setting
+        The run's clients, configuration and events.
+    fields : sequence of ReplyField
+        What replies hold besides model and metrics.
+    """
+
+    def __init__(self, setting: Setting, fields: Sequence[ReplyField[object]]) -> None:
+        config = setting.config
+        self._clients = setting.clients
+        self._events = setting.events
+        self._config = config
+        self._fields = fields
+        self._run = setting.run
+        self._timeout = config.federation.round_timeout
+        self._grid: Grid | None = None
+        self._name = RoundName("", 0, b"")
+        self._keys: dict[int, SignedKey] = {}
+
+    def log_settings(self) -> None:
+        """Log what is protected, and that a simulation protects nothing."""
+        log(INFO, "\t├──> Secure aggregation: the server sees sums only")
+        if self._config.simulated:
+            log(
+                WARNING,
+                "aggregation.secure in a simulation: the identity keys of simulated "
+                "clients come from the seed, so that secure aggregation protects "
+                "nothing here. It is for measurements",
+            )
+
+    def agree(self, server_round: int, grid: Grid, numbers: Sequence[int]) -> list[int]:
+        """Ask clients for their keys of a round.
+
+        Parameters
+        ----------
+        server_round : int
+            The round.
+        grid : Grid
+            Flower's grid.
+        numbers : sequence of int
+            The clients that are to train.
+
+        Returns
+        -------
+        list of int
+            Those whose keys can be used, ascending; none if they are too few.
+        """
+        self._grid = grid
+        self._name = RoundName(self._run, server_round, os.urandom(SESSION_BYTES))
+        asked = {client: self._request(client) for client in numbers}
+        trust = self._trust()
+        self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
+        self._tell(reasons, "sent no usable key")
+        if len(self._keys) < LEAST_PARTIES:
+            return []  # nobody trains; `add` says why
+        return sorted(self._keys)
+
+    def record(self) -> ConfigRecord:
+        """Return the record with all parties' keys for the round's train requests."""
+        keys = [self._keys[client] for client in sorted(self._keys)]
+        return SecureRequest(
+            self._name.server_round,
+            self._name.session,
+            names=tuple(key.name for key in keys),
+            public_keys=tuple(key.public for key in keys),
+            signatures=tuple(key.signature for key in keys),
+        ).record()
+
+    def add(
+        self,
+        found: Mapping[int, Message],
+        check: ReplyCheck,
+        needed: int,
+        verdicts: Verdicts,
+    ) -> TrainReply:
+        """Add up masked vectors and take their masks away.
+
+        Parameters
+        ----------
+        found : mapping of int to Message
+            The reply of each client that sent one.
+        check : ReplyCheck
+            The expectations that the replies must meet.
+        needed : int
+            Fewest clients in a sum, for this run.
+        verdicts : Verdicts
+            Gets the replies that are not in the sum.
+
+        Returns
+        -------
+        TrainReply
+            The reply that stands for all of them.
+
+        Raises
+        ------
+        ReplyError
+            If there is no sum in this round; says why.
+        """
+        if len(self._keys) < LEAST_PARTIES:
+            raise messages.ReplyError(
+                f"{len(self._keys)} clients sent a key, and {LEAST_PARTIES} are needed"
+            )
+        sums = SumFormat(self._config, check.sent, self._fields)
+        total, members, size = sums.zeros(), [], 0
+        for client, message in sorted(found.items()):
+            asked = check.asked.get(message.metadata.src_node_id, {})
+            try:
+                vector = sums.vector_in(message.content, asked)
+            except messages.ReplyError as error:
+                verdicts.dropped.append((message, str(error)))
+                continue
+            total.add(vector)
+            members.append(client)
+            size = messages.payload_bytes(message.content)
+        parties = len(self._keys)
+        needed = max(LEAST_PARTIES, needed, parties // 2 + 1)
+        if len(members) < needed:
+            raise messages.ReplyError(
+                f"masked sums of {len(members)} of {parties} clients, and {needed} are "
+                "needed"
+            )
+        self._unmask(total, members)
+        images = {client: self._clients.images_of(client) for client in members}
+        return sums.reply_of(total, parties, images, size)
+
+    def _unmask(self, total: Vector, members: Sequence[int]) -> None:
+        """Take away the masks that are left in the sum of the members' vectors."""
+        names = {client: self._keys[client].name for client in members}
+        lost = {key.name for key in self._keys.values()} - set(names.values())
+        listed = tuple(names.values())
+        asked = {client: self._request(client, names=listed) for client in members}
+        signatures, reasons = self._exchange(
+            COMMIT, asked, lambda client, reply: signature_in(reply)
+        )
+        self._demand(reasons, "did not sign the set to be summed")
+        signed = tuple(signatures[client] for client in members)
+        asked = {
+            client: self._request(client, names=listed, signatures=signed)
+            for client in members
+        }
+        revealed, reasons = self._exchange(
+            REVEAL, asked, lambda client, reply: revealed_in(reply, lost)
+        )
+        self._demand(reasons, "did not reveal its seeds")
+        for client, name in names.items():
+            own: Revealed = revealed[client]
+            total.mask(own.own, subtract=True)
+            for other, seed in own.pairs.items():
+                total.mask(seed, subtract=not subtracts(name, other))
+
+    def _request(
+        self,
+        client: int,
+        names: tuple[str, ...] = (),
+        signatures: tuple[bytes, ...] = (),
+    ) -> SecureRequest:
+        return SecureRequest(
+            self._name.server_round,
+            self._name.session,
+            client,
+            names=names,
+            signatures=signatures,
+        )
+
+    def _exchange(
+        self,
+        action: str,
+        asked: Mapping[int, SecureRequest],
+        read: Callable[[int, RecordDict], T],
+    ) -> tuple[dict[int, T], dict[int, str]]:
+        """Return the clients' answers, and for each other client the reason."""
+        assert self._grid is not None
+        requests = [
+            Message(
+                RecordDict({messages.SECURE: request.record()}),
+                self._clients.node_of(client),
+                f"{MessageType.TRAIN}.{action}",
+            )
+            for client, request in asked.items()
+        ]
+        found: defaultdict[int, list[T]] = defaultdict(list)
+        errors: dict[int, str] = {}
+        for reply in self._grid.send_and_receive(requests, timeout=self._timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                errors[node] = messages.plain(reply.error.reason)
+                continue
+            try:
+                client = partition_in(reply.content)
+                if client not in asked or self._clients.node_of(client) != node:
+                    raise messages.ReplyError(f"it answers for client {client}")
+                found[client].append(read(client, reply.content))
+            except messages.ReplyError as error:
+                errors[node] = str(error)
+        answers = {client: own[0] for client, own in found.items() if len(own) == 1}
+        return answers, {
+            client: errors.get(self._clients.node_of(client), "no answer in time")
+            for client in asked
+            if client not in answers
+        }
+
+    def _key(self, trust: Trust | None, client: int, reply: RecordDict) -> SignedKey:
+        """Return a client's key after checking its name, and its signature if known."""
+        key = key_in(reply)
+        label = self._clients.label(client)
+        name = label if isinstance(label, str) else SimulatedKeys.name_of(label)
+        if key.name != name:
+            raise messages.ReplyError(
+                f"it signs as {key.name}, and the run knows it as {name}"
+            )
+        if trust is not None:
+            known = trust.key_of(name)
+            statement = key_statement(self._name, name, key.public)
+            if known is None or not has_signed(known, key.signature, statement):
+                raise messages.ReplyError("its signature is not that of its known key")
+        return key
+
+    def _trust(self) -> Trust | None:
+        """Return the keys by which the server can tell bad signatures, if it has any.
+
+        It only spares the other clients a useless round: they check all signatures
+        themselves.
+        """
+        if self._config.simulated:
+            return SimulatedKeys(self._config.seed)
+        registry = self._config.federation.site_registry
+        try:
+            return PinnedKeys.read(Path(registry).expanduser()) if registry else None
+        except SecureError as error:
+            log(WARNING, "signatures are not checked at the server: %s", error)
+            return None
+
+    def _tell(self, reasons: Mapping[int, str], what: str) -> None:
+        for client, reason in reasons.items():
+            label = self._clients.label(client)
+            log(
+                WARNING,
+                "round %d: client %s %s: %s",
+                *(self._name.server_round, label, what, reason),
+            )
+            self._events.note(What.DROPPED, label, reason=reason)
+
+    def _demand(self, reasons: Mapping[int, str], what: str) -> None:
+        """Raise `ReplyError` if any member failed: the round is lost then."""
+        self._tell(reasons, what)
+        if reasons:
+            client, reason = next(iter(reasons.items()))
+            raise messages.ReplyError(
+                f"client {self._clients.label(client)} {what}: {reason}"
+            )
+
+
+@dataclass(frozen=True)
+class SumCheck:
+    """Checks a round with a secure sum, as `ReplyCheck` does without.
+
+    Attributes
+    ----------
+    sums : SecureSums
+        The run's secure sums.
+    check : ReplyCheck
+        The expectations that a reply, here the sum, must meet.
+    needed : int
+        Fewest clients in a sum, for this run.
+    """
+
+    sums: SecureSums
+    check: ReplyCheck
+    needed: int
+
+    def judge(
+        self, replies: Sequence[Message], lengths: LengthRule, *, noisy: bool
+    ) -> Verdicts:
+        """Return the sum as the only good reply; see `ReplyCheck.judge`."""
+        verdicts = Verdicts()
+        found: defaultdict[int | None, list[Message]] = defaultdict(list)
+        for message in replies:
+            if message.has_error():
+                verdicts.note_error(message)
+                continue
+            found[client_in(message.content)].append(message)
+        for client, answers in list(found.items()):
+            if len(answers) > 1 or client is None:
+                reason = f"{len(answers)} replies for partition {client}"
+                verdicts.dropped += [(message, reason) for message in answers]
+                del found[client]
+        single = {c: only for c, [only] in found.items() if c is not None}
+        try:
+            reply = self.sums.add(single, self.check, self.needed, verdicts)
+            size = self.check.measure(reply, lengths.ratio > 0 and not noisy)
+            if too_long := lengths.too_long({reply.client: size}, self.check.sent):
+                raise messages.ReplyError(f"of the sum: {too_long[reply.client]}")
+        except messages.ReplyError as error:
+            verdicts.lost = str(error)
+            return verdicts
+        verdicts.good = [reply]
+        # Nobody knows the norms of single updates: all have that of the mean.
+        verdicts.sizes = dict.fromkeys(reply.members, size)
+        return verdicts

@@ -1,0 +1,210 @@
+"""Secure sums of nodes that have images, keys and rules of their own."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from flwr.app import Context, RecordDict
+
+from client_app.policy_check import check_policy
+from clip2fl_common.config import Scalar
+from clip2fl_common.data.demo import CLASS_NAMES
+from clip2fl_common.site_registry import Site, SiteRegistry
+from server_app.app import main
+from server_app.checkpoints import load_checkpoint
+from tests.conftest import be_flower
+from tests.defaults import run_config
+from tests.in_process_grid import InProcessGrid
+from tests.site_folders import write_site
+
+NAMES = ["east", "north", "south", "west"]
+COUNTS = [
+    {"circle": 6, "triangle": 4},
+    {"square": 5, "star": 4},
+    {"circle": 5, "heart": 4},
+    {"ring": 5, "square": 4},
+]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.WAIT_S", 0.0)
+    monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 0.0)
+
+
+@dataclass
+class Sites:
+    """Four sites in a folder: images, keys, lists of keys, and rules."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        """Write all files; each site trusts all sites."""
+        for number, name in enumerate(NAMES):
+            write_site(self.folder / name / "images", COUNTS[number], 100 * number)
+            self.new_key(name)
+        for name in NAMES:
+            self.trust(name, NAMES)
+
+    def new_key(self, name: str) -> None:
+        """Write a key as ssh-keygen writes it."""
+        key = ec.generate_private_key(ec.SECP384R1())
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        (self.folder / name / "key").write_bytes(pem)
+        public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (self.folder / name / "key.pub").write_bytes(public)
+
+    def registry(self, names: Sequence[str]) -> SiteRegistry:
+        """Return names and keys of some sites."""
+        return SiteRegistry(
+            tuple(
+                Site(name, (self.folder / name / "key.pub").read_text(), node)
+                for node, name in enumerate(names, 1)
+            )
+        )
+
+    def trust(self, name: str, others: Sequence[str]) -> None:
+        """Write the list of the sites that a site trusts."""
+        path = self.folder / name / "trusted.json"
+        path.write_text(self.registry(others).text(), "utf-8")
+
+    def policy(self, name: str, **rules: Any) -> Path:
+        """Write a site's rules."""
+        own = self.folder / name
+        lines = [
+            f'identity-key = "{own / "key"}"',
+            f'trusted-sites = "{own / "trusted.json"}"',
+            "secure-only = true",
+            *(f"{key.replace('_', '-')} = {value}" for key, value in rules.items()),
+        ]
+        (own / "policy.toml").write_text("\n".join(lines), "utf-8")
+        return own / "policy.toml"
+
+    def federate(
+        self, name: str, secure: bool = True, ruled: bool = True, **rules: Any
+    ) -> InProcessGrid:
+        """Run two rounds."""
+        settings: dict[str, Scalar] = {
+            "method": "fedavg",
+            "aggregation__secure": secure,
+            "dataset__name": "sites",
+            "dataset__class_names": ", ".join(CLASS_NAMES),
+            "dataset__image_size": 16,
+            "dataset__validation_share": 0.3,
+            "federation__clients_per_round": 4,
+            "run__dir": str(self.folder),
+            "run__name": name,
+        }
+        config = run_config(**settings)
+        nodes = []
+        for site in NAMES:
+            own = {"data-path": str(self.folder / site / "images"), "site": site}
+            own["site-state"] = str(self.folder / site / f"state-{name}")
+            if ruled:
+                own["policy"] = str(self.policy(site, **rules))
+            nodes.append(own)
+        grid = InProcessGrid(config, 4, 3, node_configs=nodes)
+        main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
+        return grid
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """Return a run's metrics."""
+        lines = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sites:
+    be_flower(tmp_path / "cache", monkeypatch)
+    return Sites(tmp_path)
+
+
+def test_sites_sum_with_their_own_keys(sites: Sites) -> None:
+    """In as many rounds as the sites allow; the last one is finished too."""
+    sites.federate("secure", max_rounds=2, min_secure_sites=4)
+    sites.federate("plain", secure=False, ruled=False)
+    plain, secure = (
+        load_checkpoint(sites.folder / name, 1).model for name in ("plain", "secure")
+    )
+    for name, values in plain.items():
+        found = secure[name].double().numpy()
+        np.testing.assert_allclose(found, values.double().numpy(), atol=3e-6, rtol=3e-6)
+    for line in sites.metrics("secure"):
+        assert sorted(line["clients"]) == NAMES and not line["kept_model"]
+    for name in NAMES:
+        state = sites.folder / name / "state-secure"
+        assert (state / "secure-sums.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_site_that_others_do_not_trust_is_named(
+    sites: Sites, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """Two sites miss one in their lists: they refuse, and two are too few."""
+    for name in ("east", "north"):
+        sites.trust(name, ["east", "north", "south"])
+    sites.federate("run")
+    for line in sites.metrics("run"):
+        assert line["kept_model"]
+        assert line["lost"] == "masked sums of 2 of 4 clients, and 3 are needed"
+    refusals = [m for m in flower_log.messages if "dropped the reply" in m]
+    assert len(refusals) == 4
+    assert all(
+        "'west' takes part in the round, and is not in this" in m for m in refusals
+    )
+
+
+def test_swapped_key_file_does_not_pass_for_the_site(
+    sites: Sites, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """A node has another key than the one that all know for its name."""
+    sites.new_key("west")
+    sites.federate("run")
+    for line in sites.metrics("run"):
+        assert sorted(line["clients"]) == ["east", "north", "south"]
+        assert not line["kept_model"]
+    told = [m for m in flower_log.messages if "client west sent no usable key" in m]
+    assert len(told) == 2
+    assert all(str(sites.folder) not in m and "own log says more" in m for m in told)
+
+
+def test_site_may_refuse_runs_without_secure_aggregation(
+    sites: Sites, flower_log: pytest.LogCaptureFixture
+) -> None:
+    from tests.site_node import SiteNode, policy, refusal, site_run
+
+    folder = sites.folder / "east"
+    rules = policy(folder, secure_only=True)
+    node = SiteNode(folder / "images", rules)
+    for kind in ("query", "train", "evaluate"):
+        assert refusal(node.ask(kind, site_run())) == (
+            "the run has aggregation.secure = false, and the site's secure-only is true"
+        )
+    secure = site_run(aggregation__secure=True, federation__clients_per_round=3)
+    assert refusal(node.ask("train", secure)) == (
+        "the run has aggregation.secure = true, and the site has no identity-key or no "
+        "trusted-sites"
+    )
+
+
+def test_doctor_tells_the_sites_name_and_whom_it_trusts(sites: Sites) -> None:
+    findings = list(check_policy(sites.policy("north"), None))
+    assert [f.text for f in findings if f.check == "keys"] == [
+        "this site is north in secure sums; it trusts east, north, south, west"
+    ]
+    sites.new_key("north")
+    (problem,) = [
+        f for f in check_policy(sites.policy("north"), None) if f.level == "problem"
+    ]
+    assert "own identity-key is not in its file trusted-sites" in problem.text
