@@ -154,13 +154,14 @@ def described(metrics: Mapping[str, Any] | None, size: int) -> str:
     Parameters
     ----------
     metrics : mapping or None
-        Metrics of a reply to a train request or an evaluation request; None: the answer
-        to a query.
+        Metrics of a reply to a train request or an evaluation request. None: the answer
+        to a query. In secure aggregation the number of images is in the masked sums,
+        and the log says nothing but the size.
     size : int
         Size of the answer in bytes.
     """
     answered = f"answered, {size / 1e6:.2f} MB"
-    if metrics is None:
+    if metrics is None or messages.NUM_EXAMPLES not in metrics:
         return answered
     values = dict(metrics)
     images = f"{values[messages.NUM_EXAMPLES]:,} images"

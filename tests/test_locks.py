@@ -201,7 +201,9 @@ def test_what_a_node_imports_is_listed_for_it() -> None:
     found = imported(
         [
             *(ROOT / "client_app", ROOT / "clip2fl_common"),
-            ROOT / "deploy" / "node_config.py",
+            ROOT / "clip2fl_cli" / "sites",
+            ROOT / "clip2fl_cli" / "site_commands.py",
+            ROOT / "clip2fl_cli" / "console.py",
         ]
     )
     listed = {canonicalize_name(name) for name in PROJECT["dependency-groups"]["node"]}

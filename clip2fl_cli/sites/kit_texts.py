@@ -18,6 +18,23 @@ POLICY_TEMPLATE = """\
 # Least noise on class gradients and class moments, and greatest norm:
 #min-noise-multiplier = 1.0
 #max-clip-norm = 1.0
+# Least noise on the model itself:
+#min-model-noise-multiplier = 1.0
+# Whether the server may ask for a confusion matrix, whose row sums are class counts:
+#send-confusion-matrix = false
+# Only runs with secure aggregation, in sums of at least so many sites; the key with
+# which this site signs, and its own list of the sites (docs/secure-aggregation.md):
+#secure-only = true
+#min-secure-sites = 3
+#identity-key = "/absolute/path/of/key"
+#trusted-sites = "/absolute/path/of/sites.json"
+# Folder for models that the server delivers, the server's public key (what clip2fl
+# signing-key prints), the largest model in MiB, and whether its card, which all sites
+# get, may have this site's name and figures (docs/model-delivery.md):
+#models-folder = "/absolute/path/of/models"
+#model-key = "0000000000000000000000000000000000000000000000000000000000000000"
+#max-model-mib = 1024
+#listed-in-card = false
 # Fingerprints of the teachers that may be loaded, and folders with them:
 #teachers = []
 #teacher-folders = []

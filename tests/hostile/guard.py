@@ -120,6 +120,7 @@ _OWN = tuple(
         "/usr/share/zoneinfo",
         "/lib",
         "/sys/devices/system",
+        "/sys/fs/cgroup/memory.max",
         "/proc/cpuinfo",
         "/proc/meminfo",
         "/proc/sys/kernel",
