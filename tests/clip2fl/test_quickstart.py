@@ -1,6 +1,7 @@
 """The notebook of the examples runs as it stands, and is stored without outputs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_notebook_runs_with_flower(tmp_path: Path) -> None:
         [sys.executable, "-c", program()],
         cwd=tmp_path,
         env={
-            "PATH": str(Path(sys.executable).parent),
+            # Ray starts its workers with bash.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "MPLBACKEND": "agg",
             "HOME": str(tmp_path),
