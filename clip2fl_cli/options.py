@@ -32,7 +32,7 @@ RunConfigFile = Annotated[
         "--run-config",
         metavar="TOML|NAME",
         help="File of run configuration keys, or the name of an experiment that comes "
-        "with the program, such as demo or paper-cifar10-lt; none: the demo.",
+        "with the program, such as demo or paper-cifar10-lt; none: the defaults.",
     ),
 ]
 Settings = Annotated[

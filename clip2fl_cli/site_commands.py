@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clip2fl_cli import console
-from clip2fl_cli.options import AsJson, RunConfigFile, Settings
+from clip2fl_cli.options import CONTROL_ADDRESS, AsJson, RunConfigFile, Settings
 from clip2fl_cli.site_fetch import fetch
 from clip2fl_cli.sites.starts import Start
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from clip2fl_cli.sites.registration import Server
 
 DEFAULT_FOLDER = Path("/etc/clip2fl")
-DEFAULT_SUPERLINK = "127.0.0.1:8000"
 
 site = typer.Typer(
     name="site",
@@ -60,7 +59,7 @@ def register_sites(
         ),
     ],
     server: ServerFolder = DEFAULT_FOLDER,
-    superlink: SuperLinkAddress = DEFAULT_SUPERLINK,
+    superlink: SuperLinkAddress = CONTROL_ADDRESS,
     node_id: Annotated[
         int | None,
         typer.Option(metavar="ID", help="Of one key that Flower knows already."),
@@ -117,7 +116,7 @@ def make_kits(
         ),
     ] = None,
     server: ServerFolder = DEFAULT_FOLDER,
-    superlink: SuperLinkAddress = DEFAULT_SUPERLINK,
+    superlink: SuperLinkAddress = CONTROL_ADDRESS,
 ) -> None:
     """Make one archive for each site, with all that it needs to join (at the server).
 
@@ -274,7 +273,7 @@ def start_node(
 @site.command("list")
 def list_sites(
     server: ServerFolder = DEFAULT_FOLDER,
-    superlink: SuperLinkAddress = DEFAULT_SUPERLINK,
+    superlink: SuperLinkAddress = CONTROL_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
     """Show each site's name, key and whether its node is online (at the server)."""
@@ -294,7 +293,7 @@ def list_sites(
 def remove_sites(
     names: Annotated[list[str], typer.Argument(metavar="NAME...")],
     server: ServerFolder = DEFAULT_FOLDER,
-    superlink: SuperLinkAddress = DEFAULT_SUPERLINK,
+    superlink: SuperLinkAddress = CONTROL_ADDRESS,
 ) -> None:
     """Let a site's node connect no more; its key cannot come back (at the server)."""
     from clip2fl_cli.sites import registration
