@@ -37,6 +37,7 @@ from clip2fl_cli.sections import (
 from clip2fl_cli.summary import (
     Failure,
     Row,
+    difference_text,
     failed_runs,
     paired_difference,
     summarise,
@@ -55,6 +56,7 @@ from clip2fl_cli.wording import head_title
 
 # Title of the accuracy on all test images, beside the one on those held out.
 ALL_IMAGES = "balanced, all images"
+FEW_DIFFERENCE = "few-shot difference"
 
 
 def write_comparison_report(
@@ -134,8 +136,8 @@ def _comparison_results(
 ) -> Section:
     beside = [ALL_IMAGES] if ranking[0].all_images else []
     header = [
-        *("variant", "balanced", "difference", "few", "medium", "many"),
-        *("minutes", "MB up", "top-1", *beside, "head", "seeds"),
+        *("variant", "balanced", "difference", "few", FEW_DIFFERENCE),
+        *("medium", "many", "minutes", "MB up", "top-1", *beside, "head", "seeds"),
     ]
     body = []
     for row in ranking:
@@ -153,9 +155,9 @@ def _comparison_results(
     table = Table(
         "results-table",
         f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
-        f"seeds. Difference: to what {baseline} delivers, in balanced accuracy, seed "
-        "by seed, with its 95 % confidence interval. Minutes of a run; megabytes that "
-        "all clients send in a round.",
+        f"seeds. Differences: to what {baseline} delivers, in balanced and in few-shot "
+        "accuracy, seed by seed, with their 95 % confidence intervals. Minutes of a "
+        "run; megabytes that all clients send in a round.",
         header,
         [*body, *teacher_rows(runs, header)],
     )
@@ -168,8 +170,8 @@ def _comparison_results(
 
 def _other_classifiers(rows: Sequence[Row]) -> list[Table]:
     """Return a folded table of the classifiers that variants do not deliver, if any."""
-    header = ["variant", "balanced", "difference", "few", "medium", "many", "top-1"]
-    header += ["head", "seeds"]
+    header = ["variant", "balanced", "difference", "few", FEW_DIFFERENCE, "medium"]
+    header += ["many", "top-1", "head", "seeds"]
     others = [row_of(header, _classifier_cells(r)) for r in rows if not r.delivered]
     caption = "Numbers: classifiers that are not delivered"
     return [Table("others", caption, header, others, folded=True)] if others else []
@@ -179,7 +181,8 @@ def _classifier_cells(row: Row) -> dict[str, Cell]:
     """Return the cells of a variant's classifier, by title."""
     return {
         "variant": Cell(row.variant),
-        "difference": Cell("-" if row.difference is None else str(row.difference)),
+        "difference": Cell(difference_text(row.difference)),
+        FEW_DIFFERENCE: Cell(difference_text(row.few_difference)),
         **{title: spread_cell(row.columns[c]) for c, title in COLUMNS.items()},
         ALL_IMAGES: spread_cell(row.all_images),
         "head": Cell(head_title(row.head)),

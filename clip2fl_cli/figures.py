@@ -4,7 +4,7 @@ Colours of lines are in `clip2fl_cli.colours`. Areas have the colour map cividis
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +99,26 @@ class Estimate:
     style: Style
 
 
+def three_digits(value: float) -> str:
+    """Return a number with three digits, or with all of a larger one's whole part.
+
+    Parameters
+    ----------
+    value : float
+        The number, of any size.
+
+    Returns
+    -------
+    str
+        For example "0.457", "3.94" and "1,521"; never a power of ten for seconds.
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def over_rounds(
     panels: Mapping[str, Sequence[Curve]],
     top: float | None = None,
-    form: str = ",.3g",
+    form: Callable[[float], str] = three_digits,
 ) -> Chart:
     """Draw curves over the rounds.
 
@@ -113,8 +129,8 @@ def over_rounds(
         band from the smallest to the largest value.
     top : float or None
         End of the vertical axis, which all panels then share from 0 on.
-    form : str
-        Format of the numbers in hover texts.
+    form : callable
+        Writes the numbers of hover texts.
 
     Returns
     -------
@@ -140,7 +156,9 @@ def over_rounds(
     )
 
 
-def _draw_curves(axis: Axes, hints: Hints, curves: Sequence[Curve], form: str) -> None:
+def _draw_curves(
+    axis: Axes, hints: Hints, curves: Sequence[Curve], form: Callable[[float], str]
+) -> None:
     rounds = max(curve.values.shape[1] for curve in curves)
     for curve in curves:
         behind = curve.style == IN_BACKGROUND
@@ -173,7 +191,7 @@ def _draw_curves(axis: Axes, hints: Hints, curves: Sequence[Curve], form: str) -
     step = math.ceil(rounds / MAX_HINTED_ROUNDS)
     for number in range(1, rounds + 1, step):
         texts = [
-            f"{shown(curve.label)}: {curve.mean[number - 1]:{form}}"
+            f"{shown(curve.label)}: {form(curve.mean[number - 1])}"
             for curve in curves
             if number <= curve.values.shape[1] and not np.isnan(curve.mean[number - 1])
         ]
@@ -384,10 +402,10 @@ def bars_panel(
             color=[known.get(name, MUTED).light for name in values],
         )
         for bar, (name, value) in zip(drawn, values.items(), strict=True):
-            hints.add(bar, f"{shown(name)}: {value:,.4g}")
+            hints.add(bar, f"{shown(name)}: {three_digits(value)}")
         axis.set_yticks(places, [in_picture(name, MAX_TICK_NAME) for name in values])
         axis.tick_params("y", length=0)
-        axis.bar_label(drawn, fmt="{:,.3g}", fontsize=8, padding=3)
+        axis.bar_label(drawn, fmt=three_digits, fontsize=8, padding=3)
         axis.margins(x=0.18)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.grid(visible=False, axis="y")

@@ -190,7 +190,8 @@ def _run_costs(run: FinishedRun, style: Style) -> Section:
         "costs",
         "Seconds and bytes by phase: "
         + "; ".join(
-            f"{title}: " + ", ".join(f"{n} {v:,.3g}" for n, v in panel.items())
+            f"{title}: "
+            + ", ".join(f"{n} {figures.three_digits(v)}" for n, v in panel.items())
             for title, panel in shown.items()
         ),
         Chart(

@@ -101,7 +101,9 @@ def accuracy_section(lines: Sequence[Line], table: Table) -> Section:
         "Balanced, many-, medium- and few-shot accuracy over the rounds, on the same "
         f"scale. Balanced, mean of {rounds_of(lines[0].runs)}: {last}.",
         figures.over_rounds(
-            panels, top=min(100.0, 10 * math.ceil(highest / 10 + 0.2)), form=".1f"
+            panels,
+            top=min(100.0, 10 * math.ceil(highest / 10 + 0.2)),
+            form="{:.1f}".format,
         ),
     )
     aside = [line.label for line in lines if line.style == IN_BACKGROUND]

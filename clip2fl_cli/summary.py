@@ -93,6 +93,8 @@ class Row:
     difference : PairedDifference or None
         Difference to the baseline's delivered classifier, in balanced accuracy; None
         for that classifier itself, and without a common seed.
+    few_difference : PairedDifference or None
+        The same of few-shot accuracy; also None where a run has no few-shot accuracy.
     all_images : Spread or None
         Balanced accuracy on all test images, mean of the last rounds; None unless the
         other columns are of the held-out images.
@@ -105,6 +107,7 @@ class Row:
     columns: dict[str, Spread | None]
     last_round: Spread
     difference: PairedDifference | None
+    few_difference: PairedDifference | None
     all_images: Spread | None
 
     def fields(self) -> dict[str, Any]:
@@ -248,12 +251,21 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
     -------
     list of Row
     """
-    reference = _balanced(runs[baseline], None) if baseline in runs else {}
+    reference = runs.get(baseline, [])
+
+    def difference(
+        group: Sequence[FinishedRun], head: str, column: str
+    ) -> PairedDifference | None:
+        if group is reference and head == group[0].heads[0]:
+            return None
+        return paired_difference(
+            _by_seed(group, head, column), _by_seed(reference, None, column)
+        )
+
     rows = []
     for variant, group in runs.items():
         delivered = group[0].heads[0]
         for head in group[0].heads:
-            itself = variant == baseline and head == delivered
             rows.append(
                 Row(
                     variant,
@@ -262,9 +274,8 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
                     tuple(run.seed for run in group),
                     {column: _spread(group, head, column) for column in COLUMNS},
                     Spread.of([run.final(head)["balanced"] for run in group]),
-                    None
-                    if itself
-                    else paired_difference(_balanced(group, head), reference),
+                    difference(group, head, "balanced"),
+                    difference(group, head, "few"),
                     _spread(_whole(group), head, "balanced")
                     if group[0].images is Images.HELD_OUT
                     else None,
@@ -327,8 +338,8 @@ Date: {origin.date}. Command:
 Accuracy in percent on {tested_on(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
 many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
-Difference: to the delivered classifier of {reference}, in balanced accuracy, seed by
-seed, with its 95 % confidence interval (Student's t).
+Differences: to the delivered classifier of {reference}, in balanced and in few-shot
+accuracy, seed by seed, with their 95 % confidence intervals (Student's t).
 Teacher: {plain(", ".join(teachers(runs))) or "none"}.
 
 {main_table(runs, baseline, failures)}
@@ -391,11 +402,12 @@ def main_table(
             *("-" if cell is None else str(cell) for cell in row.columns.values()),
             str(row.last_round),
             *(str(row.all_images) for _ in beside),
-            "-" if row.difference is None else str(row.difference),
+            difference_text(row.difference),
+            difference_text(row.few_difference),
         ]
         for row in summary
     ]
-    unknown = ["-"] * (len(titles) + len(beside) + 2)
+    unknown = ["-"] * (len(titles) + len(beside) + 3)
     rows += [
         [plain(variant), "-", plain(failed), *unknown]
         for variant, failed in failed_runs(failures).items()
@@ -406,8 +418,9 @@ def main_table(
         cells = [_percent(accuracy[column]) for column in COLUMNS]
         label = "teacher" if len(known) == 1 else f"teacher {plain(name)}"
         whole = [_percent(of_all[name]["balanced"]) for _ in beside]
-        rows.append([label, "zero-shot", "-", *cells, cells[1], *whole, "-"])
-    header = ["variant", "head", "seeds", *titles, "last round", *beside, "difference"]
+        rows.append([label, "zero-shot", "-", *cells, cells[1], *whole, "-", "-"])
+    header = ["variant", "head", "seeds", *titles, "last round", *beside]
+    header += ["difference", "few-shot difference"]
     return _markdown_table(header, rows)
 
 
@@ -443,14 +456,20 @@ def _spread(runs: Sequence[FinishedRun], head: str, column: str) -> Spread | Non
     return Spread.of(known) if len(known) == len(values) else None
 
 
-def _balanced(runs: Sequence[FinishedRun], head: str | None) -> dict[int, float]:
-    """Return balanced accuracy by seed; None stands for the delivered head."""
-    found = {}
-    for run in runs:
-        value = run.last(head or run.heads[0], "balanced")
-        assert value is not None, "balanced accuracy has no holes"
-        found[run.seed] = value
-    return found
+def _by_seed(
+    runs: Sequence[FinishedRun], head: str | None, column: str
+) -> dict[int, float]:
+    """Return a column's values by seed; None stands for the delivered head."""
+    return {
+        run.seed: value
+        for run in runs
+        if (value := run.last(head or run.heads[0], column)) is not None
+    }
+
+
+def difference_text(difference: PairedDifference | None) -> str:
+    """Return the text of a table's cell; a dash if there is no difference."""
+    return "-" if difference is None else str(difference)
 
 
 def _percent(value: float | None) -> str:

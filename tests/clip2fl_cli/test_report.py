@@ -27,7 +27,7 @@ from clip2fl_cli.colours import (
 )
 from clip2fl_cli.comparison_report import write_comparison_report
 from clip2fl_cli.feature_plane import LABEL_HEIGHT, label_shifts, principal_plane
-from clip2fl_cli.figures import Curve, Points, by_class, over_rounds
+from clip2fl_cli.figures import Curve, Points, by_class, over_rounds, three_digits
 from clip2fl_cli.report import PROTECTED, write_run_report
 from clip2fl_cli.run_schema import Images, Mechanism
 from clip2fl_cli.runs import FinishedRun, RunError
@@ -674,6 +674,14 @@ def test_reports_are_of_the_held_out_images(tmp_path: Path) -> None:
     assert results.column("balanced")[:2] == ["64.0", "44.0"]
     assert results.column("balanced, all images")[:2] == ["65.0", "45.0"]
     assert [len(row) for row in results.texts] == [len(results.header)] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.4567, "0.457"), (3.94, "3.94"), (99.94, "99.9"), (1521.4, "1,521"), (0, "0")],
+)
+def test_seconds_are_never_a_power_of_ten(value: float, text: str) -> None:
+    assert three_digits(value) == text
 
 
 def test_each_privacy_mechanism_has_words() -> None:

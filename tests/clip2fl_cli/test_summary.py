@@ -80,12 +80,24 @@ def test_main_table(runs: dict[str, list[FinishedRun]]) -> None:
     rows = main_table(runs, "plain").splitlines()
     assert rows[0] == (
         "| variant | head | seeds | top-1 | balanced | many | medium | few "
-        "| last round | difference |"
+        "| last round | difference | few-shot difference |"
     )
     assert rows[2].startswith("| plain | fedavg | 1, 2 | 32.0 ± 2.8 |")
-    assert rows[2].endswith("| 33.0 ± 1.4 | - |")
-    assert rows[3].endswith("| 40.0 ± 5.7 | +8.0 [-17.4, +33.4] |")
+    assert rows[2].endswith("| 33.0 ± 1.4 | - | - |")
+    assert rows[3].endswith("| +8.0 [-17.4, +33.4] | +8.0 [-17.4, +33.4] |")
     assert rows[4].startswith("| teacher | zero-shot | - | 91.0 |")
+
+
+def test_few_shot_difference_is_of_few_shot_accuracy(
+    runs: dict[str, list[FinishedRun]],
+) -> None:
+    for run, rare in zip(runs["better"], (60.0, None), strict=True):
+        for line in run.rounds:
+            line["accuracy"]["fedavg"]["few"] = rare
+    better = summarise(runs, "plain")[1]
+    assert better.difference is not None and better.difference.mean == 8
+    # The second seed has no few-shot accuracy; the first has 30 in the baseline.
+    assert str(better.few_difference) == "+30.0"
 
 
 def test_baseline_without_runs_leaves_the_differences_out(
@@ -152,21 +164,26 @@ def test_table_is_of_the_held_out_images_with_all_beside(tmp_path: Path) -> None
     """Held out: 1 point below; all images stand in a column of their own."""
     runs = divided(tmp_path, Images.HELD_OUT)
     rows = main_table(runs, "plain").splitlines()
-    assert rows[0].endswith("| few | last round | all images | difference |")
+    assert rows[0].endswith(
+        "| few | last round | all images | difference | few-shot difference |"
+    )
     mean, whole = "29.0 ± 1.4", "30.0 ± 1.4"
     cells = [mean] * 6
-    assert rows[2] == f"| plain | fedavg | 1, 2 | {' | '.join(cells)} | {whole} | - |"
-    assert rows[3].endswith("| 39.0 ± 1.4 | 40.0 ± 1.4 | +10.0 [+10.0, +10.0] |")
-    assert rows[4].endswith("| 90.0 | 90.0 | 91.0 | - |")
+    assert (
+        rows[2] == f"| plain | fedavg | 1, 2 | {' | '.join(cells)} | {whole} | - | - |"
+    )
+    ten = "+10.0 [+10.0, +10.0]"
+    assert rows[3].endswith(f"| 39.0 ± 1.4 | 40.0 ± 1.4 | {ten} | {ten} |")
+    assert rows[4].endswith("| 90.0 | 90.0 | 91.0 | - | - |")
     classes = class_table(runs).splitlines()
     assert classes[3] == "| plain | fedavg | 31.0 | 29.0 |"
 
 
 def test_table_for_tuning_does_not_show_the_others(tmp_path: Path) -> None:
     rows = main_table(divided(tmp_path, Images.TUNING), "plain").splitlines()
-    assert rows[0].endswith("| few | last round | difference |")
-    assert rows[2].endswith("| 34.0 ± 1.4 | - |")
-    assert rows[4].endswith("| 95.0 | 95.0 | - |")
+    assert rows[0].endswith("| few | last round | difference | few-shot difference |")
+    assert rows[2].endswith("| 34.0 ± 1.4 | - | - |")
+    assert rows[4].endswith("| 95.0 | 95.0 | - | - |")
 
 
 def test_all_images_of_divided_runs_are_as_without_a_share(
@@ -178,7 +195,7 @@ def test_all_images_of_divided_runs_are_as_without_a_share(
     }
     rows = main_table(back, "plain").splitlines()
     assert rows[0] == main_table(runs, "plain").splitlines()[0]
-    assert rows[2].endswith("| 30.0 ± 1.4 | - |")
+    assert rows[2].endswith("| 30.0 ± 1.4 | - | - |")
 
 
 @pytest.mark.parametrize(
