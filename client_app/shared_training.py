@@ -18,10 +18,7 @@ import torch
 
 from client_app.training import TrainingLosses
 from clip2fl_common.devices import tf32_state
-from clip2fl_common.provenance import code_fingerprint
-
-# `clip2fl compare` sets it for its own simulations. No server can set it on a node.
-FOLDER_VARIABLE = "CLIP2FL_SHARED_TRAINING"
+from clip2fl_common.provenance import SHARED_TRAINING_VARIABLE, code_fingerprint
 
 Trained = tuple[dict[str, np.ndarray[Any, Any]], TrainingLosses]
 
@@ -41,7 +38,7 @@ def train_or_reuse(training: "partial[TrainingLosses]") -> TrainingLosses:
     TrainingLosses
         Losses of the training, new or stored.
     """
-    folder = os.environ.get(FOLDER_VARIABLE)
+    folder = os.environ.get(SHARED_TRAINING_VARIABLE)
     if not folder:
         return training()
     from joblib import Memory, hash  # installed with the clip2fl command only

@@ -26,7 +26,11 @@ from clip2fl_cli.run_schema import (
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.config.same_run import differences
-from clip2fl_common.provenance import ALL_CODE, code_fingerprint
+from clip2fl_common.provenance import (
+    ALL_CODE,
+    SHARED_TRAINING_VARIABLE,
+    code_fingerprint,
+)
 from clip2fl_common.shown import short, shown
 from server_app.foreign_files import ForeignFileError, check
 
@@ -291,14 +295,12 @@ def complete(comparison: Comparison, watcher: Watcher) -> "Iterator[Failure]":
 @contextmanager
 def _local_training_shared(comparison: Comparison) -> Iterator[None]:
     """Cache local models in the comparison's folder, if the comparison shares them."""
-    from client_app.shared_training import FOLDER_VARIABLE
-
     if comparison.shares_local_training:
-        os.environ[FOLDER_VARIABLE] = str(comparison.local_training)
+        os.environ[SHARED_TRAINING_VARIABLE] = str(comparison.local_training)
     try:
         yield
     finally:
-        os.environ.pop(FOLDER_VARIABLE, None)
+        os.environ.pop(SHARED_TRAINING_VARIABLE, None)
 
 
 def _begin(run: PlannedRun, output: TextIO) -> RunResult:

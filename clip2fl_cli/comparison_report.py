@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from clip2fl_cli import figures
@@ -52,7 +52,7 @@ from clip2fl_cli.tables import (
     teacher_rows,
     text_table,
 )
-from clip2fl_cli.wording import head_title
+from clip2fl_cli.wording import SHARED_TRAINING, head_title
 
 # Title of the accuracy on all test images, beside the one on those held out.
 ALL_IMAGES = "balanced, all images"
@@ -135,9 +135,10 @@ def _comparison_results(
     style_of: Mapping[str, Style],
 ) -> Section:
     beside = [ALL_IMAGES] if ranking[0].all_images else []
+    minutes = [] if _shared(runs) else ["minutes"]
     header = [
         *("variant", "balanced", "difference", "few", FEW_DIFFERENCE),
-        *("medium", "many", "minutes", "MB up", "top-1", *beside, "head", "seeds"),
+        *("medium", "many", *minutes, "MB up", "top-1", *beside, "head", "seeds"),
     ]
     body = []
     for row in ranking:
@@ -156,8 +157,8 @@ def _comparison_results(
         "results-table",
         f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
         f"seeds. Differences: to what {baseline} delivers, in balanced and in few-shot "
-        "accuracy, seed by seed, with their 95 % confidence intervals. Minutes of a "
-        "run; megabytes that all clients send in a round.",
+        "accuracy, seed by seed, with their 95 % confidence intervals. Minutes: of a "
+        "run. MB up: megabytes that all clients send in a round.",
         header,
         [*body, *teacher_rows(runs, header)],
     )
@@ -222,6 +223,12 @@ def _ranking_picture(
                 Estimate(row.variant, found.mean, found.interval, [], style)
             )
     colours = {variant: style.colour for variant, style in style_of.items()}
+    costs: dict[str, Callable[[Sequence[FinishedRun]], float]] = {
+        "Minutes a run": mean_minutes,
+        "Megabytes up a round": lambda group: mean_bytes(group, "up") / 1e6,
+    }
+    if _shared(runs):
+        del costs["Minutes a run"]
     panels = [figures.estimates_panel("Balanced accuracy, %", accuracies)]
     if differences:
         panels.append(
@@ -229,17 +236,14 @@ def _ranking_picture(
                 f"Points against {in_picture(baseline)}", differences, 0.0
             )
         )
-    for title, cost in (
-        ("Minutes a run", mean_minutes),
-        ("Megabytes up a round", lambda group: mean_bytes(group, "up") / 1e6),
-    ):
+    for title, cost in costs.items():
         values_of = {row.variant: cost(runs[row.variant]) for row in ranking}
         panels.append(figures.bars_panel(title, values_of, colours))
     order = ", ".join(f"{row.variant} {_balanced_mean(row):.1f} %" for row in ranking)
     return Picture(
         "ranking",
         f"Variants by balanced accuracy, the best on top: {order}. Lines: 95 % "
-        "confidence intervals; ticks: single seeds. Beside them minutes and megabytes.",
+        "confidence intervals; ticks: single seeds. Beside them what a run costs.",
         Chart(panels, columns=2),
     )
 
@@ -298,8 +302,9 @@ def _comparison_costs(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
         folded=True,
     )
     text = (
-        "Results has the minutes and megabytes beside the accuracy. Minutes are not "
-        "comparable where other work shared the machine."
+        SHARED_TRAINING
+        if _shared(runs)
+        else "Minutes are not comparable where other work shared the machine."
     )
     return Section("costs", "Seconds and bytes", text, tables=[table])
 
@@ -353,6 +358,10 @@ def _links(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:
         "runs-table", "Reports of single runs", ["variant", "seed", "run"], rows
     )
     return Section("runs", "Runs", "", tables=[table])
+
+
+def _shared(runs: Mapping[str, Sequence[FinishedRun]]) -> bool:
+    return any(run.shared_training for group in runs.values() for run in group)
 
 
 def _balanced_mean(row: Row) -> float:

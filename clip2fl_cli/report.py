@@ -45,7 +45,7 @@ from clip2fl_cli.tables import (
     teacher_rows,
     text_table,
 )
-from clip2fl_cli.wording import head_title, method_title
+from clip2fl_cli.wording import SHARED_TRAINING, head_title, method_title
 from clip2fl_common.config import defaults
 
 
@@ -211,6 +211,8 @@ def _run_costs(run: FinishedRun, style: Style) -> Section:
         f"The run took {took / 60:,.1f} minutes{waiting}. Clients work side by "
         "side, so their own seconds add up to more than the phase 'clients' took."
     )
+    if run.shared_training:
+        text += f" {SHARED_TRAINING}"
     table = rounds_table(run, cost_values, "costs-rounds")
     return Section("costs", "Seconds and bytes", text, [picture], [table])
 

@@ -139,6 +139,7 @@ class Facts(BaseModel):
     shot_groups: Groups
     versions: Annotated[dict[Name, Name], Field(max_length=100)]
     code: Name
+    shared_training: bool = False
     teacher: Teacher | None = None
 
     @model_validator(mode="after")

@@ -185,6 +185,11 @@ class FinishedRun:
         return accuracy
 
     @property
+    def shared_training(self) -> bool:
+        """Whether clients' training may come from another run, so takes no time."""
+        return bool(self.facts.get("shared_training"))
+
+    @property
     def teacher(self) -> dict[str, Any] | None:
         """Name and zero-shot accuracy of the teacher, or None."""
         return self.facts.get("teacher")

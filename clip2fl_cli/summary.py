@@ -19,6 +19,7 @@ from clip2fl_cli.runs import (
     RunError,
     refuse_other_classes,
 )
+from clip2fl_cli.wording import SHARED_TRAINING
 from clip2fl_common.shown import shown
 
 CONFIDENCE = 0.95
@@ -325,9 +326,16 @@ def markdown(
     versions = plain(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
     groups = facts["shot_groups"]
     reference = plain(baseline)
-    minutes = ", ".join(
-        f"{plain(run.name)} {run.wall_seconds() / 60:.0f}" for run in every
-    )
+    if any(run.shared_training for run in every):
+        minutes = SHARED_TRAINING
+    else:
+        minutes = (
+            "Minutes a run, not comparable where other work shared the machine: "
+            + ", ".join(
+                f"{plain(run.name)} {run.wall_seconds() / 60:.0f}" for run in every
+            )
+            + "."
+        )
     codes = plain(", ".join(sorted({run.facts["code"] for run in every})))
     return f"""# {plain(title)}
 
@@ -350,7 +358,7 @@ Per class:
 
 Hardware: {plain(origin.hardware)}.
 Versions: {versions}. Client code: {codes}.
-Minutes a run, not comparable where other work shared the machine: {minutes}.
+{minutes}
 """
 
 

@@ -6,6 +6,11 @@ from clip2fl_common.metrics import FEDAVG_HEAD
 from server_app.console import HEAD_TITLES
 from strategy.registry import METHODS, method_named
 
+SHARED_TRAINING = (
+    "Minutes are not what a variant costs: runs with the same local training trained "
+    "only once (share-local-training)."
+)
+
 _HEADS = {**HEAD_TITLES, FEDAVG_HEAD: "the model's own head"}
 # Names that a class cannot have.
 _TITLES = {PLUS: "CLIP2FL-Plus"}

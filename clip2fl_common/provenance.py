@@ -11,6 +11,9 @@ SHARED_BY_BOTH_SIDES = ("clip2fl_common", "client_app")
 # Packages that decide numbers, or whether messages are understood.
 PACKAGES = ("flwr", "torch", "torchvision", "numpy", "pillow", "open_clip_torch")
 ALL_CODE = (*SHARED_BY_BOTH_SIDES, "server_app", "strategy")
+# Folder in which simulated clients keep the results of their training for other runs.
+# `clip2fl compare` sets it for its own simulations. No server can set it on a node.
+SHARED_TRAINING_VARIABLE = "CLIP2FL_SHARED_TRAINING"
 
 
 @lru_cache

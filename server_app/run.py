@@ -1,6 +1,7 @@
 """One run at the server: preparation, evaluation of each round, results."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -26,7 +27,11 @@ from clip2fl_common.metrics import (
 )
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.project import commit
-from clip2fl_common.provenance import ALL_CODE, code_fingerprint
+from clip2fl_common.provenance import (
+    ALL_CODE,
+    SHARED_TRAINING_VARIABLE,
+    code_fingerprint,
+)
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoints import ResumeError
@@ -190,6 +195,8 @@ class ServerRun:
             "shot_groups": vars(self.data.groups),
             "code": code_fingerprint(),
             "versions": _versions(),
+            # Seconds then say little: training may come from another run.
+            "shared_training": SHARED_TRAINING_VARIABLE in os.environ,
             **self.data.counts(),
             **{
                 f"test_images_{part}": size

@@ -11,20 +11,21 @@ import torch
 from client_app import shared_training
 from client_app.chosen_views import ChosenViews, Mixing
 from client_app.optimizers import PLAIN_SGD, OptimizerSettings
-from client_app.shared_training import FOLDER_VARIABLE, train_or_reuse
+from client_app.shared_training import train_or_reuse
 from client_app.training import LocalObjective, PixelImages, train_locally
 from client_app.views import ViewRecipe
 from clip2fl_common.choices import TF32
 from clip2fl_common.data.datasets import CIFAR10_NORMALIZATION
 from clip2fl_common.devices import tensor_cores
 from clip2fl_common.models import ImageClassifier, build_model
+from clip2fl_common.provenance import SHARED_TRAINING_VARIABLE
 from tests.federation import federate, metrics
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Turn on sharing of local training, in a folder."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "shared"))
+    monkeypatch.setenv(SHARED_TRAINING_VARIABLE, str(tmp_path / "shared"))
     return tmp_path / "shared"
 
 
@@ -198,7 +199,7 @@ def test_damaged_file_is_trained_again(folder: Path, trained: list[str]) -> None
 def test_nothing_is_kept_where_no_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(SHARED_TRAINING_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     train_or_reuse(training(slim()))
     assert trained == []
@@ -217,7 +218,7 @@ def test_variants_at_the_server_train_once_and_their_metrics_stay(
     for name, (method, changes) in variants.items():
         federate(tmp_path / f"{name}-alone", method, **changes)
     assert trained == []
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "shared"))
+    monkeypatch.setenv(SHARED_TRAINING_VARIABLE, str(tmp_path / "shared"))
     for name, (method, changes) in variants.items():
         federate(tmp_path / name, method, **changes)
         assert metrics(tmp_path / name) == metrics(tmp_path / f"{name}-alone")

@@ -11,14 +11,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from client_app.shared_training import FOLDER_VARIABLE
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
 from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, Scalar
-from clip2fl_common.provenance import ALL_CODE, code_fingerprint
+from clip2fl_common.provenance import (
+    ALL_CODE,
+    SHARED_TRAINING_VARIABLE,
+    code_fingerprint,
+)
 from server_app.checkpoints import Checkpoint, load_newest, save_checkpoint
 from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT
@@ -226,7 +229,7 @@ def test_local_training_is_kept_until_all_runs_are_there(
     simulate, seen = vars(module)["simulate"], []
 
     def keeping(**arguments: Any) -> Any:
-        seen.append(os.environ.get(FOLDER_VARIABLE))
+        seen.append(os.environ.get(SHARED_TRAINING_VARIABLE))
         kept.mkdir(parents=True, exist_ok=True)
         return simulate(**arguments)
 
@@ -236,7 +239,7 @@ def test_local_training_is_kept_until_all_runs_are_there(
     assert kept.exists()  # a run failed
     list(complete(read(file), Watcher()))
     assert not kept.exists()
-    assert FOLDER_VARIABLE not in os.environ
+    assert SHARED_TRAINING_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -538,6 +538,21 @@ def test_labels_of_close_markers_do_not_cover_one_another() -> None:
             assert apart or abs(y - other_y) >= LABEL_HEIGHT
 
 
+def test_minutes_of_shared_training_are_no_cost(
+    runs: dict[str, FinishedRun], tmp_path: Path
+) -> None:
+    copies = {
+        variant: [copied(run, tmp_path / f"{variant}-seed7")]
+        for variant, run in runs.items()
+    }
+    for shared in (False, True):
+        copies["clip2fl"][0].facts["shared_training"] = shared
+        file = write_comparison_report(tmp_path, "x", copies, "fedavg")
+        assert ("minutes" in Page(file).tables["results-table"].header) is not shared
+        assert ("Minutes a run" in file.read_text("utf-8")) is not shared
+        assert ("trained only once" in file.read_text("utf-8")) is shared
+
+
 def test_of_many_variants_the_baseline_and_the_best_are_in_colour(
     tmp_path: Path,
 ) -> None:

@@ -122,6 +122,9 @@ def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> N
     assert "Teacher: tiny." in page
     # Clients' own seconds overlap with the phase of that name.
     assert "a1 6, a2 6, b1 5, b2 5." in page
+    runs["better"][0].facts["shared_training"] = True
+    shared = markdown(runs, "plain", "Title", Origin.here("the command"))
+    assert "trained only once" in shared and "a1 6" not in shared
 
 
 @pytest.mark.parametrize(

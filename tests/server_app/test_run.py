@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.metrics import AccuracyReport
+from clip2fl_common.provenance import SHARED_TRAINING_VARIABLE
 from server_app.run import ServerRun
 from strategy.base import Method
 from strategy.clients import SimulatedClients
@@ -85,6 +86,17 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
         100 * hits.mean(), abs=1e-4
     )
     assert set(facts["versions"]) == {"python", "flwr", "torch", "numpy"}
+    assert facts["shared_training"] is False
+
+
+def test_config_file_tells_of_shared_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SHARED_TRAINING_VARIABLE, str(tmp_path / "shared"))
+    run = tiny_run(tmp_path / "run", method="fedavg")
+    run.open(strategy(run))
+    facts = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert facts["shared_training"] is True
 
 
 @pytest.mark.parametrize("method", ["creff", "fedavg", "fedavgm"])
