@@ -17,11 +17,13 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from clip2fl_cli import console
 from clip2fl_cli.flower_command import environment, executable
 from clip2fl_cli.signals import Interrupted, interrupting
+from clip2fl_cli.sites.certificates import endings
 from clip2fl_common.files import private_folder, replacing
 from clip2fl_common.provenance import PACKAGE_ROOT
 
@@ -80,6 +82,8 @@ def serve(serving: Serving) -> None:
     _check_free(serving)
     if not serving.certificate.exists():
         _make_keys(serving)
+    for text in endings(serving.folder, datetime.now(UTC)):
+        console.tell(f"clip2fl: {text}", "bold red")
     for name in ("registry", "runs", "logs"):
         (serving.folder / name).mkdir(exist_ok=True)
     # The database has messages of runs.

@@ -1,6 +1,7 @@
 """The ``clip2fl site`` commands; each imports its module when it runs."""
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,8 +44,11 @@ SuperLinkAddress = Annotated[
 
 
 def _server(folder: Path, superlink: str) -> "Server":
+    from clip2fl_cli.sites.certificates import endings
     from clip2fl_cli.sites.registration import Server
 
+    for text in endings(folder, datetime.now(UTC)):
+        console.tell(f"clip2fl: {text}", "bold red")
     return Server(folder, superlink)
 
 

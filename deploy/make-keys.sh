@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Make the certificates and keys of a federation. Existing files are not overwritten.
+# Make the certificates and keys of a federation. Existing files are not overwritten,
+# except by `renew`.
 #
 #   deploy/make-keys.sh server DIR NAME...          at the server, once
+#   deploy/make-keys.sh renew DIR [NAME...]         at the server, before they expire
 #   deploy/make-keys.sh own-key DIR SITE [PUBLIC]   for the sites of docker-compose.yml
 #
 # `server` makes one folder for each part of the server. No part needs the folder of
@@ -14,6 +16,10 @@
 #   DIR/proxy      proxy.crt proxy.key
 #
 # NAME is each DNS name or IP address by which nodes reach the proxy.
+#
+# `renew` makes the certificates of SuperLink and proxy anew, with the CA's key, which
+# must be back in DIR/ca. Without a NAME they keep their names. The CA's certificate
+# stays, so sites need nothing. Restart SuperLink and proxy afterwards.
 #
 # `own-key` makes a site's key pair, DIR/SITE and DIR/SITE.pub. The private key stays in
 # DIR. SITE.pub goes to the server (a copy goes into the folder PUBLIC, if given).
@@ -53,17 +59,24 @@ certificate() {
             ) 2>>"$new/log" || fail "openssl: $(cat "$new/log")"
 }
 
-make_server() {
-    local own="DNS:localhost,IP:127.0.0.1" names=""
-    [ $# -ge 1 ] || fail "give each name or address by which nodes reach the server"
+own="DNS:localhost,IP:127.0.0.1"
+
+# san NAME...: the names as openssl writes them, each after a comma.
+san() {
     for name in "$@"; do
         [[ $name =~ ^[A-Za-z0-9.:*-]+$ ]] || fail "'$name' is no DNS name or IP address"
         case $name in
-            *:*) names+=",IP:$name" ;;
-            *[!0-9.]*) names+=",DNS:$name" ;;
-            *) names+=",IP:$name" ;;
+            *:*) echo -n ",IP:$name" ;;
+            *[!0-9.]*) echo -n ",DNS:$name" ;;
+            *) echo -n ",IP:$name" ;;
         esac
     done
+}
+
+make_server() {
+    local names
+    [ $# -ge 1 ] || fail "give each name or address by which nodes reach the server"
+    names=$(san "$@")
     absent "$dir/ca/ca.key" "$dir/trust/ca.crt" "$dir/superlink/server.key" \
         "$dir/superlink/server.crt" "$dir/superlink/superexec.secret" \
         "$dir/superexec/superexec.secret" "$dir/proxy/proxy.key" "$dir/proxy/proxy.crt"
@@ -92,6 +105,51 @@ make_server() {
     put "$new/ca.crt" "$dir/trust/ca.crt" 644
     chmod 755 "$dir/trust"
     echo "server: $dir/{ca,trust,superlink,superexec,proxy}, proxy for $own$names"
+}
+
+# names_of CERTIFICATE: its names as openssl reads them, separated by commas.
+names_of() {
+    openssl x509 -in "$1" -noout -ext subjectAltName | tail -n +2 |
+        sed 's/IP Address:/IP:/g; s/ //g'
+}
+
+# replace FILE OLD: put a finished file in the place of another, with its owner and mode.
+replace() {
+    chmod --reference="$2" "$1"
+    chown --reference="$2" "$1"
+    mv -f "$1" "$2"
+}
+
+renew() {
+    local names server
+    for file in ca/ca.key trust/ca.crt superlink/server.crt superlink/server.key \
+        proxy/proxy.crt proxy/proxy.key; do
+        [ -f "$dir/$file" ] || fail "$dir/$file is missing; bring it back first"
+    done
+    new=$(mktemp -d "$dir/ca/.new.XXXXXX")
+    trap 'rm -rf "$new"' EXIT
+    cp "$dir/ca/ca.key" "$dir/trust/ca.crt" "$new"
+    cmp -s <(openssl pkey -in "$new/ca.key" -pubout) \
+        <(openssl x509 -in "$new/ca.crt" -noout -pubkey) ||
+        fail "$dir/ca/ca.key is not the key of $dir/trust/ca.crt"
+    if ! openssl x509 -in "$new/ca.crt" -noout -checkend 0 >/dev/null; then
+        fail "the CA's certificate has expired: make a new one, in an empty folder" \
+            "(make-keys.sh server), and send it to the sites"
+    fi
+    if [ $# -ge 1 ]; then
+        names=$own$(san "$@")
+    else
+        names=$(names_of "$dir/proxy/proxy.crt")
+    fi
+    server=$(names_of "$dir/superlink/server.crt")
+    certificate server "$server"
+    certificate proxy "$names"
+    replace "$new/server.key" "$dir/superlink/server.key"
+    replace "$new/server.crt" "$dir/superlink/server.crt"
+    replace "$new/proxy.key" "$dir/proxy/proxy.key"
+    replace "$new/proxy.crt" "$dir/proxy/proxy.crt"
+    echo "renewed, restart SuperLink and proxy: $(openssl x509 \
+        -in "$dir/proxy/proxy.crt" -noout -enddate), proxy for $names"
 }
 
 make_own_key() {
@@ -130,8 +188,9 @@ make_own_key() {
     echo "Compare on the telephone: $(ssh-keygen -l -f "$dir/$site.pub" | cut -d' ' -f2)"
 }
 
-usage="usage: make-keys.sh server DIR NAME... | own-key DIR SITE [PUBLIC]"
-[ $# -ge 3 ] || fail "$usage"
+usage="usage: make-keys.sh server DIR NAME... | renew DIR [NAME...]"
+usage+=" | own-key DIR SITE [PUBLIC]"
+[ $# -ge 2 ] || fail "$usage"
 what=$1 dir=$2
 shift 2
 need() {
@@ -142,10 +201,15 @@ case $what in
         need openssl
         make_server "$@"
         ;;
+    renew)
+        need openssl
+        renew "$@"
+        ;;
     own-key)
+        [ $# -ge 1 ] || fail "$usage"
         need ssh-keygen
         [ $# -le 2 ] || fail "$usage"
         make_own_key "$@"
         ;;
-    *) fail "'$what' is neither 'server' nor 'own-key'" ;;
+    *) fail "'$what' is none of 'server', 'renew' and 'own-key'" ;;
 esac
