@@ -9,7 +9,9 @@ import os
 import shlex
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 import click
@@ -141,7 +143,7 @@ def run(
     from clip2fl_cli.simulation import simulate
     from clip2fl_common.project import PROJECT
 
-    progress = RunProgress(console.out, verbose)
+    progress = RunProgress(console.out, verbose, at_end=_import_report_early)
     output = progress.output
     try:
         with progress:
@@ -171,6 +173,11 @@ def run(
         raise typer.Exit(1)
     if output.folder is not None:
         _report_run(output.folder)
+
+
+def _import_report_early() -> None:
+    """Import what draws a report while Flower's processes end: it takes seconds."""
+    Thread(target=import_module, args=["clip2fl_cli.report"], daemon=True).start()
 
 
 def _name_log(path: Path | None) -> None:

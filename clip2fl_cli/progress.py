@@ -216,6 +216,9 @@ class RunProgress(_Shown):
         Console for the progress.
     verbose : bool
         Whether to show Flower's log, too.
+    at_end : callable or None
+        Called when the last round has ended. Flower's processes then take some seconds
+        to end.
 
     Attributes
     ----------
@@ -223,7 +226,12 @@ class RunProgress(_Shown):
         Stream for the run's log.
     """
 
-    def __init__(self, console: Console, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        console: Console,
+        verbose: bool = False,
+        at_end: Callable[[], None] | None = None,
+    ) -> None:
         bar = _Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -236,6 +244,7 @@ class RunProgress(_Shown):
         super().__init__(bar, console)
         self.output = RunOutput(self._on_line)
         self._verbose = verbose
+        self._at_end = at_end
         self._empty_line = False
         self._task = bar.add_task("Flower starts", total=None)
 
@@ -272,6 +281,8 @@ class RunProgress(_Shown):
         ended = line.kind is Kind.ROUND
         if ended:
             self._bar.below = Text(shown(line.text))
+            if number == total and self._at_end is not None:
+                self._at_end()
         self._bar.update(
             self._task,
             description=f"round {number}",

@@ -97,6 +97,20 @@ def test_log_file_has_all_lines_with_time_stamps(folder: Path) -> None:
     assert len(times[0]) == len("2026-11-27T11:37:14.786+00:00")
 
 
+def test_end_is_told_once_after_the_last_round() -> None:
+    told: list[str] = []
+    stream = io.StringIO()
+    with RunProgress(
+        Console(file=stream), at_end=lambda: told.append(stream.getvalue())
+    ) as progress:
+        for number in (1, 2):
+            progress.output.write(f"INFO :      [ROUND {number}/2]\n")
+            assert not told
+            progress.output.write(f"round {number}/2: 5 clients; loss 1.0\n")
+        progress.output.write("Results and model: somewhere\n")
+    assert len(told) == 1 and "somewhere" not in told[0]
+
+
 def test_verbose_shows_flowers_log_but_not_its_housekeeping(folder: Path) -> None:
     text = LOG_LINES.replace("FOLDER", str(folder))
     lines = text.splitlines()
