@@ -313,7 +313,7 @@ def _parse(file: Path) -> ComparisonFile:
         content = check(read_toml(file), ComparisonFile, shown(file))
     except ForeignFileError as error:
         raise ComparisonError(
-            f"cannot read the comparison {error}; see conf/demo-compare.toml"
+            f"the comparison {error}; conf/demo-compare.toml is an example"
         ) from None
     folders: dict[str, str] = {}
     for variant in content.variants:

@@ -185,7 +185,7 @@ def test_comparison_that_is_no_file_is_refused(
         "loop": lambda: file.symlink_to(file),
     }[kind]()
     line = refused(monkeypatch, capsys, "compare", file)
-    assert "cannot read the comparison" in line
+    assert "clip2fl: the comparison " in line
     assert kind in line or "cannot be read" in line
 
 
