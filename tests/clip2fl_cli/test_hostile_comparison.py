@@ -273,7 +273,7 @@ def test_failed_runs_are_named_in_all_results(
         escaped = REASON.replace("\\", "\\\\").replace("|", r"\|")
         escaped = escaped.replace("<", r"\<").replace(">", r"\>").replace("[", r"\[")
         assert "| plain | fedavg | 1 | 55.0 |" in table
-        empty = "| - | - | - | - | - | - | - |"
+        empty = "| - | - | - | - | - | - | - | - |"
         assert f"| plain | - | failed: seed 99: {escaped} {empty}" in rows
         assert (
             f"| b | - | failed: seed 1: {escaped}; seed 99: {escaped} {empty}" in rows
