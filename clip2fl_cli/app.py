@@ -501,6 +501,22 @@ def watch(
             "characters; none: a random token.",
         ),
     ] = None,
+    newest: Annotated[
+        bool,
+        typer.Option(
+            "--newest",
+            help="RUN is a folder of runs: show the one that started last, and later "
+            "ones when they start.",
+        ),
+    ] = False,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address to listen on: 0.0.0.0 in a container whose port the engine "
+            "publishes on 127.0.0.1.",
+        ),
+    ] = "127.0.0.1",
 ) -> None:
     """Show a run in the browser while it runs: curves, sites, phase, time left, log.
 
@@ -508,14 +524,19 @@ def watch(
     /metrics, Prometheus gets the same numbers. Ctrl-C ends the page; the run goes on.
     """
     from clip2fl_cli.live import RunWatch
+    from clip2fl_cli.newest import NewestRun
     from clip2fl_cli.watch import read_token, serve
 
-    shown_run = RunWatch(folder)
-    # A folder without a run is refused here.
-    shown_run.look()
+    shown_run: RunWatch | NewestRun
+    if newest:
+        shown_run = NewestRun(folder)
+    else:
+        shown_run = RunWatch(folder)
+        # A folder without a run is refused here.
+        shown_run.look()
     token = None if token_file is None else read_token(token_file)
     with contextlib.suppress(KeyboardInterrupt):
-        serve(shown_run, console.answer_address, port, token)
+        serve(shown_run, console.answer_address, port, token, host)
     console.tell("clip2fl: the page has ended; a run that is running goes on")
 
 

@@ -25,6 +25,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from clip2fl_cli import colours
 from clip2fl_cli.html import render
 from clip2fl_cli.live import RunWatch, Status
+from clip2fl_cli.newest import NewestRun
 from clip2fl_cli.prometheus import CONTENT_TYPE, exposition
 from clip2fl_common.shown import shown
 from server_app.foreign_files import ForeignFileError
@@ -55,11 +56,11 @@ class Views:
 
     Parameters
     ----------
-    watch : RunWatch
+    watch : RunWatch or NewestRun
         The run.
     """
 
-    def __init__(self, watch: RunWatch) -> None:
+    def __init__(self, watch: RunWatch | NewestRun) -> None:
         self._watch = watch
         # The server answers requests in several threads.
         self._lock = threading.Lock()
@@ -122,7 +123,7 @@ def _drawn(curves: dict[str, dict[str, Any]], status: Status) -> list[dict[str, 
     ]
 
 
-def watch_app(watch: RunWatch, token: str) -> FastAPI:
+def watch_app(watch: RunWatch | NewestRun, token: str) -> FastAPI:
     """Return the web application.
 
     The page is at ``/``, its numbers are at ``/state``, and at ``/metrics`` in
@@ -130,7 +131,7 @@ def watch_app(watch: RunWatch, token: str) -> FastAPI:
 
     Parameters
     ----------
-    watch : RunWatch
+    watch : RunWatch or NewestRun
         The run.
     token : str
         Each request must have it as the parameter ``token``, or as the bearer token in
@@ -219,16 +220,17 @@ def read_token(file: Path) -> str:
 
 
 def serve(
-    watch: RunWatch,
+    watch: RunWatch | NewestRun,
     ready: Callable[[str], None],
     port: int = 0,
     token: str | None = None,
+    host: str = HOST,
 ) -> None:
     """Serve the page on this machine until a signal ends it.
 
     Parameters
     ----------
-    watch : RunWatch
+    watch : RunWatch or NewestRun
         The run.
     ready : callable
         Called with the page's address when it can be opened.
@@ -236,6 +238,9 @@ def serve(
         0: any free one.
     token : str or None
         None: a random one.
+    host : str
+        Address to listen on. Whatever it is, the browser must ask by a name of this
+        machine.
 
     Raises
     ------
@@ -254,7 +259,7 @@ def serve(
         limit_concurrency=64,
         timeout_graceful_shutdown=1,
     )
-    with socket.create_server((HOST, port)) as listening:
+    with socket.create_server((host, port)) as listening:
         port = listening.getsockname()[1]
         ready(f"http://{HOST}:{port}/?token={token}")
         uvicorn.Server(config).run(sockets=[listening])

@@ -1,13 +1,16 @@
 """The page of `clip2fl watch`, as a browser and as a stranger ask for it."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,7 +18,9 @@ from starlette.testclient import TestClient
 
 from clip2fl_cli import colours, watch
 from clip2fl_cli.live import RunWatch
-from clip2fl_cli.watch import SHOWN_SITES, watch_app
+from clip2fl_cli.newest import NewestRun
+from clip2fl_cli.watch import EVERY_S, SHOWN_SITES, watch_app
+from server_app.file_names import CONFIG
 from strategy.events import What
 from tests.clip2fl_cli.made_up_live import tell, two_rounds_and_a_half, unfinished, used
 from tests.defaults import ROOT
@@ -152,6 +157,35 @@ def test_folder_that_goes_bad_is_a_message(folder: Path) -> None:
     assert "events.jsonl is a folder" in answer.json()["problem"]
     assert answer.headers["content-type"] == "application/json"
     assert client(folder).post(f"/state?token={TOKEN}").status_code == 405
+
+
+def test_newest_run_of_a_folder_is_followed(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    asked = TestClient(
+        watch_app(NewestRun(runs), TOKEN), base_url="http://127.0.0.1:4321"
+    )
+
+    def state() -> dict[str, Any]:
+        time.sleep(EVERY_S + 0.1)
+        answer: dict[str, Any] = asked.get(f"/state?token={TOKEN}").json()
+        return answer
+
+    assert state() == {"problem": f"{runs} has no run yet"}
+    first = unfinished(runs / "first", 2, 5, method="creff")
+    two_rounds_and_a_half(first)
+    (runs / "no run").mkdir()
+    # A link could lead to a run that another user must not see.
+    (runs / "link").symlink_to(unfinished(tmp_path / "else", 1, 9))
+    found = state()
+    assert (found["name"], found["method"], found["rounds"]) == ("first", "creff", 5)
+    assert found["curves"]
+    unfinished(runs / "second", 1, 3, method="fedavg")
+    os.utime(runs / "first" / CONFIG, (1, 1))
+    found = state()
+    assert (found["name"], found["done"], found["rounds"]) == ("second", 1, 3)
+    # A resumed run writes its configuration again.
+    os.utime(runs / "first" / CONFIG)
+    assert state()["name"] == "first"
 
 
 def test_prometheus_reads_the_numbers_with_the_token(folder: Path) -> None:

@@ -16,9 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from clip2fl_cli.live import RunWatch
+from clip2fl_cli.watch import Views
 from tests.defaults import ROOT
 from tests.tools import cannot_run, find_tool, needed_tool
 
@@ -324,6 +327,47 @@ class Stack:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in text.splitlines()]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events so far."""
+        try:
+            text = (self.results / "events.jsonl").read_text("utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def told(
+        self, what: str, site: str | None, since: datetime, seconds: float
+    ) -> dict[str, Any]:
+        """Wait for an event after some time and return it.
+
+        It has two more fields: ``after``, its seconds after that time, and ``shown``,
+        which a moment later is on the live page, by site.
+        """
+
+        def later() -> list[dict[str, Any]]:
+            return [
+                event
+                for event in self.events()
+                if (event["what"], event.get("site")) == (what, site)
+                and datetime.fromisoformat(event["time"]) > since
+            ]
+
+        wait_for(f"{what} {site or ''}", later, seconds)
+        event = later()[0]
+        after = (datetime.fromisoformat(event["time"]) - since).total_seconds()
+        page = Views(RunWatch(self.results)).view()
+        print(f"{what} {site or ''} {after:.1f} s after the fault")  # read with -rP
+        return {**event, "after": after, "shown": {s["name"]: s for s in page["sites"]}}
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``clip2fl status`` prints as JSON at the server."""
+        printed = self.server.run(
+            *("env", f"--chdir={ROOT}", sys.executable, "-m", "clip2fl_cli.app"),
+            *("status", "--json", self.results),
+        )
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return found
 
     def wait_for_round(self, number: int, seconds: float) -> None:
         """Wait until a round has ended."""

@@ -52,14 +52,21 @@ def test_nodes_reach_the_proxy_only(compose: dict[str, Any]) -> None:
     for name, networks in on.items():
         if name == "proxy":
             assert networks == {"server", "nodes"}
+        elif name == "page":
+            assert networks == {"page"}
         elif name in sites(compose):
             assert networks == {"nodes"}
         elif name in ("setup", "images") or name.endswith("-key"):
             assert services[name]["network_mode"] == "none" and not networks
         else:
             assert networks == {"server"}
-    assert all(network["internal"] for network in compose["networks"].values())
-    assert not any("ports" in service for service in services.values())
+    inside = {n for n, network in compose["networks"].items() if network}
+    assert inside == {"server", "nodes"}
+    assert all(compose["networks"][name]["internal"] for name in inside)
+    # This machine's browser reaches the page, which has no keys and cannot write.
+    published = {n: s["ports"] for n, s in services.items() if "ports" in s}
+    assert published == {"page": ["127.0.0.1:9400:9400"]}
+    assert mounts(compose)["page"] == {"results": "/results:ro"}
 
 
 def test_containers_have_no_rights_to_speak_of(compose: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+from datetime import UTC, datetime
 
 import pytest
 
@@ -30,10 +31,19 @@ def clients(federation: Stack) -> list[list[str]]:
 
 
 def test_killed_node_is_left_out_by_name_and_comes_back(federation: Stack) -> None:
-    start(federation, 5)
+    start(federation, 8)
+    since = datetime.now(UTC)
     federation.nodes["east"].kill_all()  # SIGKILL, the training process too
+    lost = federation.told("away", "east", since, ROUND_S)
+    assert lost["shown"]["east"]["state"] == "away"
+    assert lost["shown"]["north"]["state"] != "away"
+    (east,) = [s for s in federation.status()["sites"] if s["name"] == "east"]
+    assert east["state"] == "away"
+    since = datetime.now(UTC)
     federation.start_node("east", federation.nodes["east"].folder / "images")
-    assert federation.wait_for_run(5 * ROUND_S) == 0, federation.server.log("run")
+    back = federation.told("back", "east", since, ROUND_S)
+    assert back["shown"]["east"]["state"] != "away"
+    assert federation.wait_for_run(8 * ROUND_S) == 0, federation.server.log("run")
     trained = clients(federation)
     assert trained[0] == ALL and ["north", "west"] in trained[1:]
     assert trained[-1] == ALL
@@ -47,22 +57,31 @@ def test_killed_node_is_left_out_by_name_and_comes_back(federation: Stack) -> No
 def test_cut_link_heals_by_itself(federation: Stack, seconds: int, rounds: int) -> None:
     start(federation, rounds)
     east = federation.nodes["east"]
+    since = datetime.now(UTC)
     east.link(up=False)
     federation.server.run("sleep", seconds)
     east.link(up=True)
+    if seconds > 60:
+        federation.told("away", "east", since, ROUND_S)
+        back = federation.told("back", "east", since, ROUND_S)
+        assert back["shown"]["east"]["state"] != "away"
     assert federation.wait_for_run(rounds * ROUND_S) == 0, federation.server.log("run")
     trained = clients(federation)
     assert len(trained) == rounds and trained[0] == trained[-1] == ALL
     if seconds < 60:  # shorter than two heartbeats: nobody notices
         assert trained == [ALL] * rounds
+        assert "away" not in {event["what"] for event in federation.events()}
 
 
 def test_superlink_killed_and_restarted(federation: Stack) -> None:
     start(federation, 3)
     federation.server.kill("superlink")
+    # The ServerApp lives on, and what it has written can be read.
+    assert federation.status()["state"] == "running"
     federation.start_superlink()
     assert federation.wait_for_run(3 * ROUND_S) == 0, federation.server.log("run")
     assert len(clients(federation)) == 3
+    assert federation.status()["state"] == "completed"
 
 
 def test_locked_database_does_not_end_the_run(federation: Stack) -> None:
@@ -91,6 +110,14 @@ def test_node_with_another_teacher_is_left_out_by_name(server: Stack) -> None:
     server.start_run(f'{TINY} federation.rounds=1 teacher.model="local-dir:~/teacher"')
     assert server.wait_for_run(3 * ROUND_S) == 0, server.server.log("run")
     assert clients(server) == [["north", "west"]]
+    (dropped,) = [e for e in server.events() if e["what"] == "dropped"]
+    assert dropped["site"] == "east" and "fingerprint" in dropped["reason"]
+    asked = next(
+        e for e in server.events() if (e["what"], e.get("site")) == ("asked", "east")
+    )
+    since = datetime.fromisoformat(asked["time"])
+    told = server.told("dropped", "east", since, 1)
+    assert "fingerprint" in told["shown"]["east"]["reason"]
     (line,) = [
         line
         for line in server.server.log("run").splitlines()
