@@ -1,18 +1,26 @@
 """Flower's grid, with additions for a federation of sites."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from clip2fl_common.messages import CONFIG, PARTITION
 
-# Seconds between two polls for replies.
+# Least seconds between two polls for a reply, and polls in a second.
 POLL_S = 1.0
+POLLS_PER_S = 20
 # Seconds between two looks at the connected nodes while replies are missing.
 LOOK_S = 10.0
+# Seconds after which a poll counts as held: its reply arrives slowly, or not at all.
+HELD_S = 5.0
+UNKNOWN_ERROR = 0
+NOT_SENT = "the request could not be sent to the SuperLink"
+LOST = "the node was lost while it sent its reply"
 
 
 class AttentiveGrid(Grid):
@@ -23,6 +31,11 @@ class AttentiveGrid(Grid):
     reconnects between two polls is not noticed. Its errors for lost nodes also name
     the SuperLink as their source, not the node.
 
+    A node that is killed while it sends its reply leaves half of it at the SuperLink.
+    Flower's grid then waits for the other half, for three minutes, and for as long
+    hands over no other reply, whatever the time-out is. Here each reply is fetched by
+    itself, and such a node counts as lost once Flower no longer has it online.
+
     It hands every other call on to Flower's grid.
 
     Parameters
@@ -32,15 +45,16 @@ class AttentiveGrid(Grid):
     arrived : callable
         Called with the number of a client when its reply has arrived.
     look : callable
-        Called with Flower's grid every `LOOK_S` seconds while replies are missing. A
-        round may take hours, and a site that is lost is noticed here.
+        Called with Flower's grid every `LOOK_S` seconds while replies are missing;
+        returns the nodes that are online, or None. A round may take hours, and a site
+        that is lost is noticed here.
     """
 
     def __init__(
         self,
         grid: Grid,
         arrived: Callable[[int], None] = lambda client: None,
-        look: Callable[[Grid], object] = lambda grid: None,
+        look: Callable[[Grid], Collection[int] | None] = lambda grid: None,
     ) -> None:
         self._grid = grid
         self._arrived = arrived
@@ -99,29 +113,162 @@ class AttentiveGrid(Grid):
             Replies and errors, each with the asked node as its source.
         """
         requests = list(messages)
-        identifiers = list(self._grid.push_messages(requests))
-        waiting = dict(zip(identifiers, requests, strict=True))
+        # Flower has no id for a message that it could not send.
+        identifiers: list[str | None] = list(self._grid.push_messages(requests))
+        replies, waiting = [], {}
+        for identifier, request in zip(identifiers, requests, strict=True):
+            if identifier is None:
+                replies.append(_error(NOT_SENT, request))
+            else:
+                waiting[identifier] = request
         started = looked = time.monotonic()
         end = None if timeout is None else started + timeout
-        replies = []
-        while waiting:
-            for reply in self._grid.pull_messages(list(waiting)):
-                request = waiting.pop(reply.metadata.reply_to_message_id)
-                # Flower's error for a lost node is not the node's.
-                if reply.metadata.src_node_id == request.metadata.dst_node_id:
-                    self._tell(request)
-                if reply.has_error():
-                    reply = Message(reply.error, reply_to=request)
-                replies.append(reply)
-            if not waiting or (end is not None and time.monotonic() > end):
-                break
-            time.sleep(POLL_S)
-            if time.monotonic() - looked >= LOOK_S:
-                self._look(self._grid)
-                looked = time.monotonic()
+        with _Fetching(self._grid, waiting) as fetching:
+            while waiting:
+                now = time.monotonic()
+                if end is not None and now > end:
+                    break
+                until = looked + LOOK_S if end is None else min(looked + LOOK_S, end)
+                for reply in fetching.replies(max(0.0, until - now)):
+                    request = waiting.pop(reply.metadata.reply_to_message_id)
+                    # Flower's error for a lost node is not the node's.
+                    if reply.metadata.src_node_id == request.metadata.dst_node_id:
+                        self._tell(request)
+                    if reply.has_error():
+                        reply = Message(reply.error, reply_to=request)
+                    replies.append(reply)
+                if waiting and time.monotonic() - looked >= LOOK_S:
+                    online = self._look(self._grid)
+                    looked = time.monotonic()
+                    for identifier in fetching.held():
+                        request = waiting[identifier]
+                        if online is not None and (
+                            request.metadata.dst_node_id not in online
+                        ):
+                            fetching.give_up(identifier)
+                            del waiting[identifier]
+                            replies.append(_error(LOST, request))
         return replies
 
     def _tell(self, request: Message) -> None:
         # A query, which finds out which site a node is, names no client.
         if config := request.content.config_records.get(CONFIG):
             self._arrived(int(str(config[PARTITION])))
+
+
+def _error(reason: str, request: Message) -> Message:
+    return Message(Error(UNKNOWN_ERROR, reason), reply_to=request)
+
+
+class _Fetching:
+    """Fetches replies one by one, in a thread, and in one more for each that is held.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    identifiers : collection of str
+        Ids of the requests.
+    """
+
+    def __init__(self, grid: Grid, identifiers: Collection[str]) -> None:
+        self._grid = grid
+        # When each request was asked for last; the longest ago comes first.
+        self._asked = dict.fromkeys(identifiers, float("-inf"))
+        self._pause = max(POLL_S, len(identifiers) / POLLS_PER_S)
+        # When the polls that are under way began.
+        self._under_way: dict[str, float] = {}
+        self._lock = Lock()
+        self._found: SimpleQueue[Message | BaseException] = SimpleQueue()
+        self._ended = Event()
+        self._threads = 0
+
+    def __enter__(self) -> "_Fetching":
+        """Begin to fetch."""
+        if self._asked:
+            self._start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Fetch no more; a poll that is held ends by itself."""
+        self._ended.set()
+
+    def replies(self, seconds: float) -> list[Message]:
+        """Return the replies that have come, at least one unless the time is over.
+
+        Raises
+        ------
+        Exception
+            What Flower's grid raises.
+        """
+        found: list[Message] = []
+        end = time.monotonic() + seconds
+        while True:
+            left = end - time.monotonic()
+            try:
+                # After one reply, only those that are there already.
+                wait = 0.0 if found else max(0.0, min(left, HELD_S))
+                got = self._found.get(wait > 0, wait or None)
+            except Empty:
+                if len(self.held()) >= self._threads:
+                    self._start()
+                if found or left <= HELD_S:
+                    return found
+                continue
+            if isinstance(got, BaseException):
+                raise got
+            found.append(got)
+
+    def held(self) -> list[str]:
+        """Return the ids of the requests whose reply is held."""
+        now = time.monotonic()
+        with self._lock:
+            return [i for i, t in self._under_way.items() if now - t >= HELD_S]
+
+    def give_up(self, identifier: str) -> None:
+        """Ask no more for a reply."""
+        with self._lock:
+            self._asked.pop(identifier, None)
+            self._under_way.pop(identifier, None)
+            self._threads -= 1
+
+    def _start(self) -> None:
+        self._threads += 1
+        # A daemon: a poll that is held must not hold the end of the run.
+        Thread(target=self._fetch, daemon=True).start()
+
+    def _next(self) -> tuple[str | None, float]:
+        """Return whom to ask, or for how many seconds to wait."""
+        now = time.monotonic()
+        with self._lock:
+            free = [i for i in self._asked if i not in self._under_way]
+            if not free:
+                return None, self._pause
+            oldest = min(free, key=self._asked.__getitem__)
+            wait = self._asked[oldest] + self._pause - now
+            if wait > 0:
+                return None, wait
+            self._asked[oldest] = self._under_way[oldest] = now
+            return oldest, 0.0
+
+    def _fetch(self) -> None:
+        try:
+            while not self._ended.is_set():
+                identifier, wait = self._next()
+                if identifier is None:
+                    self._ended.wait(wait)
+                    continue
+                replies = list(self._grid.pull_messages([identifier]))
+                with self._lock:
+                    given_up = identifier not in self._asked
+                    self._under_way.pop(identifier, None)
+                    if replies:
+                        self._asked.pop(identifier, None)
+                    if not self._asked:
+                        self._ended.set()
+                if given_up:
+                    return
+                for reply in replies:
+                    self._found.put(reply)
+        except BaseException as error:
+            self._found.put(error)

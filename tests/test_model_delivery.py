@@ -265,7 +265,7 @@ def test_interrupted_transfer_leaves_no_model_and_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(model_delivery, "PIECE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(model_delivery, "PIECE_TIMEOUT_S", 0.4)
     monkeypatch.setattr(Breaking, "pieces", 0)
     made.start(made.config(), kind=Breaking)
     assert [len(models) for models in made.arrived()] == [1, 0, 1]

@@ -14,15 +14,17 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from clip2fl_cli import console
 from clip2fl_cli.sites import kit_archive, registration
 from clip2fl_cli.sites.keys import new_key, public_half
-from clip2fl_cli.sites.kit_texts import POLICY_TEMPLATE, guide
+from clip2fl_cli.sites.kit_texts import NO_KEY, POLICY_TEMPLATE, guide
 from clip2fl_cli.sites.registration import Server
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig
 from clip2fl_common.config.files import complete_config, merge_run_config
 from clip2fl_common.files import replacing
 from clip2fl_common.project import PROJECT, experiment, version
 from clip2fl_common.shown import quoted
+from clip2fl_common.signed_folder import SignatureError, public_key_of
 from clip2fl_common.site_names import NAME_RULE, clashing, is_site_name
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
+from server_app.signing import PUBLIC_SUFFIX
 
 LOCAL_PREFIX = "local-dir:"
 RUNS = "runs"
@@ -113,11 +115,10 @@ def make_kits(names: Sequence[str], server: Server, wishes: KitWishes) -> list[P
                 f"{path} exists: it may be a site's only copy of its key; move it away "
                 "first, or give another --output"
             )
-    policy = wishes.policy.read_bytes() if wishes.policy else POLICY_TEMPLATE.encode()
     shared: dict[str, bytes | Path] = {
         kit_archive.CERTIFICATE: certificate,
         kit_archive.RUN_CONFIG: _for_sites(merged).encode(),
-        kit_archive.POLICY: policy,
+        kit_archive.POLICY: _policy(config, wishes),
         **{f"{kit_archive.TEACHER}/{path.name}": path for path in teacher},
     }
     with _registering(server, wishes.with_keys) as registry:
@@ -172,6 +173,19 @@ def _removed_on_failure(paths: Sequence[Path], server: Server) -> Iterator[None]
             if path.name not in map(kit_archive.archive_name, registered):
                 path.unlink(missing_ok=True)
         raise
+
+
+def _policy(config: RunConfig, wishes: KitWishes) -> bytes:
+    """Return the rules of the kit, with the server's model key where it has one."""
+    if wishes.policy:
+        return wishes.policy.read_bytes()
+    text = POLICY_TEMPLATE
+    if key := config.delivery.signing_key:
+        public = Path(f"{key}{PUBLIC_SUFFIX}").expanduser()
+        # The run's own user may keep the key to itself, or make it with the first run.
+        with contextlib.suppress(SignatureError, OSError):
+            text = text.replace(NO_KEY, public_key_of(str(public)))
+    return text.encode()
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 from clip2fl_cli.sites.kit_archive import archive_name
 
-POLICY_TEMPLATE = """\
+NO_KEY = "0" * 64
+POLICY_TEMPLATE = f"""\
 # This site's own rules, which no run can change (docs/site-policy.md). A line without
 # the mark # in front of it is in force.
 
@@ -32,7 +33,7 @@ POLICY_TEMPLATE = """\
 # signing-key prints), the largest model in MiB, and whether its card, which all sites
 # get, may have this site's name and figures (docs/model-delivery.md):
 #models-folder = "/absolute/path/of/models"
-#model-key = "0000000000000000000000000000000000000000000000000000000000000000"
+#model-key = "{NO_KEY}"
 #max-model-mib = 1024
 #listed-in-card = false
 # Fingerprints of the teachers that may be loaded, and folders with them:

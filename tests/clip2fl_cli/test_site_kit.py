@@ -34,8 +34,10 @@ from clip2fl_cli.sites.kit_archive import KitError, read_archive
 from clip2fl_cli.sites.registration import RegistrationError, Server
 from clip2fl_cli.sites.starts import Start
 from clip2fl_common.project import version
+from clip2fl_common.signed_folder import public_key_of
 from clip2fl_common.site_registry import SiteRegistry
 from clip2fl_common.teacher import load_teacher
+from server_app.signing import public_key_file
 from tests.clip2fl_cli.commands import refused, run
 from tests.defaults import ROOT
 from tests.deployment.test_register import FakeSuperLink
@@ -195,6 +197,20 @@ def test_policy_template_has_every_rule_and_forbids_nothing(
     # Each line is a valid rule when its mark is removed.
     file.write_text("\n".join(line for line, _ in rules))
     policy_file(file)
+
+
+def test_policy_template_has_the_servers_model_key(
+    server: Server, tmp_path: Path
+) -> None:
+    key = tmp_path / "signing.key"
+    run = [RUN, f'delivery.signing-key="{key}"']
+    (path,) = make(server, "north", settings=run)
+    zeros = f'#model-key = "{"0" * 64}"'
+    assert zeros in content(path)["policy.toml"].decode()
+    digits = public_key_of(str(public_key_file(key)))
+    (path,) = make(server, "east", settings=run)
+    text = content(path)["policy.toml"].decode()
+    assert f'#model-key = "{digits}"' in text and zeros not in text
 
 
 def empty(folder: Path) -> Path:

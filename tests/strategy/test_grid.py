@@ -1,0 +1,177 @@
+"""Replies that are held do not hold others, nor the round."""
+
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from clip2fl_common.messages import CONFIG, PARTITION
+from strategy.grid import LOST, NOT_SENT, AttentiveGrid
+from tests.flower_private import give_id, lost_node_error
+from tests.stand_in_grid import StandInGrid
+
+
+class SlowGrid(StandInGrid):
+    """Answers requests by their id: at once, after a signal, or by an error.
+
+    Parameters
+    ----------
+    held : iterable of str
+        Ids of the requests whose reply comes only after ``released`` is set.
+    """
+
+    def __init__(self, held: Iterable[str] = ()) -> None:
+        self.held = set(held)
+        self.released = threading.Event()
+        self.polls: list[list[str]] = []
+        self._requests: dict[str, Message] = {}
+        self.unsent: set[int] = set()
+        self.lost: set[str] = set()
+
+    def get_node_ids(self) -> list[int]:
+        """Return no node: the tests say who is online."""
+        return []
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Keep the messages under the ids r0, r1, ..."""
+        identifiers: list[str] = []
+        for place, message in enumerate(messages):
+            give_id(message, f"r{place}")
+            self._requests[f"r{place}"] = message
+            # Flower's type does not say that None stands for what was not sent.
+            identifiers.append(None if place in self.unsent else f"r{place}")  # type: ignore[arg-type]
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies, once none of them is held."""
+        wanted = list(message_ids)
+        self.polls.append(wanted)
+        if self.held & set(wanted):
+            assert self.released.wait(30)
+        return [
+            lost_node_error(self._requests[n], n)
+            if n in self.lost
+            else Message(RecordDict(), reply_to=self._requests[n])
+            for n in wanted
+        ]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Refuse: `AttentiveGrid` has its own."""
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look and lose patience after fractions of a second."""
+    monkeypatch.setattr("strategy.grid.POLL_S", 0.0)
+    monkeypatch.setattr("strategy.grid.HELD_S", 0.05)
+    monkeypatch.setattr("strategy.grid.LOOK_S", 0.2)
+
+
+@pytest.fixture
+def grid() -> Iterator[SlowGrid]:
+    """Return a grid that holds the reply of the first node."""
+    made = SlowGrid(["r0"])
+    yield made
+    made.released.set()
+
+
+def requests(number: int) -> list[Message]:
+    """Return train requests to the nodes 10, 11, ... for the clients 0, 1, ..."""
+    return [
+        Message(RecordDict({CONFIG: ConfigRecord({PARTITION: n})}), 10 + n, "train")
+        for n in range(number)
+    ]
+
+
+def online(*nodes: int) -> Collection[int]:
+    """Return what a look returns."""
+    return set(nodes)
+
+
+def outcome(replies: Iterable[Message]) -> dict[int, str]:
+    """Return each node's error; empty for a reply."""
+    return {
+        reply.metadata.src_node_id: (reply.error.reason or "")
+        if reply.has_error()
+        else ""
+        for reply in replies
+    }
+
+
+def test_node_that_dies_while_it_sends_holds_nobody(grid: SlowGrid) -> None:
+    arrived: list[int] = []
+    told_while_held: list[int] = []
+
+    def look(_: object) -> Collection[int]:
+        told_while_held.extend(arrived)
+        return online(11, 12)
+
+    whole = AttentiveGrid(grid, arrived.append, look)
+    replies = whole.send_and_receive(requests(3))
+    assert not grid.released.is_set()
+    assert outcome(replies) == {10: LOST, 11: "", 12: ""}
+    # The others' replies were there before anybody was counted as lost.
+    assert sorted(told_while_held) == [1, 2] and sorted(arrived) == [1, 2]
+    assert all(len(wanted) == 1 for wanted in grid.polls)
+
+
+def test_slow_reply_of_a_node_that_is_online_is_waited_for(grid: SlowGrid) -> None:
+    looks: list[float] = []
+
+    def look(_: object) -> Collection[int]:
+        looks.append(time.monotonic())
+        if len(looks) == 3:
+            grid.released.set()
+        return online(10, 11)
+
+    replies = AttentiveGrid(grid, look=look).send_and_receive(requests(2))
+    assert outcome(replies) == {10: "", 11: ""}
+    assert len(looks) >= 3
+
+
+def test_without_a_look_nobody_counts_as_lost(grid: SlowGrid) -> None:
+    threading.Timer(0.6, grid.released.set).start()
+    replies = AttentiveGrid(grid).send_and_receive(requests(2))
+    assert outcome(replies) == {10: "", 11: ""}
+
+
+def test_time_limit_holds_while_a_reply_is_held(grid: SlowGrid) -> None:
+    whole = AttentiveGrid(grid, look=lambda _: online(10, 11))
+    replies = whole.send_and_receive(requests(2), timeout=0.5)
+    assert not grid.released.is_set()
+    assert outcome(replies) == {11: ""}
+
+
+def test_many_held_replies_hold_none_of_the_rest() -> None:
+    grid = SlowGrid([f"r{n}" for n in range(0, 40, 2)])
+    whole = AttentiveGrid(grid, look=lambda _: online(*range(11, 51, 2)))
+    found = outcome(whole.send_and_receive(requests(40)))
+    grid.released.set()
+    assert found == {10 + n: "" if n % 2 else LOST for n in range(40)}
+
+
+def test_lost_node_and_request_that_was_not_sent_are_errors_of_the_node() -> None:
+    grid = SlowGrid()
+    grid.lost, grid.unsent = {"r1"}, {2}
+    found = outcome(AttentiveGrid(grid).send_and_receive(requests(3)))
+    assert found[10] == "" and found[11] != "" and found[12] == NOT_SENT
+
+
+def test_error_of_flowers_grid_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: SlowGrid, message_ids: Iterable[str]) -> list[Message]:
+        raise ConnectionError("the SuperLink is gone")
+
+    monkeypatch.setattr(SlowGrid, "pull_messages", fail)
+    with pytest.raises(ConnectionError, match="is gone"):
+        AttentiveGrid(SlowGrid()).send_and_receive(requests(2))
+
+
+def test_no_requests_need_no_thread() -> None:
+    before = threading.active_count()
+    assert AttentiveGrid(SlowGrid()).send_and_receive([]) == []
+    assert threading.active_count() == before
