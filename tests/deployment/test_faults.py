@@ -75,6 +75,13 @@ def test_cut_link_heals_by_itself(federation: Stack, seconds: int, rounds: int) 
 
 def test_superlink_killed_and_restarted(federation: Stack) -> None:
     start(federation, 3)
+    # A SuperLink that is killed while the ServerApp sends its requests ends the run.
+    nodes = federation.nodes.values()
+    wait_for(
+        "train messages",
+        lambda: all(n.log("supernode").count("train m") > 2 for n in nodes),
+        120,
+    )
     federation.server.kill("superlink")
     # The ServerApp lives on, and what it has written can be read.
     assert federation.status()["state"] == "running"
