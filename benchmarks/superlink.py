@@ -34,6 +34,8 @@ from tests.deployment.stack import (
 # Bytes that a node receives and sends in a round: docs/deployment.md, a node's log.
 DOWN, UP = 470_000, 710_000
 PARTS = {"superlink": "SuperLink", "nginx": "proxy"}
+# Nodes that start together.
+GROUP = 8
 TICKS = os.sysconf("SC_CLK_TCK")
 
 PYPROJECT = """
@@ -141,21 +143,32 @@ def write_app(folder: Path) -> Path:
 
 
 def start_nodes(made: Stack, number: int) -> list[Machine]:
-    """Start SuperNodes, and wait until the SuperLink has all of them online."""
+    """Start SuperNodes, and wait until the SuperLink has all of them online.
+
+    They start group by group: two cores cannot import Flower 64 times within the time
+    that a SuperNode waits for its first answer.
+    """
     names = [f"site-{n:02}" for n in range(number)]
     nodes = [made.add_node(name, register=False) for name in names]
     made.register(*names)
-    for name, node in zip(names, nodes, strict=True):
+    for started, (name, node) in enumerate(zip(names, nodes, strict=True), start=1):
         node.start(
-            *("supernode", BIN / "flower-supernode"),
-            *("--superlink", f"{SERVER_IP}:{PORT}"),
+            # Again and again, as systemd would.
+            *("supernode", "/bin/sh", "-c", 'while :; do "$@"; sleep 10; done', "-"),
+            *(BIN / "flower-supernode", "--superlink", f"{SERVER_IP}:{PORT}"),
             *("--root-certificates", made.ca),
             *("--auth-supernode-private-key", node.folder / "keys" / name),
         )
-    wait_for(
-        f"{number} nodes", lambda: made.run_site("list").count("online") == number, 900
-    )
+        if started % GROUP == 0 or started == number:
+            _wait_until_online(made, started)
     return nodes
+
+
+def _wait_until_online(made: Stack, number: int) -> None:
+    def online() -> bool:
+        return made.run_site("list").count("online") == number
+
+    wait_for(f"{number} nodes", online, 600)
 
 
 def measure(number: int, rounds: int, idle_s: float) -> list[str]:
@@ -211,10 +224,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := missing():
         parser.error(reason)
-    rows = [
-        measure(number, arguments.rounds, arguments.idle_seconds)
-        for number in arguments.nodes
-    ]
+    rows = []
+    for number in arguments.nodes:
+        rows.append(measure(number, arguments.rounds, arguments.idle_seconds))
+        print(table(rows[-1:]), flush=True)
     write_results(
         "superlink",
         "CPU time and memory of a SuperLink by number of nodes",

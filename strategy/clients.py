@@ -198,7 +198,7 @@ def find_nodes(grid: Grid) -> tuple[int, ...]:
     reasons: set[str] = set()
     for answer in grid.send_and_receive(queries, timeout=QUERY_TIMEOUT_S):
         if answer.has_error():
-            reasons.add(messages.plain(answer.error.reason))
+            reasons.add(messages.error_reason(answer))
             continue
         try:
             partition = messages.simulated_partition(answer)

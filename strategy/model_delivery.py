@@ -10,7 +10,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.messages import ModelAnswer, ModelOffer, ModelState, ReplyError
+from clip2fl_common.messages import (
+    ModelAnswer,
+    ModelOffer,
+    ModelState,
+    ReplyError,
+    error_reason,
+)
 from clip2fl_common.signed_folder import Manifest
 from clip2fl_common.site_registry import SiteRegistry
 from strategy.log import log
@@ -134,7 +140,7 @@ def _answer(reply: Message | None, manifest: Manifest) -> ModelAnswer:
     if reply is None:
         raise ReplyError(f"no answer in {PIECE_TIMEOUT_S:.0f} s")
     if reply.has_error():
-        raise ReplyError(str(reply.error.reason))
+        raise ReplyError(error_reason(reply))
     return ModelAnswer.parse(reply, manifest.size)
 
 

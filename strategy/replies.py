@@ -62,7 +62,7 @@ class Verdicts:
 
     def note_error(self, message: Message) -> None:
         """Add an error in place of a reply to the dropped ones."""
-        reason = messages.plain(message.error.reason)
+        reason = messages.error_reason(message)
         self.dropped.append((message, reason))
         self.diverged += message.error.code == messages.DIVERGED
         if message.error.code == messages.DATA_ERROR:

@@ -245,7 +245,7 @@ class SecureSums:
         for reply in self._grid.send_and_receive(requests, timeout=self._timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                errors[node] = messages.plain(reply.error.reason)
+                errors[node] = messages.error_reason(reply)
                 continue
             try:
                 client = partition_in(reply.content)

@@ -43,7 +43,7 @@ def site_evaluations(
     for reply in replies:
         try:
             if reply.has_error():
-                raise messages.ReplyError(str(reply.error.reason))
+                raise messages.ReplyError(messages.error_reason(reply))
             evaluation = Evaluation.parse(reply, num_classes, heads)
         except messages.ReplyError as error:
             log(

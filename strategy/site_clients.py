@@ -247,7 +247,7 @@ class SiteClients:
         for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
             node = answer.metadata.src_node_id
             if answer.has_error():
-                reasons[node] = messages.plain(answer.error.reason)
+                reasons[node] = messages.error_reason(answer)
                 continue
             try:
                 versions = messages.versions_of(answer)

@@ -81,6 +81,9 @@ from clip2fl_common.messages.delivery import (
 from clip2fl_common.messages.delivery import (
     ModelState as ModelState,
 )
+from clip2fl_common.messages.errors import (
+    error_reason as error_reason,
+)
 from clip2fl_common.messages.fields import (
     ArrayFields as ArrayFields,
 )
