@@ -185,7 +185,7 @@ def test_folder_of_any_name_is_linked_as_a_folder(tmp_path: Path) -> None:
 def test_markdown_shows_names_and_nothing_else(tmp_path: Path, name: str) -> None:
     """A table keeps its cells, and no name becomes markup."""
     runs = {name: [renamed(write_run(tmp_path / "a", [50.0]), [name])]}
-    for table, width in ((main_table(runs, name), 10), (class_table(runs), 4)):
+    for table, width in ((main_table(runs, name), 11), (class_table(runs), 4)):
         rows = table.split("\n")
         assert [len(cells(row)) for row in rows] == [width] * len(rows)
     text = markdown(runs, name, name, Origin.here("command"))
