@@ -140,14 +140,14 @@ class AttentiveGrid(Grid):
                 if waiting and time.monotonic() - looked >= LOOK_S:
                     online = self._look(self._grid)
                     looked = time.monotonic()
-                    for identifier in fetching.held():
-                        request = waiting[identifier]
-                        if online is not None and (
-                            request.metadata.dst_node_id not in online
-                        ):
-                            fetching.give_up(identifier)
-                            del waiting[identifier]
-                            replies.append(_error(LOST, request))
+                    if online is not None:
+                        away = [
+                            identifier
+                            for identifier, request in waiting.items()
+                            if request.metadata.dst_node_id not in online
+                        ]
+                        for identifier in fetching.give_up_held(away):
+                            replies.append(_error(LOST, waiting.pop(identifier)))
         return replies
 
     def _tell(self, request: Message) -> None:
@@ -210,7 +210,9 @@ class _Fetching:
                 wait = 0.0 if found else max(0.0, min(left, HELD_S))
                 got = self._found.get(wait > 0, wait or None)
             except Empty:
-                if len(self.held()) >= self._threads:
+                with self._lock:
+                    all_held = len(self._held()) >= self._threads
+                if all_held:
                     self._start()
                 if found or left <= HELD_S:
                     return found
@@ -219,18 +221,22 @@ class _Fetching:
                 raise got
             found.append(got)
 
-    def held(self) -> list[str]:
-        """Return the ids of the requests whose reply is held."""
-        now = time.monotonic()
-        with self._lock:
-            return [i for i, t in self._under_way.items() if now - t >= HELD_S]
+    def give_up_held(self, identifiers: Collection[str]) -> list[str]:
+        """Return those of some requests whose reply is held, and ask no more for it.
 
-    def give_up(self, identifier: str) -> None:
-        """Ask no more for a reply."""
+        A reply that comes in this moment is returned by `replies`, and not given up.
+        """
         with self._lock:
-            self._asked.pop(identifier, None)
-            self._under_way.pop(identifier, None)
-            self._threads -= 1
+            given_up = [i for i in self._held() if i in identifiers]
+            for identifier in given_up:
+                del self._asked[identifier], self._under_way[identifier]
+            self._threads -= len(given_up)
+        return given_up
+
+    def _held(self) -> list[str]:
+        """Return the ids of the requests whose reply is held; needs the lock."""
+        now = time.monotonic()
+        return [i for i, t in self._under_way.items() if now - t >= HELD_S]
 
     def _start(self) -> None:
         self._threads += 1

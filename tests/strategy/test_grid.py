@@ -134,6 +134,16 @@ def test_slow_reply_of_a_node_that_is_online_is_waited_for(grid: SlowGrid) -> No
     assert len(looks) >= 3
 
 
+def test_reply_that_comes_while_its_node_is_missed_is_used(grid: SlowGrid) -> None:
+    def look(_: object) -> Collection[int]:
+        grid.released.set()
+        time.sleep(0.3)  # the reply arrives
+        return online(11)
+
+    replies = AttentiveGrid(grid, look=look).send_and_receive(requests(2))
+    assert outcome(replies) == {10: "", 11: ""}
+
+
 def test_without_a_look_nobody_counts_as_lost(grid: SlowGrid) -> None:
     threading.Timer(0.6, grid.released.set).start()
     replies = AttentiveGrid(grid).send_and_receive(requests(2))
