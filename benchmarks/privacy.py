@@ -15,7 +15,7 @@ Class set: the classes that a client holds, found from the classes that it sent,
 from its local model, whose bias rises for the classes it trained on.
 
 The effect of noise on accuracy is measured by
-``clip2fl compare conf/shapes-privacy.toml``.
+``clip2fl compare conf/demo-privacy.toml``.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from clip2fl_cli.runs import FinishedRun
 from clip2fl_common.class_gradients import CodedGradient
 from clip2fl_common.config import RunConfig, Scalar, defaults
 from clip2fl_common.data.datasets import load_dataset, partition_indices
+from clip2fl_common.epsilon import epsilon
 from clip2fl_common.models import ImageClassifier
 from server_app.delivery import load_model
-from strategy.privacy_ledger import epsilon
 
 IMAGES_OF_A_CLASS = (1, 2, 5, 20)
 TRIALS = 50
-# Requests to the client asked most often: 30 rounds of conf/shapes.toml, seeds 7 to 9.
+# Requests to the client asked most often: 30 rounds of the demo, seeds 7 to 9.
 RELEASES = 23
 NOISE = {8: 3.06, 2: 10.31}
 

@@ -55,6 +55,8 @@ def train(message: Message, context: Context) -> Message:
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
         request = TrainRequest.parse(message.content)
+        if site is not None:
+            site.spend(config, request.fields)
 
         def trained() -> RecordDict:
             return train_round(config, request, site)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from client_app.site_epsilon import answer_cost, implied_fields, unprotected
 from client_app.site_ledger import HeldImages, Kind, LedgerError, SiteLedger
 from client_app.site_policy import (
     DATA_PATH,
@@ -99,6 +100,9 @@ class OwnSite:
         config = with_own_teacher(config, self.teacher)
         if problems := list(self.policy.violations(config)):
             raise SiteRefusal("; ".join(problems))
+        if kind == "query":
+            # Refuse here what `spend` would refuse, before others wait for this site.
+            self._spend(config, implied_fields(config), keep=False)
         try:
             self.ledger.count(run, kind, self.policy)
             share = self._validation_share(config, kind)
@@ -117,6 +121,38 @@ class OwnSite:
         )
         own = {"dataset.validation-share": share}
         return RunConfig.from_run_config({**config.to_flat(), **own})
+
+    def spend(self, config: RunConfig, fields: Sequence[str]) -> None:
+        """Count what an answer to train may reveal, if the site bounds its epsilon.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run's configuration.
+        fields : sequence of str
+            What the request asks for beside the model.
+
+        Raises
+        ------
+        SiteRefusal
+            If the answer holds anything without noise, or exceeds ``max-epsilon``.
+        LedgerError
+            If the answer cannot be counted.
+        """
+        if (total := self._spend(config, fields, keep=True)) is not None:
+            logger.info(
+                "epsilon = %.4g of %g at delta = %g, with this answer",
+                *(total, self.policy.max_epsilon, self.policy.epsilon_delta),
+            )
+
+    def _spend(
+        self, config: RunConfig, fields: Sequence[str], *, keep: bool
+    ) -> float | None:
+        if self.policy.max_epsilon is None:
+            return None
+        if problems := list(unprotected(config, fields)):
+            raise SiteRefusal("; ".join(problems))
+        return self.ledger.spend(answer_cost(config, fields), self.policy, keep=keep)
 
     def _validation_share(self, config: RunConfig, kind: Kind) -> float:
         if self.policy.validation_share is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.preflight import Finding, Level
+from client_app.site_epsilon import answer_cost, implied_fields
 from client_app.site_keys import site_keys
 from client_app.site_ledger import LedgerError, SiteLedger
 from client_app.site_policy import (
@@ -15,6 +16,7 @@ from client_app.site_policy import (
     writable_by_others,
 )
 from clip2fl_common.config import TEACHER_METHODS, RunConfig
+from clip2fl_common.epsilon import answers_within
 from clip2fl_common.secure.statements import SecureError
 
 
@@ -82,6 +84,23 @@ def check_policy(
             f"this site would refuse the run: {problem}",
             "change the run's configuration, or the site's policy",
         )
+    if policy.max_epsilon is not None and not problems:
+        yield _epsilon_finding(policy, config)
+
+
+def _epsilon_finding(policy: SitePolicy, config: RunConfig) -> Finding:
+    """Return how many answers of a run the whole budget of epsilon allows."""
+    each = answer_cost(config, implied_fields(config))
+    answers = answers_within(policy.max_epsilon or 0.0, each, policy.epsilon_delta)
+    text = (
+        f"max-epsilon = {policy.max_epsilon:g} allows {answers} answers with the noise "
+        "of this run, if none was given before"
+    )
+    if answers:
+        return Finding("ok", "epsilon", text)
+    return Finding(
+        "problem", "epsilon", text, "more noise in the run, or a greater max-epsilon"
+    )
 
 
 def _check_models(folder: Path) -> Finding:
@@ -148,6 +167,7 @@ def check_ledger(folder: Path, policy: Path | None) -> Finding:
     Finding
     """
     ledger = SiteLedger(folder)
+    rules = _readable_rules(policy)
     fix = "let this user write there; no budget is kept without it"
     level: Level = "problem" if policy else "warning"
     if not ledger.path.exists():
@@ -157,7 +177,17 @@ def check_ledger(folder: Path, policy: Path | None) -> Finding:
             return Finding("ok", "ledger", f"{ledger.path}: nothing answered yet")
         return Finding(level, "ledger", f"{place} cannot be written to", fix)
     try:
-        runs = ledger.runs()
+        told = f"{ledger.path}: {ledger.runs()} runs answered so far"
+        if rules.max_epsilon is not None:
+            told += f", epsilon = {ledger.spent(rules):.4g} of {rules.max_epsilon:g}"
     except LedgerError as error:
         return Finding(level, "ledger", str(error), fix)
-    return Finding("ok", "ledger", f"{ledger.path}: {runs} runs answered so far")
+    return Finding("ok", "ledger", told)
+
+
+def _readable_rules(path: Path | None) -> SitePolicy:
+    """Return the rules of a policy file; `check_policy` reports one with faults."""
+    try:
+        return policy_file(path) if path else SitePolicy()
+    except SiteRefusal:
+        return SitePolicy()

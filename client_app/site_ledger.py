@@ -6,6 +6,7 @@ in one SQLite file, which is safe between processes. The code never repairs the 
 starts a new one in its place, since losing it would reset all budgets.
 """
 
+import math
 import secrets
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,15 @@ from typing import Literal
 from client_app.site_database import LedgerError as LedgerError
 from client_app.site_database import SiteDatabase
 from client_app.site_policy import SitePolicy, SiteRefusal
+from clip2fl_common.epsilon import epsilon
 
 logger = getLogger(__name__)
 
 FILE = "ledger.sqlite"
 # Raise it when the tables change.
 FORMAT = 1
+# Facts beside the format.
+VALIDATION_SHARE, PRIVACY_COST = "validation-share", "privacy-cost"
 TABLES = """
 CREATE TABLE answered (
     run TEXT, kind TEXT, times INTEGER NOT NULL, PRIMARY KEY (run, kind)
@@ -126,18 +130,67 @@ class SiteLedger(SiteDatabase):
         LedgerError
             If the stored share cannot be read.
         """
-        name = "validation-share"
         with self._open() as ledger:
-            row = ledger.execute(
-                "SELECT value FROM fact WHERE name = ?", (name,)
-            ).fetchone()
-            if row is None:
+            share = self._number(ledger, VALIDATION_SHARE)
+            if share is None:
                 if keep:
-                    ledger.execute("INSERT INTO fact VALUES (?, ?)", (name, asked))
+                    _set(ledger, VALIDATION_SHARE, asked)
                 return asked
-        if not isinstance(row[0], float) or not 0 < row[0] < 1:
-            raise self._damaged(f"{name} is {row[0]!r}")
-        return row[0]
+        if not 0 < share < 1:
+            raise self._damaged(f"{VALIDATION_SHARE} is {share!r}")
+        return share
+
+    def spend(self, cost: float, policy: SitePolicy, *, keep: bool) -> float:
+        """Return the epsilon of all answers with one more, or refuse that one.
+
+        Parameters
+        ----------
+        cost : float
+            The answer's cost, as `clip2fl_common.epsilon.cost` returns it.
+        policy : SitePolicy
+            Has a ``max-epsilon``.
+        keep : bool
+            Whether to count the answer. It is counted before it is computed: an answer
+            that is lost on its way counts.
+
+        Raises
+        ------
+        SiteRefusal
+            If the answer exceeds ``max-epsilon``.
+        LedgerError
+            If the answer cannot be counted.
+        """
+        assert policy.max_epsilon is not None
+        with self._open() as ledger:
+            spent = self._number(ledger, PRIVACY_COST) or 0.0
+            if spent < 0:
+                raise self._damaged(f"{PRIVACY_COST} is {spent!r}")
+            total = _epsilon(spent + cost, policy)
+            if total > policy.max_epsilon:
+                raise SiteRefusal(
+                    f"the site's answers have spent epsilon = "
+                    f"{_epsilon(spent, policy):.4g}, this one would make it "
+                    f"{total:.4g}, and its max-epsilon is {policy.max_epsilon:g}"
+                )
+            if keep:
+                _set(ledger, PRIVACY_COST, spent + cost)
+        return total
+
+    def spent(self, policy: SitePolicy) -> float:
+        """Return the epsilon that all answers under a ``max-epsilon`` have spent."""
+        with self._open() as ledger:
+            return _epsilon(self._number(ledger, PRIVACY_COST) or 0.0, policy)
+
+    def _number(self, ledger: sqlite3.Connection, name: str) -> float | None:
+        """Return a fact that is a finite number; None if it was never stored."""
+        query = "SELECT value FROM fact WHERE name = ?"
+        row = ledger.execute(query, (name,)).fetchone()
+        if row is None:
+            return None
+        value = row[0]
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise self._damaged(f"{name} is {value!r}")
+        return value
 
     def gradient_images(
         self, held: Mapping[str, HeldImages], least: int, policy: SitePolicy
@@ -183,6 +236,14 @@ class SiteLedger(SiteDatabase):
             "the site's record of what it has answered cannot be used; the site's own "
             "log says more",
         )
+
+
+def _set(ledger: sqlite3.Connection, name: str, value: float) -> None:
+    ledger.execute("REPLACE INTO fact VALUES (?, ?)", (name, value))
+
+
+def _epsilon(cost: float, policy: SitePolicy) -> float:
+    return epsilon(cost**-0.5, 1, policy.epsilon_delta) if cost > 0 else 0.0
 
 
 def _gradient_set(

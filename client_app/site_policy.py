@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from client_app.site_epsilon import implied_fields, unprotected
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
 from clip2fl_common.head_choice import uses_moments
 from clip2fl_common.secure.statements import LEAST_PARTIES
@@ -112,6 +113,11 @@ class SitePolicy:
     privacy.moment-noise-multiplier if it asks for class moments."""
     min_model_noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Least privacy.model-noise-multiplier of a run."""
+    max_epsilon: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Greatest epsilon that all of the site's answers to train may spend together, over
+    all runs. It needs noise on everything that an answer holds."""
+    epsilon_delta: Annotated[float, Field(ge=1e-15, lt=1)] = 1e-5
+    """The delta for which max-epsilon holds."""
     max_clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Greatest privacy.gradient-clip-norm of a run, which must have one, and greatest
     privacy.moment-clip-norm if it asks for class moments."""
@@ -168,7 +174,8 @@ class SitePolicy:
     @property
     def needs_ledger(self) -> bool:
         """Return whether a rule depends on what was answered before."""
-        return self.fixes_images or not (self.max_runs is self.max_rounds is None)
+        budgets = (self.max_runs, self.max_rounds, self.max_epsilon)
+        return self.fixes_images or any(budget is not None for budget in budgets)
 
     def with_teacher(self, folder: Path | None) -> "SitePolicy":
         """Return these rules, which also allow the site's own folder of the teacher."""
@@ -201,6 +208,8 @@ class SitePolicy:
                 "site's min-model-noise-multiplier is "
                 f"{self.min_model_noise_multiplier:g}"
             )
+        if self.max_epsilon is not None:
+            yield from unprotected(config, implied_fields(config))
         if self.max_rounds is not None and config.federation.rounds > self.max_rounds:
             yield (
                 f"the run has federation.rounds = {config.federation.rounds}, and the "

@@ -1,4 +1,4 @@
-"""Account for the privacy a run has spent, as (epsilon, delta), by Flower's code.
+"""Account for the privacy a run has spent, as (epsilon, delta).
 
 All mechanisms add Gaussian noise, in units of what one record can change. For the
 class gradients, class moments and model of a client a record is one of its images; for
@@ -11,54 +11,14 @@ fixed number of clients a round, and the sample is drawn from a known seed.
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
-from math import hypot
 
 import torch
-from flwr.serverapp import (
-    GaussianPrivacyEvent,
-    NeighboringRelation,
-    PrivacyConfig,
-    RdpAccountant,
-    SamplingMethod,
-)
 
 from clip2fl_common.config import Privacy
+from clip2fl_common.epsilon import cost, epsilon
 
 # Names of the entries in the strategy's state.
 CLIENTS, TIMES = "privacy-clients", "privacy-times"
-
-
-@lru_cache
-def epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
-    """Return the epsilon that Gaussian releases of one record spend.
-
-    Parameters
-    ----------
-    noise_multiplier : float
-        Standard deviation of the noise over what the record can change, above 0.
-    releases : int
-        Number of releases.
-    delta : float
-        The delta for which epsilon holds.
-
-    Returns
-    -------
-    float
-        By Renyi differential privacy (Mironov 2017); 0 without a release.
-    """
-    if releases == 0:
-        return 0.0
-    accountant = RdpAccountant(
-        PrivacyConfig(
-            target_delta=delta,
-            population_size=1,
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-            sampling_method=SamplingMethod.NO_AMPLIFICATION,
-        )
-    )
-    accountant.compose(GaussianPrivacyEvent(noise_multiplier, 1, 1), releases)
-    return accountant.get_epsilon(delta)
 
 
 class PrivacyLedger:
@@ -84,19 +44,18 @@ class PrivacyLedger:
         """Return the ledger of a run, with or without these statistics.
 
         If clients send more than one thing with noise, ``images`` accounts for all of
-        them together. Gaussian releases of multipliers a and b spend as much as one of
-        (a^-2 + b^-2)^(-1/2).
+        them together.
         """
         gradients = privacy.gradient_noise_multiplier if class_gradients else 0.0
         moments = privacy.moment_noise_multiplier if class_moments else 0.0
         models = privacy.model_noise_multiplier
-        each = [1 / z for z in (gradients, moments, models) if z > 0]
+        each = [z for z in (gradients, moments, models) if z > 0]
         return cls(
             {
                 "class_gradients": gradients,
                 "class_moments": moments,
                 "models": models,
-                "images": 1 / hypot(*each) if len(each) > 1 else 0.0,
+                "images": cost(each) ** -0.5 if len(each) > 1 else 0.0,
                 "updates": privacy.update_noise_multiplier,
             },
             privacy.delta,

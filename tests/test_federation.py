@@ -15,11 +15,11 @@ from clip2fl_common import messages
 from clip2fl_common.config import TEACHER_METHODS
 from clip2fl_common.config.types import RETRAINING_METHODS
 from clip2fl_common.data.datasets import DatasetError, load_dataset, partition_indices
+from clip2fl_common.epsilon import epsilon
 from clip2fl_common.models import ImageClassifier
 from server_app.checkpoints import load_checkpoint
 from server_app.delivery import ModelCard, load_model
 from strategy.creff import CLASSIFIER
-from strategy.privacy_ledger import epsilon
 from strategy.registry import METHODS
 from strategy.safeguards import NoRepliesError
 from tests.defaults import run_config

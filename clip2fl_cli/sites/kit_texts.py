@@ -21,6 +21,9 @@ POLICY_TEMPLATE = f"""\
 #max-clip-norm = 1.0
 # Least noise on the model itself:
 #min-model-noise-multiplier = 1.0
+# Greatest epsilon, at this delta, of all answers to train together:
+#max-epsilon = 8.0
+#epsilon-delta = 1e-5
 # Whether the server may ask for a confusion matrix, whose row sums are class counts:
 #send-confusion-matrix = false
 # Only runs with secure aggregation, in sums of at least so many sites; the key with

@@ -21,6 +21,7 @@ from clip2fl_common.config.schema import TeacherConfig as TeacherConfig
 from clip2fl_common.config.schema import Upload as Upload
 from clip2fl_common.config.schema import defaults as defaults
 from clip2fl_common.config.schema import known_keys as known_keys
+from clip2fl_common.config.types import GRADIENT_METHODS as GRADIENT_METHODS
 from clip2fl_common.config.types import TEACHER_METHODS as TEACHER_METHODS
 from clip2fl_common.config.types import ConfigError as ConfigError
 from clip2fl_common.config.types import Scalar as Scalar

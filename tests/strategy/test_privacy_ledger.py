@@ -1,7 +1,8 @@
 """Test the accounting against the exact Gaussian bound, and noise on the update."""
 
 import math
-import tomllib
+from collections import Counter
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -11,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.privacy import NOISE, RELEASES
+from clip2fl_cli.comparison import Comparison
 from clip2fl_common import messages
 from clip2fl_common.config import ConfigError
+from clip2fl_common.epsilon import epsilon
 from strategy.clients import SimulatedClients
 from strategy.fedavg import FedAvg
-from strategy.privacy_ledger import PrivacyLedger, epsilon
+from strategy.privacy_ledger import PrivacyLedger
 from strategy.site_clients import SiteClients
 from tests.defaults import ROOT, run_config
 from tests.strategy.messages import (
@@ -183,14 +186,38 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
     assert drawn(sites) != drawn(sites)
 
 
-def test_demo_comparison_has_the_noise_that_it_says() -> None:
+@pytest.mark.parametrize("target", NOISE)
+@pytest.mark.parametrize("what", ["gradients", "moments", "models", "all"])
+def test_demo_comparison_has_the_noise_that_it_says(
+    what: str, target: int, tmp_path: Path
+) -> None:
     """The attack benchmark uses the same multipliers, after 23 releases."""
-    text = (ROOT / "conf" / "shapes-privacy.toml").read_text("utf-8")
-    variants = tomllib.loads(text)["variants"]
-    for target, multiplier in NOISE.items():
-        privacy = variants[f"epsilon-{target}"]["privacy"]
-        assert privacy["gradient-noise-multiplier"] == multiplier
-        assert target - 0.02 < epsilon(multiplier, RELEASES, DELTA) <= target
+    comparison = Comparison.read(ROOT / "conf" / "demo-privacy.toml", tmp_path)
+    runs = [run for run in comparison.plan if run.variant == f"{what}-{target}"]
+    privacy = runs[0].config.privacy
+    multipliers = [
+        privacy.gradient_noise_multiplier,
+        privacy.moment_noise_multiplier,
+        privacy.model_noise_multiplier,
+    ]
+    noises = [z for z in multipliers if z > 0]
+    assert len(noises) == (3 if what == "all" else 1)
+    together = sum(z**-2 for z in noises) ** -0.5
+    assert together == pytest.approx(NOISE[target], rel=1e-3)
+    assert target - 0.02 < epsilon(NOISE[target], RELEASES, DELTA) <= target
+
+
+def test_number_of_releases_is_that_of_the_client_asked_most_often() -> None:
+    """In 30 rounds of the demo, over the seeds of its comparison."""
+    asked = [
+        Counter(
+            client
+            for server_round in range(1, 31)
+            for client in client_plan(10, 5, seed).sample(server_round)
+        )
+        for seed in (7, 8, 9)
+    ]
+    assert max(max(times.values()) for times in asked) == RELEASES
 
 
 @pytest.mark.parametrize(
