@@ -151,7 +151,7 @@ def measure(what: str, clients: int, classes: int, largest: float) -> list[str]:
         None,
         run="1",
     )
-    server, grid = SecureSums(setting, fields), Parties(config)
+    server, grid = SecureSums(setting), Parties(config)
     started = time.process_time()
     server.agree(1, grid, numbers)
     server_seconds = time.process_time() - started
@@ -166,7 +166,8 @@ def measure(what: str, clients: int, classes: int, largest: float) -> list[str]:
         masking += time.process_time() - started
         replies.append(Message(masked, reply_to=Message(content, 1, "train")))
     asked = {1: dict.fromkeys(numbers, 10 * IMAGES)}
-    check = SumCheck(server, ReplyCheck(sent, asked, fields), clients)
+    replies_check = ReplyCheck(sent, asked, fields)
+    check = SumCheck(server, config, setting.clients, replies_check, clients)
     started = time.process_time()
     verdicts = check.judge(replies, LengthRule(0), noisy=True)
     # The clients' other exchanges ran within both calls of the server.

@@ -20,9 +20,15 @@ from clip2fl_common import messages
 from clip2fl_common.config import SITES, RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.messages import TrainRequest
-from clip2fl_common.messages.secure import COMMIT, KEYS, REVEAL, SecureRequest
+from clip2fl_common.messages.secure import (
+    COMMIT,
+    KEYS,
+    REVEAL,
+    SecureRequest,
+    is_of_evaluation,
+)
 from clip2fl_common.provenance import versions_here
-from clip2fl_common.secure.statements import SecureError
+from clip2fl_common.secure.statements import EVALUATION, SecureError
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
 logger = getLogger(__name__)
@@ -71,8 +77,10 @@ def train(message: Message, context: Context) -> Message:
 
 @app.train(KEYS)
 def keys(message: Message, context: Context) -> Message:
-    """Return this client's public key for a round with secure aggregation."""
-    return _exchange(message, context, "query", SecureParty.keys)
+    """Return this client's public key for a secure sum."""
+    # The evaluation of a round that was counted; the request to evaluate counts too.
+    kind: Kind = "finish" if is_of_evaluation(message.content) else "query"
+    return _exchange(message, context, kind, SecureParty.keys)
 
 
 @app.train(COMMIT)
@@ -92,7 +100,17 @@ def evaluate(message: Message, context: Context) -> Message:
     """Return the accuracy of each classifier on a site's validation images."""
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
-        return evaluate_round(config, TrainRequest.parse(message.content), site)
+        request = TrainRequest.parse(message.content)
+
+        def evaluated() -> messages.Evaluation:
+            return evaluate_round(config, request, site)
+
+        if not config.aggregation.secure:
+            return evaluated().content()
+        party = SecureParty.of(
+            *(config, str(context.run_id), site, request.partition), EVALUATION
+        )
+        return party.evaluate(message.content, request, evaluated)
 
     return _answer(message, context, "evaluate", answer)
 
@@ -125,8 +143,10 @@ def _exchange(
 
     def answer(config: RunConfig, site: OwnSite | None) -> RecordDict:
         request = SecureRequest.parse(message.content)
-        run = str(context.run_id)
-        return step(SecureParty.of(config, run, site, request.partition), request)
+        party = SecureParty.of(
+            *(config, str(context.run_id), site, request.partition), request.purpose
+        )
+        return step(party, request)
 
     return _answer(message, context, kind, answer)
 

@@ -33,7 +33,7 @@ from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, TeacherConfig
 from clip2fl_common.data.datasets import ImageDataset
 from clip2fl_common.devices import resolve_device, tensor_cores, to_device_if_small
-from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages import Evaluation, TrainRequest
 from clip2fl_common.metrics import FEDAVG_HEAD, TEACHER_HEAD, confusion_matrix
 from clip2fl_common.models import ImageClassifier, build_model
 from clip2fl_common.provenance import PACKAGE_ROOT, code_fingerprint
@@ -96,7 +96,7 @@ def train_round(
 
 def evaluate_round(
     config: RunConfig, request: TrainRequest, site: OwnSite | None
-) -> RecordDict:
+) -> Evaluation:
     """Return the accuracy of each classifier on a site's validation images.
 
     Parameters and errors are the same as for `train_round`.
@@ -130,13 +130,13 @@ def evaluate_round(
         confusion = confusion_matrix(
             loaded.labels.numpy(), wanted.numpy(), len(dataset.class_names)
         )
-    return messages.Evaluation(
+    return Evaluation(
         images=len(loaded.labels),
         recalls=recalls(votes, loaded.labels),
         unreadable=len(loaded.unreadable),
         seconds=time.perf_counter() - started,
         confusion=confusion,
-    ).content()
+    )
 
 
 def _prepare(

@@ -19,7 +19,8 @@ from client_app.site_policy import SiteRefusal
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
 from clip2fl_common.files import cache_dir
-from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages import Evaluation, TrainRequest
+from clip2fl_common.messages.evaluation_sums import EvaluationSums
 from clip2fl_common.messages.secure import (
     Revealed,
     SecureRequest,
@@ -28,7 +29,8 @@ from clip2fl_common.messages.secure import (
     request_digest,
     reveal_reply,
 )
-from clip2fl_common.messages.sums import SumFormat, masked_reply
+from clip2fl_common.messages.sums import SumFormat
+from clip2fl_common.messages.vectors import Values, VectorFormat, masked_reply
 from clip2fl_common.secure.checks import (
     check_directory,
     check_members,
@@ -42,11 +44,13 @@ from clip2fl_common.secure.identities import (
 from clip2fl_common.secure.masks import SEED_BYTES, pair_seed, subtracts
 from clip2fl_common.secure.statements import (
     LEAST_PARTIES,
+    TRAINING,
     RoundName,
     SecureError,
     SignedKey,
     key_statement,
     member_statement,
+    sums_of,
     transcript,
 )
 
@@ -65,7 +69,7 @@ class SecureParty:
     config : RunConfig
         The run's configuration.
     run : str
-        Flower's id of the run.
+        Name of the run's sums of one purpose (see `sums_of`).
     identity : Identity
         Name and key with which the party signs.
     trust : Trust
@@ -85,7 +89,12 @@ class SecureParty:
 
     @classmethod
     def of(
-        cls, config: RunConfig, run: str, site: OwnSite | None, client: int
+        cls,
+        config: RunConfig,
+        run: str,
+        site: OwnSite | None,
+        client: int,
+        purpose: str = TRAINING,
     ) -> "SecureParty":
         """Return the party that a node is, or that it simulates.
 
@@ -99,16 +108,19 @@ class SecureParty:
             This node, if it has images of its own.
         client : int
             The simulated client, without own images.
+        purpose : {"train", "evaluate"}
+            What is summed.
 
         Raises
         ------
         SiteRefusal
             If the site's keys cannot be used.
         SecureError
-            If the run has no secure aggregation.
+            If the run has no secure aggregation, or no sums of this purpose.
         """
         if not config.aggregation.secure:
             raise SecureError("the run has aggregation.secure = false")
+        run = sums_of(run, purpose)
         least = max(LEAST_PARTIES, config.federation.min_replies)
         if site is None:
             _warn_of_simulation()
@@ -167,6 +179,41 @@ class SecureParty:
         FloatingPointError
             If the training diverges.
         """
+        sent = messages.arrays_to_numpy(request.model)
+        fields = [
+            messages.reply_field(field, self.config, _classes(request))
+            for field in request.fields
+        ]
+        sums = SumFormat(self.config, sent, fields)
+        return self._masked(content, request, lambda: (sums, sums.values_of(train())))
+
+    def evaluate(
+        self,
+        content: RecordDict,
+        request: TrainRequest,
+        evaluate: Callable[[], Evaluation],
+    ) -> RecordDict:
+        """Evaluate, and return the accuracies as masked sums.
+
+        Parameters, result and errors are those of `train`; ``evaluate`` returns what
+        would be sent without secure aggregation.
+        """
+
+        def evaluated() -> tuple[EvaluationSums, Values]:
+            found = evaluate()
+            wanted = bool(request.confusion_of)
+            sums = EvaluationSums(list(found.recalls), _classes(request), wanted)
+            return sums, sums.values_of(found)
+
+        return self._masked(content, request, evaluated)
+
+    def _masked(
+        self,
+        content: RecordDict,
+        request: TrainRequest,
+        work: Callable[[], tuple[VectorFormat, Values]],
+    ) -> RecordDict:
+        """Do the work once the parties' keys are good; return its masked result."""
         secure = SecureRequest.parse(content)
         if secure.server_round != request.server_round:
             raise SecureError(
@@ -191,14 +238,8 @@ class SecureParty:
             }
             secrets.own, secrets.agreed = os.urandom(SEED_BYTES), agreed
             secrets.private = b""
-        sent = messages.arrays_to_numpy(request.model)
-        classes = len(sent["classifier.bias"])
-        fields = [
-            messages.reply_field(field, self.config, classes)
-            for field in request.fields
-        ]
-        sums = SumFormat(self.config, sent, fields)
-        vector = sums.encode(sums.values_of(train()), len(directory))
+        sums, values = work()
+        vector = sums.encode(values, len(directory))
         vector.mask(secrets.own)
         for other, seed in secrets.pairs.items():
             vector.mask(seed, subtract=subtracts(own, other))
@@ -249,6 +290,11 @@ class SecureParty:
 
     def _round(self, request: SecureRequest) -> RoundName:
         return RoundName(self.run, request.server_round, request.session)
+
+
+def _classes(request: TrainRequest) -> int:
+    """Return the number of classes C of the model in a request."""
+    return len(messages.arrays_to_numpy(request.model)["classifier.bias"])
 
 
 @lru_cache(maxsize=1)

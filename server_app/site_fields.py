@@ -33,12 +33,16 @@ def site_fields(
     Returns
     -------
     dict
-        ``sites`` by name, in the order of the names; ``unused_replies`` with site, kind
-        of request and reason; ``clock`` with the time of the round's end and its
-        seconds; ``unreadable_images`` with the number in the sites' validation images.
+        ``sites`` by name, in the order of the names; ``summed_evaluation`` with the
+        number of sites and images in a secure sum, else None; ``unused_replies`` with
+        site, kind of request and reason; ``clock`` with the time of the round's end and
+        its seconds; ``unreadable_images`` with the number in the sites' validation
+        images.
     """
     names = sorted({*record.trained, *record.evaluations})
-    evaluations = record.evaluations.values()
+    unreadable = sum(
+        evaluation.unreadable for evaluation in record.evaluations.values()
+    ) + (0 if record.summed is None else record.summed.unreadable)
     return {
         "sites": {name: _site(name, record, groups) for name in names},
         "unused_replies": [
@@ -47,8 +51,13 @@ def site_fields(
         ],
         "unreadable_images": {
             "train": record.unreadable,
-            "test": sum(evaluation.unreadable for evaluation in evaluations),
+            "test": unreadable,
         },
+        "summed_evaluation": (
+            None
+            if record.summed is None
+            else {"sites": record.summed.sites, "images": record.summed.images}
+        ),
         "clock": {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(clock, 4),
@@ -66,8 +75,8 @@ def summed_confusion(record: RoundRecord) -> dict[str, npt.NDArray[np.int64]]:
     """
     matrices = [
         evaluation.confusion
-        for evaluation in record.evaluations.values()
-        if evaluation.confusion is not None
+        for evaluation in (*record.evaluations.values(), record.summed)
+        if evaluation is not None and evaluation.confusion is not None
     ]
     if not matrices or not record.recalls:
         return {}

@@ -26,6 +26,7 @@ from torch import nn
 
 from clip2fl_common import messages
 from clip2fl_common.messages import Evaluation, TrainReply
+from clip2fl_common.messages.evaluation_sums import EvaluationSums
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
     FEDAVG_HEAD,
@@ -33,6 +34,7 @@ from clip2fl_common.metrics import (
     TEACHER_HEAD,
 )
 from clip2fl_common.models import ImageClassifier
+from clip2fl_common.secure.statements import EVALUATION, TRAINING
 from strategy.discriminant import Discriminant
 from strategy.events import What
 from strategy.log import log
@@ -48,7 +50,11 @@ from strategy.round_record import RoundRecord, Trained
 from strategy.safeguards import Safeguards
 from strategy.secure_sums import SecureSums, SumCheck
 from strategy.setting import Setting
-from strategy.site_accuracy import mean_recalls, site_evaluations
+from strategy.site_accuracy import (
+    mean_recalls,
+    site_evaluations,
+    summed_evaluation,
+)
 
 
 class Method(Strategy):
@@ -118,8 +124,13 @@ class Method(Strategy):
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
         self._num_classes = setting.num_classes
-        secure = self.aggregation.secure
-        self.secure = SecureSums(setting, self.fields) if secure else None
+        self._config = config
+        self.secure, self._evaluations = (
+            SecureSums(setting, purpose) if self.aggregation.secure else None
+            for purpose in (TRAINING, EVALUATION)
+        )
+        if self.secure is not None:
+            self.secure.refuse_if_huge(self.fields)
         self._requests = Requests(setting.clients, self.events)
         self.sent: Arrays = {}
         self._asked_at = 0.0
@@ -357,7 +368,11 @@ class Method(Strategy):
         numbers = self.clients.evaluating()
         if not numbers:
             return []
+        self._asked_at = self.begin("evaluation")
         content = self._content(server_round, arrays, config, RecordDict())
+        if self._evaluations is not None:
+            numbers = self._evaluations.agree(server_round, grid, numbers)
+            content[messages.SECURE] = self._evaluations.record()
         heads = self.delivered_heads(messages.arrays_to_tensors(arrays))
         for name, head in heads.items():
             content[messages.HEAD_RECORDS[name]] = messages.model_to_arrays(head)
@@ -365,7 +380,6 @@ class Method(Strategy):
         self._heads = [*heads, FEDAVG_HEAD, *teacher]
         if server_round == self._last_round:
             content.config_records[messages.CONFIG][messages.CONFUSION] = self._heads[0]
-        self._asked_at = self.begin("evaluation")
         return self._address(server_round, content, numbers, MessageType.EVALUATE)
 
     def aggregate_evaluate(
@@ -376,14 +390,27 @@ class Method(Strategy):
             return None
         replies = list(replies)
         self._requests.log_silent(server_round, replies)
-        found = site_evaluations(
-            server_round, replies, self._heads, self._num_classes, self._requests
-        )
-        for site, evaluation in found.items():
-            self._note_evaluated(site, evaluation)
-        self.round.evaluations = found
-        recalls = [evaluation.recalls for evaluation in found.values()]
-        self.round.recalls = mean_recalls(recalls, self._heads, self._num_classes)
+        if self._evaluations is None:
+            found = site_evaluations(
+                server_round, replies, self._heads, self._num_classes, self._requests
+            )
+            for site, evaluation in found.items():
+                self._note_evaluated(site, evaluation)
+            self.round.evaluations = found
+            recalls = [evaluation.recalls for evaluation in found.values()]
+            self.round.recalls = mean_recalls(recalls, self._heads, self._num_classes)
+        else:
+            final = server_round == self._last_round
+            self.round.summed = summed = summed_evaluation(
+                server_round,
+                replies,
+                EvaluationSums(self._heads, self._num_classes, confusion=final),
+                self._evaluations,
+                self._requests,
+                self.clients.replies_needed(self.min_replies),
+            )
+            none = mean_recalls([], self._heads, self._num_classes)
+            self.round.recalls = none if summed is None else summed.recalls
         self.book("evaluation", self._asked_at)
         return None
 
@@ -420,7 +447,7 @@ class Method(Strategy):
         if self.secure is None:
             return check
         needed = self.clients.replies_needed(self.min_replies)
-        return SumCheck(self.secure, check, needed)
+        return SumCheck(self.secure, self._config, self.clients, check, needed)
 
     def _note_accepted(self, replies: Sequence[TrainReply]) -> None:
         for reply in replies:

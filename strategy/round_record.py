@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from clip2fl_common.messages import Evaluation
+from clip2fl_common.messages.evaluation_sums import SummedEvaluation
 from strategy.requests import Unused
 
 
@@ -70,7 +71,9 @@ class RoundRecord:
     trained : dict
         The used reply of each site; empty without sites.
     evaluations : dict
-        Each site's own evaluation; empty without sites.
+        Each site's own evaluation; empty without sites and with secure sums.
+    summed : SummedEvaluation or None
+        The evaluations of all sites together, with secure sums.
     unused : list of Unused
         Clients whose replies are missing or not used.
     privacy : dict
@@ -95,5 +98,6 @@ class RoundRecord:
     recalls: dict[str, list[float | None]] | None = None
     trained: dict[str, Trained] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    summed: SummedEvaluation | None = None
     unused: list[Unused] = field(default_factory=list)
     privacy: dict[str, dict[str, float]] = field(default_factory=dict)

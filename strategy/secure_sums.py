@@ -1,8 +1,9 @@
 """The server's side of secure sums: collect keys, masked sums, signatures and seeds.
 
-docs/secure-aggregation.md describes the protocol. The server adds masked vectors, takes
-away the masks that are left, and makes one reply of the sum. All that follows treats it
-as the only reply of the round.
+docs/secure-aggregation.md describes the protocol. The server adds masked vectors and
+takes away the masks that are left. Of training it makes one reply of the sum: all that
+follows treats it as the only reply of the round. Of evaluations it makes one evaluation
+(`strategy.site_accuracy`).
 """
 
 import os
@@ -18,7 +19,8 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.messages import ReplyField, TrainReply
+from clip2fl_common.config import ConfigError, RunConfig
+from clip2fl_common.messages import ReplyField
 from clip2fl_common.messages.secure import (
     COMMIT,
     KEYS,
@@ -30,7 +32,8 @@ from clip2fl_common.messages.secure import (
     revealed_in,
     signature_in,
 )
-from clip2fl_common.messages.sums import SumFormat, client_in
+from clip2fl_common.messages.sums import SumFormat
+from clip2fl_common.messages.vectors import VectorFormat, client_in
 from clip2fl_common.secure.identities import (
     PinnedKeys,
     SimulatedKeys,
@@ -40,11 +43,14 @@ from clip2fl_common.secure.identities import (
 from clip2fl_common.secure.masks import Vector, subtracts
 from clip2fl_common.secure.statements import (
     LEAST_PARTIES,
+    TRAINING,
     RoundName,
     SecureError,
     SignedKey,
     key_statement,
+    sums_of,
 )
+from strategy.clients import Clients
 from strategy.events import What
 from strategy.log import log
 from strategy.outliers import LengthRule
@@ -52,32 +58,74 @@ from strategy.replies import ReplyCheck, Verdicts
 from strategy.setting import Setting
 
 SESSION_BYTES = 16
+# Most bytes of a client's masked class gradients and moments. All clients' vectors are
+# at the server at once, and nothing of this size was ever tried.
+MOST_BYTES = 2**30
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A sum without masks.
+
+    Attributes
+    ----------
+    total : Vector
+        The sum of the members' vectors.
+    parties : int
+        Number of parties of the round.
+    members : list of int
+        The clients in the sum.
+    size : int
+        Bytes that each of them sent.
+    """
+
+    total: Vector
+    parties: int
+    members: list[int]
+    size: int
+
+
 class SecureSums:
-    """The secure sums of a run, one in each round.
+    """The secure sums of a run for one purpose, one in each round.
 
     Parameters
     ----------
     setting : Setting
         The run's clients, configuration and events.
-    fields : sequence of ReplyField
-        What replies hold besides model and metrics.
+    purpose : {"train", "evaluate"}
+        What is summed.
     """
 
-    def __init__(self, setting: Setting, fields: Sequence[ReplyField[object]]) -> None:
+    def __init__(self, setting: Setting, purpose: str = TRAINING) -> None:
         config = setting.config
         self._clients = setting.clients
         self._events = setting.events
         self._config = config
-        self._fields = fields
-        self._run = setting.run
+        self._purpose = purpose
+        self._run = sums_of(setting.run, purpose)
         self._timeout = config.federation.round_timeout
         self._grid: Grid | None = None
         self._name = RoundName("", 0, b"")
         self._keys: dict[int, SignedKey] = {}
+
+    def refuse_if_huge(self, fields: Sequence[ReplyField[object]]) -> None:
+        """Raise `ConfigError` if clients' sums are larger than is reasonable.
+
+        Parameters
+        ----------
+        fields : sequence of ReplyField
+            What replies hold besides model and metrics.
+        """
+        sums = SumFormat(self._config, {}, fields)
+        size = sum(s.size * s.ring.bits // 8 for s in sums.segments.values())
+        if size > MOST_BYTES:
+            raise ConfigError(
+                f"with aggregation.secure = true a client sends zeros for absent "
+                f"classes: {size / 1e9:.2f} GB in each round for this number of "
+                "classes. Use method = 'fedlda', whose sums are small"
+            )
 
     def log_settings(self) -> None:
         """Log what is protected, and that a simulation protects nothing."""
@@ -112,7 +160,7 @@ class SecureSums:
         asked = {client: self._request(client) for client in numbers}
         trust = self._trust()
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
-        self._tell(reasons, "sent no usable key")
+        self._tell(reasons, f"sent no usable key to {self._purpose}")
         if len(self._keys) < LEAST_PARTIES:
             return []  # nobody trains; `add` says why
         return sorted(self._keys)
@@ -123,6 +171,7 @@ class SecureSums:
         return SecureRequest(
             self._name.server_round,
             self._name.session,
+            purpose=self._purpose,
             names=tuple(key.name for key in keys),
             public_keys=tuple(key.public for key in keys),
             signatures=tuple(key.signature for key in keys),
@@ -130,19 +179,22 @@ class SecureSums:
 
     def add(
         self,
-        found: Mapping[int, Message],
-        check: ReplyCheck,
+        replies: Sequence[Message],
+        sums: VectorFormat,
+        asked: Mapping[int, Mapping[int, int]],
         needed: int,
         verdicts: Verdicts,
-    ) -> TrainReply:
+    ) -> Sum:
         """Add up masked vectors and take their masks away.
 
         Parameters
         ----------
-        found : mapping of int to Message
-            The reply of each client that sent one.
-        check : ReplyCheck
-            The expectations that the replies must meet.
+        replies : sequence of Message
+            The replies of the round, errors among them.
+        sums : VectorFormat
+            The vectors that they must hold.
+        asked : mapping of int to mapping of int to int
+            The clients that each node was asked for (`Requests.asked`).
         needed : int
             Fewest clients in a sum, for this run.
         verdicts : Verdicts
@@ -150,24 +202,23 @@ class SecureSums:
 
         Returns
         -------
-        TrainReply
-            The reply that stands for all of them.
+        Sum
 
         Raises
         ------
         ReplyError
             If there is no sum in this round; says why.
         """
+        found = _by_client(replies, verdicts)
         if len(self._keys) < LEAST_PARTIES:
             raise messages.ReplyError(
                 f"{len(self._keys)} clients sent a key, and {LEAST_PARTIES} are needed"
             )
-        sums = SumFormat(self._config, check.sent, self._fields)
         total, members, size = sums.zeros(), [], 0
         for client, message in sorted(found.items()):
-            asked = check.asked.get(message.metadata.src_node_id, {})
+            own = asked.get(message.metadata.src_node_id, {})
             try:
-                vector = sums.vector_in(message.content, asked)
+                vector = sums.vector_in(message.content, own)
             except messages.ReplyError as error:
                 verdicts.dropped.append((message, str(error)))
                 continue
@@ -182,8 +233,7 @@ class SecureSums:
                 "needed"
             )
         self._unmask(total, members)
-        images = {client: self._clients.images_of(client) for client in members}
-        return sums.reply_of(total, parties, images, size)
+        return Sum(total, parties, members, size)
 
     def _unmask(self, total: Vector, members: Sequence[int]) -> None:
         """Take away the masks that are left in the sum of the members' vectors."""
@@ -222,6 +272,7 @@ class SecureSums:
             client,
             names=names,
             signatures=signatures,
+            purpose=self._purpose,
         )
 
     def _exchange(
@@ -319,7 +370,11 @@ class SumCheck:
     Attributes
     ----------
     sums : SecureSums
-        The run's secure sums.
+        The run's secure sums of training.
+    config : RunConfig
+        The run's configuration.
+    clients : Clients
+        Tells how many images a client can have.
     check : ReplyCheck
         The expectations that a reply, here the sum, must meet.
     needed : int
@@ -327,6 +382,8 @@ class SumCheck:
     """
 
     sums: SecureSums
+    config: RunConfig
+    clients: Clients
     check: ReplyCheck
     needed: int
 
@@ -335,22 +392,16 @@ class SumCheck:
     ) -> Verdicts:
         """Return the sum as the only good reply; see `ReplyCheck.judge`."""
         verdicts = Verdicts()
-        found: defaultdict[int | None, list[Message]] = defaultdict(list)
-        for message in replies:
-            if message.has_error():
-                verdicts.note_error(message)
-                continue
-            found[client_in(message.content)].append(message)
-        for client, answers in list(found.items()):
-            if len(answers) > 1 or client is None:
-                reason = f"{len(answers)} replies for partition {client}"
-                verdicts.dropped += [(message, reason) for message in answers]
-                del found[client]
-        single = {c: only for c, [only] in found.items() if c is not None}
+        check = self.check
+        sums = SumFormat(self.config, check.sent, check.fields)
         try:
-            reply = self.sums.add(single, self.check, self.needed, verdicts)
-            size = self.check.measure(reply, lengths.ratio > 0 and not noisy)
-            if too_long := lengths.too_long({reply.client: size}, self.check.sent):
+            found = self.sums.add(replies, sums, check.asked, self.needed, verdicts)
+            images = {
+                client: self.clients.images_of(client) for client in found.members
+            }
+            reply = sums.reply_of(found.total, found.parties, images, found.size)
+            size = check.measure(reply, lengths.ratio > 0 and not noisy)
+            if too_long := lengths.too_long({reply.client: size}, check.sent):
                 raise messages.ReplyError(f"of the sum: {too_long[reply.client]}")
         except messages.ReplyError as error:
             verdicts.lost = str(error)
@@ -359,3 +410,21 @@ class SumCheck:
         # Nobody knows the norms of single updates: all have that of the mean.
         verdicts.sizes = dict.fromkeys(reply.members, size)
         return verdicts
+
+
+def _by_client(replies: Sequence[Message], verdicts: Verdicts) -> dict[int, Message]:
+    """Return the reply of each client that sent one; the others are dropped."""
+    found: defaultdict[int | None, list[Message]] = defaultdict(list)
+    for message in replies:
+        if message.has_error():
+            verdicts.note_error(message)
+        else:
+            found[client_in(message.content)].append(message)
+    single = {}
+    for client, answers in found.items():
+        if client is not None and len(answers) == 1:
+            single[client] = answers[0]
+            continue
+        reason = f"{len(answers)} replies for partition {client}"
+        verdicts.dropped += [(message, reason) for message in answers]
+    return single

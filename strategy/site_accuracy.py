@@ -1,4 +1,4 @@
-"""Evaluations that sites send for a model, and the mean of their accuracies."""
+"""Evaluations that sites send for a model, one by one or as a secure sum."""
 
 from collections.abc import Mapping, Sequence
 from logging import WARNING
@@ -8,8 +8,11 @@ from flwr.app import Message
 
 from clip2fl_common import messages
 from clip2fl_common.messages import Evaluation
+from clip2fl_common.messages.evaluation_sums import EvaluationSums, SummedEvaluation
 from strategy.log import log
+from strategy.replies import Verdicts
 from strategy.requests import Requests
+from strategy.secure_sums import SecureSums
 
 
 def site_evaluations(
@@ -56,6 +59,45 @@ def site_evaluations(
             requests.note_dropped(reply, str(error))
         else:
             found[str(requests.client(reply))] = evaluation
+    return found
+
+
+def summed_evaluation(
+    server_round: int,
+    replies: Sequence[Message],
+    sums: EvaluationSums,
+    secure: SecureSums,
+    requests: Requests,
+    needed: int,
+) -> SummedEvaluation | None:
+    """Return the evaluations of a round's secure sum; None, with a log line, without.
+
+    Parameters
+    ----------
+    server_round : int
+        The round, for the log.
+    replies : sequence of Message
+        In the order of arrival.
+    sums : EvaluationSums
+        The vectors that they must hold.
+    secure : SecureSums
+        The run's secure sums of evaluations.
+    requests : Requests
+        The requests that the replies answer.
+    needed : int
+        Fewest sites in a sum.
+    """
+    verdicts, found = Verdicts(), None
+    try:
+        total = secure.add(replies, sums, requests.asked, needed, verdicts)
+        members = len(total.members)
+        found = sums.evaluation_of(total.total, total.parties, members)
+    except messages.ReplyError as error:
+        log(WARNING, "round %d: no secure sum of evaluations: %s", server_round, error)
+    for reply, reason in verdicts.dropped:
+        requests.note_dropped(reply, reason)
+    for line in verdicts.reasons(requests.name):
+        log(WARNING, "round %d: dropped the evaluation of %s", server_round, line)
     return found
 
 

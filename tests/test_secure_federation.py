@@ -15,9 +15,10 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.round import train_round
-from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.messages.secure import partition_in, reveal_reply
-from clip2fl_common.messages.sums import WIDE, SumFormat
+from clip2fl_common.messages.sums import SumFormat
+from clip2fl_common.messages.vectors import WIDE
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
 from strategy.registry import method_named
@@ -26,6 +27,7 @@ from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import wire_bytes
 from tests.in_process_grid import InProcessGrid, client_of
+from tests.strategy.messages import client_plan, made
 
 CLIENTS = 4
 
@@ -356,3 +358,22 @@ def test_noisy_models_are_summed_as_they_are(federate: Any, tmp_path: Path) -> N
         (line,) = metrics(tmp_path / name)
         assert line["dropped_replies"] == 0 and line["shortened"]["updates"] == 0
         assert set(line["privacy"]) == {"models"}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "refused"),
+    [("clip2fl", 700, False), ("clip2fl", 800, True), ("fedlda", 5000, False)],
+)
+def test_sums_that_no_machine_was_tried_with_are_refused_at_the_start(
+    name: str, classes: int, refused: bool
+) -> None:
+    """C matrices of C times d numbers in 32 bits, with d = 512 of the default."""
+    method = method_named(name)
+    plan, shape = client_plan(4, 4), (classes, 512)
+    prototypes = torch.eye(classes, 512) if method.needs_teacher else None
+    changes = {"aggregation__secure": True}
+    if not refused:
+        made(method, plan, shape, prototypes, **changes)
+        return
+    with pytest.raises(ConfigError, match=r"1\.31 GB in each round .* Use method"):
+        made(method, plan, shape, prototypes, **changes)

@@ -16,10 +16,13 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
 
 from client_app.policy_check import check_policy
+from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.demo import CLASS_NAMES
+from clip2fl_common.messages.names import MASKED, METRICS
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
@@ -27,6 +30,7 @@ from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.in_process_grid import InProcessGrid
 from tests.site_folders import write_site
+from tests.site_node import SiteNode, policy, refusal, site_run
 
 NAMES = ["east", "north", "south", "west"]
 COUNTS = [
@@ -148,6 +152,60 @@ def test_sites_sum_with_their_own_keys(sites: Sites) -> None:
         assert (state / "secure-sums.sqlite").stat().st_mode & 0o777 == 0o600
 
 
+def test_accuracies_are_summed_and_no_sites_own_is_told(sites: Sites) -> None:
+    """The mean over sites is that of a run that tells each site's accuracies."""
+    sites.federate("plain", secure=False, ruled=False)
+    grid = sites.federate("secure", send_confusion_matrix="true")
+    plain, secure = sites.metrics("plain"), sites.metrics("secure")
+    assert secure[0]["accuracy"] == plain[0]["accuracy"] != {}
+    for line, told in zip(secure, plain, strict=True):
+        assert line["sites"] == {} and "accuracy_median_site" not in line
+        images = [site["evaluation"]["images"] for site in told["sites"].values()]
+        assert line["summed_evaluation"] == {"sites": 4, "images": sum(images)}
+        assert told["summed_evaluation"] is None and sum(images) > 0
+    artifacts = load_file(sites.folder / "secure" / "artifacts.safetensors")
+    (matrix,) = [v for name, v in artifacts.items() if name.startswith("confusion")]
+    assert int(matrix.sum()) == secure[-1]["summed_evaluation"]["images"]
+    # Each site's answer is as long as any other's, and says nothing but who sends it.
+    answers = [m for m in grid.replies if m.metadata.message_type == "evaluate"]
+    assert len(answers) == 8
+    for answer in answers:
+        assert set(answer.content) == {MASKED, METRICS}
+        assert set(answer.content.metric_records[METRICS]) == {"partition-id"}
+    assert len({messages.message_bytes(m.content) for m in answers[:4]}) == 1
+
+
+def test_matrix_without_permission_is_none(sites: Sites) -> None:
+    sites.federate("run")
+    artifacts = load_file(sites.folder / "run" / "artifacts.safetensors")
+    assert not [name for name in artifacts if name.startswith("confusion")]
+
+
+def test_too_few_sites_that_evaluate_give_no_accuracy(
+    sites: Sites, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """Two sites miss one in their lists; the run goes on without an accuracy."""
+    for name in ("east", "north"):
+        sites.trust(name, ["east", "north", "south"])
+    sites.federate("run")
+    for line in sites.metrics("run"):
+        assert line["accuracy"] == {} and line["summed_evaluation"] is None
+    told = [m for m in flower_log.messages if "no secure sum of evaluations" in m]
+    assert len(told) == 2
+    assert "masked sums of 2 of 4 clients, and 3 are needed" in told[0]
+
+
+def test_server_that_asks_for_plain_accuracies_gets_none(sites: Sites) -> None:
+    """A run with secure aggregation, whose requests to evaluate have no keys."""
+    folder = sites.folder / "east"
+    rules = {"policy": str(sites.policy("east")), "site": "east"}
+    node = SiteNode(folder / "images", rules)
+    run = site_run(aggregation__secure=True, federation__clients_per_round=3)
+    assert refusal(node.ask("evaluate", run)) == (
+        "no request of a secure sum: it has no record secure-aggregation"
+    )
+
+
 def test_site_that_others_do_not_trust_is_named(
     sites: Sites, flower_log: pytest.LogCaptureFixture
 ) -> None:
@@ -175,15 +233,13 @@ def test_swapped_key_file_does_not_pass_for_the_site(
         assert sorted(line["clients"]) == ["east", "north", "south"]
         assert not line["kept_model"]
     told = [m for m in flower_log.messages if "client west sent no usable key" in m]
-    assert len(told) == 2
+    assert len(told) == 4  # to train and to evaluate, in two rounds
     assert all(str(sites.folder) not in m and "own log says more" in m for m in told)
 
 
 def test_site_may_refuse_runs_without_secure_aggregation(
     sites: Sites, flower_log: pytest.LogCaptureFixture
 ) -> None:
-    from tests.site_node import SiteNode, policy, refusal, site_run
-
     folder = sites.folder / "east"
     rules = policy(folder, secure_only=True)
     node = SiteNode(folder / "images", rules)

@@ -1,7 +1,8 @@
-"""The exchanges of a secure sum besides training: keys, commit and reveal.
+"""The exchanges of a secure sum besides the work itself: keys, commit and reveal.
 
-A train request of a secure sum has one more record, with all parties' keys. Its reply
-has the masked sums (`clip2fl_common.messages.sums`) in place of everything else.
+A request to train or to evaluate with a secure sum has one more record, with all
+parties' keys. Its reply has the masked sums (`clip2fl_common.messages.vectors`) in
+place of everything else.
 """
 
 import hashlib
@@ -20,12 +21,18 @@ from clip2fl_common.messages.names import (
     STREAM,
 )
 from clip2fl_common.secure.masks import SEED_BYTES
-from clip2fl_common.secure.statements import SecureError, SignedKey, encoded
+from clip2fl_common.secure.statements import (
+    EVALUATION,
+    TRAINING,
+    SecureError,
+    SignedKey,
+    encoded,
+)
 
 # Names of the actions in Flower's message types: "train.keys" and so on.
 KEYS, COMMIT, REVEAL = "keys", "commit", "reveal"
 
-SESSION = "session"
+SESSION, PURPOSE = "session", "purpose"
 NAMES, PUBLIC_KEYS, SIGNATURES = "names", "public-keys", "signatures"
 NAME, PUBLIC_KEY, SIGNATURE = "name", "public-key", "signature"
 SEED, SEEDS = "seed", "seeds"
@@ -46,11 +53,13 @@ class SecureRequest:
     partition : int
         Which client is asked: a simulated partition, or a site's number.
     names : tuple of str
-        train: all parties; commit and reveal: the parties that are summed.
+        With the work: all parties; commit and reveal: those that are summed.
     public_keys : tuple of bytes
-        train: the parties' keys, in the order of the names.
+        With the work: the parties' keys, in the order of the names.
     signatures : tuple of bytes
-        In the order of the names. train: of the keys; reveal: of the set.
+        In the order of the names. With the work: of the keys; reveal: of the set.
+    purpose : {"train", "evaluate"}
+        What is summed.
     """
 
     server_round: int
@@ -59,6 +68,7 @@ class SecureRequest:
     names: tuple[str, ...] = ()
     public_keys: tuple[bytes, ...] = ()
     signatures: tuple[bytes, ...] = ()
+    purpose: str = TRAINING
 
     @property
     def directory(self) -> list[SignedKey]:
@@ -81,6 +91,7 @@ class SecureRequest:
                 ROUND: self.server_round,
                 SESSION: self.session,
                 PARTITION: self.partition,
+                PURPOSE: self.purpose,
                 NAMES: list(self.names),
                 PUBLIC_KEYS: list(self.public_keys),
                 SIGNATURES: list(self.signatures),
@@ -104,6 +115,7 @@ class SecureRequest:
                 server_round=_value(record, ROUND, int),
                 session=_value(record, SESSION, bytes),
                 partition=_value(record, PARTITION, int),
+                purpose=_value(record, PURPOSE, str),
                 names=_values(record, NAMES, str),
                 public_keys=_values(record, PUBLIC_KEYS, bytes),
                 signatures=_values(record, SIGNATURES, bytes),
@@ -112,14 +124,20 @@ class SecureRequest:
             raise SecureError(f"no request of a secure sum: {error}") from None
 
 
+def is_of_evaluation(content: RecordDict) -> bool:
+    """Return whether a request says that it belongs to a sum of evaluations."""
+    record = content.config_records.get(SECURE, ConfigRecord())
+    return record.get(PURPOSE) == EVALUATION
+
+
 def request_digest(content: RecordDict, settings: Mapping[str, object]) -> bytes:
-    """Return a digest of what a party trains with, the same for all parties.
+    """Return a digest of what a party works with, the same for all parties.
 
     Parameters
     ----------
     content : RecordDict
-        The train request. What differs between parties is left out: the client's
-        number, its random stream, and the record of the secure sum itself.
+        The request to train or to evaluate. What differs between parties is left out:
+        the client's number, its random stream, and the record of the secure sum itself.
     settings : mapping of str to object
         The run's configuration.
 

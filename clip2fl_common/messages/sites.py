@@ -145,6 +145,13 @@ class Evaluation:
     seconds: float = 0.0
     confusion: npt.NDArray[np.int64] | None = None
 
+    def stepped_recalls(self) -> dict[str, dict[int, int]]:
+        """Return the accuracies by head and class, in steps of `RECALL_STEP`."""
+        return {
+            head: {c: RECALL_STEP * round(by[c] / RECALL_STEP) for c in by}
+            for head, by in self.recalls.items()
+        }
+
     def content(self) -> RecordDict:
         """Return the reply's content.
 
@@ -154,10 +161,8 @@ class Evaluation:
         """
         classes = sorted(next(iter(self.recalls.values())))
         values = {
-            f"{RECALL}{head}": [
-                RECALL_STEP * round(by[c] / RECALL_STEP) for c in classes
-            ]
-            for head, by in self.recalls.items()
+            f"{RECALL}{head}": [by[c] for c in classes]
+            for head, by in self.stepped_recalls().items()
         }
         metrics = MetricRecord(
             {

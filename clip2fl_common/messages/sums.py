@@ -1,4 +1,4 @@
-"""What is summed with secure aggregation: one vector of fixed-point numbers a client.
+"""What is summed of training with secure aggregation: one vector a client.
 
 The client makes the vector from the reply that it would send without secure
 aggregation. The server makes one reply from the sum. All that follows at the server is
@@ -21,13 +21,12 @@ which classes a client holds. ``upload.precision = "half"`` sums them modulo 2^3
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient
 from clip2fl_common.config import RunConfig
@@ -36,8 +35,6 @@ from clip2fl_common.messages.arrays import (
     ReplyError,
     arrays_to_numpy,
     check_values,
-    checked,
-    numpy_to_arrays,
 )
 from clip2fl_common.messages.class_gradients import GradientFormat
 from clip2fl_common.messages.fields import ArrayFields, ReplyField
@@ -45,22 +42,17 @@ from clip2fl_common.messages.names import (
     ARRAYS,
     AVERAGED_METRICS,
     LARGEST_VALUE,
-    MASKED,
     METRICS,
     NUM_EXAMPLES,
-    PARTITION,
     SUMMED_METRICS,
     VARIANCE,
 )
 from clip2fl_common.messages.training import TrainReply
+from clip2fl_common.messages.vectors import WIDE, Segment, Values, VectorFormat
 from clip2fl_common.secure.fixed_point import Ring
 from clip2fl_common.secure.masks import Vector
 from clip2fl_common.updates import Arrays, bounded_update
 
-Values = Mapping[str, npt.NDArray[np.float64]]
-
-# The first power of two above `LARGEST_VALUE`, which no sum of a client exceeds.
-WIDE = Ring(64, 2.0**40)
 # Norm to which a class gradient is shortened without aggregation.max-gradient-norm.
 LONGEST_GRADIENT = 2.0**7
 
@@ -68,29 +60,8 @@ IMAGES, MODEL = "images", "model"
 METRIC_NAMES = (*AVERAGED_METRICS, *SUMMED_METRICS)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One array of the vector.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        The array's shape.
-    ring : Ring
-        The integers in which it is summed.
-    """
-
-    shape: tuple[int, ...]
-    ring: Ring
-
-    @property
-    def size(self) -> int:
-        """Return the number of values."""
-        return math.prod(self.shape)
-
-
-class SumFormat:
-    """The vector of a run: which arrays it has, and in which order.
+class SumFormat(VectorFormat):
+    """The vector of training: which arrays it has, and in which order.
 
     Parameters
     ----------
@@ -114,12 +85,12 @@ class SumFormat:
         self.longest_gradient = self._aggregation.max_gradient_norm or LONGEST_GRADIENT
         bound = 2.0 ** math.ceil(math.log2(self.longest_gradient))
         gradients = Ring(32, bound) if config.upload.precision == "half" else WIDE
-        self.segments: dict[str, Segment] = {
+        segments = {
             IMAGES: Segment((), WIDE),
             METRICS: Segment((len(METRIC_NAMES),), WIDE),
         }
         for name, values in sent.items():
-            self.segments[_part(MODEL, name)] = Segment(values.shape, WIDE)
+            segments[_part(MODEL, name)] = Segment(values.shape, WIDE)
         for field in fields:
             if isinstance(field, GradientFormat):
                 classes, width = field.num_classes, field.feature_dim
@@ -132,7 +103,8 @@ class SumFormat:
                 assert isinstance(field, ArrayFields), f"{field.name} has no sums"
                 shapes, ring = field.shapes, WIDE
             for name, shape in shapes.items():
-                self.segments[_part(field.name, name)] = Segment(shape, ring)
+                segments[_part(field.name, name)] = Segment(shape, ring)
+        super().__init__(segments)
 
     def values_of(self, content: RecordDict) -> Values:
         """Return what a client adds to the sum.
@@ -183,90 +155,6 @@ class SumFormat:
             scale = min(1.0, self.longest_gradient / norm) if norm > 0 else 1.0
             weight[c], bias[c] = scale * own.numpy(), scale * offset.numpy()
         return {"weight": weight, "bias": bias}
-
-    def encode(self, values: Values, parties: int) -> Vector:
-        """Return values as a vector of fixed-point numbers.
-
-        Parameters
-        ----------
-        values : mapping of str to ndarray
-            By name of the segment.
-        parties : int
-            Number of parties of the round.
-
-        Raises
-        ------
-        FloatingPointError
-            If a value is not finite or too large: training has diverged.
-        """
-        parts: dict[int, list[npt.NDArray[Any]]] = {64: [], 32: []}
-        for name, segment in self.segments.items():
-            flat = values[name].reshape(-1)
-            parts[segment.ring.bits].append(segment.ring.encode(flat, parties))
-        wide, narrow = (
-            np.concatenate([np.zeros(0, f"<u{bits // 8}"), *parts[bits]])
-            for bits in (64, 32)
-        )
-        return Vector(wide, narrow)
-
-    def decode(self, total: Vector, parties: int) -> Values:
-        """Return the sum in a vector by name of the segment; see `encode`."""
-        places = {64: 0, 32: 0}
-        words = {64: total.wide, 32: total.narrow}
-        values = {}
-        for name, segment in self.segments.items():
-            bits = segment.ring.bits
-            end = places[bits] + segment.size
-            part = words[bits][places[bits] : end].reshape(segment.shape)
-            values[name] = segment.ring.decode(part, parties)
-            places[bits] = end
-        return values
-
-    def zeros(self) -> Vector:
-        """Return the vector of an empty sum."""
-        sizes = {64: 0, 32: 0}
-        for segment in self.segments.values():
-            sizes[segment.ring.bits] += segment.size
-        return Vector(np.zeros(sizes[64], "<u8"), np.zeros(sizes[32], "<u4"))
-
-    def vector_in(self, content: RecordDict, asked: Mapping[int, int]) -> Vector:
-        """Return a client's masked vector.
-
-        Parameters
-        ----------
-        content : RecordDict
-            A reply.
-        asked : mapping of int to int
-            Clients that the sender was asked for.
-
-        Returns
-        -------
-        Vector
-            A copy; any integers are possible.
-
-        Raises
-        ------
-        ReplyError
-            If it is no reply of this format.
-        """
-        if (
-            set(content) != {MASKED, METRICS}
-            or set(content.array_records) != {MASKED}
-            or set(content.metric_records) != {METRICS}
-        ):
-            raise ReplyError(f"records are {sorted(content)}, expected masked sums")
-        metrics = content.metric_records[METRICS]
-        if set(metrics) != {PARTITION} or metrics[PARTITION] not in asked:
-            raise ReplyError(f"metrics are not those of one of {sorted(asked)}")
-        arrays = content.array_records[MASKED]
-        wanted = self.zeros()
-        if set(arrays) != {"wide", "narrow"}:
-            raise ReplyError(f"masked sums have the arrays {sorted(arrays)}")
-        wide, narrow = (
-            checked(f"{MASKED}.{name}", arrays[name], part.shape, part.dtype).copy()
-            for name, part in zip(("wide", "narrow"), wanted.parts, strict=True)
-        )
-        return Vector(wide, narrow)
 
     def reply_of(
         self, total: Vector, parties: int, members: Mapping[int, int], size: int
@@ -354,22 +242,6 @@ class SumFormat:
             # Exactly zero: no client has a gradient of the class.
             if weight[c].any() or bias[c].any()
         }
-
-
-def masked_reply(partition: int, vector: Vector) -> RecordDict:
-    """Return the reply with a client's masked vector."""
-    return RecordDict(
-        {
-            MASKED: numpy_to_arrays({"wide": vector.wide, "narrow": vector.narrow}),
-            METRICS: MetricRecord({PARTITION: partition}),
-        }
-    )
-
-
-def client_in(content: RecordDict) -> int | None:
-    """Return the client that a masked reply speaks of, unchecked; None without one."""
-    client = content.metric_records.get(METRICS, MetricRecord()).get(PARTITION)
-    return client if isinstance(client, int) else None
 
 
 def _metrics(summed: npt.NDArray[np.float64], images: float) -> dict[str, float]:

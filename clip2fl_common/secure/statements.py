@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PROTOCOL = b"clip2fl secure aggregation 1"
+# What a sum is of. Sums of evaluations have keys, masks and records of their own.
+TRAINING, EVALUATION = "train", "evaluate"
 # Two parties could subtract their own vector from the sum.
 LEAST_PARTIES = 3
 
@@ -33,7 +35,7 @@ class RoundName:
     Attributes
     ----------
     run : str
-        Id of the run.
+        Id of the run; for sums of evaluations with their name (see `sums_of`).
     server_round : int
         The round.
     session : bytes
@@ -48,6 +50,26 @@ class RoundName:
     def parts(self) -> tuple[bytes, bytes, bytes]:
         """Return the parts of a statement that name the round."""
         return self.run.encode(), str(self.server_round).encode(), self.session
+
+
+def sums_of(run: str, purpose: str) -> str:
+    """Return the name of a run's sums of one purpose, in statements and records.
+
+    Parameters
+    ----------
+    run : str
+        Flower's id of the run.
+    purpose : {"train", "evaluate"}
+        What is summed.
+
+    Raises
+    ------
+    SecureError
+        If there is no such purpose.
+    """
+    if purpose not in (TRAINING, EVALUATION):
+        raise SecureError(f"sums of {purpose[:20]!r}: there are none")
+    return run if purpose == TRAINING else f"{run}.{purpose}"
 
 
 @dataclass(frozen=True)

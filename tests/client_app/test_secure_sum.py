@@ -15,7 +15,8 @@ from client_app.secure_sum import SecureParty
 from client_app.site_database import LedgerError
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig
-from clip2fl_common.messages import TrainRequest
+from clip2fl_common.messages import Evaluation, TrainRequest
+from clip2fl_common.messages.evaluation_sums import EvaluationSums
 from clip2fl_common.messages.secure import (
     SecureRequest,
     key_in,
@@ -25,7 +26,7 @@ from clip2fl_common.messages.secure import (
 from clip2fl_common.messages.sums import SumFormat
 from clip2fl_common.secure.identities import SimulatedKeys
 from clip2fl_common.secure.masks import Vector, subtracts
-from clip2fl_common.secure.statements import SecureError, SignedKey
+from clip2fl_common.secure.statements import EVALUATION, SecureError, SignedKey, sums_of
 from tests.defaults import run_config
 
 CONFIG = run_config(
@@ -444,3 +445,45 @@ def test_clients_clip_themselves(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             update[name] / exact, update[name].flat[0] / exact.flat[0]
         )
+
+
+def evaluating(folder: Path, number: int) -> SecureParty:
+    """Return the party of a site in sums of evaluations, with the same file."""
+    return replace(party(folder, number), run=sums_of("1", EVALUATION))
+
+
+def test_evaluation_has_keys_and_masks_of_its_own(play: Round, tmp_path: Path) -> None:
+    """In the same round of the same run, after training and within it."""
+    play.up_to_masks()
+    other = Round([evaluating(tmp_path, number) for number in range(5)])
+    other.keys()
+    content, recalls = other.content(0), {"fedavg": {0: 40.0, 1: 61.0}}
+    request = TrainRequest.parse(content)
+    own = other.parties[0]
+    reply = own.evaluate(content, request, lambda: Evaluation(8, recalls))
+    sums = EvaluationSums(["fedavg"], 2, confusion=False)
+    vector = sums.vector_in(reply, {0: 1})
+    plain = sums.encode(sums.values_of(Evaluation(8, recalls)), 5)
+    assert not (vector.wide == plain.wide).any()
+    # Training goes on as if nothing had been evaluated.
+    members = [0, 1, 2, 3, 4]
+    signed = [play.commit(number, members) for number in members]
+    for number in members:
+        play.reveal(number, members, signed)
+    with refused("has begun round 1 of this run"):
+        own.keys(other.request())
+
+
+def test_keys_of_one_purpose_are_refused_for_the_other(
+    play: Round, tmp_path: Path
+) -> None:
+    play.keys()
+    other = Round([evaluating(tmp_path, number) for number in range(5)])
+    other.keys()
+    # The statement that a key's signature is of names the purpose.
+    with refused("the key of 'client-1' is not signed by 'client-1' for this round"):
+        play.train(
+            0, play.content(0, directory=[play.directory[0], *other.directory[1:]])
+        )
+    with refused("sums of 'both': there are none"):
+        SecureParty.of(CONFIG, "1", None, 0, "both")

@@ -10,7 +10,7 @@ from tests.site_folders import write_site
 
 pytestmark = pytest.mark.slow
 ALL = sorted(COUNTS)
-# A round has four messages for each node, and each starts a process.
+# A round has eight messages for each node, and each starts a process.
 ROUND_S = 600.0
 
 
@@ -37,7 +37,8 @@ def test_killed_node_costs_rounds_and_the_run_completes(server: Stack) -> None:
     )
     server.wait_for_round(1, 2 * ROUND_S)
     east = server.nodes["east"]
-    wait_for("keys", lambda: east.log("supernode").count("train.keys m") > 1, ROUND_S)
+    # Keys to train and to evaluate in the first round, then those of the second.
+    wait_for("keys", lambda: east.log("supernode").count("train.keys m") > 2, ROUND_S)
     east.kill_all()
     server.start_node("east", east.folder / "images")
     assert server.wait_for_run(5 * ROUND_S) == 0, server.server.log("run")
@@ -46,4 +47,7 @@ def test_killed_node_costs_rounds_and_the_run_completes(server: Stack) -> None:
     assert len(rounds) == 5 and trained[0] == trained[-1] == ALL
     lost = [line for line in rounds if line["kept_model"]]
     assert lost and all(line["lost"] and not line["clients"] for line in lost)
+    for line in (rounds[0], rounds[-1]):
+        assert line["accuracy"] and line["summed_evaluation"]["sites"] == len(ALL)
+    assert all(line["sites"] == {} for line in rounds)
     assert (server.results / "model.safetensors").is_file()

@@ -20,7 +20,8 @@ from clip2fl_common.messages.secure import (
     revealed_in,
     signature_in,
 )
-from clip2fl_common.messages.sums import SumFormat, client_in, masked_reply
+from clip2fl_common.messages.sums import SumFormat
+from clip2fl_common.messages.vectors import client_in, masked_reply
 from clip2fl_common.secure.masks import Vector
 from clip2fl_common.secure.statements import SecureError
 from tests.defaults import run_config
