@@ -163,15 +163,8 @@ def start_nodes(made: Stack, number: int) -> list[Machine]:
             *("--auth-supernode-private-key", node.folder / "keys" / name),
         )
         if started % GROUP == 0 or started == number:
-            _wait_until_online(made, started)
+            made.wait_until_online(started, 600)
     return nodes
-
-
-def _wait_until_online(made: Stack, number: int) -> None:
-    def online() -> bool:
-        return made.run_site("list").count("online") == number
-
-    wait_for(f"{number} nodes", online, 600)
 
 
 def measure(number: int, rounds: int, idle_s: float) -> list[str]:

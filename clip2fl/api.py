@@ -200,6 +200,7 @@ def compare(
     runs: PathLike = "runs",
     *,
     seeds: Sequence[int] = (),
+    variants: Sequence[str] = (),
     images: Literal["all", "held-out", "tuning"] | None = None,
     quiet: bool = False,
     **settings: object,
@@ -216,6 +217,8 @@ def compare(
         Folder in which the comparison gets its own folder.
     seeds : sequence of int
         Seeds that replace the file's.
+    variants : sequence of str
+        The only variants to run, the baseline among them; all by default.
     images : str or None
         Test images on which accuracy is shown, with ``evaluation.tuning-share``:
         "tuning" while you choose settings; None: "held-out" if there are any.
@@ -246,7 +249,9 @@ def compare(
     from clip2fl_common.project import experiment
 
     pairs = [f"{key}={json.dumps(value)}" for key, value in _flat(settings)]
-    compared = Comparison.read(experiment(Path(file)), Path(runs), pairs, seeds)
+    compared = Comparison.read(
+        experiment(Path(file)), Path(runs), pairs, seeds, variants
+    )
     shown_images = Images(images) if images else None
     compared.refuse_absent(shown_images)
     # torch is imported from here on, after the checks of the settings.
@@ -262,6 +267,7 @@ def compare(
         raise SimulationError(f"no run of {compared.name} has completed: {reasons}")
     command = ["clip2fl", "compare", str(file), "--runs", str(runs)]
     command += [word for seed in seeds for word in ("--seed", str(seed))]
+    command += [word for name in variants for word in ("--variant", name)]
     command += ["--set", " ".join(pairs)] if pairs else []
     command += ["--images", images] if images else []
     written = write_results(

@@ -330,6 +330,10 @@ def compare(
         list[int],
         typer.Option("--seed", help="Instead of the file's; may be repeated."),
     ] = [],  # noqa: B006
+    variants: Annotated[
+        list[str],
+        typer.Option("--variant", help="Only this one and others so named."),
+    ] = [],  # noqa: B006
     images: ShownImages = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -343,7 +347,7 @@ def compare(
     from clip2fl_common.project import experiment
 
     compared = comparisons.Comparison.read(
-        experiment(comparison), runs, settings, seeds
+        experiment(comparison), runs, settings, seeds, variants
     )
     compared.refuse_absent(images)
     # torch is imported from here on, after the checks of the settings.

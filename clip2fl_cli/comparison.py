@@ -125,6 +125,7 @@ class Comparison:
         runs: Path,
         overrides: Sequence[str] = (),
         seeds: Sequence[int] = (),
+        variants: Sequence[str] = (),
     ) -> "Comparison":
         """Read a comparison's file and check every run's configuration.
 
@@ -141,6 +142,8 @@ class Comparison:
             ``key=value`` pairs for all variants.
         seeds : sequence of int
             Replace all seeds in the file.
+        variants : sequence of str
+            The only variants to run; all by default.
 
         Returns
         -------
@@ -154,6 +157,7 @@ class Comparison:
             If a variant's configuration is not allowed.
         """
         content = _parse(file)
+        chosen = _chosen(content, variants)
         if problem := component_problem(file.stem):
             raise ComparisonError(
                 f"{shown(file)}: its runs go to a folder of its name, but "
@@ -164,7 +168,7 @@ class Comparison:
         # Checked first: an error in these settings is not the fault of a variant.
         general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
-        for variant, table in content.variants.items():
+        for variant, table in chosen.items():
             named = f"{where}: variants.{shown(variant)}"
             # Merged key by key: a variant that sets another key of client still gets
             # the common client.epochs.
@@ -337,6 +341,24 @@ def _parse(file: Path) -> ComparisonFile:
             f"variants {shown(', '.join(content.variants))}"
         )
     return content
+
+
+def _chosen(content: ComparisonFile, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the chosen variants in the order of the file; all if none is named."""
+    if not names:
+        return content.variants
+    for name in names:
+        if name not in content.variants:
+            raise ComparisonError(
+                f"--variant {shown(name)}: there is no such variant; there are "
+                f"{shown(', '.join(content.variants))}"
+            )
+    if content.baseline not in names:
+        raise ComparisonError(
+            f"--variant: the baseline {shown(content.baseline)} must be among the "
+            "chosen variants, as the others are set against it"
+        )
+    return {name: v for name, v in content.variants.items() if name in names}
 
 
 def _refuse_other_images(

@@ -109,6 +109,8 @@ class SecureSums:
         self._grid: Grid | None = None
         self._name = RoundName("", 0, b"")
         self._keys: dict[int, SignedKey] = {}
+        # As they were when the round began: a node that leaves is forgotten.
+        self._nodes: dict[int, int] = {}
 
     def refuse_if_huge(self, fields: Sequence[ReplyField[object]]) -> None:
         """Raise `ConfigError` if clients' sums are larger than is reasonable.
@@ -157,9 +159,13 @@ class SecureSums:
         """
         self._grid = grid
         self._name = RoundName(self._run, server_round, os.urandom(SESSION_BYTES))
+        self._nodes = {client: self._clients.node_of(client) for client in numbers}
         asked = {client: self._request(client) for client in numbers}
         trust = self._trust()
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
+        for client in self._keys.keys() - set(self._clients.available()):
+            del self._keys[client]
+            reasons[client] = "it has left since"
         self._tell(reasons, f"sent no usable key to {self._purpose}")
         if len(self._keys) < LEAST_PARTIES:
             return []  # nobody trains; `add` says why
@@ -286,7 +292,7 @@ class SecureSums:
         requests = [
             Message(
                 RecordDict({messages.SECURE: request.record()}),
-                self._clients.node_of(client),
+                self._nodes[client],
                 f"{MessageType.TRAIN}.{action}",
             )
             for client, request in asked.items()
@@ -300,14 +306,14 @@ class SecureSums:
                 continue
             try:
                 client = partition_in(reply.content)
-                if client not in asked or self._clients.node_of(client) != node:
+                if client not in asked or self._nodes[client] != node:
                     raise messages.ReplyError(f"it answers for client {client}")
                 found[client].append(read(client, reply.content))
             except messages.ReplyError as error:
                 errors[node] = str(error)
         answers = {client: own[0] for client, own in found.items() if len(own) == 1}
         return answers, {
-            client: errors.get(self._clients.node_of(client), "no answer in time")
+            client: errors.get(self._nodes[client], "no answer in time")
             for client in asked
             if client not in answers
         }

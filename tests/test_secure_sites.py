@@ -1,7 +1,7 @@
 """Secure sums of nodes that have images, keys and rules of their own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 
 from client_app.policy_check import check_policy
@@ -23,11 +23,13 @@ from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.messages.names import MASKED, METRICS
+from clip2fl_common.messages.secure import is_of_evaluation
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
 from tests.conftest import be_flower
 from tests.defaults import run_config
+from tests.flower_private import give_id
 from tests.in_process_grid import InProcessGrid
 from tests.site_folders import write_site
 from tests.site_node import SiteNode, policy, refusal, site_run
@@ -97,7 +99,12 @@ class Sites:
         return own / "policy.toml"
 
     def federate(
-        self, name: str, secure: bool = True, ruled: bool = True, **rules: Any
+        self,
+        name: str,
+        secure: bool = True,
+        ruled: bool = True,
+        grid_type: type[InProcessGrid] = InProcessGrid,
+        **rules: Any,
     ) -> InProcessGrid:
         """Run two rounds."""
         settings: dict[str, Scalar] = {
@@ -119,7 +126,7 @@ class Sites:
             if ruled:
                 own["policy"] = str(self.policy(site, **rules))
             nodes.append(own)
-        grid = InProcessGrid(config, 4, 3, node_configs=nodes)
+        grid = grid_type(config, 4, 3, node_configs=nodes)
         main(grid, Context(1, 0, {}, RecordDict(), cast(Any, config.to_flat())))
         return grid
 
@@ -127,6 +134,54 @@ class Sites:
         """Return a run's metrics."""
         lines = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+
+class Leaving(InProcessGrid):
+    """One site leaves while the server waits for the keys of the second round."""
+
+    leaves, silent = NAMES.index("west"), NAMES.index("west")
+    number, looked = 0, False
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes' ids; the server looks who is there while it waits."""
+        self.looked = bool(self.away)
+        return super().get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Count the requests for keys, without the sums of evaluations."""
+        requests = list(messages)
+        if requests and requests[0].metadata.message_type == "train.keys":
+            if not is_of_evaluation(requests[0].content):
+                self.number += 1
+        return super().push_messages(requests)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Hold a site's keys of the second round until the server has looked."""
+        found = []
+        for reply in super().pull_messages(message_ids):
+            keys = reply.metadata.message_type == "train.keys"
+            mine = reply.metadata.src_node_id == self._ids[self.silent]
+            if keys and mine and self.number == 2 and not self.looked:
+                self.away.add(self.leaves)
+                self._waiting[reply.metadata.reply_to_message_id] = reply
+            elif self.leaves in self.away and mine and self.silent == self.leaves:
+                # As Flower says it of a node that is lost.
+                lost = Error(code=4, reason="SuperNode unavailable")
+                found.append(Message(lost, reply_to=self._request_of(reply)))
+            else:
+                found.append(reply)
+        return found
+
+    def _request_of(self, reply: Message) -> Message:
+        request = Message(RecordDict(), reply.metadata.src_node_id, "train.keys")
+        give_id(request, reply.metadata.reply_to_message_id)
+        return request
+
+
+class LeavingAfterItsKeys(Leaving):
+    """The site that leaves has sent its keys; the server waits for another's."""
+
+    silent = NAMES.index("north")
 
 
 @pytest.fixture
@@ -204,6 +259,19 @@ def test_server_that_asks_for_plain_accuracies_gets_none(sites: Sites) -> None:
     assert refusal(node.ask("evaluate", run)) == (
         "no request of a secure sum: it has no record secure-aggregation"
     )
+
+
+@pytest.mark.parametrize("grid_type", [Leaving, LeavingAfterItsKeys])
+def test_site_that_leaves_while_keys_are_collected_costs_only_its_update(
+    sites: Sites, grid_type: type[Leaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategy.grid.LOOK_S", 0.0)
+    grid = sites.federate("run", grid_type=grid_type)
+    first, second = sites.metrics("run")
+    assert grid.away == {NAMES.index("west")}
+    assert sorted(first["clients"]) == NAMES
+    assert sorted(second["clients"]) == ["east", "north", "south"]
+    assert not second["kept_model"] and second["summed_evaluation"]["sites"] == 3
 
 
 def test_site_that_others_do_not_trust_is_named(

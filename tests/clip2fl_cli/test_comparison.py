@@ -60,6 +60,22 @@ def read(file: Path, *overrides: str, seeds: tuple[int, ...] = ()) -> Comparison
     return Comparison.read(file, file.parent / "runs", overrides, seeds)
 
 
+def test_only_the_named_variants_run_in_the_order_of_the_file(file: Path) -> None:
+    everything = read(file)
+    names = [run.variant for run in everything.plan]
+    other = next(name for name in names if name != everything.baseline)
+    chosen = Comparison.read(
+        file, file.parent / "runs", variants=[other, everything.baseline]
+    )
+    assert chosen.plan == tuple(
+        run for run in everything.plan if run.variant in (other, everything.baseline)
+    )
+    with pytest.raises(ComparisonError, match=f"the baseline {everything.baseline}"):
+        Comparison.read(file, file.parent / "runs", variants=[other])
+    with pytest.raises(ComparisonError, match="--variant adjust: there is no such"):
+        Comparison.read(file, file.parent / "runs", variants=["adjust"])
+
+
 class Watcher:
     """Notes what it is told."""
 

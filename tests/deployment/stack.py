@@ -304,6 +304,28 @@ class Stack:
             *(sys.executable, "-m", "clip2fl_cli.app", "site", "start"),
         )
 
+    def write_secure_rules(self, name: str) -> None:
+        """Write a node's policy for secure sums, with the registered sites trusted."""
+        node = self.nodes[name]
+        # Each site has its own copy, which its people have compared with the others.
+        trusted = node.folder / "trusted.json"
+        shutil.copy(self.registry, trusted)
+        rules = (
+            "secure-only = true",
+            f'identity-key = "{node.folder / "keys" / name}"',
+            f'trusted-sites = "{trusted}"',
+        )
+        policy = node.folder / "keys" / "policy.toml"
+        policy.write_text("\n".join(rules), "utf-8")
+
+    def wait_until_online(self, number: int, seconds: float) -> None:
+        """Wait until the SuperLink has a number of nodes online."""
+        wait_for(
+            f"{number} nodes",
+            lambda: self.run_site("list").count("online") == number,
+            seconds,
+        )
+
     def start_run(self, settings: str) -> None:
         """Start a run at the server; it is followed to its end."""
         self.server.start(

@@ -1,7 +1,5 @@
 """Secure aggregation as it is deployed: TLS, own identity keys, real processes."""
 
-import shutil
-
 import pytest
 
 from tests.deployment.conftest import COUNTS, TINY
@@ -20,18 +18,8 @@ def test_killed_node_costs_rounds_and_the_run_completes(server: Stack) -> None:
         node = server.add_node(name)
         write_site(node.folder / "images", counts)
     for name in COUNTS:
-        node = server.nodes[name]
-        # Each site has its own copy, which its people have compared with the others.
-        trusted = node.folder / "trusted.json"
-        shutil.copy(server.registry, trusted)
-        rules = (
-            "secure-only = true",
-            f'identity-key = "{node.folder / "keys" / name}"',
-            f'trusted-sites = "{trusted}"',
-        )
-        policy = node.folder / "keys" / "policy.toml"
-        policy.write_text("\n".join(rules), "utf-8")
-        server.start_node(name, node.folder / "images")
+        server.write_secure_rules(name)
+        server.start_node(name, server.nodes[name].folder / "images")
     server.start_run(
         f'{TINY} method="fedavg" aggregation.secure=true federation.rounds=5'
     )
