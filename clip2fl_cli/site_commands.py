@@ -274,6 +274,49 @@ def start_node(
     raise typer.Exit(status)
 
 
+@site.command("trust")
+def trust_sites(
+    listed: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SITES.json", help="The server's list of sites and their keys."
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of the installed site.")
+    ],
+) -> None:
+    """Take the list of the sites that this site trusts in secure sums.
+
+    Compare the code with the other sites by telephone: it is the same everywhere.
+    """
+    from clip2fl_cli.sites import trust
+
+    taken = trust.take(listed, folder)
+    console.print_table(
+        ["site", "key", ""],
+        [
+            [site.name, site.key, "this site" if site.own else ""]
+            for site in taken.sites
+        ],
+    )
+    console.tell(
+        "Compare this code with the other sites, by telephone. If it differs, somebody "
+        "has another list, and nobody may start:"
+    )
+    console.answer(taken.code)
+    if taken.server_made_key:
+        console.tell(
+            "This site's key came in its kit, so the server has had it and can sign as "
+            "this site. For secure sums, join with a kit without a key (site kit "
+            "--no-key): then the site makes its own.",
+            "bold red",
+        )
+    console.tell("Then put these lines into the site's policy.toml:")
+    for line in taken.rules:
+        console.answer(line)
+
+
 @site.command("list")
 def list_sites(
     server: ServerFolder = DEFAULT_FOLDER,

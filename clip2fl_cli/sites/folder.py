@@ -7,6 +7,7 @@ ca.crt              certificate of the federation's CA
 run.toml            configuration of the run, for the check before the start
 policy.toml         the site's own rules
 trusted-entities.yaml   optional: keys whose signed code may run here
+trusted-sites.json  optional: sites whose keys count in secure sums
 teacher/            optional: the teacher's weights
 kit.json            what the kit said
 state/, cache/      record of what the site has answered; caches
@@ -23,6 +24,7 @@ from clip2fl_common.files import replacing
 
 SETTINGS = "site.toml"
 TRUSTED_ENTITIES = "trusted-entities.yaml"
+TRUSTED_SITES = "trusted-sites.json"
 STATE, CACHE = "state", "cache"
 
 
