@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
-from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -25,17 +24,14 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from clip2fl_common import messages
-from clip2fl_common.messages import Evaluation, TrainReply
-from clip2fl_common.messages.evaluation_sums import EvaluationSums
+from clip2fl_common.messages import TrainReply
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
-    FEDAVG_HEAD,
     RETRAINED_HEAD,
-    TEACHER_HEAD,
 )
 from clip2fl_common.models import ImageClassifier
-from clip2fl_common.secure.statements import EVALUATION, TRAINING
 from strategy.discriminant import Discriminant
+from strategy.evaluations import SiteEvaluations
 from strategy.events import What
 from strategy.log import log
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
@@ -50,11 +46,6 @@ from strategy.round_record import RoundRecord, Trained
 from strategy.safeguards import Safeguards
 from strategy.secure_sums import SecureSums, SumCheck
 from strategy.setting import Setting
-from strategy.site_accuracy import (
-    mean_recalls,
-    site_evaluations,
-    summed_evaluation,
-)
 
 
 class Method(Strategy):
@@ -123,19 +114,14 @@ class Method(Strategy):
             self.min_replies,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
-        self._num_classes = setting.num_classes
         self._config = config
-        self.secure, self._evaluations = (
-            SecureSums(setting, purpose) if self.aggregation.secure else None
-            for purpose in (TRAINING, EVALUATION)
-        )
+        self.secure = SecureSums(setting) if self.aggregation.secure else None
         if self.secure is not None:
             self.secure.refuse_if_huge(self.fields)
         self._requests = Requests(setting.clients, self.events)
+        self._evaluations = SiteEvaluations(setting, self._requests)
         self.sent: Arrays = {}
         self._asked_at = 0.0
-        self._last_round = config.federation.rounds
-        self._heads: list[str] = []
 
     # Hooks: what a method may change.
 
@@ -292,7 +278,7 @@ class Method(Strategy):
         for client in numbers:
             self.ledger.note(client)
         self.events.begin_phase("clients")
-        return self._address(server_round, content, numbers, MessageType.TRAIN)
+        return self._requests.address(content, numbers, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -365,53 +351,19 @@ class Method(Strategy):
         if mean := self.average.mean(MODEL_WEIGHTS):
             arrays = messages.state_to_arrays(mean)
         self.clients.refresh(grid)
-        numbers = self.clients.evaluating()
-        if not numbers:
+        if not self.clients.evaluating():
             return []
         self._asked_at = self.begin("evaluation")
         content = self._content(server_round, arrays, config, RecordDict())
-        if self._evaluations is not None:
-            numbers = self._evaluations.agree(server_round, grid, numbers)
-            content[messages.SECURE] = self._evaluations.record()
         heads = self.delivered_heads(messages.arrays_to_tensors(arrays))
-        for name, head in heads.items():
-            content[messages.HEAD_RECORDS[name]] = messages.model_to_arrays(head)
-        teacher = [TEACHER_HEAD] if messages.TEACHER_FINGERPRINT in config else []
-        self._heads = [*heads, FEDAVG_HEAD, *teacher]
-        if server_round == self._last_round:
-            content.config_records[messages.CONFIG][messages.CONFUSION] = self._heads[0]
-        return self._address(server_round, content, numbers, MessageType.EVALUATE)
+        return self._evaluations.request(server_round, content, heads, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average each class's accuracy over the sites that have images of it."""
-        if not self._heads:
-            return None
-        replies = list(replies)
-        self._requests.log_silent(server_round, replies)
-        if self._evaluations is None:
-            found = site_evaluations(
-                server_round, replies, self._heads, self._num_classes, self._requests
-            )
-            for site, evaluation in found.items():
-                self._note_evaluated(site, evaluation)
-            self.round.evaluations = found
-            recalls = [evaluation.recalls for evaluation in found.values()]
-            self.round.recalls = mean_recalls(recalls, self._heads, self._num_classes)
-        else:
-            final = server_round == self._last_round
-            self.round.summed = summed = summed_evaluation(
-                server_round,
-                replies,
-                EvaluationSums(self._heads, self._num_classes, confusion=final),
-                self._evaluations,
-                self._requests,
-                self.clients.replies_needed(self.min_replies),
-            )
-            none = mean_recalls([], self._heads, self._num_classes)
-            self.round.recalls = none if summed is None else summed.recalls
-        self.book("evaluation", self._asked_at)
+        if self._evaluations.combine(server_round, list(replies), self.round):
+            self.book("evaluation", self._asked_at)
         return None
 
     def summary(self) -> None:
@@ -474,17 +426,6 @@ class Method(Strategy):
                     reply.upload_bytes,
                 )
 
-    def _note_evaluated(self, site: str, evaluation: Evaluation) -> None:
-        # The delivered head comes first. A site may have no image that evaluates.
-        values = list(evaluation.recalls[self._heads[0]].values())
-        self.events.note(
-            What.EVALUATED,
-            site,
-            images=evaluation.images,
-            seconds=evaluation.seconds,
-            accuracy=fmean(values) if values else None,
-        )
-
     def _content(
         self,
         server_round: int,
@@ -496,17 +437,6 @@ class Method(Strategy):
         content[messages.ARRAYS] = arrays
         content[messages.CONFIG] = config
         return content
-
-    def _address(
-        self,
-        server_round: int,
-        content: RecordDict,
-        numbers: Sequence[int],
-        message_type: str,
-    ) -> list[Message]:
-        labels = [self.clients.label(client) for client in numbers]
-        log(INFO, "round %d: clients %s %s", server_round, labels, message_type)
-        return self._requests.address(content, numbers, message_type)
 
     def _go_back(self, server_round: int, verdicts: Verdicts) -> ArrayRecord | None:
         """Return the last usable model; leave out the clients that made the bad one.

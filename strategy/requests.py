@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from logging import WARNING
+from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
@@ -85,6 +85,12 @@ class Requests:
             In the order of the clients.
         """
         config = content.config_records[messages.CONFIG]
+        labels = [self._clients.label(client) for client in numbers]
+        log(
+            INFO,
+            "round %d: clients %s %s",
+            *(config[messages.ROUND], labels, message_type),
+        )
         size = messages.payload_bytes(content)
         self._kind = message_type
         self.asked.clear()

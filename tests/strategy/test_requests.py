@@ -15,7 +15,7 @@ def test_dropped_reply_is_its_clients_by_the_id_of_the_request() -> None:
     """Clients 0 and 2 are simulated by one node."""
     told: list[Event] = []
     requests = Requests(client_plan(), Events(told.append))
-    content = RecordDict({messages.CONFIG: ConfigRecord()})
+    content = RecordDict({messages.CONFIG: ConfigRecord({messages.ROUND: 1})})
     sent = requests.address(content, [0, 1, 2], MessageType.TRAIN)
     assert [(e.what, e.site) for e in told] == [(What.ASKED, n) for n in (0, 1, 2)]
     told.clear()
