@@ -25,9 +25,9 @@ def _started() -> None:
     """Do nothing, in a process that is ready."""
 
 
-def _answer(message: Message, config: dict[str, Any], place: int) -> Message:
+def _answer(message: Message, config: dict[str, Any], place: int, run: int) -> Message:
     context = Context(
-        run_id=1,
+        run_id=run,
         node_id=message.metadata.dst_node_id,
         node_config={"partition-id": place},
         state=RecordDict(),
@@ -45,10 +45,13 @@ class DirectGrid(StandInGrid):
         The run configuration that clients see.
     workers : int
         Number of processes, each with one thread.
+    run : int
+        Flower's id of the run.
     """
 
-    def __init__(self, config: RunConfig, workers: int) -> None:
+    def __init__(self, config: RunConfig, workers: int, run: int = 1) -> None:
         self._config = config.to_flat()
+        self._run = run
         self._nodes = list(range(1, workers + 1))
         self._pool = ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=_start, initargs=(1,)
@@ -84,6 +87,7 @@ class DirectGrid(StandInGrid):
                 message,
                 self._config,
                 self._nodes.index(message.metadata.dst_node_id),
+                self._run,
             )
             for message in messages
         ]
