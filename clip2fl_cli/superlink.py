@@ -274,6 +274,9 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
     variables.pop("RAY_ADDRESS", None)
     if ray_address is not None:
         variables["RAY_ADDRESS"] = ray_address
+    # Ray gives a worker a minute to import torch and Flower, and then ends the run. A
+    # machine with other work may need longer.
+    variables.setdefault("RAY_worker_register_timeout_seconds", "600")
     variables.update(
         # Files that torch and others leave there are removed with the run.
         TMPDIR=str(directory / "tmp"),
