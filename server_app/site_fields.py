@@ -56,7 +56,7 @@ def site_fields(
         "summed_evaluation": (
             None
             if record.summed is None
-            else {"sites": record.summed.sites, "images": record.summed.images}
+            else {"sites": len(record.summed.sites), "images": record.summed.images}
         ),
         "clock": {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

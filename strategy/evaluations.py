@@ -122,6 +122,8 @@ class SiteEvaluations:
             self._requests,
             self._clients.replies_needed(self._min_replies),
         )
+        for site in record.summed.sites if record.summed is not None else ():
+            self._events.note(What.EVALUATED, site)  # nobody knows its accuracy
         nothing = mean_recalls([], self._heads, self._num_classes)
         record.recalls = nothing if record.summed is None else record.summed.recalls
         return True

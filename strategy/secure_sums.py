@@ -77,6 +77,8 @@ class Sum:
         Number of parties of the round.
     members : list of int
         The clients in the sum.
+    names : list of str
+        Their names.
     size : int
         Bytes that each of them sent.
     """
@@ -84,6 +86,7 @@ class Sum:
     total: Vector
     parties: int
     members: list[int]
+    names: list[str]
     size: int
 
 
@@ -239,7 +242,8 @@ class SecureSums:
                 "needed"
             )
         self._unmask(total, members)
-        return Sum(total, parties, members, size)
+        names = [self._keys[client].name for client in members]
+        return Sum(total, parties, members, names, size)
 
     def _unmask(self, total: Vector, members: Sequence[int]) -> None:
         """Take away the masks that are left in the sum of the members' vectors."""

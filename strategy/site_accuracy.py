@@ -90,8 +90,7 @@ def summed_evaluation(
     verdicts, found = Verdicts(), None
     try:
         total = secure.add(replies, sums, requests.asked, needed, verdicts)
-        members = len(total.members)
-        found = sums.evaluation_of(total.total, total.parties, members)
+        found = sums.evaluation_of(total.total, total.parties, total.names)
     except messages.ReplyError as error:
         log(WARNING, "round %d: no secure sum of evaluations: %s", server_round, error)
     for reply, reason in verdicts.dropped:

@@ -221,6 +221,11 @@ def test_accuracies_are_summed_and_no_sites_own_is_told(sites: Sites) -> None:
     artifacts = load_file(sites.folder / "secure" / "artifacts.safetensors")
     (matrix,) = [v for name, v in artifacts.items() if name.startswith("confusion")]
     assert int(matrix.sum()) == secure[-1]["summed_evaluation"]["images"]
+    text = (sites.folder / "secure" / "events.jsonl").read_text("utf-8")
+    events = [json.loads(line) for line in text.splitlines()]
+    noted = [event for event in events if event["what"] == "evaluated"]
+    assert sorted(event["site"] for event in noted) == sorted(NAMES * 2)
+    assert not any("accuracy" in event or "images" in event for event in noted)
     # Each site's answer is as long as any other's, and says nothing but who sends it.
     answers = [m for m in grid.replies if m.metadata.message_type == "evaluate"]
     assert len(answers) == 8

@@ -26,8 +26,8 @@ class SummedEvaluation:
 
     Attributes
     ----------
-    sites : int
-        Number of sites in the sum.
+    sites : tuple of str
+        Names of the sites in the sum.
     images : int
         Number of images that they evaluated.
     unreadable : int
@@ -40,7 +40,7 @@ class SummedEvaluation:
         did not ask, or no site allows it.
     """
 
-    sites: int
+    sites: tuple[str, ...]
     images: int
     unreadable: int
     recalls: dict[str, list[float | None]]
@@ -86,7 +86,7 @@ class EvaluationSums(VectorFormat):
         return values
 
     def evaluation_of(
-        self, total: Vector, parties: int, members: int
+        self, total: Vector, parties: int, sites: Sequence[str]
     ) -> SummedEvaluation:
         """Return what a sum says.
 
@@ -96,8 +96,8 @@ class EvaluationSums(VectorFormat):
             The sum without masks.
         parties : int
             Number of parties of the round.
-        members : int
-            Number of them in the sum.
+        sites : sequence of str
+            Names of those in the sum.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class EvaluationSums(VectorFormat):
             If the sum is none of possible evaluations.
         """
         values = {
-            name: self._whole(name, values, members)
+            name: self._whole(name, values, len(sites))
             for name, values in self.decode(total, parties).items()
         }
         held = values[HELD]
@@ -114,7 +114,7 @@ class EvaluationSums(VectorFormat):
         if matrix is not None and int(matrix.sum()) > images:
             raise ReplyError(f"the sum has confusion matrices of over {images} images")
         return SummedEvaluation(
-            sites=members,
+            sites=tuple(sites),
             images=images,
             unreadable=unreadable,
             recalls={

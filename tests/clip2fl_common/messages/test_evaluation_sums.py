@@ -31,6 +31,10 @@ def evaluation(
     return Evaluation(images, recalls, 2, confusion=confusion)
 
 
+def names(number: int) -> list[str]:
+    return [f"site-{n}" for n in range(number)]
+
+
 def total(sums: EvaluationSums, sites: list[Evaluation], parties: int) -> Vector:
     """Return the sum of the sites' vectors."""
     added = sums.zeros()
@@ -49,7 +53,7 @@ def test_sum_is_the_mean_over_the_sites_that_evaluate_a_class(
     client = EvaluationSums(HEADS[::-1], CLASSES, confusion=False)
     evaluations = [evaluation(own, images=n) for n, own in enumerate(sites)]
     added = total(client, evaluations, 20)
-    found = sums.evaluation_of(added, 20, len(sites))
+    found = sums.evaluation_of(added, 20, names(len(sites)))
     for i, head in enumerate(HEADS):
         for c in range(CLASSES):
             told = [5 * round(own[c][i] / 5) for own in sites if c in own]
@@ -58,21 +62,21 @@ def test_sum_is_the_mean_over_the_sites_that_evaluate_a_class(
                 None if expected is None else pytest.approx(expected)
             )
     assert list(found.recalls) == list(HEADS)
-    assert found.images == sum(range(len(sites))) and found.sites == len(sites)
+    assert found.images == sum(range(len(sites))) and len(found.sites) == len(sites)
     assert found.unreadable == 2 * len(sites) and found.confusion is None
 
 
 def test_matrices_of_the_sites_that_allow_it_are_summed() -> None:
     sums = EvaluationSums(HEADS, CLASSES, confusion=True)
     sites = [evaluation({}, matrix=matrix) for matrix in (True, False, True)]
-    found = sums.evaluation_of(total(sums, sites, 3), 3, 3)
+    found = sums.evaluation_of(total(sums, sites, 3), 3, names(3))
     assert found.confusion is not None
     np.testing.assert_array_equal(found.confusion, 2 * np.eye(CLASSES))
-    nobody = sums.evaluation_of(total(sums, [evaluation({})] * 3, 3), 3, 3)
+    nobody = sums.evaluation_of(total(sums, [evaluation({})] * 3, 3), 3, names(3))
     assert nobody.confusion is None
     # A matrix goes only into a sum of matrices.
     others = EvaluationSums(HEADS, CLASSES, confusion=False)
-    assert others.evaluation_of(total(others, sites, 3), 3, 3).confusion is None
+    assert others.evaluation_of(total(others, sites, 3), 3, names(3)).confusion is None
 
 
 @pytest.mark.parametrize(
@@ -95,4 +99,4 @@ def test_impossible_sum_is_refused(name: str, values: list[float], text: str) ->
     for part in (good, good, bad):
         added.add(sums.encode(part, 3))
     with pytest.raises(ReplyError, match=text):
-        sums.evaluation_of(added, 3, 3)
+        sums.evaluation_of(added, 3, names(3))
