@@ -1,13 +1,18 @@
-"""Measure what secure aggregation costs a round of real sites, beside a plain round.
+"""Measure what secure aggregation costs a round, beside a plain round.
 
-    python -m benchmarks.secure_rounds --nodes 4 16
+    python -m benchmarks.secure_rounds --nodes 4
+    python -m benchmarks.secure_rounds --simulated 4 16
 
-Needs root, nginx and the requirements of `tests/deployment`. A server and nodes, each
-in its own network namespace, train and evaluate over TLS, first without and then with
-secure aggregation. `benchmarks.secure` measures the exchanges alone.
+``--nodes`` needs root, nginx and the requirements of `tests/deployment`. A server and
+nodes, each in its own network namespace, train and evaluate over TLS, first without and
+then with secure aggregation. Each message starts a process, and on one machine that is
+most of a round. ``--simulated`` runs simulated clients through Flower instead, whose
+processes stay, and the test images are the server's. `benchmarks.secure` measures the
+exchanges alone.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -18,6 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import markdown, median_and_spread, write_results
+from clip2fl_cli.simulation import simulate
+from tests.defaults import ROOT
 from tests.deployment.conftest import TINY
 from tests.deployment.stack import Stack, missing, stack
 from tests.site_folders import write_site
@@ -67,6 +74,29 @@ def _start_nodes(made: Stack, names: Sequence[str], secure: bool) -> None:
             made.wait_until_online(started, 600)
 
 
+def simulated(number: int, rounds: int, secure: bool) -> list[dict[str, Any]]:
+    """Return the metrics of a simulated run's rounds but the first.
+
+    Raises
+    ------
+    RuntimeError
+        If the run failed.
+    """
+    settings = (
+        f"{TINY} partition.clients={number} federation.clients-per-round={number} "
+        f"federation.rounds={rounds} aggregation.secure={str(secure).lower()}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        named = f'run.dir="{folder}" run.name="run"'
+        result = simulate(
+            run_config=ROOT / "conf" / "demo.toml", overrides=[settings, named]
+        )
+        if not result.completed:
+            raise RuntimeError(result.details)
+        text = (Path(folder) / "run" / "metrics.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()[1:]]
+
+
 def row(number: int, secure: bool, lines: list[dict[str, Any]]) -> list[str]:
     """Return a row of the table."""
 
@@ -81,38 +111,53 @@ def row(number: int, secure: bool, lines: list[dict[str, Any]]) -> list[str]:
     return [
         str(number),
         "yes" if secure else "no",
-        median_and_spread([line["clock"]["seconds"] for line in lines]),
+        median_and_spread([_whole(line) for line in lines]),
         # The checks hold the exchanges after the masked sums.
         phase("clients", "checks"),
         phase("evaluation"),
-        "8" if secure else "2",
+        str((4 if secure else 1) * (2 if "clock" in lines[0] else 1)),
         f"{up / 1e6:.2f}",
     ]
+
+
+def _whole(line: dict[str, Any]) -> float:
+    """Return the seconds of a round; simulated clients' are summed, so left out."""
+    if "clock" in line:
+        return float(line["clock"]["seconds"])
+    seconds = line["seconds"].items()
+    return sum(s for name, s in seconds if not name.startswith("clients-"))
 
 
 def main() -> None:
     """Measure each number of sites with and without, and print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[4, 16])
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--nodes", type=int, nargs="+")
+    how.add_argument("--simulated", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
-    if reason := missing():
+    if arguments.nodes and (reason := missing()):
         parser.error(reason)
+    measure = federate if arguments.nodes else simulated
     rows = []
-    for number in arguments.nodes:
+    for number in arguments.nodes or arguments.simulated:
         for secure in (False, True):
-            lines = federate(number, arguments.rounds, secure)
-            rows.append(row(number, secure, lines))
+            rows.append(row(number, secure, measure(number, arguments.rounds, secure)))
             print(markdown(list(HEADER), rows[-1:]), flush=True)
+    where = (
+        "Sites, a server, its proxy and SuperExec, TLS, node authentication. Each "
+        "message is a process of its own at the site, and all sites' processes share "
+        "the cores here: at real sites they run side by side."
+        if arguments.nodes
+        else "Simulated clients through Flower, on conf/demo.toml; the server "
+        "evaluates, on test images of its own."
+    )
     write_results(
-        "secure-rounds",
-        "Cost of secure aggregation in rounds of real sites",
-        f"Sites, a server, its proxy and SuperExec on the same {os.cpu_count()} cores, "
-        "TLS, node authentication, clip2fl with resnet8-slim, one epoch, ten classes; "
-        f"{arguments.rounds} rounds of which the first is left out: median "
-        "(least-most). Each message is a process of its own at the site, and all "
-        "sites' processes share the cores here: at real sites they run side by "
-        f"side.\n\n{markdown(list(HEADER), rows)}",
+        "secure-rounds" if arguments.nodes else "secure-rounds-simulated",
+        "Cost of secure aggregation in a round",
+        f"{where} All on {os.cpu_count()} cores: clip2fl with resnet8-slim, one epoch, "
+        f"ten classes; {arguments.rounds} rounds of which the first is left out: "
+        f"median (least-most).\n\n{markdown(list(HEADER), rows)}",
         torch.device("cpu"),
     )
 
