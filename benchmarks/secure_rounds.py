@@ -125,7 +125,7 @@ def _whole(line: dict[str, Any]) -> float:
     if "clock" in line:
         return float(line["clock"]["seconds"])
     seconds = line["seconds"].items()
-    return sum(s for name, s in seconds if not name.startswith("clients-"))
+    return float(sum(s for name, s in seconds if not name.startswith("clients-")))
 
 
 def main() -> None:
