@@ -166,8 +166,7 @@ def measure(what: str, clients: int, classes: int, largest: float) -> list[str]:
         masking += time.process_time() - started
         replies.append(Message(masked, reply_to=Message(content, 1, "train")))
     asked = {1: dict.fromkeys(numbers, 10 * IMAGES)}
-    replies_check = ReplyCheck(sent, asked, fields)
-    check = SumCheck(server, config, setting.clients, replies_check, clients)
+    check = SumCheck(server, ReplyCheck(sent, asked, fields), clients)
     started = time.process_time()
     verdicts = check.judge(replies, LengthRule(0), noisy=True)
     # The clients' other exchanges ran within both calls of the server.

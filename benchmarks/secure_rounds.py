@@ -139,11 +139,6 @@ def main() -> None:
     if arguments.nodes and (reason := missing()):
         parser.error(reason)
     measure = federate if arguments.nodes else simulated
-    rows = []
-    for number in arguments.nodes or arguments.simulated:
-        for secure in (False, True):
-            rows.append(row(number, secure, measure(number, arguments.rounds, secure)))
-            print(markdown(list(HEADER), rows[-1:]), flush=True)
     where = (
         "Sites, a server, its proxy and SuperExec, TLS, node authentication. Each "
         "message is a process of its own at the site, and all sites' processes share "
@@ -152,14 +147,19 @@ def main() -> None:
         else "Simulated clients through Flower, on conf/demo.toml; the server "
         "evaluates, on test images of its own."
     )
-    write_results(
-        "secure-rounds" if arguments.nodes else "secure-rounds-simulated",
-        "Cost of secure aggregation in a round",
-        f"{where} All on {os.cpu_count()} cores: clip2fl with resnet8-slim, one epoch, "
-        f"ten classes; {arguments.rounds} rounds of which the first is left out: "
-        f"median (least-most).\n\n{markdown(list(HEADER), rows)}",
-        torch.device("cpu"),
-    )
+    rows = []
+    for number in arguments.nodes or arguments.simulated:
+        for secure in (False, True):
+            rows.append(row(number, secure, measure(number, arguments.rounds, secure)))
+        # After each number, as those of many nodes take long and may be stopped.
+        write_results(
+            "secure-rounds" if arguments.nodes else "secure-rounds-simulated",
+            "Cost of secure aggregation in a round",
+            f"{where} All on {os.cpu_count()} cores: clip2fl with resnet8-slim, one "
+            f"epoch, ten classes; {arguments.rounds} rounds of which the first is left "
+            f"out: median (least-most).\n\n{markdown(list(HEADER), rows)}",
+            torch.device("cpu"),
+        )
 
 
 if __name__ == "__main__":

@@ -100,9 +100,10 @@ class OwnSite:
         config = with_own_teacher(config, self.teacher)
         if problems := list(self.policy.violations(config)):
             raise SiteRefusal("; ".join(problems))
-        if kind == "query":
+        if kind == "query" and self.policy.max_epsilon is not None:
             # Refuse here what `spend` would refuse, before others wait for this site.
-            self._spend(config, implied_fields(config), keep=False)
+            cost = answer_cost(config, implied_fields(config))
+            self.ledger.spend(cost, self.policy, keep=False)
         try:
             self.ledger.count(run, kind, self.policy)
             share = self._validation_share(config, kind)
@@ -139,20 +140,16 @@ class OwnSite:
         LedgerError
             If the answer cannot be counted.
         """
-        if (total := self._spend(config, fields, keep=True)) is not None:
-            logger.info(
-                "epsilon = %.4g of %g at delta = %g, with this answer",
-                *(total, self.policy.max_epsilon, self.policy.epsilon_delta),
-            )
-
-    def _spend(
-        self, config: RunConfig, fields: Sequence[str], *, keep: bool
-    ) -> float | None:
         if self.policy.max_epsilon is None:
-            return None
+            return
         if problems := list(unprotected(config, fields)):
             raise SiteRefusal("; ".join(problems))
-        return self.ledger.spend(answer_cost(config, fields), self.policy, keep=keep)
+        cost = answer_cost(config, fields)
+        logger.info(
+            "epsilon = %.4g of %g at delta = %g, with this answer",
+            self.ledger.spend(cost, self.policy, keep=True),
+            *(self.policy.max_epsilon, self.policy.epsilon_delta),
+        )
 
     def _validation_share(self, config: RunConfig, kind: Kind) -> float:
         if self.policy.validation_share is not None:

@@ -29,9 +29,10 @@ def unprotected(config: RunConfig, fields: Iterable[str]) -> Iterator[str]:
         What the answer holds beside the model.
     """
     noises = {"model": config.privacy.model_noise_multiplier}
+    known = _noises(config)
     for field in fields:
-        if field in _noises(config):
-            name, noises[name] = _noises(config)[field]
+        if field in known:
+            name, noises[name] = known[field]
         else:
             yield (
                 f"the run asks for {field}, to which no noise is added, and the site "

@@ -114,7 +114,6 @@ class Method(Strategy):
             self.min_replies,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
-        self._config = config
         self.secure = SecureSums(setting) if self.aggregation.secure else None
         if self.secure is not None:
             self.secure.refuse_if_huge(self.fields)
@@ -399,7 +398,7 @@ class Method(Strategy):
         if self.secure is None:
             return check
         needed = self.clients.replies_needed(self.min_replies)
-        return SumCheck(self.secure, self._config, self.clients, check, needed)
+        return SumCheck(self.secure, check, needed)
 
     def _note_accepted(self, replies: Sequence[TrainReply]) -> None:
         for reply in replies:

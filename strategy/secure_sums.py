@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.config import ConfigError, RunConfig
+from clip2fl_common.config import ConfigError
 from clip2fl_common.messages import ReplyField
 from clip2fl_common.messages.secure import (
     COMMIT,
@@ -50,7 +50,6 @@ from clip2fl_common.secure.statements import (
     key_statement,
     sums_of,
 )
-from strategy.clients import Clients
 from strategy.events import What
 from strategy.log import log
 from strategy.outliers import LengthRule
@@ -99,13 +98,20 @@ class SecureSums:
         The run's clients, configuration and events.
     purpose : {"train", "evaluate"}
         What is summed.
+
+    Attributes
+    ----------
+    config : RunConfig
+        The run's configuration.
+    clients : Clients
+        The run's clients.
     """
 
     def __init__(self, setting: Setting, purpose: str = TRAINING) -> None:
         config = setting.config
-        self._clients = setting.clients
+        self.clients = setting.clients
         self._events = setting.events
-        self._config = config
+        self.config = config
         self._purpose = purpose
         self._run = sums_of(setting.run, purpose)
         self._timeout = config.federation.round_timeout
@@ -123,7 +129,7 @@ class SecureSums:
         fields : sequence of ReplyField
             What replies hold besides model and metrics.
         """
-        sums = SumFormat(self._config, {}, fields)
+        sums = SumFormat(self.config, {}, fields)
         size = sum(s.size * s.ring.bits // 8 for s in sums.segments.values())
         if size > MOST_BYTES:
             raise ConfigError(
@@ -135,7 +141,7 @@ class SecureSums:
     def log_settings(self) -> None:
         """Log what is protected, and that a simulation protects nothing."""
         log(INFO, "\t├──> Secure aggregation: the server sees sums only")
-        if self._config.simulated:
+        if self.config.simulated:
             log(
                 WARNING,
                 "aggregation.secure in a simulation: the identity keys of simulated "
@@ -162,11 +168,11 @@ class SecureSums:
         """
         self._grid = grid
         self._name = RoundName(self._run, server_round, os.urandom(SESSION_BYTES))
-        self._nodes = {client: self._clients.node_of(client) for client in numbers}
+        self._nodes = {client: self.clients.node_of(client) for client in numbers}
         asked = {client: self._request(client) for client in numbers}
         trust = self._trust()
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
-        for client in self._keys.keys() - set(self._clients.available()):
+        for client in self._keys.keys() - set(self.clients.available()):
             del self._keys[client]
             reasons[client] = "it has left since"
         self._tell(reasons, f"sent no usable key to {self._purpose}")
@@ -325,7 +331,7 @@ class SecureSums:
     def _key(self, trust: Trust | None, client: int, reply: RecordDict) -> SignedKey:
         """Return a client's key after checking its name, and its signature if known."""
         key = key_in(reply)
-        label = self._clients.label(client)
+        label = self.clients.label(client)
         name = label if isinstance(label, str) else SimulatedKeys.name_of(label)
         if key.name != name:
             raise messages.ReplyError(
@@ -344,9 +350,9 @@ class SecureSums:
         It only spares the other clients a useless round: they check all signatures
         themselves.
         """
-        if self._config.simulated:
-            return SimulatedKeys(self._config.seed)
-        registry = self._config.federation.site_registry
+        if self.config.simulated:
+            return SimulatedKeys(self.config.seed)
+        registry = self.config.federation.site_registry
         try:
             return PinnedKeys.read(Path(registry).expanduser()) if registry else None
         except SecureError as error:
@@ -355,7 +361,7 @@ class SecureSums:
 
     def _tell(self, reasons: Mapping[int, str], what: str) -> None:
         for client, reason in reasons.items():
-            label = self._clients.label(client)
+            label = self.clients.label(client)
             log(
                 WARNING,
                 "round %d: client %s %s: %s",
@@ -369,7 +375,7 @@ class SecureSums:
         if reasons:
             client, reason = next(iter(reasons.items()))
             raise messages.ReplyError(
-                f"client {self._clients.label(client)} {what}: {reason}"
+                f"client {self.clients.label(client)} {what}: {reason}"
             )
 
 
@@ -381,10 +387,6 @@ class SumCheck:
     ----------
     sums : SecureSums
         The run's secure sums of training.
-    config : RunConfig
-        The run's configuration.
-    clients : Clients
-        Tells how many images a client can have.
     check : ReplyCheck
         The expectations that a reply, here the sum, must meet.
     needed : int
@@ -392,8 +394,6 @@ class SumCheck:
     """
 
     sums: SecureSums
-    config: RunConfig
-    clients: Clients
     check: ReplyCheck
     needed: int
 
@@ -403,11 +403,11 @@ class SumCheck:
         """Return the sum as the only good reply; see `ReplyCheck.judge`."""
         verdicts = Verdicts()
         check = self.check
-        sums = SumFormat(self.config, check.sent, check.fields)
+        sums = SumFormat(self.sums.config, check.sent, check.fields)
         try:
             found = self.sums.add(replies, sums, check.asked, self.needed, verdicts)
             images = {
-                client: self.clients.images_of(client) for client in found.members
+                client: self.sums.clients.images_of(client) for client in found.members
             }
             reply = sums.reply_of(found.total, found.parties, images, found.size)
             size = check.measure(reply, lengths.ratio > 0 and not noisy)
