@@ -17,7 +17,8 @@ flower=(flwr iterators cryptography cffi pycryptodome grpcio grpcio-health-check
     h11 anyio certifi idna)
 settings=(pydantic pydantic-core annotated-types typing-inspection typing-extensions
     platformdirs filelock safetensors pillow tqdm)
-teacher=(open-clip-torch ftfy wcwidth timm regex huggingface-hub fsspec pyyaml packaging)
+teacher=(open-clip-torch ftfy wcwidth timm regex huggingface-hub httpx2 httpcore2
+    truststore hf-xet fsspec pyyaml packaging)
 
 list=$(mktemp)
 trap 'rm -f "$list"' EXIT
