@@ -36,6 +36,7 @@ from clip2fl_common.models import build_model
 from strategy.clients import SimulatedClients
 from strategy.outliers import LengthRule
 from strategy.replies import ReplyCheck
+from strategy.requests import Requests
 from strategy.secure_sums import SecureSums, SumCheck
 from strategy.setting import Setting
 from tests.flower_private import act_as_flower_process
@@ -151,7 +152,8 @@ def measure(what: str, clients: int, classes: int, largest: float) -> list[str]:
         None,
         run="1",
     )
-    server, grid = SecureSums(setting), Parties(config)
+    requests = Requests(setting.clients, setting.events)
+    server, grid = SecureSums(setting, requests), Parties(config)
     started = time.process_time()
     server.agree(1, grid, numbers)
     server_seconds = time.process_time() - started

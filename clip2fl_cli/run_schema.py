@@ -224,6 +224,15 @@ class UnusedReply(BaseModel):
     reason: Text
 
 
+class SummedEvaluation(BaseModel):
+    """What a secure sum of evaluations tells of its sites."""
+
+    model_config = _strict
+
+    sites: Count
+    images: Count
+
+
 class Clock(BaseModel):
     """A round by the clock, waiting for sites included."""
 
@@ -259,9 +268,11 @@ class Round(BaseModel):
     bytes: Bytes
     privacy: dict[Mechanism, Spent] = {}
     unreadable_images: Unreadable | None = None
-    # Only runs of sites have these.
+    # Only runs of sites have names of clients, and the fields after them.
+    clients: Annotated[list[Name | Count], Field(max_length=MAX_RUNS)] = []
     sites: Annotated[dict[Name, SiteOfRound], Field(max_length=MAX_RUNS)] = {}
     unused_replies: Annotated[list[UnusedReply], Field(max_length=MAX_RUNS)] = []
+    summed_evaluation: SummedEvaluation | None = None
     clock: Clock | None = None
 
 

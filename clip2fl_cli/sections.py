@@ -14,7 +14,7 @@ from clip2fl_cli.colours import IN_BACKGROUND, TEACHER, Style
 from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
-from clip2fl_cli.sites_section import confusion_sites
+from clip2fl_cli.sites_section import confusion_text
 from clip2fl_cli.summary import teachers, tested_on
 from clip2fl_cli.tables import LOSSES, matrix_tables
 from clip2fl_cli.wording import head_title, last_rounds, method_title
@@ -270,7 +270,7 @@ def confusion_section(run: FinishedRun) -> Section:
     """Return the section of the delivered classifier's confusion matrix."""
     title = "Confusion matrix"
     head = run.heads[0]
-    sites = confusion_sites(run)
+    sites = confusion_text(run)
     if f"confusion.{head}" not in run.artifacts:
         return _absent("confusion", title, "" if sites is None else NOT_ALLOWED)
     order = run.by_frequency
@@ -307,10 +307,7 @@ def confusion_section(run: FinishedRun) -> Section:
         "100 % of a true class; the most frequent class comes first."
     )
     if sites is not None:
-        text += (
-            f" The matrix counts validation images of {sites[0]} of {sites[1]} sites: "
-            "those whose policy allows it."
-        )
+        text += f" {sites}"
     if run.whole is not None:
         text += " The matrix counts all test images."
     return Section("confusion", title, text, [picture], tables)

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from clip2fl_cli import figures
@@ -18,13 +19,46 @@ from clip2fl_common.metrics import TEACHER_HEAD
 MAX_BARS = 40
 # Latest replies that were not used, of at most this many.
 MAX_UNUSED = 200
+# Round, site, kind of request and reason of a reply that was not used.
+Unused = tuple[str, str, str, str]
 
 
 def sites_section(run: FinishedRun, style: Style) -> list[Section]:
     """Return the section of the sites; nothing for a run with simulated clients."""
-    names = sorted({name for line in run.rounds for name in line.get("sites", {})})
-    if not names:
+    unused = [
+        (str(line["round"]), str(reply["site"]), reply["request"], reply["reason"])
+        for line in run.rounds
+        for reply in line.get("unused_replies", [])
+    ]
+    if names := sorted({name for line in run.rounds for name in line.get("sites", {})}):
+        section = _told(run, style, names, unused)
+    elif _is_summed(run):
+        section = _summed(run, unused)
+    else:
         return []
+    if not unused:
+        return [section]
+    latest = text_table(
+        "unused-table",
+        "Replies that were missing or not used"
+        + (f", the last {MAX_UNUSED}" if len(unused) > MAX_UNUSED else ""),
+        ["round", "site", "request", "reason"],
+        unused[-MAX_UNUSED:],
+        folded=True,
+    )
+    return [replace(section, tables=[*section.tables, latest])]
+
+
+def _is_summed(run: FinishedRun) -> bool:
+    """Return whether the sites' updates and accuracies came as sums."""
+    secure = run.config.get("aggregation.secure", False)
+    return bool(secure) and "summed_evaluation" in run.rounds[-1]
+
+
+def _told(
+    run: FinishedRun, style: Style, names: list[str], unused: list[Unused]
+) -> Section:
+    """Return the section of sites that tell their own sizes and accuracies."""
     latest = {name: _latest(run, name, "evaluation") for name in names}
     head = run.heads[0]
     balanced = {
@@ -33,50 +67,57 @@ def sites_section(run: FinishedRun, style: Style) -> list[Section]:
         if head in found.get("accuracy", {})
     }
     worst_first = sorted(names, key=lambda name: balanced.get(name, float("inf")))
-    unused = [
-        (str(line["round"]), str(reply["site"]), reply["request"], reply["reason"])
-        for line in run.rounds
-        for reply in line.get("unused_replies", [])
-    ]
     lost = Counter(site for _, site, _, _ in unused)
     rows = [
         _row(run, name, latest[name], lost[name], name == worst_first[0] in balanced)
         for name in worst_first
     ]
-    tables = [
-        Table(
-            "sites-table",
-            f"Accuracy in percent of {head_title(head)} and of the teacher on each "
-            "site's own validation images, when it last evaluated, the worst site "
-            "first; sizes and seconds of its trainings are medians.",
-            [
-                *("site", "balanced", "few", "teacher", "training images"),
-                *("validation images", "unreadable", "trained in rounds"),
-                *("replies not used", "s", "MB"),
-            ],
-            rows,
-        )
-    ]
-    if unused:
-        tables.append(
-            text_table(
-                "unused-table",
-                "Replies that were missing or not used"
-                + (f", the last {MAX_UNUSED}" if len(unused) > MAX_UNUSED else ""),
-                ["round", "site", "request", "reason"],
-                unused[-MAX_UNUSED:],
-                folded=True,
-            )
-        )
-    return [
-        Section(
-            "sites",
-            "Sites",
-            f"{_fairness(balanced, worst_first)} {_unreadable(run)}",
-            _picture(balanced, worst_first, style),
-            tables,
-        )
-    ]
+    table = Table(
+        "sites-table",
+        f"Accuracy in percent of {head_title(head)} and of the teacher on each "
+        "site's own validation images, when it last evaluated, the worst site "
+        "first; sizes and seconds of its trainings are medians.",
+        [
+            *("site", "balanced", "few", "teacher", "training images"),
+            *("validation images", "unreadable", "trained in rounds"),
+            *("replies not used", "s", "MB"),
+        ],
+        rows,
+    )
+    return Section(
+        "sites",
+        "Sites",
+        f"{_fairness(balanced, worst_first)} {_unreadable(run)}",
+        _picture(balanced, worst_first, style),
+        [table],
+    )
+
+
+def _summed(run: FinishedRun, unused: list[Unused]) -> Section:
+    """Return the section of sites whose updates and accuracies came as sums."""
+    used = Counter(name for line in run.rounds for name in line["clients"])
+    lost = Counter(site for _, site, _, _ in unused)
+    table = Table(
+        "sites-table",
+        "How often each site's update was part of a round's sum.",
+        ["site", "trained in rounds", "replies not used"],
+        [
+            TableRow([Cell(n), Cell.number(used[n], 0), Cell.number(lost[n], 0)])
+            for n in sorted({*used, *lost})
+        ],
+    )
+    found = [line["summed_evaluation"] for line in run.rounds]
+    evaluated = (
+        f"The last evaluation is the sum of {found[-1]['sites']} sites with "
+        f"{found[-1]['images']:,} validation images."
+        if found[-1]
+        else "The last round has no sum of evaluations."
+    )
+    text = (
+        "The server sees only sums of the sites' updates and accuracies "
+        f"(aggregation.secure), so nothing is told of one site alone. {evaluated}"
+    )
+    return Section("sites", "Sites", f"{text} {_unreadable(run)}", tables=[table])
 
 
 def _fairness(balanced: dict[str, float], worst_first: list[str]) -> str:
@@ -170,16 +211,19 @@ def _parts(run: FinishedRun, name: str, part: str) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def confusion_sites(run: FinishedRun) -> tuple[int, int] | None:
-    """Return how many sites are in the confusion matrix, and of how many.
-
-    Returns
-    -------
-    tuple of int or None
-        None for a run with simulated clients.
-    """
-    last = run.rounds[-1].get("sites")
-    if last is None:
+def confusion_text(run: FinishedRun) -> str | None:
+    """Return whose images a confusion matrix counts; None with simulated clients."""
+    last = run.rounds[-1]
+    if "sites" not in last:
         return None
-    found = [one for site in last.values() if (one := site.get("evaluation"))]
-    return sum(one["confusion_matrix"] for one in found), len(found)
+    if summed := last.get("summed_evaluation"):
+        return (
+            f"The matrix is a sum of {summed['sites']} sites. It counts the validation "
+            "images of those whose policy allows it."
+        )
+    found = [one for site in last["sites"].values() if (one := site.get("evaluation"))]
+    allowed = sum(one["confusion_matrix"] for one in found)
+    return (
+        f"The matrix counts validation images of {allowed} of {len(found)} sites: "
+        "those whose policy allows it."
+    )

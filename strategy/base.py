@@ -114,10 +114,11 @@ class Method(Strategy):
             self.min_replies,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
-        self.secure = SecureSums(setting) if self.aggregation.secure else None
+        self._requests = Requests(setting.clients, self.events)
+        secure = self.aggregation.secure
+        self.secure = SecureSums(setting, self._requests) if secure else None
         if self.secure is not None:
             self.secure.refuse_if_huge(self.fields)
-        self._requests = Requests(setting.clients, self.events)
         self._evaluations = SiteEvaluations(setting, self._requests)
         self.sent: Arrays = {}
         self._asked_at = 0.0
@@ -266,13 +267,13 @@ class Method(Strategy):
             config[messages.FIELDS] = [field.name for field in self.fields]
         numbers = self.safeguards.sample(server_round)
         content = self._content(server_round, arrays, config, self.content())
+        unused = self._requests.begin_round()
         if self.secure is not None:
             self.events.begin_phase("keys")
             numbers = self.secure.agree(server_round, grid, numbers)
             content[messages.SECURE] = self.secure.record()
         self.round = RoundRecord(
-            bytes_down=len(numbers) * messages.payload_bytes(content),
-            unused=self._requests.begin_round(),
+            bytes_down=len(numbers) * messages.payload_bytes(content), unused=unused
         )
         for client in numbers:
             self.ledger.note(client)

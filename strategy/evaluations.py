@@ -44,7 +44,7 @@ class SiteEvaluations:
         self._last_round = federation.rounds
         self._min_replies = federation.min_replies
         secure = setting.config.aggregation.secure
-        self._secure = SecureSums(setting, EVALUATION) if secure else None
+        self._secure = SecureSums(setting, requests, EVALUATION) if secure else None
         # Those that sites report on, the delivered one first; none before a request.
         self._heads: list[str] = []
 

@@ -23,7 +23,8 @@ class Unused:
     client : str or int
         The site's name or the simulated client's number; ``node N`` if that is open.
     kind : str
-        Flower's type of the request, such as ``train``.
+        Type of the request: ``train``, ``evaluate``, or a step of a secure sum of
+        either, such as ``train.keys``.
     reason : str
         Why, on one line.
     """
@@ -136,8 +137,21 @@ class Requests:
 
     def note_dropped(self, reply: Message, reason: str) -> None:
         """Tell that a reply is not used, and whose it is."""
-        client = self.client(reply)
-        self._unused.append(Unused(client, self._kind, messages.plain(reason)))
+        self.note_unused(self.client(reply), self._kind, reason)
+
+    def note_unused(self, client: str | int, kind: str, reason: str) -> None:
+        """Tell that a client's reply to a request is not used, or that it is missing.
+
+        Parameters
+        ----------
+        client : str or int
+            As in `Unused`.
+        kind : str
+            As in `Unused`.
+        reason : str
+            Why.
+        """
+        self._unused.append(Unused(client, kind, messages.plain(reason)))
         self._events.note(What.DROPPED, client, reason=reason)
 
     def log_silent(self, server_round: int, replies: Sequence[Message]) -> None:

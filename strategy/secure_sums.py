@@ -50,10 +50,10 @@ from clip2fl_common.secure.statements import (
     key_statement,
     sums_of,
 )
-from strategy.events import What
 from strategy.log import log
 from strategy.outliers import LengthRule
 from strategy.replies import ReplyCheck, Verdicts
+from strategy.requests import Requests
 from strategy.setting import Setting
 
 SESSION_BYTES = 16
@@ -95,7 +95,9 @@ class SecureSums:
     Parameters
     ----------
     setting : Setting
-        The run's clients, configuration and events.
+        The run's clients and configuration.
+    requests : Requests
+        Told of clients that leave a sum.
     purpose : {"train", "evaluate"}
         What is summed.
 
@@ -107,10 +109,12 @@ class SecureSums:
         The run's clients.
     """
 
-    def __init__(self, setting: Setting, purpose: str = TRAINING) -> None:
+    def __init__(
+        self, setting: Setting, requests: Requests, purpose: str = TRAINING
+    ) -> None:
         config = setting.config
         self.clients = setting.clients
-        self._events = setting.events
+        self._requests = requests
         self.config = config
         self._purpose = purpose
         self._run = sums_of(setting.run, purpose)
@@ -175,7 +179,7 @@ class SecureSums:
         for client in self._keys.keys() - set(self.clients.available()):
             del self._keys[client]
             reasons[client] = "it has left since"
-        self._tell(reasons, f"sent no usable key to {self._purpose}")
+        self._tell(KEYS, reasons, f"sent no usable key to {self._purpose}")
         if len(self._keys) < LEAST_PARTIES:
             return []  # nobody trains; `add` says why
         return sorted(self._keys)
@@ -260,7 +264,7 @@ class SecureSums:
         signatures, reasons = self._exchange(
             COMMIT, asked, lambda client, reply: signature_in(reply)
         )
-        self._demand(reasons, "did not sign the set to be summed")
+        self._demand(COMMIT, reasons, "did not sign the set to be summed")
         signed = tuple(signatures[client] for client in members)
         asked = {
             client: self._request(client, names=listed, signatures=signed)
@@ -269,7 +273,7 @@ class SecureSums:
         revealed, reasons = self._exchange(
             REVEAL, asked, lambda client, reply: revealed_in(reply, lost)
         )
-        self._demand(reasons, "did not reveal its seeds")
+        self._demand(REVEAL, reasons, "did not reveal its seeds")
         for client, name in names.items():
             own: Revealed = revealed[client]
             total.mask(own.own, subtract=True)
@@ -359,7 +363,7 @@ class SecureSums:
             log(WARNING, "signatures are not checked at the server: %s", error)
             return None
 
-    def _tell(self, reasons: Mapping[int, str], what: str) -> None:
+    def _tell(self, action: str, reasons: Mapping[int, str], what: str) -> None:
         for client, reason in reasons.items():
             label = self.clients.label(client)
             log(
@@ -367,11 +371,11 @@ class SecureSums:
                 "round %d: client %s %s: %s",
                 *(self._name.server_round, label, what, reason),
             )
-            self._events.note(What.DROPPED, label, reason=reason)
+            self._requests.note_unused(label, f"{self._purpose}.{action}", reason)
 
-    def _demand(self, reasons: Mapping[int, str], what: str) -> None:
+    def _demand(self, action: str, reasons: Mapping[int, str], what: str) -> None:
         """Raise `ReplyError` if any member failed: the round is lost then."""
-        self._tell(reasons, what)
+        self._tell(action, reasons, what)
         if reasons:
             client, reason = next(iter(reasons.items()))
             raise messages.ReplyError(

@@ -1,6 +1,7 @@
 """Secure sums of nodes that have images, keys and rules of their own."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 
 from client_app.policy_check import check_policy
+from clip2fl_cli.report import write_run_report
+from clip2fl_cli.runs import FinishedRun
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.demo import CLASS_NAMES
@@ -27,6 +30,7 @@ from clip2fl_common.messages.secure import is_of_evaluation
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
+from tests.clip2fl_cli.html_page import Page
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import give_id
@@ -233,6 +237,28 @@ def test_accuracies_are_summed_and_no_sites_own_is_told(sites: Sites) -> None:
         assert set(answer.content) == {MASKED, METRICS}
         assert set(answer.content.metric_records[METRICS]) == {"partition-id"}
     assert len({messages.message_bytes(m.content) for m in answers[:4]}) == 1
+
+
+def test_report_tells_what_the_sums_tell_and_who_was_in_them(sites: Sites) -> None:
+    """West leaves for round 2. A matrix of one site's images is not all four sites'."""
+    sites.federate("run", grid_type=Leaving, send_confusion_matrix="true")
+    run = FinishedRun.read(sites.folder / "run")
+    page = Page(write_run_report(run))
+    table = page.tables["sites-table"]
+    assert [row[0] for row in table.texts] == NAMES
+    assert table.column("trained in rounds") == [
+        "1" if name == "west" else "2" for name in NAMES
+    ]
+    lost = Counter(
+        reply["site"] for line in run.rounds for reply in line["unused_replies"]
+    )
+    assert lost["west"] >= 1
+    assert table.column("replies not used") == [str(lost[name]) for name in NAMES]
+    assert len(page.tables["unused-table"].texts) == lost.total()
+    images = run.rounds[-1]["summed_evaluation"]["images"]
+    text = (sites.folder / "run" / "report.html").read_text("utf-8")
+    assert f"the sum of 3 sites with {images} validation images" in text
+    assert "The matrix is a sum of 3 sites." in text
 
 
 def test_matrix_without_permission_is_none(sites: Sites) -> None:
