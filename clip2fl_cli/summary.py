@@ -23,6 +23,8 @@ from clip2fl_cli.wording import SHARED_TRAINING
 from clip2fl_common.shown import shown
 
 CONFIDENCE = 0.95
+# So many classes are columns of a page's table, and stand in a list one by one.
+FEW_CLASSES = 20
 # Characters that Markdown would interpret, and those that end a table's cell.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]")
 
@@ -345,7 +347,8 @@ Date: {origin.date}. Command:
 
 Accuracy in percent on {tested_on(every[0])}, mean of the last
 {LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
-many = classes {groups["many"]}, medium = {groups["medium"]}, few = {groups["few"]}.
+many = classes {_listed(groups["many"])}, medium = {_listed(groups["medium"])},
+few = {_listed(groups["few"])}.
 Differences: to the delivered classifier of {reference}, in balanced and in few-shot
 accuracy, seed by seed, with their 95 % confidence intervals (Student's t).
 Teacher: {plain(", ".join(teachers(runs))) or "none"}.
@@ -433,24 +436,36 @@ def main_table(
 
 
 def class_table(runs: Mapping[str, Sequence[FinishedRun]]) -> str:
-    """Return the Markdown table of per-class accuracy, most frequent class first."""
+    """Return the Markdown table of per-class accuracy, most frequent class first.
+
+    Few classes are columns, many are rows.
+    """
     first = next(iter(runs.values()))[0]
     images = first.train_counts
     order = first.by_frequency
-    rows = []
+    names = [plain(first.class_names[c]) for c in order]
+    lines = []
     if images:
-        rows.append(["training images", "", *(str(images[c]) for c in order)])
+        lines.append(["training images", "", *(str(images[c]) for c in order)])
     for variant, group in runs.items():
         for head in group[0].heads:
-            columns = zip(*(run.per_class(head) for run in group), strict=True)
-            means = [
-                None if None in column else statistics.fmean(column)
-                for column in columns
-            ]
+            of_class = zip(*(run.per_class(head) for run in group), strict=True)
+            means = [None if None in one else statistics.fmean(one) for one in of_class]
             cells = (_percent(means[c]) for c in order)
-            rows.append([plain(variant), plain(head), *cells])
-    header = ["variant", "head", *(plain(first.class_names[c]) for c in order)]
-    return _markdown_table(header, rows)
+            lines.append([plain(variant), plain(head), *cells])
+    if len(names) <= FEW_CLASSES:
+        return _markdown_table(["variant", "head", *names], lines)
+    titles = (", ".join(filter(None, line[:2])) for line in lines)
+    rows = list(zip(names, *(line[2:] for line in lines), strict=True))
+    return _markdown_table(["class", *titles], rows)
+
+
+def _listed(classes: Sequence[int]) -> str:
+    """Return classes as a list; of many the first ones, and how many follow."""
+    more = len(classes) - FEW_CLASSES
+    if more <= 0:
+        return str(classes)
+    return f"{classes[:FEW_CLASSES]} and {more} more"
 
 
 def _whole(runs: Sequence[FinishedRun]) -> list[FinishedRun]:

@@ -115,6 +115,21 @@ def test_classes_stand_in_order_of_frequency(
     assert rows[3] == "| plain | fedavg | 34.0 | 32.0 |"
 
 
+def test_many_classes_are_rows_and_are_not_all_listed(
+    runs: dict[str, list[FinishedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip2fl_cli.summary.FEW_CLASSES", 1)
+    rows = class_table(runs).splitlines()
+    assert rows[0].startswith("| class | training images | plain, fedavg | ")
+    assert rows[2].startswith("| common | 300 | 34.0 | ")
+    assert rows[3].startswith("| rare | 3 | 32.0 | ")
+    for group in runs.values():
+        for run in group:
+            run.facts["shot_groups"]["many"] = [1, 0, 2]
+    page = markdown(runs, "plain", "Title", Origin.here("the command"))
+    assert "\nmany = classes [1] and 2 more, medium = [" in page
+
+
 def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> None:
     page = markdown(runs, "plain", "Title", Origin.here("the command"))
     assert page.startswith("# Title\n")
