@@ -21,8 +21,6 @@ Without ``--pfl-python`` it is left out, and the page says so.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import statistics
@@ -37,7 +35,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.direct import run_directly
-from benchmarks.flower import ROUND_LINE
 from benchmarks.measure import markdown, median_and_spread, write_results
 from benchmarks.peers_problem import (
     CONFIG,
@@ -53,6 +50,8 @@ from clip2fl_cli.simulation import simulate
 from clip2fl_common.config import RunConfig
 from clip2fl_common.messages import RUNNING_STATISTICS
 from server_app.checkpoints import load_checkpoint
+from server_app.file_names import EVENTS
+from strategy.events import Event, What
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, DIRECT, FLOWER, PFL = "clip2fl run", "benchmarks.direct", "Flower", "pfl"
@@ -85,19 +84,6 @@ class Measured:
     difference: float = 0.0
 
 
-class RoundClock(io.StringIO):
-    """A log that notes when each round's line arrives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[float] = []
-
-    def write(self, text: str) -> int:
-        """Keep the text, and note the time of the rounds' lines in it."""
-        self.ends += [time.time()] * len(ROUND_LINE.findall(text))
-        return super().write(text)
-
-
 def run_here(folder: Path, way: str) -> None:
     """Train the rounds by this program, in this process and those that it starts.
 
@@ -107,18 +93,19 @@ def run_here(folder: Path, way: str) -> None:
         If the simulated run failed.
     """
     config = Problem.read(folder).config
-    clock = RoundClock()
     if way == OURS:
         with as_file(config) as file:
-            result = simulate(run_config=file, output=clock)
+            result = simulate(run_config=file)
         if not result.completed:
             raise RuntimeError(f"{result.status}: {result.details}\n{result.log}")
     else:
-        with contextlib.redirect_stdout(clock):
-            run_directly(config, os.cpu_count() or 1)
+        run_directly(config, os.cpu_count() or 1)
     run = Path(config.run.dir) / config.run.name
     write_model(folder, load_checkpoint(run, 1).model)
-    write_times(folder, clock.ends)
+    lines = (run / EVENTS).read_text("utf-8").splitlines()
+    events = [Event.model_validate_json(line) for line in lines]
+    ends = [e.time.timestamp() for e in events if e.what is What.ROUND_ENDED]
+    write_times(folder, ends)
 
 
 def command(way: str, folder: Path, pfl_python: str) -> list[str]:
@@ -235,9 +222,9 @@ def page(found: Mapping[str, Measured], config: RunConfig, repeats: int) -> str:
         "is that of all processes together (shared memory counts once). The "
         "difference is of the averaged model's parameters after the first round, "
         f"relative to the round's largest step.\n\n{markdown(header, rows)}\n\n"
-        "Other programs used the machine at the same time: the ratios of ways that "
-        "ran in turn mean more than the seconds. This program's rounds also check "
-        "replies, evaluate the model and write a checkpoint; the other ways do not."
+        "If other programs used the machine, the ratios of ways that ran in turn mean "
+        "more than the seconds. This program's rounds also check replies, evaluate "
+        "the model and write a checkpoint; the other ways do not."
     )
     if PFL not in found:
         text += "\n\npfl was not installed, so it was left out (see --pfl-python)."
