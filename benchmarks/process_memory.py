@@ -58,7 +58,9 @@ def _field(file: Path, name: str) -> float:
 def _role(command: bytes) -> str:
     if b"ClientAppActor" in command:
         return "client"
-    return "server" if b"flwr-serverapp" in command else "other"
+    # A simulation's ServerApp is a thread of the process that starts Ray.
+    serving = (b"flwr-serverapp", b"flwr-simulation")
+    return "server" if any(name in command for name in serving) else "other"
 
 
 @contextmanager
