@@ -240,7 +240,7 @@ def test_accuracies_are_summed_and_no_sites_own_is_told(sites: Sites) -> None:
 
 
 def test_report_tells_what_the_sums_tell_and_who_was_in_them(sites: Sites) -> None:
-    """West leaves for round 2. A matrix of one site's images is not all four sites'."""
+    """West leaves in round 2, after it has trained in round 1."""
     sites.federate("run", grid_type=Leaving, send_confusion_matrix="true")
     run = FinishedRun.read(sites.folder / "run")
     page = Page(write_run_report(run))
