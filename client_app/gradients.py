@@ -47,7 +47,8 @@ def class_gradients(
     bias : Tensor, shape [C]
         Bias of that classifier.
     max_norm : float
-        Largest Euclidean norm of a sample's part; 0 sets no bound.
+        Largest Euclidean norm of a sample's part; 0 sets no bound. With a bound, a
+        part that is not finite is zero: no noise can hide a NaN.
 
     Returns
     -------
@@ -60,6 +61,9 @@ def class_gradients(
     if max_norm > 0:
         norms = residual.norm(dim=1) * (features.square().sum(dim=1) + 1).sqrt()
         residual *= (max_norm / norms).clamp(max=1)[:, None]
+        finite = norms.isfinite()[:, None]
+        residual = torch.where(finite, residual, 0)
+        features = torch.where(finite, features, 0)
     # Classes hold different numbers of samples. Padded to [K, n_max, .], one batched
     # product serves all classes; the padding rows are zero and add nothing.
     order = torch.argsort(group, stable=True)

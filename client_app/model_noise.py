@@ -39,11 +39,15 @@ def noisy_local_model(
     Returns
     -------
     dict of str to ndarray
-        In the types of ``local``. BatchNorm's variances are clamped at zero.
+        In the types of ``local``. BatchNorm's variances are clamped at zero. An update
+        that is not finite is taken as zero: no noise can hide a NaN.
     """
     deviation = noise_multiplier * 2 * max_norm
+    updates = bounded_update(local, sent, max_norm)
+    if not all(np.isfinite(update).all() for update in updates.values()):
+        updates = {name: np.zeros_like(update) for name, update in updates.items()}
     noisy = {}
-    for name, update in bounded_update(local, sent, max_norm).items():
+    for name, update in updates.items():
         drawn = torch.randn(update.shape, generator=generator, dtype=torch.float64)
         values = sent[name] + update + deviation * drawn.numpy()
         if name.endswith(VARIANCE):

@@ -70,11 +70,12 @@ def train_round(
     DatasetError
         If the images are missing or cannot be used.
     FloatingPointError
-        If the training diverges.
+        If the training diverges, or the server's model is not finite.
     OtherCodeError, OtherTeacherError
         If the code or the teacher differs from the server's.
     """
     _check_code(request.code_fingerprint)
+    _check_sent(request)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         client = _prepare(config, request, site)
@@ -370,6 +371,24 @@ def _check_code(expected: str) -> None:
             "SuperLink was started in another folder and imports its code: stop it "
             "and run again, or use clip2fl run, which starts one of its own"
         )
+
+
+def _check_sent(request: TrainRequest) -> None:
+    """Raise if the model to begin with, or a classifier, is not finite.
+
+    It looks at nothing that depends on images. Where values are not finite, clipping
+    and noise have no meaning.
+    """
+    tensors = dict(messages.arrays_to_tensors(request.model))
+    if request.classifier is not None:
+        tensors |= zip(
+            ("re-trained weight", "re-trained bias"), request.classifier, strict=True
+        )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f"the server's {name} has values that are not finite"
+            )
 
 
 @contextmanager

@@ -98,12 +98,15 @@ def moment_width(config: RunConfig) -> int:
 
 
 def shorten_rows(statistics: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Return the rows, the longer ones scaled to a norm; 0 leaves all as they are."""
+    """Return the rows, the longer ones scaled to a norm; 0 leaves all as they are.
+
+    With a norm, a row that is not finite becomes zero: no noise can hide a NaN.
+    """
     if max_norm == 0:
         return statistics
     norms = statistics.norm(dim=1, keepdim=True)
-    shortened: torch.Tensor = statistics * (max_norm / norms.clamp(min=max_norm))
-    return shortened
+    shortened = statistics * (max_norm / norms.clamp(min=max_norm))
+    return torch.where(norms.isfinite(), shortened, 0)
 
 
 def noise_deviations(multiplier: float, max_norm: float) -> tuple[float, float, float]:

@@ -25,11 +25,18 @@ def bounded_update(
     Returns
     -------
     dict of str to ndarray of float64
+        With a bound, an update whose norm is not finite is NaN everywhere.
     """
-    update = {
-        name: values.astype(np.float64) - sent[name] for name, values in local.items()
-    }
-    norm = math.sqrt(sum(float(np.square(part).sum()) for part in update.values()))
-    if not 0 < max_norm < norm:
+    with np.errstate(invalid="ignore"):  # inf - inf
+        update = {
+            name: values.astype(np.float64) - sent[name]
+            for name, values in local.items()
+        }
+    if max_norm == 0:
         return update
-    return {name: part * (max_norm / norm) for name, part in update.items()}
+    norm = math.sqrt(sum(float(np.square(part).sum()) for part in update.values()))
+    if norm <= max_norm:
+        return update
+    # A comparison with NaN is false: such an update must not pass as a short one.
+    scale = max_norm / norm if math.isfinite(norm) else math.nan
+    return {name: part * scale for name, part in update.items()}

@@ -1,6 +1,7 @@
 """Test the ClientApp with real messages, without Flower's processes."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
 from client_app import registry
@@ -374,6 +375,23 @@ def test_distillation_is_reported() -> None:
 def test_other_code_is_refused() -> None:
     with pytest.raises(RuntimeError, match="is not the server's.*clip2fl run"):
         answer(request(code_fingerprint="0123456789abcdef"))
+
+
+@pytest.mark.parametrize(
+    ("record", "array"),
+    [(messages.ARRAYS, "bn1.running_mean"), (messages.CLASSIFIER, "bias")],
+)
+def test_model_that_is_not_finite_is_not_trained(record: str, array: str) -> None:
+    """Training never reads running statistics, so its loss would stay finite."""
+    message = request(with_classifier=True)
+    arrays = message.content.array_records[record]
+    assert array in arrays, list(arrays)
+    values = arrays[array].numpy().copy()
+    values[0] = math.nan
+    arrays[array] = Array(values)
+    error = answer(message).error
+    assert error.code == messages.DIVERGED
+    assert "has values that are not finite" in str(error.reason)
 
 
 def test_other_teacher_is_refused() -> None:

@@ -48,7 +48,7 @@ def scaled(statistics: torch.Tensor, labels: torch.Tensor, norm: float) -> torch
 
 @given(
     norm=st.sampled_from([0.1, 1.0, 7.0]),
-    length=st.sampled_from([0.01, 1.0, 100.0]),
+    length=st.sampled_from([0.01, 1.0, 100.0, 1e300, math.inf, math.nan]),
     classes=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     seed=st.integers(0, 1000),
 )

@@ -72,6 +72,24 @@ def test_noise_has_twice_the_norm_times_the_multiplier(
         assert np.abs(error).max() < 5.5
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["sent", "local", "both"])
+def test_value_that_is_not_finite_does_not_switch_the_bound_off(
+    value: float, where: str
+) -> None:
+    """No other value then depends on the images."""
+    local, sent = models(100.0)
+    for name, model in {"sent": sent, "local": local}.items():
+        if where in (name, "both"):
+            model["running_var"][0] = value
+    source = torch.Generator().manual_seed(1)
+    noisy = noisy_local_model(local, sent, 0.01, 1e-9, source)
+    assert np.allclose(noisy["weight"], sent["weight"], atol=1e-6)
+    assert np.allclose(noisy["running_var"][1:], sent["running_var"][1:], atol=1e-3)
+    for part in bounded_update(local, sent, 0.01).values():
+        assert np.isnan(part).all()
+
+
 def test_variances_stay_possible() -> None:
     local, sent = models(1.0)
     sent["running_var"][:] = local["running_var"][:] = 0.0

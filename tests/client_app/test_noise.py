@@ -1,5 +1,6 @@
 """Test how much one image can change a class gradient, and the noise that hides it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,23 @@ def test_each_sample_is_shortened_by_itself(
     for c, vector in expected.items():
         torch.testing.assert_close(found[c], vector)
         assert found[c].norm() <= max_norm * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("entry", [math.inf, -math.inf, math.nan, 3e19, 1e38])
+def test_sample_that_overflows_does_not_reach_the_others(entry: float) -> None:
+    """A server could choose the model so that one image overflows, or a part is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(10, 4, generator=generator)
+    weight, bias = torch.randn(3, 4, generator=generator), torch.zeros(3)
+    labels = torch.zeros(10, dtype=torch.int64)
+    features[3, 1] = entry
+    found = vectors(class_gradients(features, labels, weight, bias, 1.0))[0]
+    other = torch.arange(10) != 3
+    others = vectors(
+        class_gradients(features[other], labels[other], weight, bias, 1.0)
+    )[0]
+    assert torch.isfinite(found).all()
+    assert (10 * found - 9 * others).norm() <= 1 + 1e-4
 
 
 @given(
