@@ -147,6 +147,7 @@ class Evaluator:
             these reports, and the reports on parts of the test images.
         """
         network = folded(model.to(self.device))
+        heads = {name: head.to(self.device) for name, head in heads.items()}
         labels: list[torch.Tensor] = []
         places: list[npt.NDArray[np.int64]] = []
 

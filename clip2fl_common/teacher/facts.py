@@ -19,8 +19,8 @@ from clip2fl_common.files import cache_dir, replacing_private
 logger = getLogger(__name__)
 
 # Part of the file's name: raise it when the content of the file changes. Format 1 could
-# contain a scale that was computed on a GPU.
-FORMAT = 2
+# contain a scale that was computed on a GPU; format 2 knew no activations.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TeacherFacts:
     Attributes
     ----------
     fingerprint : str
-        Hash of weights and preprocessing.
+        Hash of layers, weights and preprocessing.
     logit_scale : float
         Factor of the cosine between image and text.
     """

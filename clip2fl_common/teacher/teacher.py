@@ -110,7 +110,7 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights and preprocessing."""
+        """Hash of layers, weights and preprocessing."""
         return self._facts.fingerprint
 
     @property
@@ -384,7 +384,10 @@ def _load_open_clip(
     try:
         with _root_handlers_kept():
             network = open_clip.create_model(
-                model, pretrained=pretrained or None, require_pretrained=True
+                model,
+                pretrained=pretrained or None,
+                require_pretrained=True,
+                force_quick_gelu=by_name and _needs_quick_gelu(model, pretrained),
             )
             tokenizer = open_clip.get_tokenizer(model)
     # open_clip and the hub client raise anything from OSError to RuntimeError here,
@@ -400,6 +403,18 @@ def _load_open_clip(
             'teacher.model="demo"'
         ) from error
     return network, tokenizer, dict(network.visual.preprocess_cfg)
+
+
+def _needs_quick_gelu(model: str, pretrained: str) -> bool:
+    """Return whether a tag's weights were trained with CLIP's approximate GELU.
+
+    OpenAI's were. With the exact GELU of the plain names, open_clip computes other
+    features from them, and only warns.
+    """
+    from open_clip.pretrained import get_pretrained_cfg
+
+    config = get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    return bool(config.get("quick_gelu", False))
 
 
 @contextlib.contextmanager
@@ -442,8 +457,18 @@ def _check_name(
 
 
 def _fingerprint(model: nn.Module, preprocess: Mapping[str, Any]) -> str:
-    """Hash weights and preprocessing: equal hashes if and only if equal features."""
-    digest = hashlib.sha256(repr(sorted(preprocess.items())).encode())
+    """Hash layers, weights and preprocessing.
+
+    Layers without weights count too, since two activations may share all weights.
+    """
+    # A name gives open_clip's preprocessing as tuples, a folder's JSON as lists.
+    described = sorted(
+        (key, tuple(value) if isinstance(value, list) else value)
+        for key, value in preprocess.items()
+    )
+    digest = hashlib.sha256(repr(described).encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__name__}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().view(-1).numpy().tobytes())

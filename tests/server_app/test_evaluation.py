@@ -1,6 +1,8 @@
 """Central evaluation against a slow pass, image by image."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +130,27 @@ def close(report: AccuracyReport, expected: AccuracyReport) -> bool:
         for name in ("top1", "balanced", "many", "medium", "few", "per_class")
     ]
     return all(same)
+
+
+class PlacedHead(nn.Linear):
+    """A classifier that says on which device it met which features."""
+
+    met: ClassVar[list[tuple[str, str]]] = []
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.met.append((self.weight.device.type, features.device.type))
+        return torch.zeros(len(features), CLASSES)
+
+
+def test_heads_come_to_the_device_of_the_features() -> None:
+    """Whoever made them: the discriminant is computed on the CPU.
+
+    torch's device without memory stands for a GPU.
+    """
+    source = Source([9, 5, 12, 6])
+    central = replace(evaluator(source), device=torch.device("meta"))
+    central.evaluate(student(), {"discriminant": PlacedHead(DIM, CLASSES)}, final=True)
+    assert set(PlacedHead.met) == {("meta", "meta")}
 
 
 @pytest.mark.parametrize("final", [True, False])

@@ -1,6 +1,7 @@
 """Teachers: exact caches, identity by fingerprint, errors with a remedy."""
 
 import copy
+import json
 import os
 import sqlite3
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch import nn
 
 from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
@@ -81,6 +83,9 @@ def test_facts_are_computed_on_the_cpu(teacher: Teacher) -> None:
 
         def state_dict(self, *args: Any, **kwargs: Any) -> Any:
             return here.model.state_dict()
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            return here.model.named_modules()
 
     there = Network(OnDevice(), here.tokenizer, here.preprocess)
     assert there.facts == here.facts
@@ -213,6 +218,64 @@ def test_fingerprint_follows_the_weights(teacher: Teacher) -> None:
     assert changed.fingerprint != teacher.fingerprint
     with pytest.raises(TeacherError, match="fingerprint .* here, but .* at the server"):
         _check_teacher(changed, teacher.fingerprint)
+
+
+def test_fingerprint_follows_the_activation(teacher: Teacher) -> None:
+    """Both networks have the same weights, and other features."""
+    network = copy.deepcopy(teacher.network)
+    (place, _), *_ = (
+        found
+        for found in network.model.named_modules()
+        if isinstance(found[1], nn.GELU)
+    )
+    network.model.set_submodule(place, open_clip.transformer.QuickGELU())
+    changed = Teacher(lambda: replace(network), "changed")
+    assert not torch.equal(
+        changed.text_features(["star"]), teacher.text_features(["star"])
+    )
+    assert changed.fingerprint != teacher.fingerprint
+
+
+def test_fingerprint_is_the_same_by_name_and_from_a_folders_json(
+    teacher: Teacher,
+) -> None:
+    """JSON makes lists of tuples."""
+    preprocess = json.loads(json.dumps(teacher.network.preprocess))
+    assert any(isinstance(value, list) for value in preprocess.values())
+    tuples = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in preprocess.items()
+    }
+    made = [
+        Teacher(lambda kept=kept: replace(teacher.network, preprocess=kept), "again")
+        for kept in (preprocess, tuples)
+    ]
+    assert made[0].fingerprint == made[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)]
+)
+def test_network_has_the_activation_that_its_weights_were_trained_with(
+    pretrained: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip only warns. The weights are not here, and the network is small."""
+    size = {"width": 8, "layers": 1}
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "ViT-B-32",
+        {
+            "embed_dim": 8,
+            "vision_cfg": {**size, "head_width": 8, "image_size": 32, "patch_size": 32},
+            "text_cfg": {**size, "heads": 1, "context_length": 8, "vocab_size": 99},
+        },
+    )
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: "w")
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *a, **k: None)
+    model, _, _ = teachers._load_open_clip("ViT-B-32", pretrained)
+    found = {type(module) for module in model.modules()}
+    assert (open_clip.transformer.QuickGELU in found) == quick
+    assert (nn.GELU in found) != quick
 
 
 def never() -> Network:
