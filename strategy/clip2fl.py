@@ -49,10 +49,12 @@ class CLIP2FL(CReFF):
         self.teacher_fingerprint = setting.teacher.fingerprint
         self.distillation = setting.config.distillation
         if self.distillation.weight == 0:
+            views = "" if self.distillation.views == 0 else ", nor train on its views"
             log(
                 WARNING,
-                "distillation.weight = 0: clients do not distil from the teacher; only "
-                "the text prototypes at the server are left of CLIP2FL",
+                "distillation.weight = 0: clients do not distil from the teacher%s; "
+                "only the text prototypes at the server are left of CLIP2FL",
+                views,
             )
         if self.synthesis.contrast_weight == 0:
             log(
@@ -75,7 +77,7 @@ class CLIP2FL(CReFF):
             self.distillation.weight,
             self.distillation.temperature,
         )
-        if self.distillation.views:
+        if self.distillation.views > 0 and self.distillation.weight > 0:
             log(
                 INFO,
                 "\t│\t├── Views of each image: %d (%s, mixing: %s)",

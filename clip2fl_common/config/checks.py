@@ -51,6 +51,8 @@ MOST_CLASSES = 10_000
 CLASS_NAME_CHARACTERS = 100
 CLASS_NAME_BYTES = 255
 """Limit on the length of a folder's name on Linux."""
+DEEP_MODELS, DEEP_STRIDE = ("resnet18", "resnet50"), 32
+"""Models that make one pixel of 32 x 32 pixels."""
 JOINERS = "\u200c\u200d"
 """Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with."""
 
@@ -115,6 +117,14 @@ def contradictions(config: "RunConfig", classes: int) -> list[str]:
             f"client.crop-padding = {config.client.crop_padding} is more than "
             f"dataset.image-size = {config.dataset.image_size}: a crop could show "
             "nothing of the image; lower the first"
+        )
+    deep, size = config.model.name in DEEP_MODELS, config.dataset.image_size
+    if deep and size <= DEEP_STRIDE:
+        problems.append(
+            f"model.name = {config.model.name!r} and dataset.image-size = {size}: its "
+            "last layers see one pixel of each image, and BatchNorm cannot train on a "
+            f"batch of one image; raise the second above {DEEP_STRIDE}, for example to "
+            "64, or set model.name = 'resnet8'"
         )
     return [*problems, *_memory_problems(config, classes), *_path_problems(config)]
 
@@ -277,7 +287,7 @@ def _secure_problems(config: "RunConfig") -> Iterator[str]:
             "needs the values of each client; choose one of "
             f"{', '.join(SUMMED_METHODS)}"
         )
-    if config.upload.min_cosine < 1:
+    if config.method in GRADIENT_METHODS and config.upload.min_cosine < 1:
         yield (
             f"aggregation.secure = true and upload.min-cosine = "
             f"{config.upload.min_cosine}: factors of clients cannot be summed; set "

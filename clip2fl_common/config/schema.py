@@ -249,7 +249,8 @@ class Model:
     """The student."""
 
     name: Literal["resnet8", "resnet8-slim", "resnet18", "resnet50"] = "resnet8-slim"
-    """Student: resnet8 (4x width, the paper's), resnet8-slim, resnet18 or resnet50."""
+    """Student: resnet8 (4x width, the paper's), resnet8-slim, or resnet18 or resnet50,
+    which need images of more than 32 pixels."""
     feature_dim: FeatureDim = 512
     """Width of the student's features; must equal the teacher's embedding width."""
 
@@ -284,9 +285,11 @@ class Client:
     """Weight of the cross-entropy with the labels; 0: distillation alone trains the
     local models."""
     crop_padding: Padding = 4
-    """Zero pixels around an image before its random crop; 0: no crop."""
+    """Zero pixels around an image before its random crop; 0: no crop. Resized views
+    have no padding."""
     augment_per: Literal["batch", "image"] = "batch"
-    """Draw the crop and the flip once per batch (the released code) or per image."""
+    """Draw the crop and the flip once per batch (the released code) or per image. Views
+    are made per image."""
     logit_adjustment: Weight = 0.0
     """tau: logit-adjusted loss by the client's own class frequencies; 0: plain loss."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
+from clip2fl_common.config.checks import DEEP_MODELS, DEEP_STRIDE
 from clip2fl_common.models import build_model, folded, narrow_width
 from tests import reference
 
@@ -220,3 +221,17 @@ def test_projection_of_narrow_features_gives_the_features() -> None:
         torch.testing.assert_close(
             model.projection(model.narrow(images)), model.features(images)
         )
+
+
+@pytest.mark.parametrize("name", DEEP_MODELS)
+def test_deep_network_trains_on_one_image_if_it_is_large_enough(name: str) -> None:
+    """As the last batch of an epoch may be."""
+    model = build_model(name, num_classes=5, feature_dim=4).train()
+    model(torch.randn(1, 3, DEEP_STRIDE + 1, DEEP_STRIDE + 1))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, DEEP_STRIDE, DEEP_STRIDE))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(DEEP_MODELS)))
+def test_other_networks_train_on_one_small_image(name: str) -> None:
+    build_model(name, num_classes=5, feature_dim=4).train()(torch.randn(1, 3, 8, 8))

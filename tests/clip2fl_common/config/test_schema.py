@@ -95,6 +95,13 @@ def test_round_trip() -> None:
             },
             r"model-noise-multiplier = 1\.0 and privacy.update-noise-mul.*one of them",
         ),
+        *(
+            (
+                {"model.name": name, "dataset.image-size": size},
+                f"model.name = '{name}' and dataset.image-size = {size}: .*one image",
+            )
+            for name, size in (("resnet18", 32), ("resnet50", 8))
+        ),
         ({"aggregation.rule": "krum"}, r"aggregation\.rule = 'krum'.*'median'"),
         ({"aggregation.trim": 0.5}, r"aggregation\.trim = 0\.5.*less than 0\.5"),
         ({"aggregation.max-update-norm": -1.0}, r"max-update-norm = -1\.0"),
@@ -263,6 +270,18 @@ def test_defaults_of_many_classes_are_no_changes() -> None:
     config = RunConfig.from_run_config({**defaults(), **imagenet, "method": "fedavg"})
     assert config.class_gradients.draws == 2
     assert unread_warning(config) is None
+
+
+def test_secure_sums_need_whole_gradients_only_where_gradients_are_sent() -> None:
+    """Above 50 classes the default is to send factors."""
+    many: dict[str, Scalar] = {
+        "dataset.name": "cifar100",
+        "dataset.root": "/x",
+        "aggregation.secure": True,
+    }
+    RunConfig.from_run_config({**defaults(), **many, "method": "fedavg"})
+    with pytest.raises(ConfigError, match=r"upload.min-cosine = 0\.99: factors"):
+        RunConfig.from_run_config({**defaults(), **many, "method": "creff"})
 
 
 def test_sizes_are_checked_with_the_classes_of_the_images() -> None:
