@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip2fl_common.class_gradients import ClassGradient
+from clip2fl_common.class_gradients import ClassGradient, gradient_sensitivity
 
 if TYPE_CHECKING:  # benchmarks of class gradients run without pydantic
     from clip2fl_common.config import Privacy
@@ -56,11 +56,6 @@ def gradient_protection(
 ) -> GradientProtection | None:
     """Return the protection that a run's configuration asks for, or None.
 
-    A class gradient is the mean over the draws. Each draw has ``n`` images: all images
-    of a small class, or ``samples_per_class`` of a larger one. In the worst case an
-    image is part of every draw. Replacing it then changes the mean by
-    ``2 * max_norm / n``.
-
     Parameters
     ----------
     privacy : Privacy
@@ -76,8 +71,9 @@ def gradient_protection(
     """
     if privacy.gradient_clip_norm == 0:
         return None
-    fewest = min(privacy.min_class_samples, samples_per_class)
-    sensitivity = 2 * privacy.gradient_clip_norm / fewest
+    sensitivity = gradient_sensitivity(
+        privacy.gradient_clip_norm, privacy.min_class_samples, samples_per_class
+    )
     return GradientProtection(
         privacy.gradient_clip_norm,
         privacy.gradient_noise_multiplier * sensitivity,

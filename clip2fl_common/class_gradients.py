@@ -28,6 +28,28 @@ SKETCH_COLUMNS = 16
 POWER_ITERATIONS = 2
 
 
+def gradient_sensitivity(
+    max_norm: float, min_class_samples: int, samples_per_class: int
+) -> float:
+    """Return the most that one image changes a class gradient, for its noise.
+
+    A class gradient is the mean over the draws. Each draw has ``n`` images: all images
+    of a small class, or ``samples_per_class`` of a larger one. In the worst case an
+    image is part of every draw. Replacing it then changes the mean by
+    ``2 * max_norm / n``.
+
+    Parameters
+    ----------
+    max_norm : float
+        Norm to which an image's part is clipped.
+    min_class_samples : int
+        Fewest images of a class that is sent.
+    samples_per_class : int
+        Most images of a class in one draw.
+    """
+    return 2 * max_norm / min(min_class_samples, samples_per_class)
+
+
 class ClassGradient(NamedTuple):
     """Gradient of a linear classifier's mean cross-entropy over one class.
 

@@ -36,6 +36,7 @@ from strategy.events import What
 from strategy.log import log
 from strategy.model_average import CLASSIFIER_WEIGHTS, MODEL_WEIGHTS, ModelAverage
 from strategy.model_mean import Model, combined_model, noisy_model, summed_metrics
+from strategy.noise_bounds import NoiseBounds
 from strategy.outliers import LengthRule
 from strategy.privacy_ledger import PrivacyLedger
 from strategy.recovery import Earlier
@@ -101,6 +102,7 @@ class Method(Strategy):
             messages.reply_field(name, config, setting.num_classes)
             for name in (*self.reply_fields, *moments)
         ]
+        self._noise_bounds = NoiseBounds(config, self.fields)
         self.average = ModelAverage(config.ema.decay)
         gradients = messages.GRADIENTS in self.reply_fields
         self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
@@ -179,7 +181,10 @@ class Method(Strategy):
         str
             Empty if it may be used.
         """
-        return "" if self.discriminant is None else self.discriminant.objection(reply)
+        beyond_noise = self._noise_bounds.objection(reply, self.sent)
+        if beyond_noise or self.discriminant is None:
+            return beyond_noise
+        return self.discriminant.objection(reply)
 
     def artifacts(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the method's state that a report may show, by name."""
