@@ -5,11 +5,12 @@
     python -m benchmarks.many_classes draw FOLDER
 
 ``cost`` times a client's class gradients against its local epoch, and the server's
-synthesis and re-training, with the published settings and with those that ``"auto"``
-chooses. ``round`` runs a whole round of 1,000 classes through ``clip2fl run``: image
-files of 32 pixels in lists as ImageNet-LT has them, four clients, two a round. ``draw``
-writes a data set of 240 classes that the demo's teacher knows ("small red circle"), on
-which ``conf/many-classes-compare.toml`` compares accuracies.
+synthesis and re-training, with the defaults for few classes (the published settings,
+except that the released code has 10 draws) and with those that ``"auto"`` chooses.
+``round`` runs a whole round of 1,000 classes through ``clip2fl run``: image files of 32
+pixels in lists as ImageNet-LT has them, four clients, two a round. ``draw`` writes a
+data set of 240 classes that the demo's teacher knows ("small red circle"), on which
+``conf/many-classes-compare.toml`` compares accuracies.
 """
 
 import argparse

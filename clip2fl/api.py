@@ -140,7 +140,8 @@ def run(
     ----------
     config : path, mapping, RunConfig or None
         A TOML file, the name of an experiment that comes with the program, or keys
-        with values. Other keys have their defaults, as in the demo.
+        with values. Other keys have their defaults, which train on drawn shapes
+        (``"shapes"``).
     supernodes : int or None
         Number of simulated nodes; None: one per CPU core, at least 2.
     cpus_per_client : int

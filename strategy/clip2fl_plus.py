@@ -1,10 +1,10 @@
-"""CLIP2FL-Plus: CLIP2FL with all of this project's extensions, under one name."""
+"""CLIP2FL-Plus: CLIP2FL with four of this project's extensions, under one name."""
 
 from strategy.clip2flm import CLIP2FLM
 
 
 class CLIP2FLPlus(CLIP2FLM):
-    """CLIP2FL whose steps go further: the sum of the extensions, and their defaults.
+    """CLIP2FL whose steps go further: four extensions together, and their defaults.
 
     It computes nothing of its own. The schema gives it other defaults (`DefaultOf`):
     clients step with Muon (Jordan et al. 2024) and distil from consistent views of

@@ -96,6 +96,9 @@ With Python: install clip2fl, then give one of
     {join}
     sudo {join} --start systemd
 
+In a checkout, `clip2fl` is `.venv/bin/clip2fl`, and after `make install
+LOCK=requirements-node.lock` it is `.venv/bin/python -m clip2fl_cli.app`.
+
 With containers only, where `clip2fl` is the image that deploy/Dockerfile builds:
 
     mkdir -p /etc/clip2fl/sites && chown 10001 /etc/clip2fl/sites

@@ -511,7 +511,7 @@ class RunConfig:
 
     method: MethodName = "clip2fl"
     """Algorithm: clip2fl, clip2flm (with momentum at the server), clip2fl-plus (with
-    all extensions), creff (no teacher), ccvr, fedavg, fedprox, fedavgm or fedlda
+    four extensions), creff (no teacher), ccvr, fedavg, fedprox, fedavgm or fedlda
     (fedavg with a closed-form classifier)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
     """Fixes partition, initial model, sampling, batches, augmentation and synthesis."""

@@ -36,7 +36,7 @@ ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 """The part of `one_line` that JSON Schema can express."""
 
 PLUS = "clip2fl-plus"
-"""CLIP2FL with all of this project's extensions, and with defaults of its own."""
+"""CLIP2FL with four of this project's extensions, and with defaults of its own."""
 TEACHER_METHODS = ("clip2fl", "clip2flm", PLUS)
 """Methods whose clients need the teacher; nodes do not import strategies."""
 GRADIENT_METHODS = (*TEACHER_METHODS, "creff")

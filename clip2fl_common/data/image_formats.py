@@ -34,7 +34,7 @@ _FEATURES = {
     "AVIF": "avif",
 }
 _HEIF_PACKAGE = "pillow_heif"
-INSTALL_HEIF = "install pillow-heif (pip install 'clip2fl[heif]')"
+INSTALL_HEIF = "install pillow-heif (make install, or pip install pillow-heif)"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 

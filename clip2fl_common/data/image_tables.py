@@ -18,7 +18,10 @@ from clip2fl_common.shown import listed, shown
 MAX_DIGITS = 9
 # Its number, and the texts of its cells.
 Row: TypeAlias = tuple[int, Sequence[str]]
-INSTALL = "pip install 'clip2fl[hugging-face]'"
+INSTALL = (
+    "pip install 'datasets>=4' (in a checkout: \"Add an optional package\" in "
+    "docs/install.md)"
+)
 
 
 class Entry(NamedTuple):

@@ -133,7 +133,7 @@ def test_what_is_passed_over_is_said_once(
     ignored, missing = caplog.messages
     assert "ignored, as they are no files" in ignored
     assert f"{tmp_path}/cat/pipe.png (a named pipe (FIFO))" in ignored
-    assert "2 images are ignored" in missing and "clip2fl[heif]" in missing
+    assert "2 images are ignored" in missing and "pip install pillow-heif" in missing
 
 
 def test_images_in_folders_below_are_counted(tmp_path: Path) -> None:
