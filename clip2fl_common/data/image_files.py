@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
 from clip2fl_common.data.regular_files import kind_of_file
+from clip2fl_common.limits import MAX_NAME_LENGTH
 from clip2fl_common.shown import listed, shown
 
 logger = getLogger(__name__)
@@ -171,17 +172,24 @@ def name_faults(folders: Sequence[Path]) -> Iterator[str]:
     same: dict[str, list[Path]] = defaultdict(list)
     for place in folders:
         same[class_name(place.name)].append(place)
-        if hidden := [c for c in place.name if _cannot_be_seen(c)]:
-            yield (
-                f"the folder '{shown(place.name)}' has a character in its name that "
-                f"cannot be seen or read ({listed(_code(c) for c in hidden)})"
-            )
+        if fault := name_fault(place.name):
+            yield f"the folder '{shown(place.name)}' has {fault}"
     for name, places in same.items():
         if places[1:]:
             yield (
                 f"the folders {' and '.join(_distinct(p.name) for p in places)} are "
                 f"the same class '{shown(name)}'"
             )
+
+
+def name_fault(name: str) -> str | None:
+    """Return what a class's name has that it must not have, in words; None if fine."""
+    if hidden := [c for c in name if _cannot_be_seen(c)]:
+        codes = listed(_code(c) for c in hidden)
+        return f"a character in its name that cannot be seen or read ({codes})"
+    if len(name) > MAX_NAME_LENGTH:
+        return f"a name of more than {MAX_NAME_LENGTH} characters"
+    return None
 
 
 def _cannot_be_seen(character: str) -> bool:
