@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from clip2fl_cli.app_folder import refuse_missing_images
 from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
+from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.run_schema import (
     MAX_RUNS,
     MAX_VARIANTS,
@@ -273,20 +276,32 @@ def complete(comparison: Comparison, watcher: Watcher) -> "Iterator[Failure]":
     ------
     Failure
         Each run that did not complete, with the reason.
+
+    Raises
+    ------
+    ConfigError
+        Before the first run, if the images of a missing run are not there; names the
+        variant.
+    OutputError
+        Before the first run, if the comparison's folder cannot be made.
     """
     from clip2fl_cli.summary import Failure
 
-    for run in comparison.missing():
-        going_on = _can_go_on(run)
-        if not going_on:
-            _set_aside(run.folder)
+    missing = comparison.missing()
+    for run in missing:
+        try:
+            refuse_missing_images(run.config.dataset)
+        except ConfigError as error:
+            raise ConfigError(f"variant {shown(run.variant)}: {error}") from None
+    with OutputFolder.open(comparison.folder):
+        pass
+    for run in missing:
         output = watcher.started(run)
-        with _local_training_shared(comparison):
-            result = (
-                simulate(resume=run.folder, output=output)
-                if going_on
-                else _begin(run, output)
-            )
+        try:
+            with _local_training_shared(comparison):
+                result = _execute(run, output)
+        except (ConfigError, SimulationError, OSError) as error:
+            result = RunResult("not-started", str(error), "")
         watcher.ended(run, result)
         if not result.completed:
             lines = (result.details or result.status).strip().splitlines()
@@ -307,7 +322,10 @@ def _local_training_shared(comparison: Comparison) -> Iterator[None]:
         os.environ.pop(SHARED_TRAINING_VARIABLE, None)
 
 
-def _begin(run: PlannedRun, output: TextIO) -> RunResult:
+def _execute(run: PlannedRun, output: TextIO) -> RunResult:
+    if _can_go_on(run):
+        return simulate(resume=run.folder, output=output)
+    _set_aside(run.folder)
     with as_file(run.config) as file:
         return simulate(run_config=file, output=output)
 

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
+from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.output import OutputError
 from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.simulation import RunResult
@@ -287,6 +289,47 @@ def test_failed_run_does_not_stop_the_others(
     ]
     assert len(simulated) == 4
     assert [r.seed for r in read(file, seeds=(99, 3)).finished()["plain"]] == [3]
+
+
+@pytest.mark.parametrize("error", [SimulationError, ConfigError, OSError])
+def test_run_that_cannot_start_does_not_stop_the_others(
+    file: Path,
+    simulated: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+) -> None:
+    simulate = vars(module)["simulate"]
+
+    def failing_once(**arguments: Any) -> Any:
+        monkeypatch.setattr(module, "simulate", simulate)
+        raise error("the SuperLink did not start")
+
+    monkeypatch.setattr(module, "simulate", failing_once)
+    watcher = Watcher()
+    (failed,) = complete(read(file), watcher)
+    assert (failed.variant, failed.reason) == ("plain", "the SuperLink did not start")
+    assert [completed for _, completed in watcher.ends] == [False, True, True]
+
+
+def test_missing_images_are_named_before_the_first_run(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    file.write_text(
+        FILE + 'dataset.name = "image-folder"\ndataset.root = "/no/where"\n'
+    )
+    message = "variant adjusted: dataset.root = '/no/where' is not there"
+    with pytest.raises(ConfigError, match=message):
+        list(complete(read(file), Watcher()))
+    assert not simulated
+
+
+def test_folder_that_cannot_be_made_is_named_before_the_first_run(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    (file.parent / "runs").touch()
+    with pytest.raises(OutputError, match=f"{file.parent / 'runs'}"):
+        list(complete(read(file), Watcher()))
+    assert not simulated
 
 
 def test_complete_run_with_other_settings_is_not_taken_for_this_one(
