@@ -35,6 +35,7 @@ from clip2fl_common.provenance import (
     code_fingerprint,
 )
 from clip2fl_common.shown import short, shown
+from server_app.folder_lock import in_use
 from server_app.foreign_files import ForeignFileError, check
 
 if TYPE_CHECKING:
@@ -323,6 +324,12 @@ def _local_training_shared(comparison: Comparison) -> Iterator[None]:
 
 
 def _execute(run: PlannedRun, output: TextIO) -> RunResult:
+    # Another command may execute the same comparison. This comes first, as looking for
+    # a checkpoint renames damaged ones.
+    if in_use(run.folder):
+        raise SimulationError(
+            f"another run works in {shown(run.folder)}: wait until it ends, or stop it"
+        )
     if _can_go_on(run):
         return simulate(resume=run.folder, output=output)
     _set_aside(run.folder)

@@ -25,6 +25,7 @@ from clip2fl_common.provenance import (
     code_fingerprint,
 )
 from server_app.checkpoints import Checkpoint, load_newest, save_checkpoint
+from server_app.run_folder import RunFolder
 from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT
 
@@ -289,6 +290,27 @@ def test_failed_run_does_not_stop_the_others(
     ]
     assert len(simulated) == 4
     assert [r.seed for r in read(file, seeds=(99, 3)).finished()["plain"]] == [3]
+
+
+def test_folder_of_an_active_run_is_left_alone(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    """A second command for the same comparison does not take the first one's run."""
+    active = read(file).plan[0]
+    lock = RunFolder(active.config, 1)
+    try:
+        (failed,) = complete(read(file), Watcher())
+    finally:
+        lock.release()
+    assert (failed.variant, failed.seed) == ("plain", 1)
+    assert failed.reason.startswith(f"another run works in {active.folder}: wait")
+    assert [config["run.name"] for config in simulated] == [
+        "adjusted-seed2",
+        "plain-seed2",
+    ]
+    assert not active.folder.with_name("plain-seed1.part1").exists()
+    # A lock that nobody holds is the remains of a run that has ended.
+    assert list(complete(read(file), Watcher())) == []
 
 
 @pytest.mark.parametrize("error", [SimulationError, ConfigError, OSError])
