@@ -11,7 +11,10 @@ from clip2fl_cli.output import write_file
 from clip2fl_common.config import RunConfig
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import listed, shown
+
+FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of a heat map's file; matplotlib's other formats need other programs."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class Holdings:
         Raises
         ------
         ValueError
-            If the suffix is not a known format.
+            If the suffix is none of `FORMATS`.
         OutputError
             If the file cannot be written; an existing link is replaced.
         """
+        if file.suffix.lower() not in FORMATS:
+            raise ValueError(
+                f"--figure {shown(file)}: the name must end with {listed(FORMATS)}"
+            )
         from matplotlib import rc_context
 
         from clip2fl_cli.charts import STYLE
@@ -62,9 +69,6 @@ class Holdings:
             bar_title="training images",
         ).figure()
         drawn = io.BytesIO()
-        try:
-            with rc_context(STYLE):
-                figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
-        except ValueError as error:
-            raise ValueError(f"--figure {shown(file)}: {error}") from None
+        with rc_context(STYLE):
+            figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
         write_file(file, drawn.getvalue())
