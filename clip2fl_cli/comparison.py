@@ -130,6 +130,7 @@ class Comparison:
         overrides: Sequence[str] = (),
         seeds: Sequence[int] = (),
         variants: Sequence[str] = (),
+        settings: Mapping[str, Scalar] | None = None,
     ) -> "Comparison":
         """Read a comparison's file and check every run's configuration.
 
@@ -148,6 +149,8 @@ class Comparison:
             Replace all seeds in the file.
         variants : sequence of str
             The only variants to run; all by default.
+        settings : mapping or None
+            Dotted keys for all variants, which take precedence over the file.
 
         Returns
         -------
@@ -176,7 +179,8 @@ class Comparison:
             named = f"{where}: variants.{shown(variant)}"
             # Merged key by key: a variant that sets another key of client still gets
             # the common client.epochs.
-            own = {**general, **flat_settings(_without(table, "seeds"), named)}
+            of_table = flat_settings(_without(table, "seeds"), named)
+            own = {**general, **of_table, **(settings or {})}
             try:
                 config = resolve(file.parent / content.experiment, overrides, own)
             except ConfigError as error:

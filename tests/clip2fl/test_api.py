@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import clip2fl
+from clip2fl_cli.comparison import PlannedRun
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.runs import RunError
 from clip2fl_cli.simulation import RunResult
@@ -110,6 +111,27 @@ def test_wrong_settings_are_refused_by_name() -> None:
         clip2fl.partition({"client": {"epochs": 0}})
     with pytest.raises(ConfigError, match="seed"):
         clip2fl.partition({"seed": [7]})
+
+
+def test_comparison_takes_settings_as_a_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value is checked as it is given, not as text."""
+    seen: list[PlannedRun] = []
+    monkeypatch.setattr(
+        "clip2fl_cli.comparison.Comparison.refuse_absent",
+        lambda compared, images: seen.extend(compared.plan),
+    )
+    monkeypatch.setattr(
+        "clip2fl_cli.comparison.Comparison.missing",
+        lambda compared: pytest.fail("the settings were accepted"),
+    )
+    prompt = 'a "\N{CAT FACE}" \\ {class}'
+    with pytest.raises(pytest.fail.Exception, match="the settings were accepted"):
+        clip2fl.compare("demo-compare", tmp_path, teacher={"prompt": prompt})
+    assert {run.config.teacher.prompt for run in seen} == {prompt}
+    with pytest.raises(ConfigError, match=r"run\.trackers = None, but it must be"):
+        clip2fl.compare("demo-compare", tmp_path, run={"trackers": None})
 
 
 def test_failed_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
