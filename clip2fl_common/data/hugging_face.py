@@ -28,6 +28,7 @@ from clip2fl_common.data.image_files import (
     class_name,
     is_folder,
     name_fault,
+    without_joiners,
 )
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, suffix_of
 from clip2fl_common.data.image_tables import INSTALL, Columns
@@ -257,8 +258,9 @@ def _classes(config: DatasetConfig, parts: Sequence[_Part]) -> list[str]:
                 f"{parts[0].place}: the class {short(name)} has {fault}; correct the "
                 "names of its ClassLabel"
             )
-    if len(set(first)) < len(first):
-        twice = [name for n, name in enumerate(first) if name in first[:n]]
+    seen = [without_joiners(name) for name in first]
+    if len(set(seen)) < len(seen):
+        twice = [name for n, name in enumerate(seen) if name in seen[:n]]
         raise DatasetError(
             f"{parts[0].place} has two classes of one name: {listed(twice)}"
         )

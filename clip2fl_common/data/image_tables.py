@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from clip2fl_common.data.image_files import DatasetError, class_name, name_fault
+from clip2fl_common.data.image_files import (
+    DatasetError,
+    class_name,
+    name_fault,
+    without_joiners,
+)
 from clip2fl_common.data.regular_files import open_regular
 from clip2fl_common.limits import MAX_NAME_LENGTH
 from clip2fl_common.shown import listed, shown
@@ -222,12 +227,20 @@ def class_numbers(
 
 
 def _refuse_faulty_names(table: Table) -> None:
-    for label, row in {e.label: e.row for e in reversed(table.entries)}.items():
+    rows: dict[str, int] = {}
+    for entry in table.entries:
+        rows.setdefault(entry.label, entry.row)
+    first: dict[str, str] = {}
+    for label, row in rows.items():
+        named = f"{table.at(row)}: the class '{shown(label[:MAX_NAME_LENGTH])}'"
         if fault := name_fault(label):
             raise DatasetError(
-                f"{table.at(row)}: the class '{shown(label[:MAX_NAME_LENGTH])}' has "
-                f"{fault}; correct it, and save the list as UTF-8"
+                f"{named} has {fault}; correct it, and save the list as UTF-8"
             )
+        name = class_name(label)
+        other = first.setdefault(without_joiners(name), name)
+        if other != name:
+            raise DatasetError(f"{named} looks the same as '{shown(other)}'")
 
 
 def _is_number(label: str) -> bool:

@@ -164,6 +164,12 @@ def test_class_that_no_result_could_name_is_refused(
         load_dataset(list_config(tmp_path))
 
 
+def test_classes_that_look_the_same_are_refused(tmp_path: Path) -> None:
+    train = "path,label\na.png,ab\nb.png,a\u200cb\n"
+    with pytest.raises(DatasetError, match=r"line 3: .*'a\\u200cb' looks the .* 'ab'"):
+        load(tmp_path, train)
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"train\.csv: .*No such file"):
         load_dataset(list_config(tmp_path))
