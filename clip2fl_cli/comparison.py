@@ -29,6 +29,7 @@ from clip2fl_cli.run_schema import (
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.config.same_run import differences
+from clip2fl_common.project import experiment
 from clip2fl_common.provenance import (
     ALL_CODE,
     SHARED_TRAINING_VARIABLE,
@@ -137,10 +138,11 @@ class Comparison:
         Parameters
         ----------
         file : Path
-            TOML with ``experiment`` (a run configuration, relative to this file),
-            ``seeds``, ``baseline``, ``[settings]`` for all variants and one table of
-            settings for each of ``[variants]``, where ``seeds`` replace the common
-            seeds; ``share-local-training``, false by default.
+            TOML with ``experiment`` (a run configuration, relative to this file, or the
+            name of one that comes with the program), ``seeds``, ``baseline``,
+            ``[settings]`` for all variants and one table of settings for each of
+            ``[variants]``, where ``seeds`` replace the common seeds;
+            ``share-local-training``, false by default.
         runs : Path
             Folder in which the comparison gets its own folder.
         overrides : sequence of str
@@ -172,6 +174,7 @@ class Comparison:
             )
         folder = runs.resolve() / file.stem
         where = shown(file)
+        run_config = experiment(Path(content.experiment), file.parent)
         # Checked first: an error in these settings is not the fault of a variant.
         general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
@@ -182,7 +185,7 @@ class Comparison:
             of_table = flat_settings(_without(table, "seeds"), named)
             own = {**general, **of_table, **(settings or {})}
             try:
-                config = resolve(file.parent / content.experiment, overrides, own)
+                config = resolve(run_config, overrides, own)
             except ConfigError as error:
                 raise ConfigError(f"{named}: {error}") from None
             own_seeds = list(seeds) or table.get("seeds", content.seeds)

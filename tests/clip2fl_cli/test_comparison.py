@@ -390,6 +390,21 @@ def test_bad_file_is_named_with_what_is_wrong(
         read(file)
 
 
+def test_experiment_may_be_one_that_comes_with_the_program(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name does not depend on the working directory."""
+    file.write_text(FILE.replace("experiment.toml", "demo"))
+    for place in (file.parent, file.parent.parent):
+        monkeypatch.chdir(place)
+        (place / "demo").mkdir()
+        found = read(Path(os.path.relpath(file)))
+        assert found.plan[0].config.federation.rounds == 30
+    (file.parent / "demo").rmdir()
+    (file.parent / "demo").write_text("federation.rounds = 3\n")
+    assert read(file).plan[0].config.federation.rounds == 3
+
+
 def test_bad_key_of_a_variant_is_named(file: Path) -> None:
     file.write_text(FILE.replace("client.logit-adjustment", "client.logit-adjustmint"))
     with pytest.raises(ConfigError, match="did you mean client.logit-adjustment"):
