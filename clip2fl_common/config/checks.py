@@ -342,6 +342,12 @@ def _site_problems(config: "RunConfig") -> Iterator[str]:
             "dataset.name = 'sites' the server has no test images to divide: set it "
             "to 0.0"
         )
+    if config.checkpoint.best_metric == "top1":
+        yield (
+            "checkpoint.best-metric = 'top1', but with dataset.name = 'sites' no top-1 "
+            "accuracy is known, so no round would be best: choose another metric, for "
+            "example 'balanced'"
+        )
 
 
 def _can_be_folder(name: str) -> bool:
