@@ -243,8 +243,8 @@ def _cifar(config: DatasetConfig) -> ImageDataset:
         "cifar100": (CIFAR100, CIFAR100_NORMALIZATION),
     }[config.name]
     root = Path(config.root).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         # Several clients may start at once; only one of them downloads.
         with FileLock(root / f".{config.name}.lock"):
             splits = [
