@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip2fl_cli.output import write_file
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, ConfigError, RunConfig
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
 from clip2fl_common.shown import listed, shown
@@ -34,7 +34,18 @@ class Holdings:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Holdings":
-        """Divide the data set as a run with this configuration would."""
+        """Divide the data set as a run with this configuration would.
+
+        Raises
+        ------
+        ConfigError
+            If the sites have images of their own.
+        """
+        if config.dataset.name == SITES:
+            raise ConfigError(
+                f"dataset.name = {SITES!r}: each site has images of its own, so there "
+                "is no partition to show; clip2fl doctor counts a site's images"
+            )
         dataset = load_dataset(config.dataset)
         parts = partition_indices(config.dataset, config.partition, config.seed)
         names = dataset.class_names

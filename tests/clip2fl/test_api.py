@@ -141,6 +141,12 @@ def test_failed_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         clip2fl.run(**TINY)
 
 
+def test_partition_of_sites_is_refused() -> None:
+    sites = {"name": "sites", "class_names": "cat, dog"}
+    with pytest.raises(ConfigError, match="'sites': each site has images of its own"):
+        clip2fl.partition(dataset=sites)
+
+
 def test_partition_is_the_published_one() -> None:
     held = clip2fl.partition(**TINY)
     labels = load_dataset(run_config().dataset).train.labels
