@@ -1,5 +1,6 @@
 """What `import clip2fl` offers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -207,6 +208,9 @@ def test_model_predicts_on_files_pictures_arrays_and_tensors_alike(
             assert prediction.probability == pytest.approx(float(row[best]), abs=1e-6)
     assert model.predict([]) == []
     assert len(model.predict(files, top=2)[0].classes) == 2
+    for top in (0, -1):
+        with pytest.raises(ValueError, match=f"top = {top}, but it must be at least 1"):
+            model.predict(files, top=top)
 
 
 def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
@@ -225,6 +229,13 @@ def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
     assert unturned != from_file
 
 
+def truncated() -> Image.Image:
+    """Return a damaged image that Pillow has opened and not read yet."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:-500]))
+
+
 @pytest.mark.parametrize(
     ("images", "error", "said"),
     [
@@ -234,6 +245,8 @@ def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
         ([torch.zeros(8, 8, 3, dtype=torch.uint8)], TypeError, r"shape \[3, H, W\]"),
         ([7], TypeError, "image 0 is int"),
         ([Image.new("F", (8, 8))], RunError, "image 0 cannot be used: .*floating"),
+        ([Image.new("RGB", (0, 0))], TypeError, "image 0 is .* without pixels"),
+        ([truncated()], RunError, "image 0 cannot be read as an image: .*truncated"),
     ],
     ids=str,
 )
