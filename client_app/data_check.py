@@ -1,6 +1,6 @@
 """Check a node's images before it takes part: which are used, which not, and why.
 
-The check needs no torch and reads one image at a time. It escapes all characters in
+The check reads one image at a time. It escapes all characters in
 names from the disk that do not print as themselves.
 """
 
@@ -39,7 +39,11 @@ def count_images(folder: Path) -> int:
 
 
 def check_data(
-    folder: Path, known: Sequence[str], image_size: int, skip_unreadable: bool
+    folder: Path,
+    known: Sequence[str],
+    image_size: int,
+    skip_unreadable: bool,
+    validation_share: float,
 ) -> Iterator[Finding]:
     """Yield the findings about the images ``<class>/<image>`` in a folder.
 
@@ -53,6 +57,8 @@ def check_data(
         Side in pixels to which images are scaled.
     skip_unreadable : bool
         Whether the run skips unreadable images.
+    validation_share : float
+        Share of the images that serve validation.
 
     Yields
     ------
@@ -88,6 +94,7 @@ def check_data(
         for path in listing.images:
             read.add(name, path, folder, image_size)
     yield from read.findings(folder, known, skip_unreadable)
+    yield from _check_division(read.paths, validation_share)
     yield from _ignored(folder, listings)
 
 
@@ -97,6 +104,8 @@ class _Read:
 
     Attributes
     ----------
+    paths : list of Path
+        Good images.
     counts, kinds : Counter
         Good images by class, and by the kind of file.
     scaled : set of str
@@ -107,6 +116,7 @@ class _Read:
         Files that cannot be read, with the reasons.
     """
 
+    paths: list[Path] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     scaled: set[str] = field(default_factory=set)
@@ -121,6 +131,7 @@ class _Read:
         except UnreadableImageError as error:
             self.unreadable.append(f"{within}: {error.reason}")
             return
+        self.paths.append(path)
         self.counts[name] += 1
         self.kinds[picture.kind] += 1
         if picture.scaled:
@@ -178,6 +189,33 @@ class _Read:
                 if skip_unreadable
                 else ", or run with dataset.skip-unreadable=true"
             ),
+        )
+
+
+def _check_division(paths: Sequence[Path], share: float) -> Iterator[Finding]:
+    """Yield what is wrong with the division into training and validation images."""
+    if not paths:
+        return  # reported already
+    # Imported here, because it imports torch, which takes seconds.
+    from clip2fl_common.data.datasets import validating
+
+    count = int(validating(paths, share).sum())
+    if count == len(paths):
+        yield Finding(
+            "problem",
+            "division",
+            f"all {count} readable images serve validation, none training "
+            f"(validation share {share:g})",
+            "add images, or lower validation-share in the site's policy or "
+            "dataset.validation-share",
+        )
+    elif count == 0:
+        yield Finding(
+            "warning",
+            "division",
+            f"none of {len(paths)} readable images serves validation (validation share "
+            f"{share:g}), so this site cannot evaluate models",
+            "nothing, if other sites evaluate; else add images or raise the share",
         )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import cast
 
 from client_app import data_check, preflight
-from client_app.own_site import state_folder, with_own_teacher
-from client_app.policy_check import check_ledger, check_policy
+from client_app.own_site import state_folder, with_own_share, with_own_teacher
+from client_app.policy_check import check_ledger, check_policy, readable_rules
 from client_app.preflight import Finding
 from clip2fl_common.config import (
     SITES,
@@ -55,6 +55,7 @@ def findings(
             "ok", "run", "no --run-config: images, device and teacher are not checked"
         )
         return
+    config = with_own_share(config, readable_rules(options.policy).validation_share)
     dataset = config.dataset
     yield preflight.check_disk(
         cache_dir(), data_check.count_images(options.data_path), dataset.image_size
@@ -64,6 +65,7 @@ def findings(
         listed_names(dataset.class_names),
         dataset.image_size,
         dataset.skip_unreadable,
+        dataset.validation_share,
     )
     yield preflight.check_device(config.device)
     if config.method in TEACHER_METHODS:
@@ -72,7 +74,7 @@ def findings(
         )
         from client_app.zero_shot_check import check_zero_shot  # needs torch
 
-        yield check_zero_shot(config, options.data_path, options.policy)
+        yield check_zero_shot(config, options.data_path)
 
 
 def site_run_config(path: Path) -> RunConfig:

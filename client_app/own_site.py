@@ -120,8 +120,7 @@ class OwnSite:
             config.dataset.validation_share,
             share,
         )
-        own = {"dataset.validation-share": share}
-        return RunConfig.from_run_config({**config.to_flat(), **own})
+        return with_own_share(config, share)
 
     def spend(self, config: RunConfig, fields: Sequence[str]) -> None:
         """Count what an answer to train may reveal, if the site bounds its epsilon.
@@ -235,6 +234,14 @@ def with_own_teacher(config: RunConfig, folder: Path | None) -> RunConfig:
     if folder is None or config.teacher.model == DEMO:
         return config
     own = {"teacher.model": f"{LOCAL_PREFIX}{folder}", "teacher.pretrained": ""}
+    return RunConfig.from_run_config({**config.to_flat(), **own})
+
+
+def with_own_share(config: RunConfig, share: float | None) -> RunConfig:
+    """Return a run's configuration with the site's own share of validation images."""
+    if share is None:
+        return config
+    own = {"dataset.validation-share": share}
     return RunConfig.from_run_config({**config.to_flat(), **own})
 
 

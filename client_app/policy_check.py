@@ -167,7 +167,7 @@ def check_ledger(folder: Path, policy: Path | None) -> Finding:
     Finding
     """
     ledger = SiteLedger(folder)
-    rules = _readable_rules(policy)
+    rules = readable_rules(policy)
     fix = "let this user write there; no budget is kept without it"
     level: Level = "problem" if policy else "warning"
     if not ledger.path.exists():
@@ -185,7 +185,7 @@ def check_ledger(folder: Path, policy: Path | None) -> Finding:
     return Finding("ok", "ledger", told)
 
 
-def _readable_rules(path: Path | None) -> SitePolicy:
+def readable_rules(path: Path | None) -> SitePolicy:
     """Return the rules of a policy file; `check_policy` reports one with faults."""
     try:
         return policy_file(path) if path else SitePolicy()

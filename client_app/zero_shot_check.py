@@ -11,7 +11,6 @@ import numpy as np
 
 from client_app.preflight import Finding
 from client_app.site_evaluation import recalls
-from client_app.site_policy import SiteRefusal, policy_file
 from clip2fl_common.config import RunConfig
 from clip2fl_common.data.datasets import DatasetError, open_site
 from clip2fl_common.devices import resolve_device
@@ -21,17 +20,15 @@ from clip2fl_common.teacher import TeacherError, load_teacher
 ENOUGH_IMAGES = 20
 
 
-def check_zero_shot(config: RunConfig, folder: Path, policy: Path | None) -> Finding:
+def check_zero_shot(config: RunConfig, folder: Path) -> Finding:
     """Return the teacher's accuracy on a site's validation images.
 
     Parameters
     ----------
     config : RunConfig
-        The run's configuration.
+        The run's configuration, with the site's own share of validation images.
     folder : Path
         The site's images, ``<class>/<image>``.
-    policy : Path or None
-        The site's policy file, whose ``validation-share`` overrides the run's.
 
     Returns
     -------
@@ -40,10 +37,6 @@ def check_zero_shot(config: RunConfig, folder: Path, policy: Path | None) -> Fin
         evaluation is a problem of another check, so here it is none.
     """
     try:
-        own = policy_file(policy).validation_share if policy is not None else None
-        if own is not None:
-            changed = {**config.to_flat(), "dataset.validation-share": own}
-            config = RunConfig.from_run_config(changed)
         dataset = open_site(config.dataset, folder)
         source = dataset.test
         indices = np.arange(len(source.labels))
@@ -57,7 +50,7 @@ def check_zero_shot(config: RunConfig, folder: Path, policy: Path | None) -> Fin
             prompt=config.teacher.prompt,
             batch_size=config.teacher.batch_size,
         )
-    except (SiteRefusal, DatasetError, TeacherError, ValueError, OSError) as error:
+    except (DatasetError, TeacherError, ValueError, OSError) as error:
         return Finding("ok", "zero-shot", f"not computed: {error}")
     prototypes = teacher.text_features(dataset.class_names)
     votes = (teacher.cached_image_features(loaded.images) @ prototypes.T).argmax(1)

@@ -247,11 +247,12 @@ def compare(
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_cli.progress import ComparisonProgress
     from clip2fl_cli.run_schema import Images
+    from clip2fl_common.config.files import toml_pair
     from clip2fl_common.project import experiment
 
-    pairs = [f"{key}={json.dumps(value)}" for key, value in _flat(settings)]
+    own = dict(_flat(settings))
     compared = Comparison.read(
-        experiment(Path(file)), Path(runs), pairs, seeds, variants
+        experiment(Path(file)), Path(runs), (), seeds, variants, own
     )
     shown_images = Images(images) if images else None
     compared.refuse_absent(shown_images)
@@ -269,7 +270,8 @@ def compare(
     command = ["clip2fl", "compare", str(file), "--runs", str(runs)]
     command += [word for seed in seeds for word in ("--seed", str(seed))]
     command += [word for name in variants for word in ("--variant", name)]
-    command += ["--set", " ".join(pairs)] if pairs else []
+    pairs = " ".join(toml_pair(key, value) for key, value in own.items())
+    command += ["--set", pairs] if pairs else []
     command += ["--images", images] if images else []
     written = write_results(
         compared, finished, shlex.join(command), failed, shown_images

@@ -449,10 +449,14 @@ def report(
     from clip2fl_cli.results import SUMMARY_FILE, redraw, rewrite_report
     from clip2fl_cli.runs import FinishedRun, chosen_images
 
-    if folder.suffix == ".csv" and not folder.is_dir():
+    is_table = folder.suffix == ".csv" and not folder.is_dir()
+    is_comparison = os.path.lexists(folder / SUMMARY_FILE)
+    if against is not None and (is_table or is_comparison):
+        raise click.UsageError("--against belongs to the report of a single run")
+    if is_table:
         console.out.print(redraw(folder, images).answer(as_json), soft_wrap=True)
         return
-    if os.path.lexists(folder / SUMMARY_FILE):
+    if is_comparison:
         page = rewrite_report(folder, images)
     else:
         runs = [FinishedRun.read(path) for path in (folder, against) if path]

@@ -53,12 +53,23 @@ def checked_run_config(
         config = complete_config(merged)
         refuse_unknown_method(config.method)
         if images_here:
-            _refuse_missing_images(config.dataset)
+            refuse_missing_images(config.dataset)
     return merged
 
 
-def _refuse_missing_images(dataset: Dataset) -> None:
-    """Raise if images are not where they must be; others are downloaded or drawn."""
+def refuse_missing_images(dataset: Dataset) -> None:
+    """Raise if images are not where they must be; others are downloaded or drawn.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The ``dataset`` group of the run configuration.
+
+    Raises
+    ------
+    ConfigError
+        Names the key and the path.
+    """
     places: dict[str, str] = {}
     if dataset.name in ("image-folder", "imagenet-lt", LISTED, HUGGING_FACE):
         places["root"] = dataset.root

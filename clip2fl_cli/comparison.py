@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from clip2fl_cli.app_folder import refuse_missing_images
 from clip2fl_cli.configuration import as_file, flat_settings, read_toml, resolve
+from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.output import OutputFolder
 from clip2fl_cli.run_schema import (
     MAX_RUNS,
     MAX_VARIANTS,
@@ -26,12 +29,14 @@ from clip2fl_cli.run_schema import (
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.config.same_run import differences
+from clip2fl_common.project import experiment
 from clip2fl_common.provenance import (
     ALL_CODE,
     SHARED_TRAINING_VARIABLE,
     code_fingerprint,
 )
 from clip2fl_common.shown import short, shown
+from server_app.folder_lock import in_use
 from server_app.foreign_files import ForeignFileError, check
 
 if TYPE_CHECKING:
@@ -126,16 +131,18 @@ class Comparison:
         overrides: Sequence[str] = (),
         seeds: Sequence[int] = (),
         variants: Sequence[str] = (),
+        settings: Mapping[str, Scalar] | None = None,
     ) -> "Comparison":
         """Read a comparison's file and check every run's configuration.
 
         Parameters
         ----------
         file : Path
-            TOML with ``experiment`` (a run configuration, relative to this file),
-            ``seeds``, ``baseline``, ``[settings]`` for all variants and one table of
-            settings for each of ``[variants]``, where ``seeds`` replace the common
-            seeds; ``share-local-training``, false by default.
+            TOML with ``experiment`` (a run configuration, relative to this file, or the
+            name of one that comes with the program), ``seeds``, ``baseline``,
+            ``[settings]`` for all variants and one table of settings for each of
+            ``[variants]``, where ``seeds`` replace the common seeds;
+            ``share-local-training``, false by default.
         runs : Path
             Folder in which the comparison gets its own folder.
         overrides : sequence of str
@@ -144,6 +151,8 @@ class Comparison:
             Replace all seeds in the file.
         variants : sequence of str
             The only variants to run; all by default.
+        settings : mapping or None
+            Dotted keys for all variants, which take precedence over the file.
 
         Returns
         -------
@@ -165,6 +174,7 @@ class Comparison:
             )
         folder = runs.resolve() / file.stem
         where = shown(file)
+        run_config = experiment(Path(content.experiment), file.parent)
         # Checked first: an error in these settings is not the fault of a variant.
         general = flat_settings(content.settings, f"{where}: settings")
         of_variant: dict[str, list[PlannedRun]] = {}
@@ -172,9 +182,10 @@ class Comparison:
             named = f"{where}: variants.{shown(variant)}"
             # Merged key by key: a variant that sets another key of client still gets
             # the common client.epochs.
-            own = {**general, **flat_settings(_without(table, "seeds"), named)}
+            of_table = flat_settings(_without(table, "seeds"), named)
+            own = {**general, **of_table, **(settings or {})}
             try:
-                config = resolve(file.parent / content.experiment, overrides, own)
+                config = resolve(run_config, overrides, own)
             except ConfigError as error:
                 raise ConfigError(f"{named}: {error}") from None
             own_seeds = list(seeds) or table.get("seeds", content.seeds)
@@ -273,20 +284,32 @@ def complete(comparison: Comparison, watcher: Watcher) -> "Iterator[Failure]":
     ------
     Failure
         Each run that did not complete, with the reason.
+
+    Raises
+    ------
+    ConfigError
+        Before the first run, if the images of a missing run are not there; names the
+        variant.
+    OutputError
+        Before the first run, if the comparison's folder cannot be made.
     """
     from clip2fl_cli.summary import Failure
 
-    for run in comparison.missing():
-        going_on = _can_go_on(run)
-        if not going_on:
-            _set_aside(run.folder)
+    missing = comparison.missing()
+    for run in missing:
+        try:
+            refuse_missing_images(run.config.dataset)
+        except ConfigError as error:
+            raise ConfigError(f"variant {shown(run.variant)}: {error}") from None
+    with OutputFolder.open(comparison.folder):
+        pass
+    for run in missing:
         output = watcher.started(run)
-        with _local_training_shared(comparison):
-            result = (
-                simulate(resume=run.folder, output=output)
-                if going_on
-                else _begin(run, output)
-            )
+        try:
+            with _local_training_shared(comparison):
+                result = _execute(run, output)
+        except (ConfigError, SimulationError, OSError) as error:
+            result = RunResult("not-started", str(error), "")
         watcher.ended(run, result)
         if not result.completed:
             lines = (result.details or result.status).strip().splitlines()
@@ -307,7 +330,16 @@ def _local_training_shared(comparison: Comparison) -> Iterator[None]:
         os.environ.pop(SHARED_TRAINING_VARIABLE, None)
 
 
-def _begin(run: PlannedRun, output: TextIO) -> RunResult:
+def _execute(run: PlannedRun, output: TextIO) -> RunResult:
+    # Another command may execute the same comparison. This comes first, as looking for
+    # a checkpoint renames damaged ones.
+    if in_use(run.folder):
+        raise SimulationError(
+            f"another run works in {shown(run.folder)}: wait until it ends, or stop it"
+        )
+    if _can_go_on(run):
+        return simulate(resume=run.folder, output=output)
+    _set_aside(run.folder)
     with as_file(run.config) as file:
         return simulate(run_config=file, output=output)
 

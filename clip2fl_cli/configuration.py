@@ -1,6 +1,5 @@
 """The complete run configuration, from defaults, a file and settings."""
 
-import json
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, cast
 
 from clip2fl_common.config import ConfigError, RunConfig, Scalar, defaults
 from clip2fl_common.config.dotted_keys import flatten
-from clip2fl_common.config.files import parse_overrides
+from clip2fl_common.config.files import parse_overrides, toml_pair
 from clip2fl_common.project import experiment
 from clip2fl_common.shown import shown
 from server_app.foreign_files import (
@@ -133,10 +132,7 @@ def resolve(
 def as_file(config: RunConfig) -> Iterator[Path]:
     """Write a configuration to a temporary TOML file, as a run reads it."""
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
-        # JSON writes booleans, numbers and strings exactly as TOML does, but for one
-        # character that only TOML forbids.
         for key, value in config.to_flat().items():
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            file.write(f"{key} = {text}\n")
+            file.write(f"{toml_pair(key, value)}\n")
         file.flush()
         yield Path(file.name)

@@ -1,6 +1,5 @@
 """``clip2fl deliver`` and ``clip2fl signing-key``: the server's part of a delivery."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,12 +45,11 @@ def deliver(
     """
     from clip2fl_cli.federation import begin, connected
     from clip2fl_cli.following import Following
+    from clip2fl_common.config.files import toml_pair
 
-    # JSON writes strings as TOML does.
-    settings = [f"delivery.run={json.dumps(str(run.absolute()))}"]
+    settings = [toml_pair("delivery.run", str(run.absolute()))]
     if signing_key is not None:
-        path = json.dumps(str(signing_key.absolute()))
-        settings.append(f"delivery.signing-key={path}")
+        settings.append(toml_pair("delivery.signing-key", str(signing_key.absolute())))
     following = Following(superlink, root_certificates, verbose)
     with following, connected(superlink, root_certificates, patience) as link:
         following.run = begin(link, None, settings, following.output)

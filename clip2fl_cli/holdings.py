@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clip2fl_cli.output import write_file
-from clip2fl_common.config import RunConfig
+from clip2fl_common.config import SITES, ConfigError, RunConfig
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.partition import class_counts
-from clip2fl_common.shown import shown
+from clip2fl_common.shown import listed, shown
+
+FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of a heat map's file; matplotlib's other formats need other programs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,18 @@ class Holdings:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Holdings":
-        """Divide the data set as a run with this configuration would."""
+        """Divide the data set as a run with this configuration would.
+
+        Raises
+        ------
+        ConfigError
+            If the sites have images of their own.
+        """
+        if config.dataset.name == SITES:
+            raise ConfigError(
+                f"dataset.name = {SITES!r}: each site has images of its own, so there "
+                "is no partition to show; clip2fl doctor counts a site's images"
+            )
         dataset = load_dataset(config.dataset)
         parts = partition_indices(config.dataset, config.partition, config.seed)
         names = dataset.class_names
@@ -43,10 +57,14 @@ class Holdings:
         Raises
         ------
         ValueError
-            If the suffix is not a known format.
+            If the suffix is none of `FORMATS`.
         OutputError
             If the file cannot be written; an existing link is replaced.
         """
+        if file.suffix.lower() not in FORMATS:
+            raise ValueError(
+                f"--figure {shown(file)}: the name must end with {listed(FORMATS)}"
+            )
         from matplotlib import rc_context
 
         from clip2fl_cli.charts import STYLE
@@ -62,9 +80,6 @@ class Holdings:
             bar_title="training images",
         ).figure()
         drawn = io.BytesIO()
-        try:
-            with rc_context(STYLE):
-                figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
-        except ValueError as error:
-            raise ValueError(f"--figure {shown(file)}: {error}") from None
+        with rc_context(STYLE):
+            figure.savefig(drawn, format=file.suffix.removeprefix("."), dpi=200)
         write_file(file, drawn.getvalue())

@@ -116,7 +116,7 @@ class Model:
             tensors of uint8 [3, H, W], of any size: the centre square is brought to
             the model's input size.
         top : int or None
-            Largest number of classes for each image; None returns all.
+            Largest number of classes for each image, at least 1; None returns all.
 
         Returns
         -------
@@ -127,6 +127,8 @@ class Model:
         ------
         TypeError
             If an item is no image, or a single image is given instead of several.
+        ValueError
+            If ``top`` is less than 1.
         RunError
             If an image cannot be read, or the model gives values that are not finite.
         ForeignFileError
@@ -134,6 +136,8 @@ class Model:
         """
         if isinstance(images, str | os.PathLike | Image.Image):
             raise TypeError("predict takes several images: put a single one in a list")
+        if top is not None and top < 1:
+            raise ValueError(f"top = {top}, but it must be at least 1, or None for all")
         images = list(images)
         for image in images:
             if isinstance(image, str | os.PathLike):
@@ -223,11 +227,23 @@ def _read(image: Picture, size: int, name: str) -> npt.NDArray[np.uint8]:
         raise RunError(f"{name} cannot be used: {error}") from None
 
 
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Return an image of Pillow's whose pixels are read: Pillow reads a file late."""
+    if 0 in image.size:
+        raise TypeError(f"{name} is an image of Pillow's without pixels")
+    try:
+        image.load()
+    # Pillow raises nearly every type of error for damaged files.
+    except Exception as error:
+        raise RunError(f"{name} cannot be read as an image: {shown(error)}") from error
+    return image
+
+
 def _opened(
     image: Image.Image | npt.NDArray[np.uint8] | torch.Tensor, name: str
 ) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image
+        return _loaded(image, name)
     if isinstance(image, torch.Tensor):
         shape, array = "[3, H, W]", image.cpu().numpy()
         colours = array.transpose(1, 2, 0) if array.ndim == 3 else array

@@ -153,10 +153,9 @@ class Facts(BaseModel):
                 _same_length(f"teacher.{field}.per_class", accuracy.per_class, classes)
         groups = self.shot_groups
         listed = [*groups.many, *groups.medium, *groups.few]
-        if len(set(listed)) < len(listed) or max(listed, default=0) >= classes:
+        if sorted(listed) != list(range(classes)):
             raise ValueError(
-                "shot_groups names a class twice, or one that is not among the "
-                f"{classes} of class_names"
+                f"shot_groups must name each of the {classes} class_names exactly once"
             )
         return self
 

@@ -119,7 +119,7 @@ class FinishedRun:
             # Without an accuracy on these images, the teacher has no row in tables.
             own = whole.teacher.get(f"zero_shot_{images.part}")
             facts["teacher"] = {**whole.teacher, "zero_shot": own}
-        rounds = [{**line, "accuracy": line[field]} for line in whole.rounds]
+        rounds = [{**line, "accuracy": line.get(field, {})} for line in whole.rounds]
         return replace(whole, facts=facts, rounds=rounds, images=images, whole=whole)
 
     def part_size(self, images: Images) -> int:

@@ -95,7 +95,7 @@ def _told(
 
 def _summed(run: FinishedRun, unused: list[Unused]) -> Section:
     """Return the section of sites whose updates and accuracies came as sums."""
-    used = Counter(name for line in run.rounds for name in line["clients"])
+    used = Counter(str(name) for line in run.rounds for name in line.get("clients", []))
     lost = Counter(site for _, site, _, _ in unused)
     table = Table(
         "sites-table",
@@ -106,11 +106,11 @@ def _summed(run: FinishedRun, unused: list[Unused]) -> Section:
             for n in sorted({*used, *lost})
         ],
     )
-    found = [line["summed_evaluation"] for line in run.rounds]
+    found = run.rounds[-1]["summed_evaluation"]
     evaluated = (
-        f"The last evaluation is the sum of {found[-1]['sites']} sites with "
-        f"{found[-1]['images']:,} validation images."
-        if found[-1]
+        f"The last evaluation is the sum of {found['sites']} sites with "
+        f"{found['images']:,} validation images."
+        if found
         else "The last round has no sum of evaluations."
     )
     text = (

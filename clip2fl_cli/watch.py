@@ -206,7 +206,7 @@ def read_token(file: Path) -> str:
     ValueError
         If it can be guessed: it is short, or other users may read the file.
     """
-    token = file.read_text("ascii").strip()
+    token = file.read_text("ascii", errors="replace").strip()
     if not re.fullmatch(r"[\w-]{32,256}", token, re.ASCII):
         raise ValueError(
             f"{shown(file)} holds no token: it must have 32 to 256 letters, digits, _ "
@@ -245,7 +245,7 @@ def serve(
     Raises
     ------
     OSError
-        If the port is in use.
+        If the page cannot listen there, for example as the port is in use.
     KeyboardInterrupt
         After Ctrl-C, when the server has ended.
     """
@@ -259,7 +259,13 @@ def serve(
         limit_concurrency=64,
         timeout_graceful_shutdown=1,
     )
-    with socket.create_server((host, port)) as listening:
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on --host {shown(host)}, --port {port} ({error.strerror})"
+        ) from None
+    with listening:
         port = listening.getsockname()[1]
         ready(f"http://{HOST}:{port}/?token={token}")
         uvicorn.Server(config).run(sockets=[listening])

@@ -59,7 +59,7 @@ def experiments() -> list[str]:
     return sorted(file.stem for file in (PROJECT / "conf").glob("*.toml"))
 
 
-def experiment(path: Path) -> Path:
+def experiment(path: Path, folder: Path = Path()) -> Path:
     """Return the file of an experiment that may come with the program.
 
     Parameters
@@ -67,12 +67,15 @@ def experiment(path: Path) -> Path:
     path : Path
         A file, or a name such as ``demo`` for the ``conf/demo.toml`` of the program.
         An existing file of that name is used first.
+    folder : Path
+        Folder to which ``path`` is relative.
 
     Returns
     -------
     Path
-        ``path`` itself, if it is no experiment's name.
+        The path in the folder, if it is no experiment's name.
     """
-    if str(path) in experiments() and not path.exists():
+    place = folder / path
+    if str(path) in experiments() and (place.is_dir() or not place.exists()):
         return PROJECT / "conf" / f"{path}.toml"
-    return path
+    return place

@@ -266,9 +266,13 @@ def prune(run_folder: Path, keep: int) -> None:
     last = rounds[-max(keep, 2) :]
     wanted = set(last)
     for server_round in last:
-        state = checkpoint_path(run_folder, server_round) / STATE
-        if best := json.loads(state.read_text("utf-8"))["best"]:
-            wanted.add(best["round"])
+        place = checkpoint_path(run_folder, server_round)
+        try:
+            best = json.loads((place / STATE).read_text("utf-8"))["best"]
+            wanted |= {best["round"]} if best else set()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # The run's last round is saved, so an older checkpoint must not end it.
+            logger.warning("checkpoint %s is damaged (%s)", place, error)
     for server_round in set(rounds) - wanted:
         remove(checkpoint_path(run_folder, server_round))
 

@@ -8,6 +8,7 @@ delivered ``model.safetensors`` is written last, so that it marks a complete run
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ CLIENTS = "clients_by_class"
 CONFUSION = "confusion."
 FEATURES = "features"
 
+# The names that `checkpoint_path` gives, and no other: people may keep copies there.
+_CHECKPOINT = re.compile("round-([0-9]{6}|[1-9][0-9]{6,})")
+
 # Largest number of federated features, over all classes, that a run saves for reports.
 SHOWN_FEATURES = 2000
 
@@ -47,8 +51,11 @@ def checkpoint_path(run_folder: Path, server_round: int) -> Path:
 
 def rounds_with_checkpoint(run_folder: Path) -> list[int]:
     """Return the rounds that have a checkpoint, complete or damaged, ascending."""
-    names = [path.name for path in (run_folder / CHECKPOINTS).glob("round-??????")]
-    return sorted(int(name.removeprefix("round-")) for name in names)
+    found = (
+        _CHECKPOINT.fullmatch(path.name)
+        for path in (run_folder / CHECKPOINTS).glob("round-*")
+    )
+    return sorted(int(name[1]) for name in found if name)
 
 
 class RunInUseError(RuntimeError):

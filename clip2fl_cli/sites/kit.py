@@ -2,7 +2,6 @@
 
 import contextlib
 import ipaddress
-import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from clip2fl_cli.sites.keys import new_key, public_half
 from clip2fl_cli.sites.kit_texts import NO_KEY, POLICY_TEMPLATE, guide
 from clip2fl_cli.sites.registration import Server
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig
-from clip2fl_common.config.files import complete_config, merge_run_config
+from clip2fl_common.config.files import complete_config, merge_run_config, toml_pair
 from clip2fl_common.files import replacing
 from clip2fl_common.project import PROJECT, experiment, version
 from clip2fl_common.shown import quoted
@@ -331,6 +330,6 @@ def _write_run(merged: str, server: Server, path: Path) -> None:
     runs = server.folder.absolute() / RUNS
     if "dir" not in given.get("run", {}) and runs.is_dir():
         added["run.dir"] = str(runs)
-    text = merged + "".join(f"{k} = {json.dumps(v)}\n" for k, v in added.items())
+    text = merged + "".join(f"{toml_pair(k, v)}\n" for k, v in added.items())
     with replacing(path) as file:
         file.write(text.encode())

@@ -1,7 +1,6 @@
 """Checks of keys of the run configuration that contradict each other."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from clip2fl_common.config.types import (
     listed_names,
     path_fits,
 )
+from clip2fl_common.data.image_files import cannot_be_seen, without_joiners
 from clip2fl_common.partition import long_tail_counts
 from clip2fl_common.secure.statements import LEAST_PARTIES
 
@@ -53,8 +53,6 @@ CLASS_NAME_BYTES = 255
 """Limit on the length of a folder's name on Linux."""
 DEEP_MODELS, DEEP_STRIDE = ("resnet18", "resnet50"), 32
 """Models that make one pixel of 32 x 32 pixels."""
-JOINERS = "\u200c\u200d"
-"""Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with."""
 
 
 def known_classes(flat: Mapping[str, object]) -> int | None:
@@ -316,7 +314,7 @@ def _secure_problems(config: "RunConfig") -> Iterator[str]:
 def _name_problems(dataset: "Dataset") -> Iterator[str]:
     names = listed_names(dataset.class_names)
     # People could not tell apart names that look the same.
-    seen = Counter(name.translate(dict.fromkeys(map(ord, JOINERS))) for name in names)
+    seen = Counter(map(without_joiners, names))
     twice = [name for name, count in seen.items() if count > 1]
     if len(seen) < 2 or twice or "" in seen:
         found = f" ({shown(twice[0])} is there twice)" if twice else ""
@@ -354,20 +352,21 @@ def _site_problems(config: "RunConfig") -> Iterator[str]:
             "dataset.name = 'sites' the server has no test images to divide: set it "
             "to 0.0"
         )
+    if config.checkpoint.best_metric == "top1":
+        yield (
+            "checkpoint.best-metric = 'top1', but with dataset.name = 'sites' no top-1 "
+            "accuracy is known, so no round would be best: choose another metric, for "
+            "example 'balanced'"
+        )
 
 
 def _can_be_folder(name: str) -> bool:
-    invisible = [
-        character
-        for character in name
-        if unicodedata.category(character) == "Cf" and character not in JOINERS
-    ]
     return (
         len(name) <= CLASS_NAME_CHARACTERS
         and len(name.encode("utf-8")) <= CLASS_NAME_BYTES
         and "/" not in name
         and not name.startswith(".")
-        and not invisible
+        and not any(map(cannot_be_seen, name))
     )
 
 

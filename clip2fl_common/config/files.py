@@ -29,7 +29,8 @@ FILE_BYTES = 4 * 2**20
 BYTE_ORDER_MARK = "\ufeff"
 
 PAIR = re.compile(
-    r"""\s*(?P<key>[\w.-]+)\s*=\s*(?P<value>'[^']*'|"[^"]*"|[^\s'"]+)\s*"""
+    r"""\s*(?P<key>[\w.-]+)\s*=\s*"""
+    r"""(?P<value>'[^']*'|"(?:[^"\\]|\\.)*"|[^\s'"]+)\s*"""
 )
 
 
@@ -217,12 +218,17 @@ def merge_run_config(
             raise ConfigError(f"{source}{error}") from None
         merged |= _known(found, known, source)
     merged |= _known(parse_overrides(overrides), known, "")
-    # JSON writes booleans, numbers and strings exactly as TOML does, except for one
-    # character that only TOML forbids.
-    return "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
-        for key, value in merged.items()
-    )
+    return "".join(f"{toml_pair(key, value)}\n" for key, value in merged.items())
+
+
+def toml_pair(key: str, value: object) -> str:
+    """Return a dotted key and its value, a scalar, as TOML and `parse_overrides` read.
+
+    JSON writes booleans, numbers and strings exactly as TOML does, except for one
+    character that only TOML forbids.
+    """
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"{key} = {text}"
 
 
 def complete_config(merged: str) -> RunConfig:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from filelock import FileLock
 
@@ -54,6 +55,7 @@ __all__ = [
     "open_site",
     "partition_indices",
     "read_image",
+    "validating",
 ]
 
 
@@ -241,8 +243,8 @@ def _cifar(config: DatasetConfig) -> ImageDataset:
         "cifar100": (CIFAR100, CIFAR100_NORMALIZATION),
     }[config.name]
     root = Path(config.root).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         # Several clients may start at once; only one of them downloads.
         with FileLock(root / f".{config.name}.lock"):
             splits = [
@@ -427,7 +429,7 @@ def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
     files = site_files(folder, listed_names(config.class_names))
     paths = [path for path, _ in files]
     labels = np.asarray([label for _, label in files], dtype=np.int64)
-    validates = file_digests(paths) < config.validation_share * 2.0**64
+    validates = validating(paths, config.validation_share)
     if validates.all():
         raise DatasetError(
             f"all {len(paths)} images of {shown(folder)} serve validation; add images "
@@ -441,6 +443,24 @@ def open_site(config: DatasetConfig, folder: Path) -> ImageDataset:
         for chosen in (~validates, validates)
     )
     return _site_dataset(config, train, validation)
+
+
+def validating(paths: Sequence[Path], share: float) -> npt.NDArray[np.bool_]:
+    """Return which of a site's images serve validation.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        N image files.
+    share : float
+        Share of the images that serve validation, in the mean.
+
+    Returns
+    -------
+    ndarray of bool, shape [N]
+    """
+    chosen: npt.NDArray[np.bool_] = file_digests(paths) < share * 2.0**64
+    return chosen
 
 
 def _site_dataset(

@@ -23,7 +23,13 @@ from filelock import FileLock
 from clip2fl_common.config import HUB_NAME
 from clip2fl_common.config import Dataset as DatasetConfig
 from clip2fl_common.data.image_cache import cache_key
-from clip2fl_common.data.image_files import DatasetError, class_name, is_folder
+from clip2fl_common.data.image_files import (
+    DatasetError,
+    class_name,
+    is_folder,
+    name_fault,
+    without_joiners,
+)
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, suffix_of
 from clip2fl_common.data.image_tables import INSTALL, Columns
 from clip2fl_common.files import (
@@ -34,7 +40,7 @@ from clip2fl_common.files import (
     replacing_folder,
     replacing_private,
 )
-from clip2fl_common.shown import listed, shown
+from clip2fl_common.shown import listed, short, shown
 
 logger = getLogger(__name__)
 
@@ -246,8 +252,15 @@ def _classes(config: DatasetConfig, parts: Sequence[_Part]) -> list[str]:
                 f"{part.place} has other classes than {parts[0].place}: "
                 f"{listed(names)}, not {listed(first)}"
             )
-    if len(set(first)) < len(first):
-        twice = [name for n, name in enumerate(first) if name in first[:n]]
+    for name in first:
+        if fault := name_fault(name):
+            raise DatasetError(
+                f"{parts[0].place}: the class {short(name)} has {fault}; correct the "
+                "names of its ClassLabel"
+            )
+    seen = [without_joiners(name) for name in first]
+    if len(set(seen)) < len(seen):
+        twice = [name for n, name in enumerate(seen) if name in seen[:n]]
         raise DatasetError(
             f"{parts[0].place} has two classes of one name: {listed(twice)}"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder, suffix_of
 from clip2fl_common.data.regular_files import kind_of_file
+from clip2fl_common.limits import MAX_NAME_LENGTH
 from clip2fl_common.shown import listed, shown
 
 logger = getLogger(__name__)
@@ -34,6 +35,8 @@ FOLDER = "a folder"
 APPLE_DOUBLE = "._"
 # Invisible characters that Unicode counts as letters, symbols or marks.
 _INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+# Zero-width (non-)joiners, which Persian, Hindi and other scripts are written with.
+_JOINERS = "\u200c\u200d"
 # Control, format (zero width, direction), surrogate (an undecodable byte), line ends.
 _REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -170,12 +173,9 @@ def name_faults(folders: Sequence[Path]) -> Iterator[str]:
     """Yield the problems of the names of class folders, in words."""
     same: dict[str, list[Path]] = defaultdict(list)
     for place in folders:
-        same[class_name(place.name)].append(place)
-        if hidden := [c for c in place.name if _cannot_be_seen(c)]:
-            yield (
-                f"the folder '{shown(place.name)}' has a character in its name that "
-                f"cannot be seen or read ({listed(_code(c) for c in hidden)})"
-            )
+        same[without_joiners(class_name(place.name))].append(place)
+        if fault := name_fault(place.name):
+            yield f"the folder '{shown(place.name)}' has {fault}"
     for name, places in same.items():
         if places[1:]:
             yield (
@@ -184,7 +184,25 @@ def name_faults(folders: Sequence[Path]) -> Iterator[str]:
             )
 
 
-def _cannot_be_seen(character: str) -> bool:
+def name_fault(name: str) -> str | None:
+    """Return what a class's name has that it must not have, in words; None if fine."""
+    if hidden := [c for c in name if cannot_be_seen(c)]:
+        codes = listed(_code(c) for c in hidden)
+        return f"a character in its name that cannot be seen or read ({codes})"
+    if len(name) > MAX_NAME_LENGTH:
+        return f"a name of more than {MAX_NAME_LENGTH} characters"
+    return None
+
+
+def without_joiners(name: str) -> str:
+    """Return a name without zero-width joiners: equal ones look the same."""
+    return name.translate(dict.fromkeys(map(ord, _JOINERS)))
+
+
+def cannot_be_seen(character: str) -> bool:
+    """Return whether a class's name must not have a character, as nobody sees it."""
+    if character in _JOINERS:
+        return False
     category = unicodedata.category(character)
     return category in _REFUSED_CATEGORIES or character in _INVISIBLE
 

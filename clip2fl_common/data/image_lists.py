@@ -53,8 +53,8 @@ def read_image_list(list_file: Path, root: Path) -> tuple[list[Path], list[int]]
 def _lines(list_file: Path) -> list[object]:
     try:
         with open_regular(list_file) as file:
-            # File names may contain any byte; Python keeps bytes that are not UTF-8.
-            text = file.read().decode("utf-8", "surrogateescape")
+            # Excel begins a file with a mark. Names of files may contain any byte.
+            text = file.read().decode("utf-8-sig", "surrogateescape")
         if not text.lstrip().startswith("["):
             return list(text.splitlines())
         lines: list[object] = json.loads(text)

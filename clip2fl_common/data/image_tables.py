@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from clip2fl_common.data.image_files import DatasetError, class_name
+from clip2fl_common.data.image_files import (
+    DatasetError,
+    class_name,
+    name_fault,
+    without_joiners,
+)
 from clip2fl_common.data.regular_files import open_regular
+from clip2fl_common.limits import MAX_NAME_LENGTH
 from clip2fl_common.shown import listed, shown
 
 # Digits of a class number, far beyond the classes of any data set.
@@ -199,7 +205,8 @@ def class_numbers(
     Raises
     ------
     DatasetError
-        If a class is unknown, or has no training image; names the line.
+        If a class is unknown, has a name that `name_fault` refuses, or has no training
+        image; names the line.
     """
     used = {class_name(entry.label) for entry in train.entries}
     if not names:
@@ -208,6 +215,7 @@ def class_numbers(
                 f"the classes in {shown(train.file)} are numbers; set "
                 "dataset.class-names to their names, in the order of the numbers"
             )
+        _refuse_faulty_names(train)
         names = sorted(used)
     numbers: Mapping[str, int] = {name: number for number, name in enumerate(names)}
     if not used <= numbers.keys() and all(map(_is_number, used)):
@@ -219,6 +227,23 @@ def class_numbers(
             f"{listed(names[n] for n in sorted(missing))}, so nobody would hold it"
         )
     return names, labels[0], labels[1]
+
+
+def _refuse_faulty_names(table: Table) -> None:
+    rows: dict[str, int] = {}
+    for entry in table.entries:
+        rows.setdefault(entry.label, entry.row)
+    first: dict[str, str] = {}
+    for label, row in rows.items():
+        named = f"{table.at(row)}: the class '{shown(label[:MAX_NAME_LENGTH])}'"
+        if fault := name_fault(label):
+            raise DatasetError(
+                f"{named} has {fault}; correct it, and save the list as UTF-8"
+            )
+        name = class_name(label)
+        other = first.setdefault(without_joiners(name), name)
+        if other != name:
+            raise DatasetError(f"{named} looks the same as '{shown(other)}'")
 
 
 def _is_number(label: str) -> bool:

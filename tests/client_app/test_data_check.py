@@ -21,6 +21,13 @@ KNOWN = ("cat", "dog")
 
 
 @pytest.fixture(autouse=True)
+def own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def fresh_decoders() -> Iterator[None]:
     """Detect the decoders of this machine again before and after a test."""
     missing_decoder.cache_clear()
@@ -36,7 +43,7 @@ def picture(path: Path, mode: str = "RGB") -> Path:
 
 def found(folder: Path, skip: bool = False) -> list[Finding]:
     """Return the findings, after checking that they print in one line."""
-    findings = list(check_data(folder, KNOWN, 8, skip))
+    findings = list(check_data(folder, KNOWN, 8, skip, 0.5))
     for finding in findings:
         assert all(line.isprintable() for line in str(finding).splitlines())
     return findings
@@ -126,6 +133,7 @@ def test_every_ignored_kind_is_counted(
 
 def test_leftovers_of_operating_systems_are_no_fault(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / "0001.jpg")
+    picture(tmp_path / "cat" / "0002.png", "L")
     (tmp_path / "cat" / "._0001.jpg").write_bytes(b"\0\5\x16\7" + bytes(50))
     picture(tmp_path / "__MACOSX" / "cat" / "x.png")
     for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
@@ -133,8 +141,23 @@ def test_leftovers_of_operating_systems_are_no_fault(tmp_path: Path) -> None:
         (tmp_path / "cat" / name).touch()
     findings = found(tmp_path)
     assert {f.level for f in findings} == {"ok"}
-    assert one(findings, "1 images in").check == "data"
+    assert one(findings, "2 images in").check == "data"
     assert "8 hidden entries or entries of an operating system" in findings[-1].text
+
+
+def test_site_that_could_not_train_is_a_problem(tmp_path: Path) -> None:
+    """Unreadable images do not count: a run may leave them out."""
+    picture(tmp_path / "cat" / "a.png", "L")
+    (tmp_path / "cat" / "b.png").write_bytes(b"no image")
+    finding = one(found(tmp_path, skip=True), "validation")
+    assert (finding.level, finding.check) == ("problem", "division")
+    assert "all 1 readable images serve validation" in finding.text
+    picture(tmp_path / "cat" / "c.png")
+    assert not any("validation" in f.text for f in found(tmp_path, skip=True))
+    (tmp_path / "cat" / "a.png").unlink()
+    finding = one(found(tmp_path, skip=True), "validation")
+    assert finding.level == "warning"
+    assert "none of 1 readable images serves validation" in finding.text
 
 
 def test_class_folders_that_are_confused_are_problems(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def doctor_says(
 
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (8, 8)).save(path)
+    # Its content decides that it serves training, not validation.
+    Image.new("L", (8, 8), 255).save(path)
 
 
 @pytest.mark.parametrize("method", ["clip2fl", "clip2flm"])
@@ -160,7 +161,7 @@ def test_unknown_classes_are_listed_with_the_known_ones(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / "a.png")
     picture(tmp_path / "wolf" / "a.png")
     (tmp_path / "cat" / "notes.txt").write_text("x")
-    found = levels(data_check.check_data(tmp_path, ["cat", "dog"], 8, False))
+    found = levels(data_check.check_data(tmp_path, ["cat", "dog"], 8, False, 0.2))
     assert found["classes"].endswith("no class of the run: wolf; known: cat, dog")
     assert found["classes"].startswith("problem")
     assert found["data"].startswith("ok: 1 images")
@@ -170,7 +171,7 @@ def test_unknown_classes_are_listed_with_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["missing", "empty"])
 def test_folder_without_images_is_a_problem(tmp_path: Path, place: str) -> None:
     (tmp_path / "empty" / "cat").mkdir(parents=True)
-    (found,) = data_check.check_data(tmp_path / place, ["cat"], 8, True)
+    (found,) = data_check.check_data(tmp_path / place, ["cat"], 8, True, 0.2)
     assert found.level == "problem" and place in found.text
 
 
@@ -180,7 +181,7 @@ def test_unreadable_images_are_a_warning_where_the_run_skips_them(
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "cat" / "b.png").write_bytes(b"")
     for skip, level in ((True, "warning"), (False, "problem")):
-        found = levels(data_check.check_data(tmp_path, ["cat"], 8, skip))
+        found = levels(data_check.check_data(tmp_path, ["cat"], 8, skip, 0.2))
         assert found["images"].startswith(level)
         assert "cat/b.png: the file is empty" in found["images"]
 
@@ -446,6 +447,9 @@ def test_no_policy_is_said_and_an_unusable_one_is_a_problem(
     policy.chmod(0o646)
     status, report = doctor_says(capsys, *common, "--policy", policy)
     assert status == 0 and f"chmod go-w {policy}" in report
+    policy.write_text("validation-share = 0.9", "utf-8")
+    status, report = doctor_says(capsys, *common, "--policy", policy)
+    assert status == 1 and "none training (validation share 0.9)" in report
 
 
 def test_without_a_policy_a_teacher_of_anybodys_is_refused_all_the_same(

@@ -21,12 +21,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_accuracy_is_of_the_sites_own_validation_images(tmp_path: Path) -> None:
     folder = write_site(tmp_path / "images", {"circle": 14, "star": 20, "heart": 16})
-    policy = tmp_path / "policy.toml"
-    policy.write_text("validation-share = 0.6\n")
-    config = site_run(method="clip2fl", dataset__image_size=32)
-    found = check_zero_shot(config, folder, policy)
-    own = site_run(dataset__image_size=32, dataset__validation_share=0.6)
-    test = open_site(own.dataset, folder).test
+    config = site_run(
+        method="clip2fl", dataset__image_size=32, dataset__validation_share=0.6
+    )
+    found = check_zero_shot(config, folder)
+    test = open_site(config.dataset, folder).test
     teacher = load_teacher("demo")
     prototypes = teacher.text_features(CLASS_NAMES)
     hits: dict[int, list[bool]] = {}
@@ -52,17 +51,16 @@ def test_teacher_that_guesses_is_a_warning(tmp_path: Path) -> None:
     config = site_run(
         method="clip2fl", dataset__image_size=32, dataset__validation_share=0.5
     )
-    found = check_zero_shot(config, folder, None)
+    found = check_zero_shot(config, folder)
     assert found.level == "warning" and "class names" in found.fix
 
 
 def test_what_prevents_it_is_another_checks_problem(tmp_path: Path) -> None:
     folder = write_site(tmp_path / "images", {"circle": 2})
-    for config, data, policy in (
-        (site_run(method="clip2fl"), tmp_path / "none", None),
-        (site_run(method="clip2fl"), folder, tmp_path / "no-policy.toml"),
-        (site_run(method="clip2fl", teacher__model="no-such"), folder, None),
+    for config, data in (
+        (site_run(method="clip2fl"), tmp_path / "none"),
+        (site_run(method="clip2fl", teacher__model="no-such"), folder),
     ):
-        found = check_zero_shot(config, data, policy)
+        found = check_zero_shot(config, data)
         assert (found.level, found.fix) == ("ok", "")
         assert found.text.startswith("not computed: ")

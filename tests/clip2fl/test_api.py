@@ -1,5 +1,6 @@
 """What `import clip2fl` offers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import clip2fl
+from clip2fl_cli.comparison import PlannedRun
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.runs import RunError
 from clip2fl_cli.simulation import RunResult
@@ -112,11 +114,38 @@ def test_wrong_settings_are_refused_by_name() -> None:
         clip2fl.partition({"seed": [7]})
 
 
+def test_comparison_takes_settings_as_a_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value is checked as it is given, not as text."""
+    seen: list[PlannedRun] = []
+    monkeypatch.setattr(
+        "clip2fl_cli.comparison.Comparison.refuse_absent",
+        lambda compared, images: seen.extend(compared.plan),
+    )
+    monkeypatch.setattr(
+        "clip2fl_cli.comparison.Comparison.missing",
+        lambda compared: pytest.fail("the settings were accepted"),
+    )
+    prompt = 'a "\N{CAT FACE}" \\ {class}'
+    with pytest.raises(pytest.fail.Exception, match="the settings were accepted"):
+        clip2fl.compare("demo-compare", tmp_path, teacher={"prompt": prompt})
+    assert {run.config.teacher.prompt for run in seen} == {prompt}
+    with pytest.raises(ConfigError, match=r"run\.trackers = None, but it must be"):
+        clip2fl.compare("demo-compare", tmp_path, run={"trackers": None})
+
+
 def test_failed_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = RunResult("finished:failed", "the reason", "", 5)
     monkeypatch.setattr("clip2fl_cli.simulation.simulate", lambda **_: failed)
     with pytest.raises(SimulationError, match=r"\(finished:failed\): the reason"):
         clip2fl.run(**TINY)
+
+
+def test_partition_of_sites_is_refused() -> None:
+    sites = {"name": "sites", "class_names": "cat, dog"}
+    with pytest.raises(ConfigError, match="'sites': each site has images of its own"):
+        clip2fl.partition(dataset=sites)
 
 
 def test_partition_is_the_published_one() -> None:
@@ -179,6 +208,9 @@ def test_model_predicts_on_files_pictures_arrays_and_tensors_alike(
             assert prediction.probability == pytest.approx(float(row[best]), abs=1e-6)
     assert model.predict([]) == []
     assert len(model.predict(files, top=2)[0].classes) == 2
+    for top in (0, -1):
+        with pytest.raises(ValueError, match=f"top = {top}, but it must be at least 1"):
+            model.predict(files, top=top)
 
 
 def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
@@ -197,6 +229,13 @@ def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
     assert unturned != from_file
 
 
+def truncated() -> Image.Image:
+    """Return a damaged image that Pillow has opened and not read yet."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:-500]))
+
+
 @pytest.mark.parametrize(
     ("images", "error", "said"),
     [
@@ -206,6 +245,8 @@ def test_picture_of_pillows_is_turned_and_cut_as_its_file_is(
         ([torch.zeros(8, 8, 3, dtype=torch.uint8)], TypeError, r"shape \[3, H, W\]"),
         ([7], TypeError, "image 0 is int"),
         ([Image.new("F", (8, 8))], RunError, "image 0 cannot be used: .*floating"),
+        ([Image.new("RGB", (0, 0))], TypeError, "image 0 is .* without pixels"),
+        ([truncated()], RunError, "image 0 cannot be read as an image: .*truncated"),
     ],
     ids=str,
 )

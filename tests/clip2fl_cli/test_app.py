@@ -211,6 +211,8 @@ def test_comparison_leaves_table_summary_and_reports(
     assert answer["rows"][1]["difference"]["mean"] == 0.0
 
     (folder / "report.html").unlink()
+    line = refused(monkeypatch, capsys, "report", folder, "--against", folder)
+    assert "--against belongs to the report of a single run" in line
     assert run(monkeypatch, "report", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "report": str(folder / "report.html")
@@ -389,6 +391,7 @@ def test_doctor_checks_a_site(
         (("predict", "--model", "x"), "Missing argument 'IMAGES...'"),
         (("export", "--model", "x"), "Missing option '--output'"),
         (("report", "--nothing", "x"), "No such option"),
+        (("report", "x.csv", "--against", "y"), "--against belongs to the report of a"),
         (("nothing",), "No such command 'nothing'"),
     ],
     ids=str,

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from clip2fl_cli import comparison as module
 from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun, complete
+from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.output import OutputError
 from clip2fl_cli.progress import ComparisonProgress
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.simulation import RunResult
@@ -23,6 +25,7 @@ from clip2fl_common.provenance import (
     code_fingerprint,
 )
 from server_app.checkpoints import Checkpoint, load_newest, save_checkpoint
+from server_app.run_folder import RunFolder
 from tests.clip2fl_cli.made_up import write_run
 from tests.defaults import ROOT
 
@@ -289,6 +292,68 @@ def test_failed_run_does_not_stop_the_others(
     assert [r.seed for r in read(file, seeds=(99, 3)).finished()["plain"]] == [3]
 
 
+def test_folder_of_an_active_run_is_left_alone(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    """A second command for the same comparison does not take the first one's run."""
+    active = read(file).plan[0]
+    lock = RunFolder(active.config, 1)
+    try:
+        (failed,) = complete(read(file), Watcher())
+    finally:
+        lock.release()
+    assert (failed.variant, failed.seed) == ("plain", 1)
+    assert failed.reason.startswith(f"another run works in {active.folder}: wait")
+    assert [config["run.name"] for config in simulated] == [
+        "adjusted-seed2",
+        "plain-seed2",
+    ]
+    assert not active.folder.with_name("plain-seed1.part1").exists()
+    # A lock that nobody holds is the remains of a run that has ended.
+    assert list(complete(read(file), Watcher())) == []
+
+
+@pytest.mark.parametrize("error", [SimulationError, ConfigError, OSError])
+def test_run_that_cannot_start_does_not_stop_the_others(
+    file: Path,
+    simulated: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+) -> None:
+    simulate = vars(module)["simulate"]
+
+    def failing_once(**arguments: Any) -> Any:
+        monkeypatch.setattr(module, "simulate", simulate)
+        raise error("the SuperLink did not start")
+
+    monkeypatch.setattr(module, "simulate", failing_once)
+    watcher = Watcher()
+    (failed,) = complete(read(file), watcher)
+    assert (failed.variant, failed.reason) == ("plain", "the SuperLink did not start")
+    assert [completed for _, completed in watcher.ends] == [False, True, True]
+
+
+def test_missing_images_are_named_before_the_first_run(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    file.write_text(
+        FILE + 'dataset.name = "image-folder"\ndataset.root = "/no/where"\n'
+    )
+    message = "variant adjusted: dataset.root = '/no/where' is not there"
+    with pytest.raises(ConfigError, match=message):
+        list(complete(read(file), Watcher()))
+    assert not simulated
+
+
+def test_folder_that_cannot_be_made_is_named_before_the_first_run(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    (file.parent / "runs").touch()
+    with pytest.raises(OutputError, match=f"{file.parent / 'runs'}"):
+        list(complete(read(file), Watcher()))
+    assert not simulated
+
+
 def test_complete_run_with_other_settings_is_not_taken_for_this_one(
     file: Path, simulated: list[dict[str, object]]
 ) -> None:
@@ -323,6 +388,21 @@ def test_bad_file_is_named_with_what_is_wrong(
     file.write_text(FILE.replace(old, new, 1))
     with pytest.raises(ComparisonError, match=message):
         read(file)
+
+
+def test_experiment_may_be_one_that_comes_with_the_program(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name does not depend on the working directory."""
+    file.write_text(FILE.replace("experiment.toml", "demo"))
+    for place in (file.parent, file.parent.parent):
+        monkeypatch.chdir(place)
+        (place / "demo").mkdir()
+        found = read(Path(os.path.relpath(file)))
+        assert found.plan[0].config.federation.rounds == 30
+    (file.parent / "demo").rmdir()
+    (file.parent / "demo").write_text("federation.rounds = 3\n")
+    assert read(file).plan[0].config.federation.rounds == 3
 
 
 def test_bad_key_of_a_variant_is_named(file: Path) -> None:

@@ -80,6 +80,7 @@ def renamed(run: FinishedRun, names: Sequence[str]) -> FinishedRun:
     classes = [f"{name[:400]}{n}" for name in names for n in ("", " 2")]
     facts["class_names"] = classes
     facts["train_images_per_class"] = list(range(len(classes)))
+    facts["shot_groups"]["medium"] = list(range(2, len(classes)))
     several = " ".join(names)[:400]
     facts["config"] |= {"method": several, "dataset.name": several}
     facts["config"] |= dict.fromkeys(names, several)

@@ -169,7 +169,7 @@ def test_heat_map_replaces_a_link(
     assert precious.read_bytes() == PRECIOUS
 
 
-@pytest.mark.parametrize("name", ["held", "held.xyz"])
+@pytest.mark.parametrize("name", ["held", "held.xyz", "held.pgf", "held.raw"])
 def test_heat_map_of_no_known_format_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -178,7 +178,7 @@ def test_heat_map_of_no_known_format_is_one_line(
 ) -> None:
     file = tmp_path / name
     line = refused(monkeypatch, capsys, "partition", "--figure", file)
-    assert f"--figure {file}: Format" in line
+    assert f"--figure {file}: the name must end with .png, .svg, .pdf" in line
     assert not file.exists()
 
 

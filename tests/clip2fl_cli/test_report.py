@@ -656,6 +656,33 @@ def test_rounds_that_no_site_evaluated_are_left_out(tmp_path: Path) -> None:
     assert "No round has a loss." in (run.folder / "report.html").read_text("utf-8")
 
 
+def test_held_out_images_need_no_field_in_rounds_without_an_accuracy(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", [50.0, 60.0], evaluation__tuning_share=0.2)
+    first, last = (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    parts = {"accuracy_tuning", "accuracy_held_out"}
+    kept = {k: v for k, v in json.loads(first).items() if k not in parts}
+    lines = [json.dumps({**kept, "accuracy": {}}), last]
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines), "utf-8")
+    read = FinishedRun.read(run.folder).on(Images.HELD_OUT)
+    page = Page(write_run_report(read))
+    assert page.tables["results-table"].column("balanced")[0] == "59.0"
+
+
+def test_summed_sites_need_no_names_and_no_sum_in_each_round(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [50.0, 60.0], aggregation__secure=True)
+    file = run.folder / "metrics.jsonl"
+    first, last = file.read_text("utf-8").splitlines()
+    summed = {"sites": 3, "images": 40}
+    more = {"summed_evaluation": summed, "clients": ["site-a", 7]}
+    file.write_text(f"{first}\n{json.dumps({**json.loads(last), **more})}", "utf-8")
+    report = write_run_report(FinishedRun.read(run.folder))
+    assert "the sum of 3 sites with 40 validation" in report.read_text("utf-8")
+    table = Page(report).tables["sites-table"]
+    assert [row[:2] for row in table.texts] == [["7", "1"], ["site-a", "1"]]
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 3), (3, 1, 1), (2, 1, 5)])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_features_of_any_number_of_dimensions_are_drawn(

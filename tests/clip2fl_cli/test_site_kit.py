@@ -500,7 +500,8 @@ def photos(tmp_path: Path) -> Path:
     for name in ("cat", "owl"):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
-        for number in range(2):
+        # By its content, the first image serves validation and the other one training.
+        for number in (1, 2):
             Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number}.png")
     return tmp_path / "photos"
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from clip2fl_cli import colours, watch
 from clip2fl_cli.live import RunWatch
 from clip2fl_cli.newest import NewestRun
-from clip2fl_cli.watch import EVERY_S, SHOWN_SITES, watch_app
+from clip2fl_cli.watch import EVERY_S, SHOWN_SITES, read_token, serve, watch_app
 from server_app.file_names import CONFIG
 from strategy.events import What
 from tests.clip2fl_cli.made_up_live import tell, two_rounds_and_a_half, unfinished, used
@@ -186,6 +186,17 @@ def test_newest_run_of_a_folder_is_followed(tmp_path: Path) -> None:
     # A resumed run writes its configuration again.
     os.utime(runs / "first" / CONFIG)
     assert state()["name"] == "first"
+
+
+def test_token_that_is_no_text_is_refused_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xe9" * 40)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'token'} holds no token"):
+        read_token(tmp_path / "token")
+
+
+def test_address_that_cannot_be_listened_on_is_named(folder: Path) -> None:
+    with pytest.raises(OSError, match=r"--host no\.such\.host\.invalid, --port 0 \("):
+        serve(RunWatch(folder), print, host="no.such.host.invalid")
 
 
 def test_prometheus_reads_the_numbers_with_the_token(folder: Path) -> None:

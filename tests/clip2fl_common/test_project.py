@@ -23,5 +23,8 @@ def test_experiment_is_found_by_its_name_unless_a_file_has_it(
     assert "paper-cifar10-lt" in project.experiments()
     for name in ("no-such", "demo.toml", "./../demo", "conf/demo", ""):
         assert project.experiment(Path(name)) == Path(name)
+    Path("demo").mkdir()
+    assert project.experiment(Path("demo")) == ROOT / "conf" / "demo.toml"
+    Path("demo").rmdir()
     Path("demo").write_text("seed = 8\n")
     assert project.experiment(Path("demo")) == Path("demo")

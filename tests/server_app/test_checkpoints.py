@@ -217,6 +217,31 @@ def test_last_ones_and_their_best_stay(
     assert rounds_with_checkpoint(folder) == sorted({*last, *bests})
 
 
+@pytest.mark.parametrize("text", [None, "{", "{}", "[]", '{"best": 3}'])
+def test_damaged_older_checkpoint_does_not_stop_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    for server_round in (1, 2, 3):
+        save_checkpoint(tmp_path, state(server_round, BestRound(1, 50.0)))
+    damaged = checkpoint_path(tmp_path, 2) / "state.json"
+    damaged.unlink()
+    if text is not None:
+        damaged.write_text(text, "utf-8")
+    prune(tmp_path, 2)
+    assert rounds_with_checkpoint(tmp_path) == [1, 2, 3]
+    assert f"checkpoint {damaged.parent} is damaged" in caplog.text
+    assert load_newest(tmp_path).round == 3
+
+
+def test_only_names_of_checkpoints_count(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("round-backup", "round-0000002", "round-000003.part", "round-00001"):
+        (folder / name).mkdir(parents=True)
+    for server_round in (0, 1_000_000, 12):
+        checkpoint_path(tmp_path, server_round).mkdir()
+    assert rounds_with_checkpoint(tmp_path) == [0, 12, 1_000_000]
+
+
 def test_same_run_is_let_through_and_free_keys_may_differ() -> None:
     before = state()
     changed = {**before.config, **dict.fromkeys(FREE_KEYS, "another")}

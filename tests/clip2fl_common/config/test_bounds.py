@@ -338,6 +338,7 @@ def test_class_names_of_any_language_are_accepted() -> None:
         ("cat, ca\u00adt", "no folder's name"),
         ("cat, \ufeffcat", "no folder's name"),
         ("cat, ca\u202et", "no folder's name"),
+        ("cat, ca\u3164t", "no folder's name"),
         ("cat, ../dog", "no folder's name"),
         ("cat, .dog", "no folder's name"),
         (f"cat, {'a' * 101}", "no folder's name"),

@@ -16,6 +16,7 @@ from clip2fl_common.config.files import (
     complete_config,
     merge_run_config,
     parse_overrides,
+    toml_pair,
 )
 from tests.defaults import ROOT, default_config
 
@@ -136,6 +137,14 @@ def test_odd_pairs_are_refused_in_one_line(pair: str) -> None:
     ) as e:
         parse_overrides([pair])
     assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "text", ["\N{CAT FACE} {class}", 'a "b" c', "it's", "\\", "a\tb\x7f", " = x=1"]
+)
+def test_written_pairs_are_read_again(text: str) -> None:
+    pairs = [toml_pair("run.name", text), toml_pair("seed", 8)]
+    assert parse_overrides([" ".join(pairs)]) == {"run.name": text, "seed": 8}
 
 
 def test_tables_in_pairs_are_settings_or_unknown() -> None:

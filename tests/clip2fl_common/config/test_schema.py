@@ -140,6 +140,14 @@ def test_round_trip() -> None:
             r"tuning-share = 0\.2.*no test images to divide: set it to 0\.0",
         ),
         (
+            {
+                "dataset.name": "sites",
+                "dataset.class-names": "cat, dog",
+                "checkpoint.best-metric": "top1",
+            },
+            r"best-metric = 'top1'.*'sites' no top-1 accuracy.*'balanced'",
+        ),
+        (
             {"dataset.validation-share": 1.0},
             r"share = 1\.0.*less than 1",
         ),

@@ -260,6 +260,12 @@ def test_bad_lists_are_named(tmp_path: Path, text: str, message: str) -> None:
         load_dataset(list_config(tmp_path))
 
 
+def test_cifar_in_the_place_of_a_file_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"dataset\.root = .*file.*File exists"):
+        load_dataset(folder_config(tmp_path / "file", name="cifar10"))
+
+
 def test_cifar_that_cannot_be_had_names_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -342,6 +342,15 @@ def with_relative_path(root: Path) -> Path:
             {},
             r"two classes of one name: a b",
         ),
+        (
+            lambda root: saved(
+                root,
+                train=made([1], [0], ("ab", "a\u200bb")),
+                test=made([1], [0], ("ab", "a\u200bb")),
+            ),
+            {},
+            r"the class 'a\\u200bb' has a character .*\(U\+200B\).*ClassLabel",
+        ),
         (without_image, {}, r"train, row 1: found no image, and no absolute path"),
         (with_relative_path, {}, r"row 0: found no image.*'\.\./secret\.png'"),
         (

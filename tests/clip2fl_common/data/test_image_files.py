@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import features
 
+from clip2fl_common.config import listed_names
 from clip2fl_common.data import image_formats
 from clip2fl_common.data.image_files import (
     DatasetError,
@@ -19,6 +20,7 @@ from clip2fl_common.data.image_files import (
     site_files,
 )
 from clip2fl_common.data.image_formats import IMAGE_SUFFIXES, missing_decoder
+from tests.defaults import run_config
 from tests.special_files import SPECIAL, make_special_files
 
 NFC, NFD = (unicodedata.normalize(form, "élan") for form in ("NFC", "NFD"))
@@ -83,6 +85,7 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
         (("a\u202eb", "c"), "'a\\u202eb' has a character in its name"),
         (("a\u200bb", "ab"), "(U+200B)"),
         (("a\u3164", "a"), "(U+3164)"),
+        (("a\u200cb", "ab"), "'ab' and 'a\\u200cb' are the same class 'ab'"),
         ((os.fsdecode(b"caf\xe9"), "c"), "'caf\\xe9' has a character"),
     ],
 )
@@ -98,6 +101,18 @@ def test_names_that_cannot_be_told_apart_are_refused(
         assert message in str(caught.value)
         assert str(caught.value).isprintable()
         assert caught.value.summary == "1 names of class folders are not usable"
+
+
+def test_site_may_have_every_class_that_a_run_may_have(tmp_path: Path) -> None:
+    """Persian and Hindi write zero-width joiners within words."""
+    names = "می\u200cخواهم", "क्\u200dष"
+    text = ", ".join(names)
+    config = run_config(dataset__name="sites", dataset__class_names=text).dataset
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    found = site_files(tmp_path, listed_names(config.class_names))
+    assert [label for _, label in found] == [0, 1]
 
 
 def test_site_with_undecodable_file_names_and_leftovers(tmp_path: Path) -> None:

@@ -16,6 +16,14 @@ def test_paths_of_any_bytes_are_kept(tmp_path: Path) -> None:
     assert labels == [0, 1]
 
 
+@pytest.mark.parametrize("content", ["a.jpg 0\nb.jpg 1\n", '["a.jpg 0", ["b.jpg", 1]]'])
+def test_byte_order_mark_is_no_part_of_a_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "list").write_text(content, "utf-8-sig")
+    paths, labels = read_image_list(tmp_path / "list", tmp_path)
+    assert [path.name for path in paths] == ["a.jpg", "b.jpg"]
+    assert labels == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -144,6 +144,32 @@ def test_bad_lists_are_named(tmp_path: Path, train: str, message: str) -> None:
         load(tmp_path, train)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        # As a spreadsheet on Windows may save it.
+        (b"caf\xe9", r"'caf\\xe9' has .*\(byte 0xe9, no UTF-8\).*as UTF-8"),
+        ("cat\u200b".encode(), r"'cat\\u200b' has .* be seen or read \(U\+200B\)"),
+        (b"c" * 501, "'c{500}' has a name of more than 500 characters"),
+    ],
+)
+def test_class_that_no_result_could_name_is_refused(
+    tmp_path: Path, label: bytes, message: str
+) -> None:
+    (tmp_path / "train.csv").write_bytes(
+        b"path,label\na.png,cat\nb.png," + label + b"\nc.png," + label + b"\n"
+    )
+    (tmp_path / "test.csv").write_text("path,label\nd.png,cat\n", "utf-8")
+    with pytest.raises(DatasetError, match=rf"train\.csv, line 3: the class {message}"):
+        load_dataset(list_config(tmp_path))
+
+
+def test_classes_that_look_the_same_are_refused(tmp_path: Path) -> None:
+    train = "path,label\na.png,ab\nb.png,a\u200cb\n"
+    with pytest.raises(DatasetError, match=r"line 3: .*'a\\u200cb' looks the .* 'ab'"):
+        load(tmp_path, train)
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"train\.csv: .*No such file"):
         load_dataset(list_config(tmp_path))
