@@ -217,7 +217,7 @@ class SecureSums:
         needed : int
             Fewest clients in a sum, for this run.
         verdicts : Verdicts
-            Gets the replies that are not in the sum.
+            Gets the replies that are not in the sum, and the number of the others.
 
         Returns
         -------
@@ -245,6 +245,7 @@ class SecureSums:
             members.append(client)
             size = messages.payload_bytes(message.content)
         parties = len(self._keys)
+        verdicts.masked = len(members)
         needed = max(LEAST_PARTIES, needed, parties // 2 + 1)
         if len(members) < needed:
             raise messages.ReplyError(

@@ -16,7 +16,7 @@ from strategy.events import Event, Events, What
 from strategy.grid import AttentiveGrid
 from strategy.site_clients import SiteClients, client_number
 from tests.flower_private import give_id
-from tests.stand_in_grid import StandInGrid
+from tests.strategy.site_nodes import Nodes
 
 # Two names with equal 32-bit numbers, found by trying s1, s2, ...
 SAME_32_BITS = ("s65257", "s96800")
@@ -26,28 +26,6 @@ def number_32(name: str) -> int:
     """Return the 32-bit number that sites had in earlier versions."""
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
-
-
-class Nodes(StandInGrid):
-    """A grid of nodes that answer queries with the given names."""
-
-    def __init__(self, names: Mapping[int, Any]) -> None:
-        self.names = dict(names)
-        self.asked: list[int] = []
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.names)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        replies = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            self.asked.append(node)
-            content = RecordDict({"config": ConfigRecord({"site": self.names[node]})})
-            replies.append(Message(content, reply_to=message))
-        return replies
 
 
 @pytest.fixture(autouse=True)
