@@ -228,7 +228,7 @@ class SecureSums:
         ReplyError
             If there is no sum in this round; says why.
         """
-        found = _by_client(replies, verdicts)
+        found = _by_client(replies, asked, verdicts)
         if len(self._keys) < LEAST_PARTIES:
             raise messages.ReplyError(
                 f"{len(self._keys)} clients sent a key, and {LEAST_PARTIES} are needed"
@@ -427,17 +427,27 @@ class SumCheck:
         return verdicts
 
 
-def _by_client(replies: Sequence[Message], verdicts: Verdicts) -> dict[int, Message]:
+def _by_client(
+    replies: Sequence[Message],
+    asked: Mapping[int, Mapping[int, int]],
+    verdicts: Verdicts,
+) -> dict[int, Message]:
     """Return the reply of each client that sent one; the others are dropped."""
-    found: defaultdict[int | None, list[Message]] = defaultdict(list)
+    found: defaultdict[int, list[Message]] = defaultdict(list)
     for message in replies:
         if message.has_error():
             verdicts.note_error(message)
+            continue
+        client = client_in(message.content)
+        # First of all: a node that answers for another's client must not cost that one.
+        if client is None or client not in asked.get(message.metadata.src_node_id, {}):
+            reason = f"it answers for client {client}, and was not asked for that"
+            verdicts.dropped.append((message, reason))
         else:
-            found[client_in(message.content)].append(message)
+            found[client].append(message)
     single = {}
     for client, answers in found.items():
-        if client is not None and len(answers) == 1:
+        if len(answers) == 1:
             single[client] = answers[0]
             continue
         reason = f"{len(answers)} replies for partition {client}"

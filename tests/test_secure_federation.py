@@ -16,6 +16,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.round import train_round
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.messages import METRICS, PARTITION
 from clip2fl_common.messages.secure import partition_in, reveal_reply
 from clip2fl_common.messages.sums import SumFormat
 from clip2fl_common.messages.vectors import WIDE
@@ -26,7 +27,7 @@ from strategy.safeguards import NoRepliesError
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import wire_bytes
-from tests.in_process_grid import InProcessGrid, client_of
+from tests.in_process_grid import InProcessGrid, Tamper, client_of
 from tests.strategy.messages import client_plan, made
 
 CLIENTS = 4
@@ -60,6 +61,7 @@ def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         name: str,
         lost: tuple[str, int, int] | None = None,
         setup: Any = lambda grid: None,
+        tamper: Tamper | None = None,
         **changes: Scalar,
     ) -> InProcessGrid:
         be_flower(tmp_path / f"cache-{name}", monkeypatch)
@@ -72,7 +74,7 @@ def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "run__name": name,
         }
         config: RunConfig = run_config(**{**settings, **changes})
-        grid = Interfering(config, 2, order_seed=5)
+        grid = Interfering(config, 2, order_seed=5, tamper=tamper)
         if lost is not None:
             grid.kind, grid.client, grid.at = lost
         setup(grid)
@@ -240,6 +242,22 @@ def test_client_lost_before_its_masked_sums_costs_only_its_update(
         (line,) = metrics(tmp_path / f"secure-{kind}")
         assert line["clients"] == [0, 1, 3] and not line["kept_model"]
         same(model(tmp_path / f"secure-{kind}", 1), model(tmp_path / "plain", 1), 2e-6)
+
+
+def test_node_that_answers_for_anothers_client_costs_only_its_update(
+    federate: Any, tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """Client 1 says that it is client 0, which another node simulates."""
+
+    def tamper(request: Message, reply: Message) -> Message:
+        if client_of(reply) == 1:
+            reply.content.metric_records[METRICS][PARTITION] = 0
+        return reply
+
+    federate("run", tamper=tamper)
+    for line in metrics(tmp_path / "run"):
+        assert line["clients"] == [0, 2, 3] and not line["kept_model"]
+    assert sum("it answers for client 0, and" in m for m in flower_log.messages) == 2
 
 
 @pytest.mark.parametrize(
