@@ -7,7 +7,7 @@ follows treats it as the only reply of the round. Of evaluations it makes one ev
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from clip2fl_common.secure.identities import (
     Trust,
     has_signed,
 )
-from clip2fl_common.secure.masks import Vector, subtracts
+from clip2fl_common.secure.masks import Vector, can_be_used, subtracts
 from clip2fl_common.secure.statements import (
     LEAST_PARTIES,
     TRAINING,
@@ -176,6 +176,12 @@ class SecureSums:
         asked = {client: self._request(client) for client in numbers}
         trust = self._trust()
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
+        # All parties would refuse the whole round for these.
+        owners = Counter(key.public for key in self._keys.values())
+        for client, key in list(self._keys.items()):
+            if owners[key.public] > 1:
+                del self._keys[client]
+                reasons[client] = "another client sent the same key"
         for client in self._keys.keys() - set(self.clients.available()):
             del self._keys[client]
             reasons[client] = "it has left since"
@@ -334,7 +340,7 @@ class SecureSums:
         }
 
     def _key(self, trust: Trust | None, client: int, reply: RecordDict) -> SignedKey:
-        """Return a client's key after checking its name, and its signature if known."""
+        """Return a client's key after checking it, its name, and a known signature."""
         key = key_in(reply)
         label = self.clients.label(client)
         name = label if isinstance(label, str) else SimulatedKeys.name_of(label)
@@ -347,6 +353,8 @@ class SecureSums:
             statement = key_statement(self._name, name, key.public)
             if known is None or not has_signed(known, key.signature, statement):
                 raise messages.ReplyError("its signature is not that of its known key")
+        if not can_be_used(key.public):
+            raise messages.ReplyError("no secret can be agreed on with its key")
         return key
 
     def _trust(self) -> Trust | None:

@@ -15,11 +15,18 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.round import train_round
+from client_app.secure_sum import SecureParty
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
 from clip2fl_common.messages import METRICS, PARTITION
-from clip2fl_common.messages.secure import partition_in, reveal_reply
+from clip2fl_common.messages.secure import (
+    SecureRequest,
+    key_reply,
+    partition_in,
+    reveal_reply,
+)
 from clip2fl_common.messages.sums import SumFormat
 from clip2fl_common.messages.vectors import WIDE
+from clip2fl_common.secure.statements import RoundName, SignedKey, key_statement
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
 from strategy.registry import method_named
@@ -298,6 +305,43 @@ def test_without_enough_keys_nobody_trains(federate: Any, tmp_path: Path) -> Non
     assert first["lost"] == "2 clients sent a key, and 3 are needed"
     assert not second["kept_model"] and second["clients"] == [0, 1, 2]
     assert len(grid.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("public", "clients", "reason"),
+    [
+        (bytes(32), [1], "no secret can be agreed on with its key"),
+        (bytes(31), [1], "no secret can be agreed on with its key"),
+        (b"9" * 32, [0, 1], "another client sent the same key"),
+    ],
+    ids=["weak", "short", "shared"],
+)
+def test_signed_key_that_no_party_accepts_costs_only_its_owner(
+    federate: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flower_log: pytest.LogCaptureFixture,
+    public: bytes,
+    clients: list[int],
+    reason: str,
+) -> None:
+    keys = SecureParty.keys
+
+    def hostile(self: SecureParty, request: SecureRequest) -> RecordDict:
+        honest, own = keys(self, request), self.identity
+        if request.partition not in clients:
+            return honest
+        name = RoundName(self.run, request.server_round, request.session)
+        signed = own.sign(key_statement(name, own.name, public))
+        return key_reply(request.partition, SignedKey(own.name, public, signed))
+
+    monkeypatch.setattr(SecureParty, "keys", hostile)
+    federate("run", partition__clients=5, federation__clients_per_round=5)
+    for line in metrics(tmp_path / "run"):
+        assert line["clients"] == sorted({0, 1, 2, 3, 4} - set(clients))
+        assert not line["kept_model"]
+    told = [m for m in flower_log.messages if "sent no usable key to train" in m]
+    assert len(told) == 2 * len(clients) and all(reason in m for m in told)
 
 
 def test_sum_that_is_far_too_long_is_dropped(
