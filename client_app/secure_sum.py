@@ -56,8 +56,10 @@ from clip2fl_common.secure.statements import (
 
 logger = getLogger(__name__)
 
-# A site may have its own share of validation images, whatever the run says.
-NOT_SHARED = "dataset.validation-share"
+# What a site may have of its own, whatever the run says: the share of validation images
+# and the teacher's folder. Each request has the teacher's fingerprint, and a site uses
+# no other teacher.
+NOT_SHARED = {"dataset.validation-share", "teacher.model", "teacher.pretrained"}
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class SecureParty:
         settings = {
             key: value
             for key, value in self.config.to_flat().items()
-            if key != NOT_SHARED
+            if key not in NOT_SHARED
         }
         with self.store.step(own, name, ("keys",), "masked") as secrets:
             private = X25519PrivateKey.from_private_bytes(secrets.private)

@@ -30,6 +30,7 @@ from clip2fl_common.metrics import (
     RETRAINED_HEAD,
 )
 from clip2fl_common.models import ImageClassifier
+from clip2fl_common.secure.statements import LEAST_PARTIES
 from strategy.discriminant import Discriminant
 from strategy.evaluations import SiteEvaluations
 from strategy.events import What
@@ -114,6 +115,7 @@ class Method(Strategy):
             # Noise is many times longer than an update, and hides its norm.
             LengthRule(0 if noisy_models else self.aggregation.max_length_ratio),
             self.min_replies,
+            LEAST_PARTIES if self.aggregation.secure else 1,
             noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
         )
         self._requests = Requests(setting.clients, self.events)
@@ -307,7 +309,7 @@ class Method(Strategy):
         )
         self.round.dropped = len(replies) - verdicts.used
         self.round.lost = verdicts.lost
-        if verdicts.poisoned:
+        if self.safeguards.poisoned(verdicts):
             self.book("checks", started)
             return self._go_back(server_round, verdicts), None
         self._note_accepted(verdicts.good)

@@ -1,15 +1,18 @@
 """Flower's grid, with additions for a federation of sites."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from logging import WARNING
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from clip2fl_common.messages import CONFIG, PARTITION
+from strategy.log import log
 
 # Least seconds between two polls for a reply, and polls in a second.
 POLL_S = 1.0
@@ -21,6 +24,19 @@ HELD_S = 5.0
 UNKNOWN_ERROR = 0
 NOT_SENT = "the request could not be sent to the SuperLink"
 LOST = "the node was lost while it sent its reply"
+NOT_READABLE = "its reply cannot be read"
+# What Flower raises for a message that it cannot decode. An error of the connection to
+# the SuperLink is none of these.
+UNREADABLE = (
+    DecodeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class AttentiveGrid(Grid):
@@ -35,6 +51,10 @@ class AttentiveGrid(Grid):
     Flower's grid then waits for the other half, for three minutes, and for as long
     hands over no other reply, whatever the time-out is. Here each reply is fetched by
     itself, and such a node counts as lost once Flower no longer has it online.
+
+    The SuperLink passes on what a node sends without decoding it. Flower's grid raises
+    an error for a reply that cannot be decoded, and believes a reply that names another
+    sender or another request. Here such a reply costs its own node only.
 
     It hands every other call on to Flower's grid.
 
@@ -129,14 +149,16 @@ class AttentiveGrid(Grid):
                 if end is not None and now > end:
                     break
                 until = looked + LOOK_S if end is None else min(looked + LOOK_S, end)
-                for reply in fetching.replies(max(0.0, until - now)):
-                    request = waiting.pop(reply.metadata.reply_to_message_id)
+                for identifier, reply in fetching.replies(max(0.0, until - now)):
+                    request = waiting.pop(identifier)
+                    answer = reply.error if reply.has_error() else reply.content
                     # Flower's error for a lost node is not the node's.
                     if reply.metadata.src_node_id == request.metadata.dst_node_id:
                         self._tell(request)
-                    if reply.has_error():
-                        reply = Message(reply.error, reply_to=request)
-                    replies.append(reply)
+                    elif identifier in fetching.spoiled:
+                        reason = f"{NOT_READABLE} ({reply.error.reason})"
+                        answer = Error(UNKNOWN_ERROR, reason)
+                    replies.append(Message(answer, reply_to=request))
                 if waiting and time.monotonic() - looked >= LOOK_S:
                     online = self._look(self._grid)
                     looked = time.monotonic()
@@ -167,19 +189,26 @@ class _Fetching:
     ----------
     grid : Grid
         Flower's.
-    identifiers : collection of str
-        Ids of the requests.
+    requests : mapping of str to Message
+        The requests by their ids.
+
+    Attributes
+    ----------
+    spoiled : set of str
+        Ids of the requests in whose polls came a message that cannot be used.
     """
 
-    def __init__(self, grid: Grid, identifiers: Collection[str]) -> None:
+    def __init__(self, grid: Grid, requests: Mapping[str, Message]) -> None:
         self._grid = grid
+        self._nodes = {i: r.metadata.dst_node_id for i, r in requests.items()}
         # When each request was asked for last; the longest ago comes first.
-        self._asked = dict.fromkeys(identifiers, float("-inf"))
-        self._pause = max(POLL_S, len(identifiers) / POLLS_PER_S)
+        self._asked = dict.fromkeys(requests, float("-inf"))
+        self._pause = max(POLL_S, len(requests) / POLLS_PER_S)
+        self.spoiled: set[str] = set()
         # When the polls that are under way began.
         self._under_way: dict[str, float] = {}
         self._lock = Lock()
-        self._found: SimpleQueue[Message | BaseException] = SimpleQueue()
+        self._found: SimpleQueue[tuple[str, Message] | BaseException] = SimpleQueue()
         self._ended = Event()
         self._threads = 0
 
@@ -193,15 +222,17 @@ class _Fetching:
         """Fetch no more; a poll that is held ends by itself."""
         self._ended.set()
 
-    def replies(self, seconds: float) -> list[Message]:
+    def replies(self, seconds: float) -> list[tuple[str, Message]]:
         """Return the replies that have come, at least one unless the time is over.
+
+        Each comes with the id of its request.
 
         Raises
         ------
         Exception
             What Flower's grid raises.
         """
-        found: list[Message] = []
+        found: list[tuple[str, Message]] = []
         end = time.monotonic() + seconds
         while True:
             left = end - time.monotonic()
@@ -264,17 +295,47 @@ class _Fetching:
                 if identifier is None:
                     self._ended.wait(wait)
                     continue
-                replies = list(self._grid.pull_messages([identifier]))
+                reply = self._poll(identifier)
                 with self._lock:
                     given_up = identifier not in self._asked
                     self._under_way.pop(identifier, None)
-                    if replies:
+                    if reply is not None:
                         self._asked.pop(identifier, None)
                     if not self._asked:
                         self._ended.set()
                 if given_up:
                     return
-                for reply in replies:
-                    self._found.put(reply)
+                if reply is not None:
+                    self._found.put((identifier, reply))
         except BaseException as error:
             self._found.put(error)
+
+    def _poll(self, identifier: str) -> Message | None:
+        """Return the reply to a request, if there is one.
+
+        What cannot be used is no reply. If the node sent it in place of one, the
+        SuperLink has handed the reply over, and has an error for the next poll. But
+        the SuperLink adds to a reply what nodes send to itself. That must not cost the
+        node whose reply is fetched.
+        """
+        node = self._nodes[identifier]
+        try:
+            found = list(self._grid.pull_messages([identifier]))
+        except UNREADABLE as error:
+            if identifier not in self.spoiled:
+                log(
+                    WARNING,
+                    "a message in place of a reply of node %d, or with it, cannot be "
+                    "read (%s)",
+                    node,
+                    type(error).__name__,
+                )
+            self.spoiled.add(identifier)
+            return None
+        for reply in found:
+            answers = reply.metadata.reply_to_message_id == identifier
+            # Flower's errors have the SuperLink as their source.
+            if answers and (reply.has_error() or reply.metadata.src_node_id == node):
+                return reply
+            self.spoiled.add(identifier)
+        return None

@@ -1,5 +1,6 @@
 """Send a signed model to all connected sites, each over its node's own connection."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,7 +58,9 @@ def deliver_model(
     """Offer a signed folder to all connected nodes; send each the bytes that it wants.
 
     All sites receive at the same time, one piece each in a message. A site that is not
-    there, refuses or goes away does not hinder the others.
+    there, refuses or goes away does not hinder the others. A slow one does, but not for
+    longer than a site may take that receives whole pieces. What is missing then can be
+    sent in another delivery.
 
     Parameters
     ----------
@@ -83,7 +86,16 @@ def deliver_model(
     # The place and the length of the piece that each node gets next.
     wanted = dict.fromkeys(names, (0, 0))
     standstills: Counter[int] = Counter()
+    limit = _limit_s(manifest.size)
+    started = time.monotonic()
     while wanted:
+        if time.monotonic() - started > limit:
+            for node, (start, _) in wanted.items():
+                found.failed[names[node]] = (
+                    f"it still wants byte {start:,} after {limit:.0f} s, the most that "
+                    "a delivery of this size may take"
+                )
+            break
         replies = _exchange(grid, folder, manifest, wanted)
         for node, (start, length) in list(wanted.items()):
             try:
@@ -112,6 +124,16 @@ def deliver_model(
             left = manifest.size - answer.next
             wanted[node] = answer.next, min(messages.PIECE_BYTES, answer.room, left)
     return found
+
+
+def _limit_s(size: int) -> float:
+    """Return the seconds after which a delivery of so many bytes sends no more pieces.
+
+    Enough for the offer, for all pieces, and for the answers that do not take a whole
+    piece, with `PIECE_TIMEOUT_S` for each.
+    """
+    pieces = -(-size // messages.PIECE_BYTES)
+    return PIECE_TIMEOUT_S * (1 + pieces + MAX_STANDSTILLS)
 
 
 def _exchange(

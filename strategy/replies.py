@@ -41,6 +41,8 @@ class Verdicts:
         A client's message about images that it cannot read; empty if there is none.
     lost : str
         Why there is no sum, with secure aggregation; empty if there is one.
+    masked : int
+        Number of clients that sent masked sums, whether or not there is a sum.
     """
 
     good: list[TrainReply] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Verdicts:
     diverged: int = 0
     unreadable: str = ""
     lost: str = ""
+    masked: int = 0
 
     @property
     def used(self) -> int:
@@ -56,9 +59,9 @@ class Verdicts:
         return sum(len(reply.clients) for reply in self.good)
 
     @property
-    def poisoned(self) -> bool:
-        """Return whether most clients diverged, so the model sent is at fault."""
-        return self.diverged > self.used
+    def trained(self) -> int:
+        """Return the number of clients whose training did not diverge."""
+        return max(self.used, self.masked)
 
     def note_error(self, message: Message) -> None:
         """Add an error in place of a reply to the dropped ones."""

@@ -51,6 +51,9 @@ class Safeguards:
         Drops updates that are far too long.
     min_replies : int
         ``federation.min-replies``.
+    least : int
+        Fewest clients that can make a model: with secure aggregation, the parties of a
+        sum.
     noisy_gradients : bool
         Whether clients add noise to class gradients. Then any gradient is possible.
     """
@@ -60,12 +63,14 @@ class Safeguards:
         clients: Clients,
         lengths: LengthRule,
         min_replies: int,
+        least: int,
         *,
         noisy_gradients: bool,
     ) -> None:
         self._clients = clients
         self._lengths = lengths
         self._min_replies = min_replies
+        self._least = least
         self._noisy = noisy_gradients
         self._recovery = Recovery()
 
@@ -74,7 +79,8 @@ class Safeguards:
         clients = self._clients
         available = clients.available()
         usual = min(clients.clients_per_round, len(available))
-        needed = max(clients.replies_needed(self._min_replies), -(-usual // 2))
+        replies = clients.replies_needed(self._min_replies)
+        needed = max(replies, self._least, -(-usual // 2))
         absent = self._recovery.absent(server_round, available, needed)
         if absent:
             log(
@@ -125,7 +131,7 @@ class Safeguards:
         if verdicts.lost:
             log(WARNING, "round %d: no secure sum: %s", server_round, verdicts.lost)
             named.append(verdicts.lost)
-        if verdicts.good or verdicts.poisoned:
+        if verdicts.good or self.poisoned(verdicts):
             return verdicts
         self._recovery.empty_rounds += 1
         hopeless = (
@@ -141,6 +147,18 @@ class Safeguards:
                 + ")"
             )
         return verdicts
+
+    def poisoned(self, verdicts: Verdicts) -> bool:
+        """Return whether most clients diverged, so the model sent is at fault.
+
+        As many clients must report it as a round needs good replies. Otherwise one
+        client alone could decide it in a round in which the others' replies are missing
+        or make no sum. A ``federation.min-replies`` above the clients' own number does
+        not count here: one hostile client could then hold the run at a bad model.
+        """
+        clients = self._clients
+        quorum = min(map(clients.replies_needed, (self._min_replies, 0)))
+        return verdicts.diverged > verdicts.trained and verdicts.diverged >= quorum
 
     def go_back(
         self,
@@ -175,7 +193,7 @@ class Safeguards:
         bad = self._recovery.origin
         found = (
             f"round {server_round}: training diverged at {verdicts.diverged} of "
-            f"{verdicts.diverged + verdicts.used} clients, so the model of round "
+            f"{verdicts.diverged + verdicts.trained} clients, so the model of round "
             f"{bad} is at fault"
         )
         state = earlier(bad) if bad else None

@@ -7,7 +7,7 @@ follows treats it as the only reply of the round. Of evaluations it makes one ev
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from clip2fl_common.secure.identities import (
     Trust,
     has_signed,
 )
-from clip2fl_common.secure.masks import Vector, subtracts
+from clip2fl_common.secure.masks import Vector, can_be_used, subtracts
 from clip2fl_common.secure.statements import (
     LEAST_PARTIES,
     TRAINING,
@@ -176,6 +176,12 @@ class SecureSums:
         asked = {client: self._request(client) for client in numbers}
         trust = self._trust()
         self._keys, reasons = self._exchange(KEYS, asked, partial(self._key, trust))
+        # All parties would refuse the whole round for these.
+        owners = Counter(key.public for key in self._keys.values())
+        for client, key in list(self._keys.items()):
+            if owners[key.public] > 1:
+                del self._keys[client]
+                reasons[client] = "another client sent the same key"
         for client in self._keys.keys() - set(self.clients.available()):
             del self._keys[client]
             reasons[client] = "it has left since"
@@ -217,7 +223,7 @@ class SecureSums:
         needed : int
             Fewest clients in a sum, for this run.
         verdicts : Verdicts
-            Gets the replies that are not in the sum.
+            Gets the replies that are not in the sum, and the number of the others.
 
         Returns
         -------
@@ -228,7 +234,7 @@ class SecureSums:
         ReplyError
             If there is no sum in this round; says why.
         """
-        found = _by_client(replies, verdicts)
+        found = _by_client(replies, asked, verdicts)
         if len(self._keys) < LEAST_PARTIES:
             raise messages.ReplyError(
                 f"{len(self._keys)} clients sent a key, and {LEAST_PARTIES} are needed"
@@ -245,6 +251,7 @@ class SecureSums:
             members.append(client)
             size = messages.payload_bytes(message.content)
         parties = len(self._keys)
+        verdicts.masked = len(members)
         needed = max(LEAST_PARTIES, needed, parties // 2 + 1)
         if len(members) < needed:
             raise messages.ReplyError(
@@ -333,7 +340,7 @@ class SecureSums:
         }
 
     def _key(self, trust: Trust | None, client: int, reply: RecordDict) -> SignedKey:
-        """Return a client's key after checking its name, and its signature if known."""
+        """Return a client's key after checking it, its name, and a known signature."""
         key = key_in(reply)
         label = self.clients.label(client)
         name = label if isinstance(label, str) else SimulatedKeys.name_of(label)
@@ -346,6 +353,8 @@ class SecureSums:
             statement = key_statement(self._name, name, key.public)
             if known is None or not has_signed(known, key.signature, statement):
                 raise messages.ReplyError("its signature is not that of its known key")
+        if not can_be_used(key.public):
+            raise messages.ReplyError("no secret can be agreed on with its key")
         return key
 
     def _trust(self) -> Trust | None:
@@ -426,17 +435,27 @@ class SumCheck:
         return verdicts
 
 
-def _by_client(replies: Sequence[Message], verdicts: Verdicts) -> dict[int, Message]:
+def _by_client(
+    replies: Sequence[Message],
+    asked: Mapping[int, Mapping[int, int]],
+    verdicts: Verdicts,
+) -> dict[int, Message]:
     """Return the reply of each client that sent one; the others are dropped."""
-    found: defaultdict[int | None, list[Message]] = defaultdict(list)
+    found: defaultdict[int, list[Message]] = defaultdict(list)
     for message in replies:
         if message.has_error():
             verdicts.note_error(message)
+            continue
+        client = client_in(message.content)
+        # First of all: a node that answers for another's client must not cost that one.
+        if client is None or client not in asked.get(message.metadata.src_node_id, {}):
+            reason = f"it answers for client {client}, and was not asked for that"
+            verdicts.dropped.append((message, reason))
         else:
-            found[client_in(message.content)].append(message)
+            found[client].append(message)
     single = {}
     for client, answers in found.items():
-        if client is not None and len(answers) == 1:
+        if len(answers) == 1:
             single[client] = answers[0]
             continue
         reason = f"{len(answers)} replies for partition {client}"

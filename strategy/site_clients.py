@@ -26,8 +26,10 @@ QUERY_TIMEOUT_S = 120.0
 WAIT_S = 3.0
 # Seconds after which a line about missing sites is repeated, if nothing has changed.
 TELL_AGAIN_S = 300.0
-# Seconds after which a node that refused to take part is asked again.
+# Seconds after which a node that refused to take part is asked again. They double each
+# time that a node does not answer at all, since all sites wait for its answer.
 ASK_AGAIN_S = 30.0
+MOST_PAUSE_S = 900.0
 # A site's number has this many low bits that do not number its random streams.
 _MORE_BITS = 31
 
@@ -72,7 +74,9 @@ class SiteClients:
     # images that each trained on last.
     _seen: dict[int, str] = field(default_factory=dict)
     _images: dict[int, int] = field(default_factory=dict)
-    _refused: dict[int, float] = field(default_factory=dict)
+    # Nodes that do not take part: when each is asked again, and its last pause.
+    _ask_at: dict[int, float] = field(default_factory=dict)
+    _pauses: dict[int, float] = field(default_factory=dict)
     _started: bool = False
     # Names of the sites that may be in the delivered model's card.
     _in_card: set[str] = field(default_factory=set)
@@ -233,7 +237,7 @@ class SiteClients:
         asked = [
             node
             for node in sorted(connected - self._names.keys())
-            if now - self._refused.get(node, -ASK_AGAIN_S) >= ASK_AGAIN_S
+            if now >= self._ask_at.get(node, now)
         ]
         if not asked:
             return
@@ -241,7 +245,9 @@ class SiteClients:
             [Message(RecordDict(), node, MessageType.QUERY) for node in asked],
             timeout=QUERY_TIMEOUT_S,
         )
+        now = time.monotonic()  # the query itself may have taken longer than a pause
         reasons = dict.fromkeys(asked, f"no answer in {QUERY_TIMEOUT_S:.0f} s")
+        silent = {*asked} - {answer.metadata.src_node_id for answer in answers}
         # Sorted by node, so that the order of the answers does not decide between sites
         # with equal names.
         for answer in sorted(answers, key=lambda a: a.metadata.src_node_id):
@@ -261,9 +267,11 @@ class SiteClients:
             if messages.may_be_in_card(answer):
                 self._in_card.add(self._names[node])
             del reasons[node]
-            self._refused.pop(node, None)
+            self._pauses.pop(node, None)
         for node, reason in reasons.items():
-            self._refused[node] = now
+            doubled = min(2 * self._pauses.get(node, ASK_AGAIN_S / 2), MOST_PAUSE_S)
+            self._pauses[node] = doubled if node in silent else ASK_AGAIN_S
+            self._ask_at[node] = now + self._pauses[node]
             log(WARNING, "node %d does not take part: %s", node, reason)
             self.events.note(What.REFUSED, f"node {node}", reason=reason)
 

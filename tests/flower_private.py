@@ -31,6 +31,11 @@ def give_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
+def claim(message: Message, name: str, value: str | int) -> None:
+    """Change a value of a message's metadata, as a hostile node can."""
+    message.metadata.__dict__[name] = value
+
+
 def wire_bytes(message: Message) -> bytes:
     """Return all bytes of a message that Flower would send."""
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects

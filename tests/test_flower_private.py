@@ -14,6 +14,7 @@ from deploy.superlink import LOCK_WAIT_MS, wait_for_locks
 from tests.checkout import copy_of_checkout
 from tests.flower_private import (
     act_as_flower_process,
+    claim,
     code_of_a_key_in_use,
     database_wait_ms,
     give_id,
@@ -49,6 +50,15 @@ def test_message_takes_an_id_that_its_reply_names(request_message: Message) -> N
     reply = Message(RecordDict(), reply_to=request_message)
     assert request_message.metadata.message_id == "request-7"
     assert reply.metadata.reply_to_message_id == "request-7"
+
+
+def test_metadata_take_what_a_hostile_node_claims(request_message: Message) -> None:
+    """Else no test shows what `AttentiveGrid` does with such a reply."""
+    reply = Message(RecordDict(), reply_to=request_message)
+    claim(reply, "_src_node_id", NODE + 1)
+    claim(reply, "_reply_to_message_id", "request-8")
+    assert reply.metadata.src_node_id == NODE + 1
+    assert reply.metadata.reply_to_message_id == "request-8"
 
 
 def test_wire_bytes_hold_all_of_a_message(request_message: Message) -> None:

@@ -15,10 +15,18 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.round import train_round
+from client_app.secure_sum import SecureParty
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
-from clip2fl_common.messages.secure import partition_in, reveal_reply
+from clip2fl_common.messages import METRICS, PARTITION
+from clip2fl_common.messages.secure import (
+    SecureRequest,
+    key_reply,
+    partition_in,
+    reveal_reply,
+)
 from clip2fl_common.messages.sums import SumFormat
 from clip2fl_common.messages.vectors import WIDE
+from clip2fl_common.secure.statements import RoundName, SignedKey, key_statement
 from server_app.app import main
 from server_app.checkpoints import load_checkpoint
 from strategy.registry import method_named
@@ -26,7 +34,7 @@ from strategy.safeguards import NoRepliesError
 from tests.conftest import be_flower
 from tests.defaults import run_config
 from tests.flower_private import wire_bytes
-from tests.in_process_grid import InProcessGrid, client_of
+from tests.in_process_grid import InProcessGrid, Tamper, client_of
 from tests.strategy.messages import client_plan, made
 
 CLIENTS = 4
@@ -60,6 +68,7 @@ def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         name: str,
         lost: tuple[str, int, int] | None = None,
         setup: Any = lambda grid: None,
+        tamper: Tamper | None = None,
         **changes: Scalar,
     ) -> InProcessGrid:
         be_flower(tmp_path / f"cache-{name}", monkeypatch)
@@ -72,7 +81,7 @@ def federate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "run__name": name,
         }
         config: RunConfig = run_config(**{**settings, **changes})
-        grid = Interfering(config, 2, order_seed=5)
+        grid = Interfering(config, 2, order_seed=5, tamper=tamper)
         if lost is not None:
             grid.kind, grid.client, grid.at = lost
         setup(grid)
@@ -242,6 +251,22 @@ def test_client_lost_before_its_masked_sums_costs_only_its_update(
         same(model(tmp_path / f"secure-{kind}", 1), model(tmp_path / "plain", 1), 2e-6)
 
 
+def test_node_that_answers_for_anothers_client_costs_only_its_update(
+    federate: Any, tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    """Client 1 says that it is client 0, which another node simulates."""
+
+    def tamper(request: Message, reply: Message) -> Message:
+        if client_of(reply) == 1:
+            reply.content.metric_records[METRICS][PARTITION] = 0
+        return reply
+
+    federate("run", tamper=tamper)
+    for line in metrics(tmp_path / "run"):
+        assert line["clients"] == [0, 2, 3] and not line["kept_model"]
+    assert sum("it answers for client 0, and" in m for m in flower_log.messages) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -280,6 +305,43 @@ def test_without_enough_keys_nobody_trains(federate: Any, tmp_path: Path) -> Non
     assert first["lost"] == "2 clients sent a key, and 3 are needed"
     assert not second["kept_model"] and second["clients"] == [0, 1, 2]
     assert len(grid.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("public", "clients", "reason"),
+    [
+        (bytes(32), [1], "no secret can be agreed on with its key"),
+        (bytes(31), [1], "no secret can be agreed on with its key"),
+        (b"9" * 32, [0, 1], "another client sent the same key"),
+    ],
+    ids=["weak", "short", "shared"],
+)
+def test_signed_key_that_no_party_accepts_costs_only_its_owner(
+    federate: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flower_log: pytest.LogCaptureFixture,
+    public: bytes,
+    clients: list[int],
+    reason: str,
+) -> None:
+    keys = SecureParty.keys
+
+    def hostile(self: SecureParty, request: SecureRequest) -> RecordDict:
+        honest, own = keys(self, request), self.identity
+        if request.partition not in clients:
+            return honest
+        name = RoundName(self.run, request.server_round, request.session)
+        signed = own.sign(key_statement(name, own.name, public))
+        return key_reply(request.partition, SignedKey(own.name, public, signed))
+
+    monkeypatch.setattr(SecureParty, "keys", hostile)
+    federate("run", partition__clients=5, federation__clients_per_round=5)
+    for line in metrics(tmp_path / "run"):
+        assert line["clients"] == sorted({0, 1, 2, 3, 4} - set(clients))
+        assert not line["kept_model"]
+    told = [m for m in flower_log.messages if "sent no usable key to train" in m]
+    assert len(told) == 2 * len(clients) and all(reason in m for m in told)
 
 
 def test_sum_that_is_far_too_long_is_dropped(

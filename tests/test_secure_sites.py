@@ -25,7 +25,7 @@ from clip2fl_cli.runs import FinishedRun
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.demo import CLASS_NAMES
-from clip2fl_common.messages.names import MASKED, METRICS
+from clip2fl_common.messages.names import DIVERGED, MASKED, METRICS
 from clip2fl_common.messages.secure import is_of_evaluation
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
@@ -188,6 +188,26 @@ class LeavingAfterItsKeys(Leaving):
     silent = NAMES.index("north")
 
 
+class Diverging(InProcessGrid):
+    """In each round one site says that training diverged, and another fails."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Change what arrives in place of masked sums of training."""
+        requests = list(messages)
+        replies = super().send_and_receive(requests, timeout=timeout)
+        if not requests or requests[0].metadata.message_type != "train":
+            return replies
+        codes = {self._ids[0]: 2, self._ids[1]: DIVERGED}
+        errors = [
+            Message(Error(codes[node], "no reply"), reply_to=request)
+            for request in requests
+            if (node := request.metadata.dst_node_id) in codes
+        ]
+        return errors + [r for r in replies if r.metadata.src_node_id not in codes]
+
+
 @pytest.fixture
 def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sites:
     be_flower(tmp_path / "cache", monkeypatch)
@@ -303,6 +323,14 @@ def test_site_that_leaves_while_keys_are_collected_costs_only_its_update(
     assert sorted(first["clients"]) == NAMES
     assert sorted(second["clients"]) == ["east", "north", "south"]
     assert not second["kept_model"] and second["summed_evaluation"]["sites"] == 3
+
+
+def test_one_site_that_diverges_ends_no_run(sites: Sites) -> None:
+    """Two masked sums are too few for a sum, but their training did not diverge."""
+    sites.federate("run", grid_type=Diverging)
+    for line in sites.metrics("run"):
+        assert line["kept_model"] and line["went_back_to"] is None
+        assert line["lost"] == "masked sums of 2 of 4 clients, and 3 are needed"
 
 
 def test_site_that_others_do_not_trust_is_named(

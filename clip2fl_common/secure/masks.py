@@ -122,6 +122,21 @@ def pair_seed(
     return HKDF(SHA256(), SEED_BYTES, salt=None, info=info).derive(shared)
 
 
+def can_be_used(public: bytes) -> bool:
+    """Return whether parties can agree on secrets with the owner of a public key.
+
+    Parameters
+    ----------
+    public : bytes
+        What a party sent as its public key.
+    """
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
+
+
 def subtracts(own: str, other: str) -> bool:
     """Return whether a party subtracts the mask that it shares with another."""
     return own > other

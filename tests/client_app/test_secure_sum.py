@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from client_app.own_site import with_own_teacher
 from client_app.secure_store import SecureStore
 from client_app.secure_sum import SecureParty
 from client_app.site_database import LedgerError
@@ -321,7 +322,7 @@ def test_sets_without_the_asked_client_or_with_strangers_are_refused(
         )
 
 
-@pytest.mark.parametrize("what", ["model", "setting", "run configuration"])
+@pytest.mark.parametrize("what", ["model", "setting", "teacher", "run configuration"])
 def test_different_models_or_settings_are_noticed(play: Round, what: str) -> None:
     """Model inconsistency (Pasquini et al. 2022): others train to nothing, one does.
 
@@ -333,6 +334,8 @@ def test_different_models_or_settings_are_noticed(play: Round, what: str) -> Non
         other = play.content(0, {**SENT, "classifier.bias": np.zeros(2, np.float32)})
     elif what == "setting":
         other.config_records[messages.CONFIG][messages.PROXIMAL_MU] = 1e6
+    elif what == "teacher":
+        other.config_records[messages.CONFIG][messages.TEACHER_FINGERPRINT] = "other"
     else:
         flat = {**CONFIG.to_flat(), "client.learning-rate": 1e-9}
         changed = replace(play.parties[0], config=RunConfig.from_run_config(flat))
@@ -345,6 +348,31 @@ def test_different_models_or_settings_are_noticed(play: Round, what: str) -> Non
         play.reveal(0, range(5), signed)
     with refused("'client-0' has not signed the same set"):
         play.reveal(1, range(5), signed)
+
+
+def test_sites_may_keep_the_teacher_in_folders_of_their_own(play: Round) -> None:
+    """The request has its fingerprint, which all must have been told alike."""
+    config = run_config(
+        method="clip2fl",
+        teacher__model="ViT-B-32",
+        teacher__pretrained="openai",
+        aggregation__secure=True,
+        partition__clients=5,
+        federation__clients_per_round=5,
+    )
+    play.parties = [
+        replace(own, config=with_own_teacher(config, folder))
+        for own, folder in zip(
+            play.parties,
+            [None, None, Path("/srv/clip"), Path("/srv/clip"), Path("/data/teacher")],
+            strict=True,
+        )
+    ]
+    assert len({own.config.teacher.model for own in play.parties}) == 3
+    play.up_to_masks()
+    signed = [play.commit(number, range(5)) for number in range(5)]
+    for number in range(5):
+        play.reveal(number, range(5), signed)
 
 
 def test_exchanges_out_of_order_are_refused(play: Round) -> None:

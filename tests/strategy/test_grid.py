@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Iterator
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from google.protobuf.message import DecodeError
 
 from clip2fl_common.messages import CONFIG, PARTITION
-from strategy.grid import LOST, NOT_SENT, AttentiveGrid
-from tests.flower_private import give_id, lost_node_error
+from strategy.grid import LOST, NOT_READABLE, NOT_SENT, AttentiveGrid
+from tests.flower_private import claim, give_id, lost_node_error
 from tests.stand_in_grid import StandInGrid
 
 
@@ -29,6 +30,8 @@ class SlowGrid(StandInGrid):
         self._requests: dict[str, Message] = {}
         self.unsent: set[int] = set()
         self.lost: set[str] = set()
+        # What the first poll for a reply brings in its place, once.
+        self.instead: dict[str, Message | Exception] = {}
 
     def get_node_ids(self) -> list[int]:
         """Return no node: the tests say who is online."""
@@ -50,6 +53,11 @@ class SlowGrid(StandInGrid):
         self.polls.append(wanted)
         if self.held & set(wanted):
             assert self.released.wait(30)
+        for n in wanted:
+            if other := self.instead.pop(n, None):
+                if isinstance(other, Exception):
+                    raise other
+                return [other]
         return [
             lost_node_error(self._requests[n], n)
             if n in self.lost
@@ -170,6 +178,64 @@ def test_lost_node_and_request_that_was_not_sent_are_errors_of_the_node() -> Non
     grid.lost, grid.unsent = {"r1"}, {2}
     found = outcome(AttentiveGrid(grid).send_and_receive(requests(3)))
     assert found[10] == "" and found[11] != "" and found[12] == NOT_SENT
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DecodeError("the body of a record"),
+        ValueError("no JSON"),
+        KeyError("children"),
+        TypeError("content is no RecordDict"),
+        AttributeError("no metadata"),
+        RecursionError("nested"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_reply_that_cannot_be_decoded_costs_its_node_only(error: Exception) -> None:
+    grid = SlowGrid()
+    grid.instead["r1"] = error
+    grid.lost = {"r1"}  # the SuperLink has handed the reply over
+    arrived: list[int] = []
+    replies = AttentiveGrid(grid, arrived.append).send_and_receive(requests(3))
+    found = outcome(replies)
+    assert found[10] == "" and found[12] == "" and sorted(arrived) == [0, 2]
+    assert found[11].startswith(NOT_READABLE)
+
+
+@pytest.mark.parametrize("answered", ["", "r0", "unknown"])
+def test_reply_that_names_another_request_costs_its_node_only(answered: str) -> None:
+    (request,) = requests(1)
+    forged = Message(RecordDict(), reply_to=request)
+    claim(forged, "_reply_to_message_id", answered)
+    grid = SlowGrid()
+    grid.instead["r1"], grid.lost = forged, {"r1"}
+    found = outcome(AttentiveGrid(grid).send_and_receive(requests(3)))
+    assert found[10] == "" and found[12] == ""
+    assert found[11].startswith(NOT_READABLE)
+
+
+def test_reply_that_names_another_sender_costs_its_node_only() -> None:
+    request = requests(2)[1]
+    give_id(request, "r1")
+    forged = Message(RecordDict(), reply_to=request)
+    claim(forged, "_src_node_id", 10)
+    grid = SlowGrid()
+    grid.instead["r1"], grid.lost = forged, {"r1"}
+    replies = AttentiveGrid(grid).send_and_receive(requests(2))
+    assert len(replies) == 2
+    assert outcome(replies)[10] == ""
+    assert outcome(replies)[11].startswith(NOT_READABLE)
+
+
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_message_to_the_superlink_costs_nobody(unreadable: bool) -> None:
+    """Flower's grid hands it over with the reply that is fetched next."""
+    unasked = Message(RecordDict(), 1, "train")
+    grid = SlowGrid()
+    grid.instead["r0"] = DecodeError() if unreadable else unasked
+    found = outcome(AttentiveGrid(grid).send_and_receive(requests(2)))
+    assert found == {10: "", 11: ""}
 
 
 def test_error_of_flowers_grid_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

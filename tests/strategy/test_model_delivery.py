@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from clip2fl_common import messages
 from clip2fl_common.messages import ModelAnswer, ModelOffer, ModelState
 from clip2fl_common.signed_folder import Manifest, sign_folder
-from strategy.model_delivery import MAX_STANDSTILLS, deliver_model
+from strategy.model_delivery import MAX_STANDSTILLS, PIECE_TIMEOUT_S, deliver_model
 from tests.flower_private import act_as_flower_process
 from tests.stand_in_grid import StandInGrid
 
@@ -159,6 +159,28 @@ def test_site_that_takes_single_bytes_is_given_up(
     delivered = deliver_model(grid, tmp_path, manifest, None)
     assert list(delivered.failed) == ["node 1"]
     assert grid.asked == 1 + MAX_STANDSTILLS
+
+
+def test_slow_site_with_little_room_does_not_hold_the_delivery(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers each piece in time, and wants hundreds of them."""
+    clock = [1000.0]
+    monkeypatch.setattr("strategy.model_delivery.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("clip2fl_common.messages.delivery.MIN_PIECE_BYTES", 1)
+    tardy, good = Site("tardy", room=1), Site("good")
+
+    def answer(offer: ModelOffer) -> RecordDict:
+        clock[0] += PIECE_TIMEOUT_S - 1
+        return tardy(offer)
+
+    delivered = deliver_model(Sites(answer, good), tmp_path, manifest, None)
+    assert good.found == WHOLE and delivered.have == {"good": "stored"}
+    # The offer, five whole pieces, and three answers that do not take one.
+    assert clock[0] - 1000 <= PIECE_TIMEOUT_S * (1 + 5 + MAX_STANDSTILLS + 1)
+    (reason,) = delivered.failed.values()
+    assert list(delivered.failed) == ["tardy"]
+    assert "it still wants byte 9 after 4320 s" in reason
 
 
 def test_equal_names_are_told_apart(tmp_path: Path, manifest: Manifest) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,9 +15,9 @@ from clip2fl_common.provenance import versions_here
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 from strategy.events import Event, Events, What
 from strategy.grid import AttentiveGrid
-from strategy.site_clients import SiteClients, client_number
+from strategy.site_clients import QUERY_TIMEOUT_S, SiteClients, client_number
 from tests.flower_private import give_id
-from tests.stand_in_grid import StandInGrid
+from tests.strategy.site_nodes import Nodes
 
 # Two names with equal 32-bit numbers, found by trying s1, s2, ...
 SAME_32_BITS = ("s65257", "s96800")
@@ -26,28 +27,6 @@ def number_32(name: str) -> int:
     """Return the 32-bit number that sites had in earlier versions."""
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
-
-
-class Nodes(StandInGrid):
-    """A grid of nodes that answer queries with the given names."""
-
-    def __init__(self, names: Mapping[int, Any]) -> None:
-        self.names = dict(names)
-        self.asked: list[int] = []
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.names)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        replies = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            self.asked.append(node)
-            content = RecordDict({"config": ConfigRecord({"site": self.names[node]})})
-            replies.append(Message(content, reply_to=message))
-        return replies
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +262,42 @@ def test_line_about_missing_sites_is_repeated_only_when_it_changes(
         "waiting for sites: 1 of 2 connected (north)",
         "waiting for sites: 1 of 2 connected (north)",
     ]
+
+
+def test_node_that_never_answers_is_asked_less_and_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All sites wait while it is asked."""
+    clock = [1000.0]
+    monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 30.0)
+    monkeypatch.setattr("strategy.site_clients.time.monotonic", lambda: clock[0])
+
+    class Silent(Nodes):
+        """Node 4 answers from the thirteenth query on."""
+
+        at: ClassVar[list[float]] = []
+
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> list[Message]:
+            replies = super().send_and_receive(messages, timeout=timeout)
+            if any(reply.metadata.src_node_id == 4 for reply in replies):
+                self.at.append(clock[0])
+                if len(self.at) < 13:
+                    assert timeout is not None
+                    clock[0] += timeout
+                    return [r for r in replies if r.metadata.src_node_id != 4]
+            return replies
+
+    nodes = Silent({3: "north", 4: "east"})
+    plan = SiteClients(1, 7, 1000)
+    while len(plan.connected()) < 2:
+        plan.refresh(nodes)
+        clock[0] += 1.0
+    gaps = [b - a - QUERY_TIMEOUT_S for a, b in pairwise(nodes.at)]
+    expected = [30.0, 60.0, 120.0, 240.0, 480.0, *[900.0] * 7]
+    # The clock goes on by a second after each refresh.
+    assert gaps == pytest.approx(expected, abs=1.0)
 
 
 def test_lost_site_is_noticed_while_others_still_compute(

@@ -1,0 +1,54 @@
+"""Test when a model counts as bad, and how many clients are left to train then."""
+
+import pytest
+
+from strategy.outliers import LengthRule
+from strategy.replies import Verdicts
+from strategy.safeguards import Safeguards
+from strategy.site_clients import SiteClients
+from tests.strategy.messages import client_plan
+from tests.strategy.site_nodes import Nodes
+
+
+def safeguards(sites: int, min_replies: int = 0, least: int = 1) -> Safeguards:
+    """Return the safeguards of a run of sites, all of them connected."""
+    clients = SiteClients(sites, 7, 1000)
+    clients.refresh(Nodes({node: f"site-{node}" for node in range(1, sites + 1)}))
+    return Safeguards(clients, LengthRule(0), min_replies, least, noisy_gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("sites", "min_replies", "diverged", "masked", "expected"),
+    [
+        (3, 0, 1, 0, False),  # the other two are silent, or their replies are unusable
+        (3, 0, 1, 2, False),  # two masked sums are too few for a sum
+        (3, 0, 2, 0, True),
+        (3, 0, 2, 1, True),
+        (3, 1, 1, 0, True),  # one reply makes a model here
+        (4, 4, 3, 1, True),  # one hostile site does not hold the run
+        (4, 4, 2, 0, False),
+        (9, 3, 3, 6, False),  # one of six did not sign the set to be summed
+        (1, 0, 1, 0, True),
+    ],
+)
+def test_as_many_as_make_a_model_decide_that_it_is_bad(
+    sites: int, min_replies: int, diverged: int, masked: int, expected: bool
+) -> None:
+    verdicts = Verdicts(diverged=diverged, masked=masked)
+    assert safeguards(sites, min_replies).poisoned(verdicts) == expected
+
+
+def test_simulated_client_decides_alone() -> None:
+    """Simulated clients that are silent are broken, not away."""
+    simulated = Safeguards(client_plan(), LengthRule(0), 0, 1, noisy_gradients=False)
+    assert simulated.poisoned(Verdicts(diverged=1))
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1, 2), (3, 3)])
+def test_after_going_back_a_sum_has_enough_parties(least: int, expected: int) -> None:
+    """All three sites made the bad model."""
+    guard = safeguards(3, least=least)
+    numbers = guard.sample(1)
+    guard._recovery.note(1, dict.fromkeys(numbers, 1.0))
+    guard._recovery.leave_out(2)
+    assert len(numbers) == 3 and len(guard.sample(2)) == expected
