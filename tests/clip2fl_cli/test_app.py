@@ -251,7 +251,7 @@ def test_failed_simulation_is_status_1(
     capsys: pytest.CaptureFixture[str],
     comparison: Path,
 ) -> None:
-    """If the SuperLink does not start, the command prints one line, no traceback."""
+    """If the SuperLink does not start, the run's line says so, without a traceback."""
     runs = comparison.parent / "runs"
     (runs / "x" / "plain-seed2" / "model.safetensors").unlink()
 
@@ -261,7 +261,7 @@ def test_failed_simulation_is_status_1(
     monkeypatch.setattr(comparisons, "simulate", simulate)
     assert run(monkeypatch, "compare", comparison, "--runs", runs) == 1
     error = capsys.readouterr().err
-    assert error.endswith("clip2fl: flower-superlink did not start\n")
+    assert error.endswith("failed: plain, seed 2: flower-superlink did not start\n")
     assert "Traceback" not in error
 
 
