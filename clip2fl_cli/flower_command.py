@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clip2fl_cli.proxies import direct_here
+
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NOISE = re.compile(
     r"Using SuperLink: "
@@ -66,6 +68,7 @@ def environment(home: Path) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k not in FORCED_COLOURS}
     return {
         **inherited,
+        **direct_here(inherited),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

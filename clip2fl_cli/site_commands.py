@@ -263,8 +263,10 @@ def start_node(
     is listed.
     """
     from clip2fl_cli.sites import node
-    from clip2fl_cli.sites.folder import installed_node
+    from clip2fl_cli.sites.folder import installed_node, refuse_foreign_root
 
+    if folder and not only_check:
+        refuse_foreign_root(folder)
     found = installed_node(folder) if folder else node.Node.of_environment(os.environ)
     status = node.check(found, all_checks=only_check)
     if status == 0 and not only_check:

@@ -121,6 +121,28 @@ def installed_node(folder: Path) -> Node:
     )
 
 
+def refuse_foreign_root(folder: Path) -> None:
+    """Raise if root would run the node of a site that belongs to another user.
+
+    The node runs code from the server, and files that root writes would be lost to the
+    node's own user.
+
+    Raises
+    ------
+    SiteFolderError
+        Names the user, and what to do.
+    """
+    if os.geteuid() != 0 or not folder.exists():
+        return
+    owner = folder.stat().st_uid
+    if owner != 0:
+        raise SiteFolderError(
+            f"{folder} belongs to the user {owner}, and root must not run its node: "
+            "use its service (systemctl restart ..., docker compose up -d), or start "
+            "it as that user; with 'join' give the same --start as before"
+        )
+
+
 def give_to(folder: Path, user: int, group: int) -> None:
     """Let a user own a folder and all that is in it; links are not followed."""
     for place, folders, files in os.walk(folder):

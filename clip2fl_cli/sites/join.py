@@ -22,6 +22,7 @@ from clip2fl_cli.sites.folder import (
     SiteSettings,
     give_to,
     installed_node,
+    refuse_foreign_root,
 )
 from clip2fl_cli.sites.keys import KeyFileError, fingerprint, new_key, public_half
 from clip2fl_cli.sites.starts import Start
@@ -112,18 +113,20 @@ def join(kit: Path, wishes: Wishes) -> int:
     owner = _owner(wishes)
     digest = _checked_fingerprint(kit, wishes.fingerprint)
     manifest = kit_archive.read_manifest(kit)
-    folder = _folder(manifest.site, wishes)
-    _install(kit, manifest, digest, folder, wishes)
+    folder = _folder(manifest.site, owner, wishes)
+    if wishes.start is Start.FOREGROUND:
+        refuse_foreign_root(folder)
+    _install(kit, manifest, digest, folder, owner, wishes)
     made = _make_key(folder)
     for name in (CACHE, STATE):
         (folder / name).mkdir(mode=FOLDER_MODE, exist_ok=True)
     if os.geteuid() == 0:
         give_to(folder, *owner)
-    again = node.shell_line(["clip2fl", "site", "start", str(folder)])
-    console.tell(
-        f"clip2fl: {manifest.site} is installed in {folder}; '{again}' starts its node "
-        "again without the kit"
-    )
+    told = f"clip2fl: {manifest.site} is installed in {folder}"
+    if wishes.start is Start.FOREGROUND:
+        again = node.shell_line(["clip2fl", "site", "start", str(folder)])
+        told += f"; '{again}' starts its node again without the kit"
+    console.tell(told)
     if manifest.version != version():
         console.tell(
             f"clip2fl: the kit is of clip2fl {manifest.version}, and this is "
@@ -216,11 +219,11 @@ def _checked_fingerprint(kit: Path, expected: str) -> str:
     return digest
 
 
-def _folder(site: str, wishes: Wishes) -> Path:
+def _folder(site: str, owner: tuple[int, int], wishes: Wishes) -> Path:
     if wishes.folder is not None:
         return wishes.folder.absolute()
-    if wishes.start is Start.SYSTEMD and os.geteuid() == 0:
-        return SYSTEM_FOLDER / site
+    if owner[0] != os.geteuid():
+        return SYSTEM_FOLDER / site  # the node's user cannot enter root's own folders
     return platformdirs.user_data_path("clip2fl") / "sites" / site
 
 
@@ -229,6 +232,7 @@ def _install(
     manifest: kit_archive.Manifest,
     digest: str,
     folder: Path,
+    owner: tuple[int, int],
     wishes: Wishes,
 ) -> None:
     """Install a kit, or leave a site as it is if the same kit is installed."""
@@ -240,7 +244,12 @@ def _install(
         str(wishes.teacher.absolute()) if wishes.teacher else "",
     )
     if not os.path.lexists(folder) or (folder.is_dir() and not os.listdir(folder)):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if wishes.update:
+            raise JoinError(
+                f"no site is installed in {folder}, and --update changes an installed "
+                "one: give its --folder, or --start as when it was installed"
+            )
+        _make_parents(folder, passable=owner[0] != os.geteuid())
         _check_space(manifest, folder.parent)
         with replacing_folder(folder, FOLDER_MODE) as place:
             kit_archive.read_archive(kit, place)
@@ -252,9 +261,18 @@ def _install(
         _check_space(manifest, folder)
         with tempfile.TemporaryDirectory(prefix=".kit-", dir=folder) as name:
             kit_archive.read_archive(kit, Path(name))
-            _update(Path(name), folder)
+            _update(Path(name), folder, manifest)
         _put_own_files(folder, wishes)
         settings.write(folder)
+
+
+def _make_parents(folder: Path, *, passable: bool) -> None:
+    """Make the folders above a site's folder; passable: for all users to go through."""
+    missing = [place for place in folder.parents if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)
+        if passable:  # whatever the umask is
+            place.chmod(0o755)
 
 
 def _check_space(manifest: kit_archive.Manifest, folder: Path) -> None:
@@ -317,11 +335,15 @@ def _check_installed(settings: SiteSettings, folder: Path, wishes: Wishes) -> No
             )
 
 
-def _update(files: Path, folder: Path) -> None:
+def _update(files: Path, folder: Path, manifest: kit_archive.Manifest) -> None:
     """Replace what the server decides; rules, record and, without a new one, key stay.
 
-    A new key replaces the old one with its public half.
+    A new key replaces the old one with its public half. A teacher that an earlier kit
+    has brought stays only if the run still has it.
     """
+    earlier = kit_archive.parsed_manifest(folder / kit_archive.MANIFEST)
+    if manifest.teacher_fingerprint not in ("", earlier.teacher_fingerprint):
+        remove(folder / kit_archive.TEACHER)
     for name in (
         kit_archive.CERTIFICATE,
         kit_archive.RUN_CONFIG,

@@ -21,6 +21,7 @@ import yaml
 
 from clip2fl_cli import console
 from clip2fl_cli.flower_command import executable
+from clip2fl_cli.proxies import direct_here
 from clip2fl_cli.signals import Interrupted, interrupting
 from clip2fl_common.config import ConfigError
 from clip2fl_common.files import CACHE_VARIABLE
@@ -195,6 +196,7 @@ class Node:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             **own,
             **os.environ,
+            **direct_here(os.environ),
             # Flower finds its own commands there.
             "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         }

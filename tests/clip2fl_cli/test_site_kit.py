@@ -26,7 +26,7 @@ from client_app.preflight import Finding
 from client_app.site_policy import RULES, policy_file
 from clip2fl_cli.sites import join as joining
 from clip2fl_cli.sites import kit_archive, node, service
-from clip2fl_cli.sites.folder import SiteSettings, installed_node
+from clip2fl_cli.sites.folder import SiteFolderError, SiteSettings, installed_node
 from clip2fl_cli.sites.join import JoinError, Wishes, join
 from clip2fl_cli.sites.keys import public_half
 from clip2fl_cli.sites.kit import KitWishError, KitWishes, make_kits
@@ -694,6 +694,17 @@ def test_update_takes_the_servers_part_and_keeps_the_sites_own(
     assert not [p for p in site.iterdir() if p.name.startswith(".")]
 
 
+def test_update_of_no_site_installs_none(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    """A forgotten --folder would make a site without rules and record."""
+    (kit,) = make(server, "north")
+    site = tmp_path / "elsewhere" / "site"
+    with pytest.raises(JoinError, match="no site is installed in .* give its --folder"):
+        join(kit, Wishes(photos, site, update=True))
+    assert not site.parent.exists()
+
+
 def test_site_makes_its_own_key_and_only_the_public_half_is_printed(
     server: Server,
     superlink: FakeSuperLink,
@@ -771,6 +782,21 @@ def test_packed_teacher_is_the_sites_own(
     (tmp_path / "weights").rename(tmp_path / "gone")
     assert join(kit, Wishes(photos, tmp_path / "site")) == 0
     assert started[0].teacher == tmp_path / "site" / "teacher"
+
+    # A kit for a run with the same teacher leaves it, one with another takes it away.
+    site, output = tmp_path / "site", tmp_path / "later"
+    for seed, kept in ((0, True), (1, False)):
+        shutil.rmtree(tmp_path / "weights", ignore_errors=True)
+        write_teacher(tmp_path / "weights", seed=seed)
+        (later,) = make(
+            *(server, "north"),
+            settings=[*settings_, f"federation.rounds={seed + 2}"],
+            output=output / str(seed),
+            with_keys=False,
+            with_teacher=False,
+        )
+        join(later, Wishes(photos, site, update=True))
+        assert (site / "teacher").exists() == kept
 
 
 # -------------------------------------------------------------------- services
@@ -867,6 +893,33 @@ def test_root_gives_the_folder_to_the_nodes_user(
     with pytest.raises(JoinError, match="runs the node as the user who calls it"):
         join(kit, Wishes(photos, tmp_path / "b", user="nobody"))
     assert not (tmp_path / "b").exists()
+
+
+def test_root_makes_folders_that_the_nodes_user_can_enter(
+    server: Server,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the umask is; and later root does not run that user's node."""
+    need_root("give files away")
+    monkeypatch.setattr(joining, "_check_as", lambda *_: 0)
+    monkeypatch.setattr(joining, "SYSTEM_FOLDER", tmp_path / "etc" / "sites")
+    (kit,) = make(server, "north")
+    before = os.umask(0o077)
+    try:
+        assert join(kit, Wishes(photos, start=Start.CONTAINER)) == 0
+    finally:
+        os.umask(before)
+    site = tmp_path / "etc" / "sites" / "north"
+    assert [mode(p) for p in (site, site.parent, site.parent.parent)] == [
+        0o700,
+        0o755,
+        0o755,
+    ]
+    with pytest.raises(SiteFolderError, match="belongs to the user 10001, and root"):
+        join(kit, Wishes(photos, site, update=True))
+    assert site.stat().st_uid == 10001
 
 
 def test_check_as_another_user_fails_where_that_user_cannot_read(

@@ -158,6 +158,16 @@ def test_every_place_of_a_volume_belongs_to_the_containers_user(
     assert used == folders
 
 
+def test_parts_reach_each_other_without_a_proxy(compose: dict[str, Any]) -> None:
+    """Docker's own configuration may name one for all containers."""
+    for name, service in compose["services"].items():
+        connects = "networks" in service and name not in ("proxy", "page")
+        environment = service.get("environment") or {}
+        for variable in ("NO_PROXY", "no_proxy") if connects else ():
+            hosts = set(str(environment[variable]).split(","))
+            assert hosts == {"127.0.0.1", "localhost", "superlink", "proxy"}, name
+
+
 def test_runs_know_the_registry(compose: dict[str, Any]) -> None:
     services = compose["services"]
     folder = Path(services["register"]["environment"]["CLIP2FL_SERVER_FOLDER"])
