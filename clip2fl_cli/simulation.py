@@ -120,13 +120,12 @@ def simulate(
     config_text = checked_run_config(
         app, run_config, overrides, resume, images_here=True
     )
+    own = complete_config(config_text) if app.resolve() == PROJECT else None
     if gpus_per_client is None:
-        gpus_per_client = shared_gpus(cpus_per_client)
-    if gpus_per_client and output is not None and app.resolve() == PROJECT:
+        gpus_per_client = shared_gpus(cpus_per_client, own.device if own else "auto")
+    if gpus_per_client and output is not None and own is not None:
         together = max(1, (os.cpu_count() or 1) // cpus_per_client)
-        warning = memory_warning(
-            complete_config(config_text), gpus_per_client, together, free_gpu_bytes()
-        )
+        warning = memory_warning(own, gpus_per_client, together, free_gpu_bytes())
         if warning:
             output.write(f"WARNING :   {warning}\n")
     federation_config = (
@@ -157,20 +156,22 @@ def simulate(
     return result
 
 
-def shared_gpus(cpus_per_client: int) -> float:
+def shared_gpus(cpus_per_client: int, device: str = "auto") -> float:
     """Return the share of a GPU for each of the clients that train at once.
 
     Parameters
     ----------
     cpus_per_client : int
         CPU cores that a client occupies.
+    device : str
+        The run's ``device``.
 
     Returns
     -------
     float
-        0 if there is no GPU.
+        0 if there is no GPU, or if the run uses none: it would hold clients up.
     """
-    if not _has_gpu_driver():
+    if device == "cpu" or not _has_gpu_driver():
         return 0.0
     import torch  # takes a second or two
 

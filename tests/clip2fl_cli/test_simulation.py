@@ -514,3 +514,4 @@ def test_gpus_are_shared_among_clients(
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert shared_gpus(cpus_per_client) == share
+    assert shared_gpus(cpus_per_client, "cpu") == 0
