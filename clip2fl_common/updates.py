@@ -34,9 +34,14 @@ def bounded_update(
         }
     if max_norm == 0:
         return update
-    norm = math.sqrt(sum(float(np.square(part).sum()) for part in update.values()))
+    norm = update_norm(update)
     if norm <= max_norm:
         return update
     # A comparison with NaN is false: such an update must not pass as a short one.
     scale = max_norm / norm if math.isfinite(norm) else math.nan
     return {name: part * scale for name, part in update.items()}
+
+
+def update_norm(update: Arrays) -> float:
+    """Return the Euclidean norm of an update over all its arrays."""
+    return math.sqrt(sum(float(np.square(part).sum()) for part in update.values()))

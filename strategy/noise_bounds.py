@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from clip2fl_common.class_gradients import gradient_sensitivity
 from clip2fl_common.class_moments import noise_deviations
 from clip2fl_common.config import RunConfig
@@ -15,6 +13,7 @@ from clip2fl_common.messages import (
     ReplyField,
     TrainReply,
 )
+from clip2fl_common.updates import bounded_update, update_norm
 from strategy.outliers import ROUNDING
 from strategy.robust import Arrays, gradient_norm
 
@@ -68,17 +67,10 @@ class NoiseBounds:
         privacy = self._privacy
         if privacy.model_noise_multiplier > 0:
             deviation = 2 * self._update_norm * privacy.model_noise_multiplier
-            update = [
-                values.astype(np.float64) - sent[name]
-                for name, values in reply.model.items()
-            ]
-            norm = math.sqrt(sum(float(np.square(part).sum()) for part in update))
-            size = sum(part.size for part in update)
-            yield (
-                "the model's update",
-                norm,
-                self._update_norm + _noise(deviation, size),
-            )
+            update = bounded_update(reply.model, sent, 0)
+            size = sum(part.size for part in update.values())
+            longest = self._update_norm + _noise(deviation, size)
+            yield "the model's update", update_norm(update), longest
         for declared in self._fields:
             if isinstance(declared, GradientFormat):
                 yield from self._gradients(reply, declared)

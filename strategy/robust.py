@@ -17,6 +17,7 @@ import torch
 
 from clip2fl_common.class_gradients import ClassGradient, CodedGradient, LowRankGradient
 from clip2fl_common.config import Aggregation
+from clip2fl_common.updates import bounded_update, update_norm
 from strategy.gradient_mean import mean_class_gradients
 from strategy.log import log
 
@@ -105,11 +106,8 @@ def shorten_update(
     dict of str to ndarray or None
         The model with the shortened update; None if it is short enough already.
     """
-    update = {
-        name: values.astype(np.float64) - reference[name]
-        for name, values in local.items()
-    }
-    norm = float(np.sqrt(sum(np.square(u).sum() for u in update.values())))
+    update = bounded_update(local, reference, 0)
+    norm = update_norm(update)
     if norm <= max_norm:
         return None
     return {
