@@ -6,6 +6,7 @@ steps are recorded as one CUDA graph (`clip2fl_common.graphs`).
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -102,8 +103,8 @@ def retrain_classifier(
     num_classes : int or None
         Number of classes C, if there are features of some classes only.
     capture : Capture or None
-        How steps are recorded; None: as CUDA graphs where a GPU is faster
-        (`retraining_device`), and not at all elsewhere.
+        How steps on the features' device are recorded; None: as CUDA graphs where a
+        GPU is faster (`retraining_device`), and not at all elsewhere.
 
     Returns
     -------
@@ -123,8 +124,10 @@ def retrain_classifier(
     weight = torch.cat([classifier.weight, classifier.bias[:, None]], dim=1)
     steps = epochs * -(-len(samples) // batch_size)
     multiply_adds = batch_size * dim * num_classes
-    device = retraining_device(features.device, steps, multiply_adds)
-    capture = capture or capture_for(device)
+    device = features.device
+    if capture is None:
+        device = retraining_device(device, steps, multiply_adds)
+        capture = capture_for(device)
     samples, weight = samples.to(device), weight.to(device)
     if classes is not None:
         classes = classes.to(device)
@@ -172,6 +175,24 @@ def _descend(
     weight.addmm_(residual, batch, alpha=-learning_rate / len(batch))
 
 
+def _descend_batches(
+    samples: torch.Tensor,
+    weight: torch.Tensor,
+    minus_one: torch.Tensor,
+    learning_rate: float,
+    chosen: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
+    """Take the steps of several batches of samples; the last one may be smaller."""
+    batch_size = minus_one.shape[1]
+    for batch, targets in zip(
+        samples.index_select(0, chosen).split(batch_size),
+        labels[None].split(batch_size, dim=1),
+        strict=True,
+    ):
+        _descend(weight, batch, targets, minus_one, learning_rate)
+
+
 def _orders(
     number: int, epochs: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[torch.Tensor]:
@@ -205,9 +226,16 @@ class _Recorded:
         capture: Capture,
     ) -> None:
         self._samples, self.weight = samples.clone(), weight.clone()
-        self._batch_size, self._learning_rate = batch_size, learning_rate
-        self._minus_one = -samples.new_ones(1, batch_size)
-        self._take = Replayed(self._steps, [self.weight], capture, "re-training")
+        self._batch_size = batch_size
+        # Without this object in it: the recording is freed as soon as nobody uses it.
+        steps = partial(
+            _descend_batches,
+            self._samples,
+            self.weight,
+            -samples.new_ones(1, batch_size),
+            learning_rate,
+        )
+        self._take = Replayed(steps, [self.weight], capture, "re-training")
 
     def start(self, samples: torch.Tensor, weight: torch.Tensor) -> None:
         """Copy samples [N, d + 1] and a first weight [C, d + 1] to where steps read."""
@@ -221,16 +249,6 @@ class _Recorded:
             order.split(at_once), labels.split(at_once), strict=True
         ):
             self._take(chosen, targets)
-
-    def _steps(self, chosen: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take the steps of several batches; the last one may be smaller."""
-        samples = self._samples.index_select(0, chosen)
-        for batch, targets in zip(
-            samples.split(self._batch_size),
-            labels[None].split(self._batch_size, dim=1),
-            strict=True,
-        ):
-            _descend(self.weight, batch, targets, self._minus_one, self._learning_rate)
 
 
 _recorded: Kept[_Recorded] = Kept(KEPT)

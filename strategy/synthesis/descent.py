@@ -14,6 +14,7 @@ again if their classes and ranks have the same shapes.
 import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -306,40 +307,49 @@ def _descended(
     """Take all descent steps, maybe in place, and return the features."""
     if capture is not None:
         recorded = _recorded.of(
-            (descent.kind(), features.shape, learning_rate, capture),
-            lambda: _RecordedDescent(descent, features, learning_rate, capture),
+            (descent.kind(), features.shape, capture),
+            lambda: _RecordedDescent(descent, features, capture),
         )
-        return recorded.descended(descent, features, steps)
+        return recorded.descended(descent, features, steps, learning_rate)
     for _ in range(steps):
         features.sub_(descent.gradient(features), alpha=learning_rate)
     return features
 
 
+def _descend(
+    descent: _Descent, features: torch.Tensor, learning_rate: torch.Tensor
+) -> None:
+    """Take a step in place; the step size is a scalar tensor."""
+    features.addcmul_(descent.gradient(features), learning_rate, value=-1)
+
+
 class _RecordedDescent:
-    """Steps of one shape, on copies of features and targets at fixed addresses."""
+    """Steps of one shape, on copies of features and targets at fixed addresses.
+
+    The step size may change from round to round, so it is an operand too.
+    """
 
     def __init__(
-        self,
-        descent: _Descent,
-        features: torch.Tensor,
-        learning_rate: float,
-        capture: Capture,
+        self, descent: _Descent, features: torch.Tensor, capture: Capture
     ) -> None:
         # Deep: later rounds write to what the copy reads.
         self._descent = copy.deepcopy(descent)
         self._features = features.clone()
-        self._learning_rate = learning_rate
-        self._take = Replayed(self._step, [self._features], capture, "the synthesis")
-
-    def _step(self) -> None:
-        gradient = self._descent.gradient(self._features)
-        self._features.sub_(gradient, alpha=self._learning_rate)
+        self._learning_rate = features.new_zeros(())
+        # Without this object in it: the recording is freed as soon as nobody uses it.
+        step = partial(_descend, self._descent, self._features, self._learning_rate)
+        self._take = Replayed(step, [self._features], capture, "the synthesis")
 
     def descended(
-        self, descent: _Descent, features: torch.Tensor, steps: int
+        self,
+        descent: _Descent,
+        features: torch.Tensor,
+        steps: int,
+        learning_rate: float,
     ) -> torch.Tensor:
         """Return new features after steps with the values of another descent."""
         self._features.copy_(features)
+        self._learning_rate.fill_(learning_rate)
         theirs = descent.operands()
         for own, given in zip(self._descent.operands(), theirs, strict=True):
             own.copy_(given)

@@ -6,6 +6,8 @@ runs them without pytest, on a machine that holds nothing else.
 """
 
 import copy
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -351,13 +353,22 @@ CHECKS: tuple[Callable[[torch.device], None], ...] = (
 
 
 def main() -> None:
-    """Run every check on the first CUDA device."""
+    """Run every check on the first CUDA device; exit with an error if any fails."""
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(device))
+    failed = 0
     for check in CHECKS:
-        check(device)
-        print(f"{check.__name__}: ok", flush=True)
-    print(f"{len(CHECKS)} passed, 0 failed")
+        outcome = "ok"
+        try:
+            check(device)
+        except Exception:
+            # The machine may be lent for a short time: show all that is wrong.
+            traceback.print_exc()
+            outcome = "failed"
+            failed += 1
+        print(f"{check.__name__}: {outcome}", flush=True)
+    print(f"{len(CHECKS) - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

@@ -409,7 +409,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("contrast", [0.0, 0.01])
 def test_recorded_steps_equal_direct_ones(low_rank: bool, contrast: float) -> None:
-    """In three rounds with other classes, ranks and classifiers; some are recorded."""
+    """In rounds with other classes, ranks, classifiers and steps; some are recorded."""
     capture = StandInCapture()
     num_classes, per_class, dim = 9, 3, 7
     seen = []
@@ -439,7 +439,7 @@ def test_recorded_steps_equal_direct_ones(low_rank: bool, contrast: float) -> No
                 bias,
                 text,
                 steps=4,
-                learning_rate=0.1,
+                learning_rate=0.1 / (1 + place),
                 contrast_weight=contrast,
                 temperature=0.1,
                 capture=how,
