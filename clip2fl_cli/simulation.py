@@ -19,6 +19,7 @@ from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.gpu_memory import free_gpu_bytes, memory_warning
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.superlink import own_superlink, private_directory
+from clip2fl_common.config import ConfigError
 from clip2fl_common.config.files import complete_config
 from clip2fl_common.project import PROJECT
 
@@ -121,6 +122,13 @@ def simulate(
         app, run_config, overrides, resume, images_here=True
     )
     own = complete_config(config_text) if app.resolve() == PROJECT else None
+    if own and own.device.startswith("cuda:") and own.device != "cuda:0":
+        number = own.device.partition(":")[2]
+        raise ConfigError(
+            f"device = {own.device!r} does not work in a simulation: its clients see "
+            "only the GPUs that Ray assigns to them, and count these from 0. Use "
+            f"device = 'auto' with CUDA_VISIBLE_DEVICES={number} in the environment"
+        )
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client, own.device if own else "auto")
     if gpus_per_client and output is not None and own is not None:

@@ -48,6 +48,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has computed what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def to_device_if_small(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a client's images on the device, or unchanged if they are many.
 

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from clip2fl_common import messages
+from clip2fl_common.devices import wait_for
 from clip2fl_common.messages import TrainReply
 from clip2fl_common.metrics import (
     DISCRIMINANT_HEAD,
@@ -94,6 +95,7 @@ class Method(Strategy):
         config = setting.config
         self.clients = setting.clients
         self.events = setting.events
+        self.device = setting.device
         self.aggregation = config.aggregation
         self.privacy = config.privacy
         self.min_replies = config.federation.min_replies
@@ -396,6 +398,7 @@ class Method(Strategy):
 
     def book(self, phase: str, started: float) -> None:
         """Record the seconds since ``started`` under a phase's name."""
+        wait_for(self.device)  # or the next phase would seem to take its time
         self.round.seconds[phase] = time.perf_counter() - started
 
     # Parts of the hooks above.

@@ -51,7 +51,6 @@ class CCVR(FedAvg):
         config = setting.config
         self.virtual_features = config.ccvr.virtual_features
         self.retraining = config.retraining
-        self.device = setting.device
         self._format = StatisticsFormat.of(config, setting.num_classes)
         self._dim = config.model.feature_dim
         self.classifier = new_classifier(

@@ -63,7 +63,6 @@ class CReFF(FedAvg):
         self.synthesis = config.synthesis
         self.retraining = config.retraining
         self.rounds = config.federation.rounds
-        self.device = setting.device
         self._format = GradientFormat.of(config, setting.num_classes)
         dim = config.model.feature_dim
         refuse_beyond_memory(

@@ -18,12 +18,13 @@ from clip2fl_common.parallel import single_threaded_kernels
 # of 32 reaches it at C = 250 and d = 512.
 THREADING_THRESHOLD = 4_000_000
 
-# Microseconds, for `retraining_device`. On a CPU core: measured at C = 10 and 100 with
-# d = 512 and batches of 32, 21 and 85 a step. On an H100 a step of single launches took
-# 94 and 106. In a graph its four operations are expected to take 3 each, and recording
-# 50,000 once in a process; both are not measured yet.
+# Microseconds, for `retraining_device`, with d = 512 and batches of 32. On a CPU core:
+# measured at C = 10 and 100, 21 and 85 a step. In a graph on an H100: measured at C =
+# 10, 100 and 1000, 16, 26 and 95 a step, where single launches took 88, 95 and 106.
+# Recording takes 50,000 once in a process, which is assumed.
 CPU_STEP_US, CPU_US_PER_MEGA_MULTIPLY_ADD = 14.0, 43.0
-GPU_STEP_US, RECORDING_US = 12.0, 50_000.0
+GPU_STEP_US, GPU_US_PER_MEGA_MULTIPLY_ADD = 15.0, 5.0
+RECORDING_US = 50_000.0
 
 # Batches in one recording. More save little, and take longer to record.
 STEPS_AT_ONCE = 32
@@ -40,8 +41,8 @@ def retraining_device(
 
     A CPU is faster where the steps are few and small, since it records nothing. The
     published settings (300 epochs, m = 100, d = 512, batches of 32) take 0.2 s on a CPU
-    and, as expected, 0.2 s on a GPU in the first round and 0.1 s afterwards at C = 10.
-    From there on the GPU is ahead: at C = 100 the CPU takes 8 s.
+    core at C = 10, and 0.15 s on an H100 after the first round. From there on the GPU
+    is ahead: 2.4 s in place of 8 s at C = 100.
 
     Parameters
     ----------
@@ -57,8 +58,10 @@ def retraining_device(
     torch.device
         The given one, or the CPU.
     """
-    on_cpu = CPU_STEP_US + CPU_US_PER_MEGA_MULTIPLY_ADD * multiply_adds / 1e6
-    if steps * on_cpu < steps * GPU_STEP_US + RECORDING_US:
+    millions = multiply_adds / 1e6
+    on_cpu = CPU_STEP_US + CPU_US_PER_MEGA_MULTIPLY_ADD * millions
+    on_gpu = GPU_STEP_US + GPU_US_PER_MEGA_MULTIPLY_ADD * millions
+    if steps * on_cpu < steps * on_gpu + RECORDING_US:
         return torch.device("cpu")
     return device
 

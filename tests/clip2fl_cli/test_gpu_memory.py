@@ -104,14 +104,21 @@ def test_nothing_is_said_without_a_gpu() -> None:
 def test_fullest_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked: list[list[str]] = []
+
     def answer(text: str) -> None:
-        def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            asked.append(command)
             return subprocess.CompletedProcess([], 0, stdout=text)
 
         monkeypatch.setattr("subprocess.run", run)
 
     answer("80000\n512\n")
     assert free_gpu_bytes() == 512 * MIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert free_gpu_bytes() == 512 * MIB
+    assert ["--id=0,3" in command for command in asked] == [False, True]
     answer("[N/A]\n")
     assert free_gpu_bytes() is None
     monkeypatch.setattr("shutil.which", lambda name: None)

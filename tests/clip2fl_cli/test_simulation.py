@@ -476,6 +476,14 @@ def test_other_apps_decide_about_their_own_configuration(toy: Path) -> None:
     checked_run_config(PROJECT, None, ['method="fedprox"'])
 
 
+def test_gpu_by_its_number_is_refused(tmp_path: Path) -> None:
+    """Ray hides it from clients, and the run would end in round 1."""
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=3"):
+        simulate(overrides=[f'device="cuda:3" run.dir="{tmp_path}"'])
+    assert not list(tmp_path.iterdir())
+
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [

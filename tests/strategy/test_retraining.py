@@ -206,7 +206,7 @@ def test_recorded_steps_equal_direct_ones(
     batch_size: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also in a second call, which records nothing; one sample is summed in any order."""
+    """Also in a second call, which records nothing. Sums may be rounded otherwise."""
     monkeypatch.setattr("strategy.retraining.STEPS_AT_ONCE", 4)
     capture = StandInCapture()
     recordings = []
