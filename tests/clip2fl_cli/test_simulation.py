@@ -483,7 +483,6 @@ def test_gpu_by_its_number_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-
 @pytest.mark.parametrize(
     ("option", "said"),
     [
