@@ -224,6 +224,21 @@ def test_run_warns_of_changed_keys_that_its_method_does_not_read(
     assert "fedprox.mu" not in line and "client." not in line and "\n" not in line
 
 
+def test_run_warns_of_settings_of_what_is_switched_off() -> None:
+    """But not of a method's own default, and once where the method has no teacher."""
+    mixed: dict[str, Any] = {"distillation__view_mix": "mixup"}
+    warning = unread_warning(run_config(method="clip2fl", **mixed))
+    assert warning is not None and warning.startswith(
+        "distillation.views = 0 leaves distillation.view-mix = 'mixup' without effect"
+    )
+    plus: dict[str, Any] = {"method": "clip2fl-plus", "distillation__views": 0}
+    assert unread_warning(run_config(**plus)) is None
+    plain = unread_warning(run_config(method="fedavg", **mixed))
+    assert plain is not None and plain.count("view-mix") == 1
+    used = run_config(method="clip2fl", distillation__views=2, **mixed)
+    assert unread_warning(used) is None
+
+
 def test_defaults_and_unknown_methods_bring_no_warning() -> None:
     for method in (*METHODS, "one-of-my-own"):
         config = RunConfig.from_run_config({**default_config(), "method": method})

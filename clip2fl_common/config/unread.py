@@ -1,9 +1,12 @@
-"""Keys that differ from their defaults although the run's method does not read them."""
+"""Keys that differ from their defaults although the run does not read them."""
 
 from clip2fl_common.config.checks import known_classes
 from clip2fl_common.config.keys import AUTO
 from clip2fl_common.config.schema import KEYS, RunConfig
 from clip2fl_common.config.types import METHODS
+
+SWITCHES = {"distillation.view-mix": "distillation.views"}
+"""Keys that are read only where another one is above 0."""
 
 
 def unread_warning(config: RunConfig) -> str | None:
@@ -17,22 +20,31 @@ def unread_warning(config: RunConfig) -> str | None:
     Returns
     -------
     str or None
-        One line with the method and the keys. None if the method reads every key that
+        One line with the method and the keys. None if the run reads every key that
         differs from its default, or if the schema does not know the method.
     """
     if config.method not in METHODS:
         return None
     flat = config.to_flat()
     classes = known_classes(flat)
-    unread = [
-        f"{name} = {value!r}"
+    changed = {
+        name: f"{name} = {value!r}"
         for name, value in flat.items()
+        if value not in (AUTO, KEYS[name].default_of(config.method, classes))
+    }
+    unread = [
+        text
+        for name, text in changed.items()
         if config.method not in KEYS[name].methods
-        and value not in (AUTO, KEYS[name].default_of(config.method, classes))
     ]
-    if not unread:
+    reasons = []
+    if unread:
+        reasons.append(f"method = {config.method!r} does not read {', '.join(unread)}")
+    reasons += [
+        f"{switch} = 0 leaves {changed[name]} without effect"
+        for name, switch in SWITCHES.items()
+        if name in changed and changed[name] not in unread and flat[switch] == 0
+    ]
+    if not reasons:
         return None
-    return (
-        f"method = {config.method!r} does not read {', '.join(unread)}: the run is the "
-        "same as with the defaults"
-    )
+    return f"{'; '.join(reasons)}: the run is the same as with the defaults"
