@@ -39,6 +39,7 @@ from clip2fl_common.config import RunConfig, Scalar, defaults
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.epsilon import epsilon
 from clip2fl_common.models import ImageClassifier
+from clip2fl_common.randomness import seeded_noise
 from server_app.delivery import load_model
 
 IMAGES_OF_A_CLASS = (1, 2, 5, 20)
@@ -156,7 +157,7 @@ class Victim:
             protection=gradient_protection(
                 config.privacy,
                 gradients.samples_per_class,
-                torch.Generator().manual_seed(10_000 + seed),
+                seeded_noise(torch.Generator().manual_seed(10_000 + seed)),
             ),
         )
 

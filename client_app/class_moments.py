@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 from flwr.app import ArrayRecord
 
 from client_app.narrow_features import narrow_features
@@ -16,6 +15,7 @@ from clip2fl_common.class_moments import (
 from clip2fl_common.config import Privacy
 from clip2fl_common.head_choice import uses_moments
 from clip2fl_common.messages import MOMENTS
+from clip2fl_common.randomness import Noise
 
 
 class MomentSums(ClientPart):
@@ -48,9 +48,7 @@ def _moments(client: ClientRound) -> ClassMoments:
     return ClassMoments.of(bounded, labels, client.num_classes)
 
 
-def with_noise(
-    moments: ClassMoments, privacy: Privacy, generator: torch.Generator
-) -> ClassMoments:
+def with_noise(moments: ClassMoments, privacy: Privacy, noise: Noise) -> ClassMoments:
     """Return moments with Gaussian noise on all entries, absent classes included.
 
     The noise on the scatter is made symmetric afterwards, which reveals nothing more.
@@ -61,13 +59,11 @@ def with_noise(
         Of statistics no longer than ``privacy.moment-clip-norm``.
     privacy : Privacy
         Settings of privacy.
-    generator : torch.Generator
-        CPU generator of the noise; for real images a `secret_generator`.
+    noise : Noise
+        Source of the noise; for real images `secret_noise`.
     """
     count, total, scatter = (
-        tensor
-        + deviation
-        * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor + deviation * noise(tensor.shape)
         for tensor, deviation in zip(
             moments.named().values(),
             noise_deviations(privacy.moment_noise_multiplier, privacy.moment_clip_norm),

@@ -48,7 +48,9 @@ def class_gradients(
         Bias of that classifier.
     max_norm : float
         Largest Euclidean norm of a sample's part; 0 sets no bound. With a bound, a
-        part that is not finite is zero: no noise can hide a NaN.
+        part that is not finite is zero: no noise can hide a NaN. All is then computed
+        in double precision: in float32 a server could choose a model for which the
+        square of a residual is zero, and its product with the features is not.
 
     Returns
     -------
@@ -56,6 +58,9 @@ def class_gradients(
         One gradient per class held, in ascending order of class.
     """
     held, group, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    given = features.dtype
+    if max_norm > 0:
+        features, weight, bias = features.double(), weight.double(), bias.double()
     residual = torch.softmax(features @ weight.T + bias, dim=1)
     residual -= functional.one_hot(labels, weight.shape[0])
     if max_norm > 0:
@@ -81,7 +86,9 @@ def class_gradients(
     weight_gradients /= count[:, None, None]
     bias_gradients = padded_residual.sum(1) / count[:, None]
     return {
-        int(c): ClassGradient(weight_gradients[k], bias_gradients[k])
+        int(c): ClassGradient(
+            weight_gradients[k].to(given), bias_gradients[k].to(given)
+        )
         for k, c in enumerate(held)
     }
 

@@ -119,15 +119,18 @@ def validation_images(
     least = site.policy.evaluation_samples
     if least == 1:
         return dataset, loaded
-    # Copies of one image count once.
-    different = set(
-        zip(loaded.labels.tolist(), _digests(source, loaded)[1], strict=True)
-    )
+    # Copies of one image count once: as one of the images that a class must have, and
+    # in the accuracy, which would otherwise be that image's own.
+    first: dict[tuple[int, int], int] = {}
+    contents = zip(loaded.labels.tolist(), _digests(source, loaded)[1], strict=True)
+    for place, content in enumerate(contents):
+        first.setdefault(content, place)
+    different = torch.zeros(len(loaded.labels), dtype=torch.bool)
+    different[list(first.values())] = True
     counts = torch.bincount(
-        torch.tensor([label for label, _ in different], dtype=torch.int64),
-        minlength=len(dataset.class_names),
+        loaded.labels[different], minlength=len(dataset.class_names)
     )
-    kept = counts[loaded.labels] >= least
+    kept = different & (counts[loaded.labels] >= least)
     if kept.all():
         return dataset, loaded
     return dataset, replace(

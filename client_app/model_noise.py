@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from clip2fl_common.messages import VARIANCE
+from clip2fl_common.randomness import Noise
 from clip2fl_common.updates import Arrays, bounded_update
 
 
@@ -21,7 +21,7 @@ def noisy_local_model(
     sent: Arrays,
     max_norm: float,
     noise_multiplier: float,
-    generator: torch.Generator,
+    noise: Noise,
 ) -> dict[str, npt.NDArray[Any]]:
     """Return a local model whose update is bounded and has Gaussian noise.
 
@@ -33,8 +33,8 @@ def noisy_local_model(
         Norm C to which the update is shortened.
     noise_multiplier : float
         Standard deviation of the noise on every value, in units of 2 C.
-    generator : torch.Generator
-        CPU generator of the noise; for real images a secret one.
+    noise : Noise
+        Source of the noise; for real images `secret_noise`.
 
     Returns
     -------
@@ -48,8 +48,7 @@ def noisy_local_model(
         updates = {name: np.zeros_like(update) for name, update in updates.items()}
     noisy = {}
     for name, update in updates.items():
-        drawn = torch.randn(update.shape, generator=generator, dtype=torch.float64)
-        values = sent[name] + update + deviation * drawn.numpy()
+        values = sent[name] + update + deviation * noise(update.shape).numpy()
         if name.endswith(VARIANCE):
             values = values.clip(min=0)
         noisy[name] = np.asarray(values, local[name].dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clip2fl_common.class_gradients import ClassGradient, gradient_sensitivity
+from clip2fl_common.randomness import Noise
 
 if TYPE_CHECKING:  # benchmarks of class gradients run without pydantic
     from clip2fl_common.config import Privacy
@@ -27,13 +28,13 @@ class GradientProtection:
         Largest norm of an image's part.
     deviation : float
         Standard deviation of the noise on every entry.
-    generator : torch.Generator
-        CPU generator of the noise.
+    noise : Noise
+        Source of the noise.
     """
 
     max_norm: float
     deviation: float
-    generator: torch.Generator
+    noise: Noise
 
     def with_noise(
         self, gradients: dict[int, ClassGradient]
@@ -47,12 +48,11 @@ class GradientProtection:
         }
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(like.shape, generator=self.generator)
-        return self.deviation * drawn.to(like)
+        return (self.deviation * self.noise(like.shape)).to(like)
 
 
 def gradient_protection(
-    privacy: "Privacy", samples_per_class: int, generator: torch.Generator
+    privacy: "Privacy", samples_per_class: int, noise: Noise
 ) -> GradientProtection | None:
     """Return the protection that a run's configuration asks for, or None.
 
@@ -62,8 +62,8 @@ def gradient_protection(
         Settings of privacy.
     samples_per_class : int
         Most images of a class in one draw.
-    generator : torch.Generator
-        CPU generator of the noise; for real images a `secret_generator`.
+    noise : Noise
+        Source of the noise; for real images `secret_noise`.
 
     Returns
     -------
@@ -77,5 +77,5 @@ def gradient_protection(
     return GradientProtection(
         privacy.gradient_clip_norm,
         privacy.gradient_noise_multiplier * sensitivity,
-        generator,
+        noise,
     )

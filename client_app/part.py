@@ -14,7 +14,7 @@ from clip2fl_common.config import RunConfig
 from clip2fl_common.data.datasets import ImageDataset, LoadedImages
 from clip2fl_common.messages import TrainRequest, array_fields
 from clip2fl_common.models import ImageClassifier
-from clip2fl_common.randomness import generator, secret_generator
+from clip2fl_common.randomness import Noise, generator, secret_noise, seeded_noise
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,11 @@ class ClientRound:
             self.config.seed, purpose, request.server_round, request.stream
         )
 
-    def noise_source(self, purpose: str = "privacy") -> torch.Generator:
-        """Return the generator of noise; only simulated clients use the run's seed."""
-        return self.random(purpose) if self.site is None else secret_generator()
+    def noise_source(self, purpose: str = "privacy") -> Noise:
+        """Return the source of noise; only simulated clients use the run's seed."""
+        if self.site is not None:
+            return secret_noise
+        return seeded_noise(self.random(purpose))
 
     def fixed_images(self) -> dict[int, torch.Tensor] | None:
         """Return which images statistics may be computed from, if the site fixes them.

@@ -21,6 +21,7 @@ from client_app.part import ClientRound
 from client_app.registry import part_for
 from client_app.shared_training import train_or_reuse
 from client_app.site_evaluation import predictions, recalls
+from client_app.site_policy import SiteRefusal
 from client_app.training import (
     LocalObjective,
     PixelImages,
@@ -104,6 +105,7 @@ def evaluate_round(
     """
     started = time.perf_counter()
     _check_code(request.code_fingerprint)
+    _check_sent(request)
     device = resolve_device(config.device)
     dataset, loaded = validation_images(config, site)
     model = _global_model(config, dataset, request, device)
@@ -305,6 +307,17 @@ def _global_model(
         config.model.name, len(dataset.class_names), config.model.feature_dim
     )
     messages.load_arrays(model, request.model)
+    own = model.classifier
+    for head, given in request.heads.items():
+        for found, expected in zip(given, (own.weight, own.bias), strict=True):
+            # A bias of two dimensions would be another one for each image, by which a
+            # server could ask for single images.
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise SiteRefusal(
+                    f"the server's {head} classifier has an array of shape "
+                    f"{tuple(found.shape)} and type {found.dtype}, but the model's own "
+                    f"has {tuple(expected.shape)} and {expected.dtype}"
+                )
     model.to(device)
     return model
 
@@ -380,10 +393,8 @@ def _check_sent(request: TrainRequest) -> None:
     and noise have no meaning.
     """
     tensors = dict(messages.arrays_to_tensors(request.model))
-    if request.classifier is not None:
-        tensors |= zip(
-            ("re-trained weight", "re-trained bias"), request.classifier, strict=True
-        )
+    for head, (weight, bias) in request.heads.items():
+        tensors |= {f"{head} weight": weight, f"{head} bias": bias}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(

@@ -1,7 +1,9 @@
 """Independent random generators by purpose, round and client, from one seed."""
 
 import hashlib
-import secrets
+import math
+import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +54,38 @@ def _number(purpose: str) -> int:
     return int.from_bytes(digest, "little") | 1 << 31
 
 
-def secret_generator() -> torch.Generator:
-    """Return a CPU generator that the run's seed does not determine."""
-    return torch.Generator().manual_seed(secrets.randbits(63))
+Noise = Callable[[Sequence[int]], torch.Tensor]
+"""Returns standard normal numbers of a shape, in double precision on the CPU."""
+
+
+def seeded_noise(source: torch.Generator) -> Noise:
+    """Return noise that a generator determines, for simulations."""
+    return lambda shape: torch.randn(
+        tuple(shape), generator=source, dtype=torch.float64
+    )
+
+
+def secret_noise(shape: Sequence[int]) -> torch.Tensor:
+    """Return standard normal numbers that nobody can compute again.
+
+    They come from the operating system. torch's generator on a CPU has a seed of 32
+    bits, which can be tried out in hours, and its later numbers follow from earlier
+    ones.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the result.
+
+    Returns
+    -------
+    Tensor of float64
+        On the CPU. The largest possible size is 8.2: a float32 would end at 5.8, beyond
+        which a value tells for sure what it was made from.
+    """
+    number = math.prod(shape)
+    # With 53 bits the largest would round to 1, whose quantile is infinite.
+    bits = np.frombuffer(os.urandom(8 * number), dtype=np.uint64) >> np.uint64(12)
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-52
+    normal: torch.Tensor = torch.special.ndtri(torch.from_numpy(uniform))
+    return normal.reshape(tuple(shape))

@@ -174,6 +174,10 @@ class ServerRun:
         """
         strategy.earlier = self.state.earlier
         done = self._resume(strategy) if self.config.run.resume else 0
+        if not self.config.simulated:
+            # Simulated clients repeat a round with the same noise, sites do not.
+            strategy.ledger.at_least(self.folder.requests())
+            strategy.ledger.keep = self._keep_requests
         facts = self._facts()
         with self._storing("the run's beginning"):
             self.folder.write_config(self.config, facts)
@@ -186,6 +190,10 @@ class ServerRun:
         if done:
             print(f"resumed after round {done}", flush=True)
         return done
+
+    def _keep_requests(self, asked: Mapping[int, int]) -> None:
+        with self._storing("the number of requests"):
+            self.folder.write_requests(asked)
 
     def _facts(self) -> dict[str, Any]:
         """Return the facts that ``config.json`` holds besides the configuration."""

@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
+from pydantic import Field, RootModel
 
 from clip2fl_common.config import RunConfig
 from clip2fl_common.files import replacing
@@ -28,8 +29,10 @@ from server_app.file_names import CONFIG as CONFIG
 from server_app.file_names import LOCK as LOCK
 from server_app.file_names import METRICS as METRICS
 from server_app.file_names import MODEL as MODEL
+from server_app.file_names import REQUESTS as REQUESTS
 from server_app.file_names import TENSORBOARD as TENSORBOARD
 from server_app.folder_lock import LOOK_S
+from server_app.foreign_files import MEGABYTE, read_json
 from server_app.tensor_files import save_tensors
 
 # Names of tensors in the artifacts; a confusion matrix's name ends with its classifier.
@@ -39,6 +42,11 @@ FEATURES = "features"
 
 # The names that `checkpoint_path` gives, and no other: people may keep copies there.
 _CHECKPOINT = re.compile("round-([0-9]{6}|[1-9][0-9]{6,})")
+
+
+class _Requests(RootModel[dict[Annotated[str, Field(pattern="^[0-9]{1,20}$")], int]]):
+    """Content of ``requests.json``."""
+
 
 # Largest number of federated features, over all classes, that a run saves for reports.
 SHOWN_FEATURES = 2000
@@ -138,6 +146,24 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self._metrics += text
+
+    def write_requests(self, asked: Mapping[int, int]) -> None:
+        """Write how often each client was asked; it is on disk when this returns."""
+        self._write(REQUESTS, json.dumps({str(c): n for c, n in asked.items()}) + "\n")
+
+    def requests(self) -> dict[int, int]:
+        """Return how often each client was asked; empty if that was not written.
+
+        Raises
+        ------
+        ForeignFileError
+            If the file is damaged.
+        """
+        path = self.path / REQUESTS
+        if not path.exists():
+            return {}
+        content = read_json(path, _Requests, MEGABYTE)
+        return {int(client): times for client, times in content.items()}
 
     def write_artifacts(
         self,

@@ -111,14 +111,17 @@ class Method(Strategy):
         self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
         self.round = RoundRecord()
         self.earlier: Callable[[int], Earlier | None] = _nothing_kept
-        noisy_models = self.privacy.model_noise_multiplier > 0
+        privacy = self.privacy
+        # A client's noise is many times longer than an update, and hides its norm.
+        # Where the server adds noise, one client must not move a median that decides
+        # which others count.
+        noisy = max(privacy.model_noise_multiplier, privacy.update_noise_multiplier) > 0
         self.safeguards = Safeguards(
             setting.clients,
-            # Noise is many times longer than an update, and hides its norm.
-            LengthRule(0 if noisy_models else self.aggregation.max_length_ratio),
+            LengthRule(0 if noisy else self.aggregation.max_length_ratio),
             self.min_replies,
             LEAST_PARTIES if self.aggregation.secure else 1,
-            noisy_gradients=gradients and self.privacy.gradient_noise_multiplier > 0,
+            noisy_gradients=gradients and privacy.gradient_noise_multiplier > 0,
         )
         self._requests = Requests(setting.clients, self.events)
         secure = self.aggregation.secure
@@ -284,8 +287,7 @@ class Method(Strategy):
         self.round = RoundRecord(
             bytes_down=len(numbers) * messages.payload_bytes(content), unused=unused
         )
-        for client in numbers:
-            self.ledger.note(client)
+        self.ledger.note(*numbers)
         self.events.begin_phase("clients")
         return self._requests.address(content, numbers, MessageType.TRAIN)
 
@@ -505,8 +507,8 @@ class Method(Strategy):
         if multiplier > 0:
             # Replacing a client moves its shortened update by twice the norm at most.
             sensitivity = 2 * self.aggregation.max_update_norm / len(replies)
-            source = self.clients.noise_source(server_round)
-            mean = noisy_model(mean, multiplier * sensitivity, source)
+            noise = self.clients.noise_source(server_round)
+            mean = noisy_model(mean, multiplier * sensitivity, noise)
         metrics = summed_metrics(
             [reply.metrics for reply in replies],
             weights,

@@ -11,7 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.randomness import generator
+from clip2fl_common.randomness import Noise, generator, seeded_noise
 
 # Seconds that nodes have to tell which partitions they simulate.
 QUERY_TIMEOUT_S = 120.0
@@ -58,8 +58,8 @@ class Clients(Protocol):
     def node_of(self, client: int, /) -> int:
         """Return the node that runs a client."""
 
-    def noise_source(self, server_round: int) -> torch.Generator:
-        """Return the generator of a round's noise."""
+    def noise_source(self, server_round: int) -> Noise:
+        """Return the source of a round's noise."""
 
     def stream_of(self, client: int, /) -> int:
         """Return the number of a client's random streams."""
@@ -140,9 +140,10 @@ class SimulatedClients:
         """Return the node that simulates a partition."""
         return self.nodes[client % len(self.nodes)]
 
-    def noise_source(self, server_round: int) -> torch.Generator:
-        """Return the generator of a round's noise, seeded like all others."""
-        return generator(self.seed, "privacy", server_round, self.num_clients)
+    def noise_source(self, server_round: int) -> Noise:
+        """Return the source of a round's noise, seeded like all others."""
+        numbers = generator(self.seed, "privacy", server_round, self.num_clients)
+        return seeded_noise(numbers)
 
     def stream_of(self, client: int) -> int:
         """Return the number of a client's random streams: its partition's number."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from clip2fl_common.config import Aggregation
 from clip2fl_common.messages import VARIANCE
+from clip2fl_common.randomness import Noise
 from strategy.robust import Arrays, robust_mean
 
 Model = dict[str, npt.NDArray[Any]]
@@ -70,7 +70,7 @@ def combined_model(
     return combined
 
 
-def noisy_model(model: Arrays, deviation: float, source: torch.Generator) -> Model:
+def noisy_model(model: Arrays, deviation: float, noise: Noise) -> Model:
     """Return a model with Gaussian noise on all floating-point values.
 
     Parameters
@@ -79,7 +79,7 @@ def noisy_model(model: Arrays, deviation: float, source: torch.Generator) -> Mod
         Not changed.
     deviation : float
         Standard deviation of the noise.
-    source : torch.Generator
+    noise : Noise
         Source of the noise, drawn array by array.
 
     Returns
@@ -90,7 +90,7 @@ def noisy_model(model: Arrays, deviation: float, source: torch.Generator) -> Mod
     noisy: Model = {}
     for name, values in model.items():
         if values.dtype.kind == "f":
-            drawn = torch.randn(values.shape, generator=source).numpy()
+            drawn = noise(values.shape).numpy()
             values = (values + deviation * drawn).astype(values.dtype)
             if name.endswith(VARIANCE):
                 values = values.clip(min=0)

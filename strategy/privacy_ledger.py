@@ -10,7 +10,7 @@ fixed number of clients a round, and the sample is drawn from a known seed.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -30,12 +30,19 @@ class PrivacyLedger:
         Name and noise multiplier of each mechanism; those with 0 do not count.
     delta : float
         The delta for which epsilon holds.
+
+    Attributes
+    ----------
+    keep : callable or None
+        Receives how often each client was asked, before the requests of a round leave:
+        a run that ends within the round must not forget them.
     """
 
     def __init__(self, mechanisms: Mapping[str, float], delta: float) -> None:
         self._mechanisms = {name: z for name, z in mechanisms.items() if z > 0}
         self._delta = delta
         self._asked: Counter[int] = Counter()
+        self.keep: Callable[[Mapping[int, int]], None] | None = None
 
     @classmethod
     def of(
@@ -61,9 +68,15 @@ class PrivacyLedger:
             privacy.delta,
         )
 
-    def note(self, client: int) -> None:
-        """Count a request, even without a reply: somebody may have seen the reply."""
-        self._asked[client] += 1
+    def note(self, *clients: int) -> None:
+        """Count a request to each, even without a reply: somebody may have seen it."""
+        self._asked.update(clients)
+        if self.keep is not None and self._mechanisms:
+            self.keep(self._asked)
+
+    def at_least(self, asked: Mapping[int, int]) -> None:
+        """Count as many requests as were kept, where a checkpoint knows of fewer."""
+        self._asked |= Counter(asked)
 
     def spent(self) -> dict[str, dict[str, float]]:
         """Return the cost of one round and of all rounds so far, by mechanism.

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from clip2fl_common import messages
 from clip2fl_common.provenance import differences, versions_here
-from clip2fl_common.randomness import generator, secret_generator
+from clip2fl_common.randomness import Noise, generator, secret_noise
 from clip2fl_common.site_names import clashing
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
 from strategy.events import Events, What
@@ -186,9 +186,9 @@ class SiteClients:
         """Return a site's node."""
         return {client_number(name): n for n, name in self._names.items()}[client]
 
-    def noise_source(self, server_round: int) -> torch.Generator:
-        """Return the generator of a round's noise; no seed repeats its numbers."""
-        return secret_generator()
+    def noise_source(self, server_round: int) -> Noise:
+        """Return the source of a round's noise; no seed repeats its numbers."""
+        return secret_noise
 
     def stream_of(self, client: int) -> int:
         """Return the number of a site's random streams."""

@@ -69,6 +69,7 @@ class SiteNode:
         run: int = 1,
         server_round: int = 1,
         model: ArrayRecord | None = None,
+        classifier: ArrayRecord | None = None,
         **settings: Any,
     ) -> Message:
         """Return the answer to a message; an error as Flower would send it."""
@@ -82,6 +83,8 @@ class SiteNode:
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
                 content[messages.CLASSIFIER] = messages.model_to_arrays(head)
+            if classifier is not None:
+                content[messages.CLASSIFIER] = classifier
             content[messages.CONFIG] = ConfigRecord(
                 {
                     messages.ROUND: server_round,

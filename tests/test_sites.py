@@ -383,7 +383,7 @@ def test_only_what_was_agreed_leaves_a_site(
     ("damage", "reason"),
     [
         ("unreadable", "2 of 18 images cannot be read"),
-        ("unknown", "1 folders are no class of the run"),
+        ("unknown", "some of its folders are no class of the run"),
         ("gone", "the data folder is not there"),
         ("empty", "the data folder has no image"),
     ],

@@ -254,7 +254,7 @@ def site_files(folder: Path, known: Sequence[str]) -> list[tuple[Path, int]]:
             f"{shown(folder)} has folders that are no class of the run: "
             f"{listed(unknown, most=20)}; known classes: {', '.join(known)}. Rename or "
             "move them, or add them to dataset.class-names",
-            f"{len(unknown)} folders are no class of the run",
+            "some of its folders are no class of the run",
         )
     found = labelled_images((labels[name], place) for name, place in folders)
     if not found:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -392,6 +393,26 @@ def test_model_that_is_not_finite_is_not_trained(record: str, array: str) -> Non
     error = answer(message).error
     assert error.code == messages.DIVERGED
     assert "has values that are not finite" in str(error.reason)
+
+
+@pytest.mark.parametrize(
+    ("array", "value"),
+    [
+        # Added to the scores, it would be another bias for each image.
+        ("bias", np.zeros((4, 10), np.float32)),
+        ("bias", np.zeros(1, np.float32)),
+        ("weight", np.zeros((1, DIM), np.float32)),
+        ("bias", np.zeros(10, np.float64)),
+    ],
+)
+def test_classifier_of_another_shape_is_refused(
+    array: str, value: npt.NDArray[Any]
+) -> None:
+    message = request(with_classifier=True)
+    message.content.array_records[messages.CLASSIFIER][array] = Array(value)
+    error = answer(message).error
+    assert error.code == messages.SITE_REFUSES
+    assert "retrained classifier has an array of shape" in str(error.reason)
 
 
 def test_other_teacher_is_refused() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_app.model_noise import noisy_local_model
+from clip2fl_common.randomness import seeded_noise
 from clip2fl_common.updates import bounded_update
 from tests.site_node import SiteNode, policy, refusal, site_run
 
@@ -58,9 +59,9 @@ def test_noise_has_twice_the_norm_times_the_multiplier(
 ) -> None:
     """On every value, around the bounded update: 200 draws of 3,040 values."""
     local, sent = models(10.0)
-    source = torch.Generator().manual_seed(1)
+    noise = seeded_noise(torch.Generator().manual_seed(1))
     drawn = [
-        noisy_local_model(local, sent, max_norm, multiplier, source) for _ in range(200)
+        noisy_local_model(local, sent, max_norm, multiplier, noise) for _ in range(200)
     ]
     exact = bounded_update(local, sent, max_norm)
     for name in sent:
@@ -82,8 +83,8 @@ def test_value_that_is_not_finite_does_not_switch_the_bound_off(
     for name, model in {"sent": sent, "local": local}.items():
         if where in (name, "both"):
             model["running_var"][0] = value
-    source = torch.Generator().manual_seed(1)
-    noisy = noisy_local_model(local, sent, 0.01, 1e-9, source)
+    noise = seeded_noise(torch.Generator().manual_seed(1))
+    noisy = noisy_local_model(local, sent, 0.01, 1e-9, noise)
     assert np.allclose(noisy["weight"], sent["weight"], atol=1e-6)
     assert np.allclose(noisy["running_var"][1:], sent["running_var"][1:], atol=1e-3)
     for part in bounded_update(local, sent, 0.01).values():
@@ -93,8 +94,8 @@ def test_value_that_is_not_finite_does_not_switch_the_bound_off(
 def test_variances_stay_possible() -> None:
     local, sent = models(1.0)
     sent["running_var"][:] = local["running_var"][:] = 0.0
-    source = torch.Generator().manual_seed(1)
-    noisy = noisy_local_model(local, sent, 1.0, 1.0, source)
+    noise = seeded_noise(torch.Generator().manual_seed(1))
+    noisy = noisy_local_model(local, sent, 1.0, 1.0, noise)
     assert noisy["running_var"].min() == 0 < noisy["running_var"].max()
     assert noisy["weight"].min() < 0
 

@@ -21,9 +21,15 @@ from client_app.training import augmented_features
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.models import build_model
+from clip2fl_common.randomness import Noise, secret_noise, seeded_noise
 from tests.defaults import run_config
 
 Vectors = dict[int, torch.Tensor]
+
+
+def seeded(seed: int) -> Noise:
+    """Return noise that can be drawn again."""
+    return seeded_noise(torch.Generator().manual_seed(seed))
 
 
 def vectors(gradients: dict[int, ClassGradient]) -> Vectors:
@@ -109,7 +115,7 @@ def test_no_image_changes_more_than_the_noise_is_made_for(
         privacy__gradient_clip_norm=0.7,
         privacy__gradient_noise_multiplier=1.0,
     ).privacy
-    protection = gradient_protection(privacy, 32, generator)
+    protection = gradient_protection(privacy, 32, seeded_noise(generator))
     assert protection is not None
 
     def normal(*shape: int) -> torch.Tensor:
@@ -127,18 +133,32 @@ def test_no_image_changes_more_than_the_noise_is_made_for(
     assert (first - second).norm() <= protection.deviation * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1.0, 1e19, 1e30])
+@pytest.mark.parametrize("margin", [0.0, 52.5, 80.0, 1e4])
+def test_no_sent_model_makes_an_image_count_more(size: float, margin: float) -> None:
+    """Residuals whose squares are zero in float32, and features that make up for it."""
+    generator = torch.Generator().manual_seed(0)
+    features = size * torch.randn(6, 8, generator=generator)
+    bias = torch.tensor([margin, 0.0, 0.0])
+    labels = torch.zeros(6, dtype=torch.int64)
+    found = class_gradients(features, labels, torch.zeros(3, 8), bias, 1e-9)
+    assert found[0].weight.dtype == torch.float32
+    norm = torch.linalg.vector_norm(vectors(found)[0].double())
+    assert norm <= 1e-9 * (1 + 1e-6)
+
+
 def test_noise_has_the_deviation_that_was_asked_for() -> None:
     """Weight and bias of all classes have noise; without noise nothing changes."""
     exact = {
         c: ClassGradient(torch.zeros(100, 512), torch.zeros(100)) for c in range(2)
     }
-    noisy = GradientProtection(1.0, 0.3, torch.Generator().manual_seed(0))
+    noisy = GradientProtection(1.0, 0.3, seeded(0))
     drawn = vectors(noisy.with_noise(exact))
     for vector in drawn.values():
         assert vector.std().item() == pytest.approx(0.3, rel=0.01)
         assert abs(vector.mean().item()) < 0.01
     assert not torch.equal(drawn[0], drawn[1])
-    silent = GradientProtection(1.0, 0.0, torch.Generator())
+    silent = GradientProtection(1.0, 0.0, secret_noise)
     assert silent.with_noise(exact) is exact
 
 
@@ -156,10 +176,10 @@ def test_deviation_follows_from_the_smallest_class(
         privacy__gradient_clip_norm=clip,
         privacy__gradient_noise_multiplier=noise,
     ).privacy
-    protection = gradient_protection(privacy, samples, torch.Generator())
+    protection = gradient_protection(privacy, samples, secret_noise)
     assert protection is not None
     assert protection.deviation == pytest.approx(deviation)
-    assert gradient_protection(run_config().privacy, samples, torch.Generator()) is None
+    assert gradient_protection(run_config().privacy, samples, secret_noise) is None
 
 
 def test_coded_gradients_are_bounded_and_noisy() -> None:
@@ -175,14 +195,12 @@ def test_coded_gradients_are_bounded_and_noisy() -> None:
             bias,
             min_cosine=1.0,
             precision="full",
-            protection=GradientProtection(
-                0.1, deviation, torch.Generator().manual_seed(1)
-            ),
+            protection=GradientProtection(0.1, deviation, seeded(1)),
         )
         return vectors({c: ClassGradient(g.weight, g.bias) for c, g in found.items()})
 
     exact, noisy = coded(0.0), coded(0.5)
-    noise = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    noise = seeded(1)((3, 8)).float()
     assert exact.keys() == noisy.keys() == {0, 1}
     assert all(vector.norm() <= 0.1 + 1e-6 for vector in exact.values())
     torch.testing.assert_close(noisy[0][:24] - exact[0][:24], 0.5 * noise.flatten())
@@ -239,10 +257,10 @@ def test_noise_can_be_repeated_only_where_clients_are_simulated(
     nothing: dict[str, Any] = dict.fromkeys(unused)
 
     def drawn(place: OwnSite | None) -> list[float]:
-        source = ClientRound(
+        noise = ClientRound(
             config=run_config(), request=request, site=place, **nothing
         ).noise_source()
-        numbers: list[float] = torch.randn(4, generator=source).tolist()
+        numbers: list[float] = noise((4,)).tolist()
         return numbers
 
     assert drawn(None) == drawn(None)

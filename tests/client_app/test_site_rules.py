@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
+from torch import nn
 
 from client_app import round as client
 from clip2fl_common import messages
@@ -18,6 +19,7 @@ from tests.conftest import be_flower
 from tests.defaults import ROOT
 from tests.site_folders import write_site
 from tests.site_node import (
+    DIM,
     KINDS,
     SiteNode,
     evaluated,
@@ -122,7 +124,7 @@ def test_whole_error_is_in_the_nodes_own_log(
     reply = SiteNode(folder).ask("train", site_run())
     assert reply.error.code == messages.DATA_ERROR
     assert told(reply) == (
-        "1 folders are no class of the run; the site's own log says more"
+        "some of its folders are no class of the run; the site's own log says more"
     )
     assert "patient 7" in caplog.text
 
@@ -393,7 +395,7 @@ def test_sites_own_least_number_holds_whatever_the_run_says(folder: Path) -> Non
 def test_class_with_few_validation_images_is_not_evaluated(
     tmp_path: Path, rules: dict[str, Any], classes: set[str]
 ) -> None:
-    """A copy of an image does not count as another image."""
+    """A copy of an image counts neither as another image nor in the accuracy."""
     folder = write_site(tmp_path / "private", {"circle": 40, "star": 40})
     config = site_run(dataset__validation_share=0.5)
     files = {"circle": 3, "star": 2}
@@ -403,7 +405,8 @@ def test_class_with_few_validation_images_is_not_evaluated(
         (kept.parent / f"copy {i}.png").write_bytes(kept.read_bytes())
     reply = works(SiteNode(folder, rules).ask("evaluate", config))
     assert evaluated(reply) == classes
-    held = {"circle": 3, "star": 5}
+    least = rules.get("min_evaluation_samples", rules.get("min_class_samples", 1))
+    held = {"circle": 3, "star": 5 if least == 1 else 2}
     assert images_in(reply) == sum(held[name] for name in classes)
 
 
@@ -466,3 +469,15 @@ def test_rounds_are_counted_and_asking_again_counts(folder: Path) -> None:
                 reason
             )
         assert "max-rounds" in refusal(node.ask("query", site_run(), run=run))
+
+
+def test_classifier_with_a_bias_for_each_image_evaluates_nothing(folder: Path) -> None:
+    """The answer would tell how many images of each class there are."""
+    head = nn.Linear(DIM, len(CLASS_NAMES))
+    fair = messages.model_to_arrays(head)
+    works(SiteNode(folder).ask("evaluate", site_run(), classifier=fair))
+    images = len(validation_files(folder, site_run().dataset))
+    bias = torch.zeros(images, len(CLASS_NAMES))
+    unfair = messages.state_to_arrays({"weight": head.weight, "bias": bias})
+    answer = SiteNode(folder).ask("evaluate", site_run(), classifier=unfair)
+    assert f"an array of shape ({images}, " in refusal(answer)

@@ -11,6 +11,7 @@ import platformdirs
 import pytest
 
 from clip2fl_common.config import ConfigError, RunConfig, known_keys
+from server_app.foreign_files import ForeignFileError
 from server_app.run_folder import RunFolder, RunInUseError
 from tests.defaults import ROOT, run_config
 
@@ -151,3 +152,14 @@ def test_config_is_resolved(tmp_path: Path) -> None:
     assert content["config"]["seed"] == 12
     assert RunConfig.from_run_config(content["config"]) == config
     assert {file.name for file in run.path.iterdir()} == {".lock", "config.json"}
+
+
+def test_requests_are_read_back(tmp_path: Path) -> None:
+    """A resumed run must know of all of them; an old run has no such file."""
+    made = folder(tmp_path)
+    assert made.requests() == {}
+    made.write_requests({3: 2, 12345678901234: 1})
+    assert made.requests() == {3: 2, 12345678901234: 1}
+    (made.path / "requests.json").write_text('{"3": "many"}', "utf-8")
+    with pytest.raises(ForeignFileError, match=r"requests.json.*3 = 'many'"):
+        made.requests()

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg
 
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
+from clip2fl_common.randomness import seeded_noise
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
 from strategy.model_mean import noisy_model, summed_metrics
@@ -126,7 +127,7 @@ def test_noise_leaves_counters_and_variances_valid() -> None:
         "running_var": np.full(1000, 0.1, np.float32),
         "count": np.arange(3),
     }
-    noisy = noisy_model(model, 2.0, torch.Generator().manual_seed(0))
+    noisy = noisy_model(model, 2.0, seeded_noise(torch.Generator().manual_seed(0)))
     assert noisy["weight"].std() == pytest.approx(2.0, rel=0.05)
     assert noisy["weight"].dtype == np.float32
     assert noisy["running_var"].min() == 0

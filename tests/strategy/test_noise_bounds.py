@@ -15,6 +15,7 @@ from clip2fl_common.class_gradients import ClassGradient
 from clip2fl_common.class_moments import ClassMoments, moment_width, shorten_rows
 from clip2fl_common.config import Scalar
 from clip2fl_common.messages import TrainReply
+from clip2fl_common.randomness import seeded_noise
 from strategy.noise_bounds import NoiseBounds
 from strategy.robust import Arrays
 from tests.defaults import run_config
@@ -61,7 +62,8 @@ def reply(seed: int, members: int = 1, **changes: Scalar) -> tuple[TrainReply, s
         ).astype(np.float32)
         for name, values in SENT.items()
     }
-    protection = gradient_protection(privacy, gradients.samples_per_class, source)
+    noise = seeded_noise(source)
+    protection = gradient_protection(privacy, gradients.samples_per_class, noise)
     assert protection is not None
     weight = torch.randn(CLASSES, DIM, generator=source)
     exact = class_gradients(features, labels, weight, torch.zeros(CLASSES), 2.0)
@@ -69,7 +71,7 @@ def reply(seed: int, members: int = 1, **changes: Scalar) -> tuple[TrainReply, s
     summed = ClassMoments.zeros(CLASSES, width)
     for _ in range(members):
         own = ClassMoments.of(shorten_rows(features[:, :width], 10.0), labels, CLASSES)
-        summed = summed.plus(with_noise(own, privacy, source))
+        summed = summed.plus(with_noise(own, privacy, noise))
     fields = [
         messages.reply_field(name, config, CLASSES)
         for name in (messages.GRADIENTS, messages.MOMENTS)
@@ -78,7 +80,7 @@ def reply(seed: int, members: int = 1, **changes: Scalar) -> tuple[TrainReply, s
         node=0,
         client=0,
         images=IMAGES * members,
-        model=noisy_local_model(local, SENT, 0.5, 0.7, source),
+        model=noisy_local_model(local, SENT, 0.5, 0.7, noise),
         metrics={},
         upload_bytes=0,
         field_bytes=0,

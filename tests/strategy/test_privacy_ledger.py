@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,6 +91,51 @@ def test_ledger_tells_the_worst_off() -> None:
     again.note(3)
     total = again.spent()["class_gradients"]["epsilon_total"]
     assert total == epsilon(2.0, 4, DELTA)
+
+
+def test_requests_are_kept_before_they_leave() -> None:
+    """A run that ends within a round and is resumed asks again, for another noise."""
+    kept: list[dict[int, int]] = []
+    ledger = PrivacyLedger({"class_gradients": 2.0}, DELTA)
+    ledger.note(1, 2)
+    checkpoint = ledger.state()
+    ledger.keep = lambda asked: kept.append(dict(asked))
+    ledger.note(2, 3)
+    assert kept == [{1: 1, 2: 2, 3: 1}]
+    resumed = PrivacyLedger({"class_gradients": 2.0}, DELTA)
+    resumed.load_state(checkpoint)
+    resumed.at_least(kept[-1])
+    resumed.note(2)
+    total = resumed.spent()["class_gradients"]["epsilon_total"]
+    assert total == epsilon(2.0, 3, DELTA)
+    assert resumed.state()["privacy-clients"].tolist() == [1, 2, 3]
+
+
+def test_one_client_moves_the_noisy_mean_as_far_as_the_noise_is_made_for() -> None:
+    """Ten short updates, ten long ones, and one that decides which of them is usual."""
+    arrays = global_model()
+    sent = messages.arrays_to_numpy(arrays)
+
+    def mean_with(last: float) -> npt.NDArray[np.float32]:
+        strategy = made(
+            FedAvg,
+            client_plan(21, 21),
+            # So small that the noise is lost in the rounding.
+            **safeguards(max_update_norm=0.5, privacy__update_noise_multiplier=1e-9),
+        )
+        sizes = [0.02] * 10 + [0.5] * 10 + [last]
+        replies = []
+        for request, size in zip(configure(strategy, arrays), sizes, strict=True):
+            moved = {name: values.copy() for name, values in sent.items()}
+            moved["0.weight"].flat[0] += size
+            replies.append(train_reply(request, moved, 5))
+        result, _ = strategy.aggregate_train(1, replies)
+        assert result is not None
+        found = messages.arrays_to_numpy(result)
+        return np.concatenate([(found[n] - sent[n]).ravel() for n in sent])
+
+    moved = np.linalg.norm(mean_with(0.02) - mean_with(0.5))
+    assert 0.02 < moved <= 2 * 0.5 / 21
 
 
 def test_without_noise_nothing_is_claimed_or_kept() -> None:
@@ -178,7 +223,7 @@ def test_noise_on_the_mean_update() -> None:
 
 def test_noise_can_be_repeated_only_where_clients_are_simulated() -> None:
     def drawn(plan: SimulatedClients | SiteClients) -> list[float]:
-        numbers: list[float] = torch.randn(3, generator=plan.noise_source(3)).tolist()
+        numbers: list[float] = plan.noise_source(3)((3,)).tolist()
         return numbers
 
     simulated, sites = client_plan(), SiteClients(2, 7, 100)
