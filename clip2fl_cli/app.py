@@ -5,6 +5,7 @@ matplotlib takes seconds.
 """
 
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -644,6 +645,10 @@ app.command()(signing_key)
 
 def main() -> None:
     """Run the command; an error of the user gives one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without such characters shows them escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(prog_name="clip2fl", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

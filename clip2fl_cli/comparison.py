@@ -396,19 +396,22 @@ def _chosen(content: ComparisonFile, names: Sequence[str]) -> dict[str, dict[str
 def _refuse_other_images(
     of_variant: Mapping[str, Sequence[PlannedRun]], where: str
 ) -> None:
-    """Raise if variants would be judged on other test images than the baseline."""
-    shares = {
-        variant: planned[0].config.evaluation.tuning_share
-        for variant, planned in of_variant.items()
-    }
-    (first, share), *others = shares.items()
-    for variant, other in others:
-        if other != share:
-            raise ComparisonError(
-                f"{where}: evaluation.tuning-share is {share} in the variant "
-                f"{shown(first)} and {other} in {shown(variant)}, so other test images "
-                "would be held out: set it for all variants, in [settings]"
-            )
+    """Raise if variants would be judged on other images or groups of classes."""
+    for key, consequence in (
+        ("evaluation.tuning-share", "other test images would be held out"),
+        ("dataset.imbalance-factor", "other classes would be the few-shot ones"),
+    ):
+        (first, value), *others = (
+            (variant, planned[0].config.to_flat()[key])
+            for variant, planned in of_variant.items()
+        )
+        for variant, other in others:
+            if other != value:
+                raise ComparisonError(
+                    f"{where}: {key} is {value} in the variant {shown(first)} and "
+                    f"{other} in {shown(variant)}, so {consequence}: set it for all "
+                    "variants, in [settings] or with --set"
+                )
 
 
 def _checked_seeds(seeds: object, where: str) -> list[int]:

@@ -489,10 +489,12 @@ class RunWatch:
 
     def _state(self) -> tuple[RunState, str]:
         told = self._told
+        # A run that is resumed holds its folder while it is prepared.
+        completed = told.end is RunState.COMPLETED
+        if not completed and in_use(self._folder):
+            return RunState.RUNNING, ""
         if told.end is not None:
             return told.end, told.reason
-        if in_use(self._folder):
-            return RunState.RUNNING, ""
         if told.last is None and os.path.lexists(self._folder / MODEL):
             return RunState.COMPLETED, ""
         return RunState.STOPPED, VANISHED

@@ -39,7 +39,8 @@ def trusted_keys() -> list[str]:
         If the file is damaged.
     """
     path = key_file()
-    if not path.exists():
+    # Whoever removed the last key from it left an empty file.
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return []
     try:
         keys = read_text(path, _MAX_BYTES).split()

@@ -5,6 +5,7 @@ those that matter: the rounds, what the run itself prints, warnings and errors.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ class RunOutput(io.StringIO):
 
     def _settle(self, folder: Path) -> None:
         # A server on another machine names a folder that is not here.
-        if (folder / CONFIG).is_file():
+        # Nor one that this user may not look into.
+        if os.path.isfile(folder / CONFIG):
             self.folder = folder
             self.log.move_to(folder)
 

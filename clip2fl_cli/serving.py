@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
+
 from clip2fl_cli import console
 from clip2fl_cli.flower_command import environment, executable
-from clip2fl_cli.signals import Interrupted, interrupting
-from clip2fl_cli.sites.certificates import endings
+from clip2fl_cli.signals import HURRYING, Interrupted, NotedSignals, interrupting
+from clip2fl_cli.sites.certificates import endings, is_named, names_of
 from clip2fl_common.files import private_folder, replacing
 from clip2fl_common.provenance import PACKAGE_ROOT
 
@@ -82,6 +84,7 @@ def serve(serving: Serving) -> None:
     _check_free(serving)
     if not serving.certificate.exists():
         _make_keys(serving)
+    names = _names(serving)
     for text in endings(serving.folder, datetime.now(UTC)):
         console.tell(f"clip2fl: {text}", "bold red")
     for name in ("registry", "runs", "logs"):
@@ -102,7 +105,7 @@ def serve(serving: Serving) -> None:
             parts.wait_for(serving.port)
             console.tell(
                 f"clip2fl: the server is ready on port {serving.port}, for nodes that "
-                f"call it {', '.join(serving.names) or 'localhost'}; Ctrl-C ends it"
+                f"call it {', '.join(serving.names or names)}; Ctrl-C ends it"
             )
             while True:
                 parts.check()
@@ -201,6 +204,24 @@ def _make_keys(serving: Serving) -> None:
     )
 
 
+def _names(serving: Serving) -> list[str]:
+    """Return the names in the proxy's certificate, which nodes may call it by."""
+    path = serving.folder / "proxy" / "proxy.crt"
+    try:
+        names = names_of(x509.load_pem_x509_certificate(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ServerError(f"{path} cannot be read as a certificate ({error})") from None
+    missing = [name for name in serving.names if not is_named(name, names)]
+    if missing:
+        raise ServerError(
+            f"the server's certificate was made for {', '.join(names)}, and nodes that "
+            f"call it {missing[0]} would refuse it: put ca.key back into "
+            f"{serving.folder / 'ca'} and make another one with deploy/make-keys.sh "
+            f"renew {serving.folder} {' '.join([*names, *missing])}"
+        )
+    return names
+
+
 class _Parts:
     """The server's processes; when the block ends, all of them have ended."""
 
@@ -212,13 +233,15 @@ class _Parts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._processes.values()):
-            process.terminate()
-        end = time.monotonic() + STOP_SECONDS
-        for process in self._processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
-            if process.poll() is None:
+        with NotedSignals(HURRYING) as signals:
+            for process in reversed(self._processes.values()):
+                process.terminate()
+            end = time.monotonic() + STOP_SECONDS
+            while signals.first is None and time.monotonic() < end:
+                if all(p.poll() is not None for p in self._processes.values()):
+                    break
+                time.sleep(POLL_SECONDS)
+            for process in self._processes.values():
                 process.kill()
                 process.wait()
 

@@ -36,6 +36,11 @@ class NotedSignals:
 
     The first one and the second one are answered with a line on standard error.
 
+    Parameters
+    ----------
+    answer : str
+        The line after the first one; ``{}`` stands for the signal's name.
+
     Attributes
     ----------
     first : int or None
@@ -44,7 +49,8 @@ class NotedSignals:
         Whether a second signal followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: str = STOPPING) -> None:
+        self._answer = answer
         self.first: int | None = None
         self.hurry = False
         self._previous: list[tuple[int, signal._HANDLER]] = []
@@ -63,7 +69,7 @@ class NotedSignals:
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         if self.first is None:
             self.first = signum
-            _say(STOPPING.format(signal.Signals(signum).name))
+            _say(self._answer.format(signal.Signals(signum).name))
         elif not self.hurry:
             self.hurry = True
             _say(HURRYING.format(signal.Signals(signum).name))

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -196,9 +197,17 @@ def refuse_unlike(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
     Raises
     ------
     RunError
-        If classes differ, or runs of one variant have different classifiers.
+        If classes or their many-, medium- and few-shot groups differ, or runs of one
+        variant have different classifiers.
     """
-    refuse_other_classes([run for group in runs.values() for run in group])
+    every = [run for group in runs.values() for run in group]
+    refuse_other_classes(every)
+    for run in every:
+        if run.facts["shot_groups"] != every[0].facts["shot_groups"]:
+            raise RunError(
+                f"{shown(run.folder)} has other many-, medium- and few-shot classes "
+                f"than {shown(every[0].folder)}: compare runs of the same long tail"
+            )
     for group in runs.values():
         for run in group:
             if run.heads != group[0].heads:
@@ -288,12 +297,20 @@ def summarise(runs: Mapping[str, Sequence[FinishedRun]], baseline: str) -> list[
 
 
 def teachers(runs: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, float]]:
-    """Return the zero-shot accuracy of the runs' teachers, by name."""
-    return {
-        run.teacher["name"]: run.teacher["zero_shot"]
+    """Return the zero-shot accuracy of the runs' teachers, by name.
+
+    A teacher that was asked with several prompts has one entry for each.
+    """
+    found = {
+        (run.teacher["name"], run.facts["config"]["teacher.prompt"]): run.teacher
         for group in runs.values()
         for run in group
         if run.teacher and run.teacher.get("zero_shot")
+    }
+    prompts = Counter(name for name, _ in found)
+    return {
+        f"{name}, {prompt}" if prompts[name] > 1 else name: teacher["zero_shot"]
+        for (name, prompt), teacher in found.items()
     }
 
 

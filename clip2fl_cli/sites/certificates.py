@@ -1,6 +1,8 @@
 """The ends of a server's certificates, told before nodes stop to connect."""
 
-from collections.abc import Iterator
+import contextlib
+import ipaddress
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -43,3 +45,22 @@ def endings(folder: Path, now: datetime) -> Iterator[str]:
             )
             ends = "ended" if end <= now else "ends"
             yield f"the certificate {path} {ends} on {end:%Y-%m-%d}: {do}"
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """Return the DNS names and IP addresses for which a certificate was made."""
+    names = certificate.extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    ).value
+    found = [
+        *names.get_values_for_type(x509.DNSName),
+        *map(str, names.get_values_for_type(x509.IPAddress)),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def is_named(host: str, names: Sequence[str]) -> bool:
+    """Return whether a certificate with these names is one of the host's."""
+    with contextlib.suppress(ValueError):
+        host = str(ipaddress.ip_address(host))
+    return host in names or f"*.{host.partition('.')[2]}" in names

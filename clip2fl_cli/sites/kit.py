@@ -1,7 +1,6 @@
 """Make kits at the server: what a site needs to join, in one archive each."""
 
 import contextlib
-import ipaddress
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from clip2fl_cli import console
 from clip2fl_cli.sites import kit_archive, registration
+from clip2fl_cli.sites.certificates import is_named, names_of
 from clip2fl_cli.sites.keys import new_key, public_half
 from clip2fl_cli.sites.kit_texts import NO_KEY, POLICY_TEMPLATE, guide
 from clip2fl_cli.sites.registration import Server
@@ -237,17 +237,8 @@ def _check_certificate(path: Path, host: str) -> None:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError:
         return  # the proxy keeps its folder to itself
-    names = certificate.extensions.get_extension_for_class(
-        x509.SubjectAlternativeName
-    ).value
-    known = [
-        *names.get_values_for_type(x509.DNSName),
-        *map(str, names.get_values_for_type(x509.IPAddress)),
-    ]
-    with contextlib.suppress(ValueError):
-        host = str(ipaddress.ip_address(host))
-    wildcard = f"*.{host.partition('.')[2]}"
-    if host not in known and wildcard not in known:
+    known = names_of(certificate)
+    if not is_named(host, known):
         raise KitWishError(
             f"the server's certificate was made for {', '.join(known)}, and nodes that "
             f"connect to {host} would refuse it: give one of these with --address, or "

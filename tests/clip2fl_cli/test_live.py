@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,6 +148,20 @@ def test_run_that_is_over(
     assert status.elapsed == 59
     if what is not None:
         assert status.sites[0].state is SiteState.SILENT
+
+
+@pytest.mark.parametrize("what", [What.RUN_STOPPED, What.RUN_FAILED])
+def test_run_that_is_resumed_works_before_it_says_so(
+    tmp_path: Path, what: What
+) -> None:
+    """It may compute its teacher's accuracy for minutes; a complete run stays so."""
+    folder = unfinished(tmp_path / "run", 2, 5)
+    two_rounds_and_a_half(folder)
+    tell(folder, 59, what, 3, reason="SystemExit")
+    with FileLock(folder / ".lock"):
+        assert RunWatch(folder).look(after(70)).state is RunState.RUNNING
+        tell(folder, 71, What.RUN_ENDED, 3)
+        assert RunWatch(folder).look(after(80)).state is RunState.COMPLETED
 
 
 def test_complete_run_of_an_early_version(tmp_path: Path) -> None:

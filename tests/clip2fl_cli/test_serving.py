@@ -1,15 +1,23 @@
 """A server as one command; tests/deployment/test_own_images.py starts a real one."""
 
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from clip2fl_cli import serving as module
-from clip2fl_cli.serving import Serving
+from clip2fl_cli.serving import ServerError, Serving
+from clip2fl_cli.signals import interrupting
 from tests.clip2fl_cli.commands import run
 from tests.defaults import ROOT
+from tests.tools import needed_tool
 
 UNITS = ROOT / "deploy" / "systemd"
 
@@ -79,3 +87,37 @@ def test_what_hinders_a_server_is_said_before_anything_is_made(
     monkeypatch.setattr(module, "DEPLOY", tmp_path / "none")
     assert "needs the whole checkout" in says(monkeypatch, capsys, folder)
     assert not folder.exists()
+
+
+def test_names_are_those_of_the_certificate(tmp_path: Path) -> None:
+    """Keys that were made for localhost serve no other name, whatever is asked for."""
+    needed_tool("openssl")
+    script = str(ROOT / "deploy" / "make-keys.sh")
+    folder = tmp_path / "server"
+    subprocess.run([script, "server", folder, "10.0.0.7"], check=True)
+    names = ["localhost", "127.0.0.1", "10.0.0.7"]
+    assert sorted(module._names(Serving(folder, [], 9092, 8000))) == sorted(names)
+    module._names(Serving(folder, ["10.0.0.7"], 9092, 8000))
+    asked = Serving(folder, ["fl.example.org"], 9092, 8000)
+    with pytest.raises(
+        ServerError, match=f"renew {folder} .*10.0.0.7.* fl.example.org"
+    ):
+        module._names(asked)
+
+
+def test_second_signal_kills_the_parts(tmp_path: Path) -> None:
+    """None is left behind, although it does not end on SIGTERM."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "trust").mkdir()
+    deaf = "import signal, time; signal.signal(15, print); print('on', flush=True)"
+    with interrupting():
+        with module._Parts(Serving(tmp_path, [], 9092, 8000)) as parts:
+            parts.start("proxy", [sys.executable, "-c", f"{deaf}; time.sleep(600)"])
+            log = tmp_path / "logs" / "proxy.log"
+            while "on" not in log.read_text("utf-8"):
+                time.sleep(0.05)
+            (process,) = parts._processes.values()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            began = time.monotonic()
+    assert process.poll() == -signal.SIGKILL
+    assert time.monotonic() - began < module.STOP_SECONDS

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip2fl import load_model
 from clip2fl_cli.federation import Federation
-from clip2fl_cli.model_keys import key_file
+from clip2fl_cli.model_keys import key_file, trusted_keys
 from clip2fl_common.data.datasets import Normalization
 from clip2fl_common.models import build_model
 from clip2fl_common.signed_folder import public_key_of, sign_folder, verify_folder
@@ -266,6 +266,8 @@ def test_several_keys_may_be_trusted_and_damage_is_named(
     assert run(monkeypatch, "site", "fetch", output, "--policy", site.policy) == 0
     assert len(key_file().read_text().split()) == 2
     assert run(monkeypatch, *predict) == 0
+    key_file().write_text("")  # as after the only key was removed by hand
+    assert trusted_keys() == []
     key_file().write_text("no key\n")
     assert "no public key" in refused(monkeypatch, capsys, *predict)
 

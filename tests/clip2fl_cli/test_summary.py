@@ -16,7 +16,9 @@ from clip2fl_cli.summary import (
     main_table,
     markdown,
     paired_difference,
+    refuse_unlike,
     summarise,
+    teachers,
 )
 from tests.clip2fl_cli.made_up import write_run
 
@@ -288,3 +290,28 @@ def test_run_that_did_not_count_its_parts(tmp_path: Path) -> None:
     assert sizes == [20, 16, 4]
     rows = main_table({"plain": [run.on(Images.HELD_OUT)]}, "plain").splitlines()
     assert len(rows) == 3  # no row of the teacher
+
+
+def test_other_groups_are_no_few_shot_difference(
+    runs: dict[str, list[FinishedRun]],
+) -> None:
+    """As of another long tail: class 0 would be few-shot in one run only."""
+    refuse_unlike(runs)
+    other = next(reversed(runs.values()))[0]
+    groups = other.facts["shot_groups"]
+    groups["many"], groups["few"] = groups["few"], groups["many"]
+    with pytest.raises(RunError, match="compare runs of the same long tail"):
+        refuse_unlike(runs)
+
+
+def test_a_teacher_with_two_prompts_has_two_accuracies(
+    runs: dict[str, list[FinishedRun]],
+) -> None:
+    first, *_, last = (run for group in runs.values() for run in group)
+    (name,) = teachers(runs)
+    last.facts["config"]["teacher.prompt"] = "{class}"
+    last.facts["teacher"] = {**first.facts["teacher"], "zero_shot": {"top1": 1.0}}
+    prompt = first.facts["config"]["teacher.prompt"]
+    found = teachers(runs)
+    assert list(found) == [f"{name}, {prompt}", f"{name}, {{class}}"]
+    assert found[f"{name}, {{class}}"] == {"top1": 1.0}
