@@ -57,8 +57,12 @@ def findings(
         return
     config = with_own_share(config, readable_rules(options.policy).validation_share)
     dataset = config.dataset
+    taught = config.method in TEACHER_METHODS
     yield preflight.check_disk(
-        cache_dir(), data_check.count_images(options.data_path), dataset.image_size
+        cache_dir(),
+        data_check.count_images(options.data_path),
+        dataset.image_size,
+        config.distillation.views if taught else 0,
     )
     yield from data_check.check_data(
         options.data_path,

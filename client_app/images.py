@@ -142,12 +142,8 @@ def _digests(source: ImageSource, loaded: LoadedImages) -> tuple[list[int], list
     """Return the digests of all files, and of the readable ones, in order."""
     assert isinstance(source, FileSource)
     digests = file_digests(source.paths).tolist()
-    left_out = set(loaded.unreadable)
-    readable = [
-        digest
-        for path, digest in zip(source.paths, digests, strict=True)
-        if str(path) not in left_out
-    ]
+    left_out = set(loaded.left_out)
+    readable = [digest for place, digest in enumerate(digests) if place not in left_out]
     assert len(readable) == len(loaded.labels)
     return digests, readable
 

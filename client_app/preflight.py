@@ -38,7 +38,7 @@ MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 240.0
 CONNECT_TIMEOUT_S = 10.0
 # Free space needed in the cache folder besides the images' pixels and features.
 SPARE_BYTES = 200 * 2**20
-FEATURE_BYTES = 4 * 1024
+FEATURE_BYTES = 5 * 1024
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -70,9 +70,22 @@ class Finding:
         return f"{line}\n{'':<22}fix: {self.fix}" if self.fix else line
 
 
-def check_disk(folder: Path, images: int, image_size: int) -> Finding:
-    """Check that the cache folder is writable and has enough space."""
-    needed = images * (3 * image_size**2 + FEATURE_BYTES) + SPARE_BYTES
+def check_disk(folder: Path, images: int, image_size: int, views: int = 0) -> Finding:
+    """Check that the cache folder is writable and has enough space.
+
+    Parameters
+    ----------
+    folder : Path
+        The cache folder.
+    images : int
+        Number of images.
+    image_size : int
+        Side of a decoded image in pixels.
+    views : int
+        Views of each image that the teacher sees; 0: it sees the image itself.
+    """
+    features = max(1, views) * FEATURE_BYTES
+    needed = images * (3 * image_size**2 + features) + SPARE_BYTES
     try:
         make_cache_dir(folder)
         with tempfile.NamedTemporaryFile(dir=folder):

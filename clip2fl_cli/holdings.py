@@ -9,7 +9,11 @@ import numpy.typing as npt
 
 from clip2fl_cli.output import write_file
 from clip2fl_common.config import SITES, ConfigError, RunConfig
-from clip2fl_common.data.datasets import load_dataset, partition_indices
+from clip2fl_common.data.datasets import (
+    forget_datasets,
+    load_dataset,
+    partition_indices,
+)
 from clip2fl_common.partition import class_counts
 from clip2fl_common.shown import listed, shown
 
@@ -46,6 +50,7 @@ class Holdings:
                 f"dataset.name = {SITES!r}: each site has images of its own, so there "
                 "is no partition to show; clip2fl doctor counts a site's images"
             )
+        forget_datasets()  # files may have changed since a notebook's last call
         dataset = load_dataset(config.dataset)
         parts = partition_indices(config.dataset, config.partition, config.seed)
         names = dataset.class_names

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clip2fl_common.config import ConfigError
-from clip2fl_common.data.datasets import ImageDataset, LoadedImages
+from clip2fl_common.data.datasets import DatasetError, ImageDataset, LoadedImages
 from clip2fl_common.metrics import (
     HELD_OUT,
     TEACHER_HEAD,
@@ -263,6 +263,8 @@ class Evaluator:
             unreadable += len(block.unreadable)
             yield np.delete(indices[start : start + BLOCK], block.left_out), block
         self.unreadable = unreadable
+        if unreadable and unreadable == len(indices):
+            raise DatasetError(f"none of {unreadable} test images can be read")
 
     def _draw_subset(self) -> npt.NDArray[np.int64]:
         classes = len(self.dataset.class_names)

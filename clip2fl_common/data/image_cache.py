@@ -21,6 +21,7 @@ import PIL
 import torch
 from filelock import FileLock
 
+from clip2fl_common.data.image_formats import pillow_formats
 from clip2fl_common.data.regular_files import open_regular
 from clip2fl_common.files import (
     FILE_MODE,
@@ -37,9 +38,8 @@ logger = getLogger(__name__)
 PIECE = 2**20
 PIXELS = "pixels.bin"
 REFUSED = "refused.json"
-# Version of the decoding; raise the number if the decoding changes. Another version of
-# Pillow may decode differently, or read a file that this one refuses.
-DECODER = f"2, Pillow {PIL.__version__}"
+# Version of the decoding; raise the number if the decoding changes.
+DECODER = 2
 # Digest of a file that cannot be read.
 NO_DIGEST = 2**64 - 1
 
@@ -67,6 +67,15 @@ class _PassingError(Exception):
     """A file could not be read for the moment, so nothing of the set is kept."""
 
 
+def _decoder(size: int) -> str:
+    """Return what decoded pixels depend on besides the files.
+
+    Another version of Pillow may decode differently. Another package, such as
+    pillow-heif, may read a file that was refused without it.
+    """
+    return f"{DECODER}, Pillow {PIL.__version__}, {pillow_formats(heif=True)}, {size}"
+
+
 def decoded_images(
     paths: Sequence[Path], size: int, decode: Iterator[DecodedImage]
 ) -> tuple[torch.Tensor, dict[int, str]] | None:
@@ -91,12 +100,13 @@ def decoded_images(
     """
     folder = cache_dir() / "images"
     try:
-        place = folder / cache_key(paths, f"{DECODER}, {size}")
+        key = cache_key(paths, _decoder(size))
+        place = folder / key
         private_folder(folder)
         with FileLock(f"{place}.lock", mode=FILE_MODE):
             stored = _map(place, len(paths), size)
             if stored is None:
-                _store(place, decode)
+                _store(place, _while_same(decode, paths, size, key))
                 stored = _map(place, len(paths), size)
     except _PassingError:
         return None  # decoding the images again reports the unreadable files
@@ -128,7 +138,8 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     ndarray of uint64, shape [N]
         The largest number for a file that cannot be read: see `open_regular`.
     """
-    place = cache_dir() / "digests" / f"{cache_key(paths, 'digests')}.npy"
+    key = cache_key(paths, "digests")
+    place = cache_dir() / "digests" / f"{key}.npy"
     try:
         kept: npt.NDArray[np.uint64] = np.load(place)
         if kept.shape == (len(paths),):
@@ -143,9 +154,10 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
         except OSError as error:
             found.append(NO_DIGEST)
             # Readable tomorrow, say; a file that is missing has another key then.
-            passing |= error.errno is not None and path.exists()
+            passing |= error.errno is not None and os.path.exists(path)
     digests = np.asarray(found, dtype=np.uint64)
-    if passing:
+    # A file that changed or vanished meanwhile may not have this digest tomorrow.
+    if passing or cache_key(paths, "digests") != key:
         return digests
     try:
         with replacing_private(place) as file:
@@ -225,6 +237,18 @@ def cache_key(paths: Sequence[Path], purpose: str) -> str:
         except OSError:
             digest.update(b"\0missing")
     return digest.hexdigest()
+
+
+def _while_same(
+    decode: Iterator[DecodedImage], paths: Sequence[Path], size: int, key: str
+) -> Iterator[DecodedImage]:
+    """Yield decoded images; raise at the end if a file changed or vanished meanwhile.
+
+    They would otherwise be kept as those of the files as they were before.
+    """
+    yield from decode
+    if cache_key(paths, _decoder(size)) != key:
+        raise _PassingError
 
 
 def _map(

@@ -61,6 +61,17 @@ class ImageSource(Protocol):
         """Return the same images for repeated use: decoded once, possibly on disk."""
 
 
+def refuse_if_empty(loaded: LoadedImages) -> None:
+    """Raise if there are files, and none of them can be read."""
+    if loaded.unreadable and not len(loaded.labels):
+        count = len(loaded.unreadable)
+        raise DatasetError(
+            f"none of {count} images can be read, so nothing is left: "
+            f"{listed(loaded.unreadable)}",
+            f"none of {count} images can be read",
+        )
+
+
 @dataclass(frozen=True)
 class ArraySource:
     """Images held in memory.
@@ -112,13 +123,13 @@ class FileSource:
     _said: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
-        """Return the images at these indices, in their order.
+        """Return the images at these indices, in their order; maybe none of them.
 
         Raises
         ------
         DatasetError
-            If a file is unreadable and ``skip_unreadable`` is false, or if no file is
-            readable. The message counts all unreadable files and names the first ones.
+            If a file is unreadable and ``skip_unreadable`` is false. The message counts
+            all unreadable files and names the first ones.
         """
         self._compare()
         paths = [self.paths[i] for i in indices]
@@ -130,7 +141,9 @@ class FileSource:
             else:
                 pixels.append(decoded)
         self._check(paths, refused)
-        return self._loaded(indices, paths, refused, torch.from_numpy(np.stack(pixels)))
+        shape = (len(pixels), 3, self.image_size, self.image_size)
+        stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
+        return self._loaded(indices, paths, refused, torch.from_numpy(stacked))
 
     def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
         """Return the images at these indices, decoded once and memory-mapped.
@@ -138,16 +151,19 @@ class FileSource:
         Raises
         ------
         DatasetError
-            As `load`.
+            As `load`, and if none of the files is readable.
         """
         self._compare()
         paths = [self.paths[i] for i in indices]
         stored = decoded_images(paths, self.image_size, self._decode(paths))
         if stored is None:
-            return self.load(indices)
-        pixels, refused = stored
-        self._check(paths, refused)
-        return self._loaded(indices, paths, refused, pixels)
+            loaded = self.load(indices)
+        else:
+            pixels, refused = stored
+            self._check(paths, refused)
+            loaded = self._loaded(indices, paths, refused, pixels)
+        refuse_if_empty(loaded)
+        return loaded
 
     def _decode(self, paths: Sequence[Path]) -> Iterator[DecodedImage]:
         """Yield the pixels of each file, or the reason why it is refused."""
@@ -166,18 +182,13 @@ class FileSource:
             yield picture.pixels
 
     def _check(self, paths: Sequence[Path], refused: Mapping[int, str]) -> None:
-        """Raise if unreadable files are not allowed, or if no image is left."""
+        """Raise if unreadable files are not allowed; log those that are left out."""
         named = listed(f"{paths[n]} ({reason})" for n, reason in refused.items())
         if refused and not self.skip_unreadable:
             raise DatasetError(
                 f"{len(refused)} of {len(paths)} images cannot be read: {named}; "
                 "repair, convert or remove them, or set dataset.skip-unreadable=true",
                 f"{len(refused)} of {len(paths)} images cannot be read",
-            )
-        if len(refused) == len(paths):
-            raise DatasetError(
-                f"none of {len(paths)} images can be read, so nothing is left: {named}",
-                f"none of {len(paths)} images can be read",
             )
         if refused:
             self._say_once(

@@ -481,3 +481,10 @@ def test_classifier_with_a_bias_for_each_image_evaluates_nothing(folder: Path) -
     unfair = messages.state_to_arrays({"weight": head.weight, "bias": bias})
     answer = SiteNode(folder).ask("evaluate", site_run(), classifier=unfair)
     assert f"an array of shape ({images}, " in refusal(answer)
+
+
+def test_unreadable_image_of_a_strange_name_hinders_nobody(folder: Path) -> None:
+    """Messages write a space that cannot be seen in another way than the disk does."""
+    (folder / "star" / "Screenshot 9.41\u202fAM.png").write_bytes(b"no image")
+    node = SiteNode(folder, {"min_class_samples": 2})
+    works(node.ask("train", site_run(dataset__skip_unreadable=True)))

@@ -56,10 +56,17 @@ def test_teacher_that_guesses_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_what_prevents_it_is_another_checks_problem(tmp_path: Path) -> None:
-    folder = write_site(tmp_path / "images", {"circle": 2})
+    folder = write_site(tmp_path / "images", {"circle": 30})
     for config, data in (
         (site_run(method="clip2fl"), tmp_path / "none"),
-        (site_run(method="clip2fl", teacher__model="no-such"), folder),
+        (
+            site_run(
+                method="clip2fl",
+                teacher__model="no-such",
+                dataset__validation_share=0.5,
+            ),
+            folder,
+        ),
     ):
         found = check_zero_shot(config, data)
         assert (found.level, found.fix) == ("ok", "")

@@ -92,8 +92,13 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     assert [Path(name).name for name in loaded.unreadable] == ["0.png", "1.png"]
     backwards = source.load(np.array([4, 2, 3]))
     assert (loaded.left_out, backwards.left_out) == ((3, 4), (0, 2))
-    with pytest.raises(DatasetError, match="nothing is left"):
-        source.load(np.array([3, 4]))
+    with pytest.raises(DatasetError, match="none of 2 .*nothing is left"):
+        source.open(np.array([3, 4]))
+    # A part of a larger set, or a set of no files at all.
+    for part in (np.array([3, 4]), np.array([], dtype=np.int64)):
+        nothing = source.load(part)
+        assert (len(nothing.labels), len(nothing.unreadable)) == (0, len(part))
+        assert nothing.images.shape == (0, *loaded.images.shape[1:])
 
 
 @pytest.fixture

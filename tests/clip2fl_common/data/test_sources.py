@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip2fl_common.config import Dataset
-from clip2fl_common.data import image_cache, sources
+from clip2fl_common.data import image_cache, image_reading, sources
 from clip2fl_common.data.datasets import load_dataset
 from clip2fl_common.data.image_cache import identical_files
 from clip2fl_common.data.image_files import DatasetError
@@ -202,3 +202,45 @@ def test_splits_may_spell_a_class_differently(tmp_path: Path) -> None:
     dataset = load_dataset(folder_config(tmp_path))
     assert dataset.class_names == ("a b", "c")
     assert dataset.test.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("what", ["pixels", "digests"])
+def test_files_that_vanish_for_a_moment_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As of a share that is unmounted while they are read."""
+    folder, away = tmp_path / "images", tmp_path / "away"
+    for name in "abcd":
+        picture(folder / f"{name}.png", ord(name))
+    images = source(folder, True)
+
+    def unmounted(path: Path) -> BoundedReader:
+        if path.name == "b.png" and folder.exists():
+            folder.rename(away)
+        return open_regular(path)
+
+    with monkeypatch.context() as patched:
+        for place in (image_reading, image_cache):
+            patched.setattr(place, "open_regular", unmounted)
+        if what == "pixels":
+            with pytest.raises(DatasetError):
+                images.open(np.arange(4))
+        else:
+            assert image_cache.NO_DIGEST in image_cache.file_digests(images.paths)
+    away.rename(folder)
+    assert len(images.open(np.arange(4)).labels) == 4
+    assert image_cache.NO_DIGEST not in image_cache.file_digests(images.paths)
+
+
+def test_new_package_for_a_format_reads_what_was_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = source(folder, True)
+    assert len(images.open(np.arange(3)).labels) == 1
+    monkeypatch.setattr(image_cache, "pillow_formats", lambda heif: ("PNG", "NEW"))
+    monkeypatch.setattr(
+        sources,
+        "read_picture",
+        lambda *_: Picture(np.ones((3, 8, 8), np.uint8), "RGB", False, False),
+    )
+    assert len(images.open(np.arange(3)).labels) == 3
