@@ -216,7 +216,7 @@ def _demo(config: DatasetConfig) -> ImageDataset:
 
     def drawn(split: demo.Split, counts: Sequence[int]) -> ArraySource:
         images, labels = demo.demo_split(split, counts)
-        return ArraySource(_resized(torch.from_numpy(images), config), labels)
+        return ArraySource(torch.from_numpy(images), labels, config.image_size)
 
     return ImageDataset(
         "demo",
@@ -226,17 +226,6 @@ def _demo(config: DatasetConfig) -> ImageDataset:
         IMAGENET_NORMALIZATION,
         config.image_size,
     )
-
-
-def _resized(images: torch.Tensor, config: DatasetConfig) -> torch.Tensor:
-    if images.shape[2] == config.image_size:
-        return images
-    from torchvision.transforms.functional import resize
-
-    resized: torch.Tensor = resize(
-        images, [config.image_size, config.image_size], antialias=True
-    )
-    return resized
 
 
 def _cifar(config: DatasetConfig) -> ImageDataset:
@@ -268,8 +257,9 @@ def _cifar(config: DatasetConfig) -> ImageDataset:
         ) from error
     train, test = (
         ArraySource(
-            _resized(torch.from_numpy(split.data).permute(0, 3, 1, 2), config),
+            torch.from_numpy(split.data).permute(0, 3, 1, 2),
             np.asarray(split.targets, dtype=np.int64),
+            config.image_size,
         )
         for split in splits
     )
@@ -408,6 +398,7 @@ def _no_images(config: DatasetConfig) -> ImageDataset:
     none = ArraySource(
         torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8),
         np.empty(0, dtype=np.int64),
+        config.image_size,
     )
     return _site_dataset(config, none, none)
 

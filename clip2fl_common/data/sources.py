@@ -23,6 +23,7 @@ from clip2fl_common.shown import listed, shown
 logger = getLogger(__name__)
 
 LabelArray = npt.NDArray[np.int64]
+SCALED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,43 @@ def refuse_if_empty(loaded: LoadedImages) -> None:
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images held in memory.
+    """Images held in memory, in the size in which they are stored.
 
     Attributes
     ----------
-    images : Tensor of uint8, shape [N, 3, H, W]
+    images : Tensor of uint8, shape [N, 3, H, H]
         RGB images.
     labels : ndarray of int64, shape [N]
         Their classes.
+    image_size : int
+        Side in pixels to which images are scaled when they are loaded.
     """
 
     images: torch.Tensor
     labels: LabelArray
+    image_size: int
 
     def load(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
         """Return the images at these indices, in their order."""
         chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return LoadedImages(self.images[chosen], torch.from_numpy(self.labels)[chosen])
+        images = self.images[chosen]
+        if images.shape[2] != self.image_size:
+            images = _scaled(images, self.image_size)
+        return LoadedImages(images, torch.from_numpy(self.labels)[chosen])
 
     open = load
+
+
+def _scaled(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Scale some images at a time: torchvision computes in float32."""
+    # Imported here, because the import takes more than a second.
+    from torchvision.transforms.functional import resize
+
+    scaled = images.new_empty(len(images), 3, size, size)
+    parts = zip(images.split(SCALED_AT_ONCE), scaled.split(SCALED_AT_ONCE), strict=True)
+    for few, result in parts:
+        result[:] = resize(few, [size, size], antialias=True)
+    return scaled
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clip2fl_common.config import Dataset
@@ -19,7 +20,7 @@ from clip2fl_common.data.image_reading import (
     read_picture,
 )
 from clip2fl_common.data.regular_files import BoundedReader, open_regular
-from clip2fl_common.data.sources import FileSource
+from clip2fl_common.data.sources import ArraySource, FileSource
 from tests.defaults import run_config
 
 
@@ -244,3 +245,20 @@ def test_new_package_for_a_format_reads_what_was_refused(
         lambda *_: Picture(np.ones((3, 8, 8), np.uint8), "RGB", False, False),
     )
     assert len(images.open(np.arange(3)).labels) == 3
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_images_in_memory_are_scaled_as_pillow_scales_them_a_few_at_a_time(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SCALED_AT_ONCE", 2)
+    stored = np.random.default_rng(0).integers(0, 256, (7, 24, 24, 3), np.uint8)
+    images = torch.from_numpy(stored).permute(0, 3, 1, 2)
+    chosen = np.array([6, 0, 3, 3, 5])
+    loaded = ArraySource(images, np.arange(7), size).load(chosen)
+    assert loaded.labels.tolist() == chosen.tolist()
+    assert loaded.images.shape == (5, 3, size, size)
+    for image, n in zip(loaded.images, chosen, strict=True):
+        expected = Image.fromarray(stored[n]).resize((size, size), Image.BILINEAR)
+        pixels = image.permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(pixels - np.asarray(expected, dtype=int)).max() <= 1
