@@ -55,10 +55,10 @@ $(COMMAND): $(INSTALLED) pyproject.toml
 		--offline --editable .
 	@touch $@
 
-demo: needs-hatchling install ## Train on drawn images, without any download, and write a report
+demo: needs-hatchling install ## Train on drawn images, without data to download, and write a report
 	$(COMMAND) run --run-config conf/demo.toml --set 'run.dir="$(CURDIR)/runs"'
 
-test: needs-pytest install ## Run the tests that take seconds
+test: needs-pytest install ## Run all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: needs-pytest install ## Run all tests
