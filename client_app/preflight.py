@@ -73,6 +73,8 @@ class Finding:
 def check_disk(folder: Path, images: int, image_size: int, views: int = 0) -> Finding:
     """Check that the cache folder is writable and has enough space.
 
+    What a node has stored there before counts as space: it stores it once.
+
     Parameters
     ----------
     folder : Path
@@ -90,6 +92,7 @@ def check_disk(folder: Path, images: int, image_size: int, views: int = 0) -> Fi
         make_cache_dir(folder)
         with tempfile.NamedTemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
+            stored = _stored_bytes(folder)
     except OSError as error:
         return Finding(
             "problem",
@@ -98,12 +101,19 @@ def check_disk(folder: Path, images: int, image_size: int, views: int = 0) -> Fi
             "set CLIP2FL_CACHE_DIR to a folder of this user; without one every message "
             "decodes the images and computes the teacher's features again",
         )
+    needed = max(SPARE_BYTES, needed - stored)
     text = f"{free / 2**30:.1f} GiB free in {folder}, {needed / 2**30:.1f} needed"
     if free < needed:
         return Finding(
             "problem", "disk", text, "make room, or set CLIP2FL_CACHE_DIR elsewhere"
         )
     return Finding("ok", "disk", text)
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Return the bytes of decoded images and features in a cache folder."""
+    files = (*folder.glob("images/*/*"), *folder.glob("features-*.sqlite"))
+    return sum(file.stat().st_size for file in files)
 
 
 def check_certificate(path: Path, now: datetime) -> Finding:

@@ -251,10 +251,11 @@ class Evaluator:
         """Yield the test images and their indices, from memory if they fit into it."""
         indices = self.indices(final)
         size = self.dataset.image_size
-        keep = 3 * size * size * len(self._all) <= KEEP_BYTES
+        keep = 3 * size * size * len(indices) <= KEEP_BYTES
+        whole = indices is self._all
         unreadable = 0
         for start in range(0, len(indices), BLOCK):
-            key = (final, start)
+            key = (whole, start)
             block = self._kept.get(key)
             if block is None:
                 block = self.dataset.test.load(indices[start : start + BLOCK])

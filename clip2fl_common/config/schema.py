@@ -174,7 +174,7 @@ class Dataset:
     """demo: number of training images drawn for the most frequent class."""
     demo_test_per_class: DrawnImages = 200
     """demo: number of test images drawn for each class."""
-    skip_unreadable: bool = False
+    skip_unreadable: Annotated[bool, MayChange()] = False
     """Skip and count unreadable images, instead of stopping."""
 
 

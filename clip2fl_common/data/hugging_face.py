@@ -126,8 +126,30 @@ def _key(config: DatasetConfig) -> str:
     root = Path(config.root).expanduser()
     if not is_folder(root):
         raise DatasetError(f"dataset.root = {shown(root)} is not a folder")
-    files = [f for kind in ("*.arrow", "*.json") for f in sorted(root.rglob(kind))]
-    return cache_key(files, json.dumps(purpose))
+    # Not by a search below the root, which would not enter folders that are links.
+    folders = [place for place, _ in _train_folders(config)] + [
+        root / config.test_split
+    ]
+    files = [
+        file
+        for folder in folders
+        for kind in ("*.arrow", "*.json")
+        for file in sorted(folder.glob(kind))
+    ]
+    return cache_key(files, json.dumps([*purpose, str(root)]))
+
+
+def _train_folders(config: DatasetConfig) -> list[tuple[Path, str]]:
+    """Return the saved folders of training images, each with its client's number."""
+    root = Path(config.root).expanduser()
+    clients = sorted(
+        (int(number[1]), place)
+        for place in root.iterdir()
+        if (number := _PARTITION.fullmatch(place.name))
+    )
+    return [(place, str(number)) for number, place in clients] or [
+        (root / config.train_split, "")
+    ]
 
 
 def _unpack(config: DatasetConfig, place: Path) -> None:
@@ -187,16 +209,10 @@ def _on_hub(config: DatasetConfig, hub: re.Match[str]) -> list[list[_Part]]:
 
 
 def _saved_splits(config: DatasetConfig) -> list[list[_Part]]:
-    root = Path(config.root).expanduser()
-    clients = sorted(
-        (int(number[1]), place)
-        for place in root.iterdir()
-        if (number := _PARTITION.fullmatch(place.name))
-    )
-    train = [_saved(place, "train", str(number)) for number, place in clients]
+    test = Path(config.root).expanduser() / config.test_split
     return [
-        train or [_saved(root / config.train_split, "train")],
-        [_saved(root / config.test_split, "test")],
+        [_saved(place, "train", client) for place, client in _train_folders(config)],
+        [_saved(test, "test")],
     ]
 
 

@@ -5,9 +5,13 @@ new process. So the cache folder keeps the decoded pixels in one file for each s
 images. The operating system keeps the parts in memory that are in use.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +32,7 @@ from clip2fl_common.files import (
     FOLDER_MODE,
     cache_dir,
     private_folder,
+    remove,
     replacing_folder,
     replacing_private,
 )
@@ -38,6 +43,8 @@ logger = getLogger(__name__)
 PIECE = 2**20
 PIXELS = "pixels.bin"
 REFUSED = "refused.json"
+# Seconds without use after which decoded images are removed.
+UNUSED_S = 30 * 24 * 3600
 # Version of the decoding; raise the number if the decoding changes.
 DECODER = 2
 # Digest of a file that cannot be read.
@@ -84,7 +91,7 @@ def decoded_images(
     Parameters
     ----------
     paths : sequence of Path
-        The image files. The cache key is made of their paths, sizes and change times.
+        The image files. The cache key is made of their paths, sizes and times.
     size : int
         Side of the decoded images in pixels.
     decode : iterator of ndarray of uint8, shape [3, size, size], or Refusal
@@ -103,6 +110,7 @@ def decoded_images(
         key = cache_key(paths, _decoder(size))
         place = folder / key
         private_folder(folder)
+        _remove_unused(folder)
         with FileLock(f"{place}.lock", mode=FILE_MODE):
             stored = _map(place, len(paths), size)
             if stored is None:
@@ -227,13 +235,18 @@ def _file_digest(path: Path) -> int:
 
 
 def cache_key(paths: Sequence[Path], purpose: str) -> str:
-    """Return a name for what is made from files: other sizes or times, another name."""
+    """Return a name for what is made from files: other sizes or times, another name.
+
+    The inode's change time tells of new content that kept the time of the old one, as
+    after ``cp -p`` or ``mv``.
+    """
     digest = hashlib.blake2b(purpose.encode(), digest_size=16)
     for path in paths:
         digest.update(b"\0" + os.fsencode(path))
         try:
             facts = path.stat()
-            digest.update(f"\0{facts.st_size}\0{facts.st_mtime_ns}".encode())
+            times = f"{facts.st_mtime_ns}\0{facts.st_ctime_ns}"
+            digest.update(f"\0{facts.st_size}\0{times}".encode())
         except OSError:
             digest.update(b"\0missing")
     return digest.hexdigest()
@@ -261,14 +274,45 @@ def _map(
         shape = (count - len(refused), 3, size, size)
         if shape[0] <= 0:
             return torch.empty((0, *shape[1:]), dtype=torch.uint8), refused
-        # Copy on write: writing to the tensor does not change the file.
-        pixels = np.memmap(place / PIXELS, dtype=np.uint8, mode="c", shape=shape)
+        pixels = _mapped(place / PIXELS, shape)
     except FileNotFoundError:
         return None
     except (ValueError, EOFError, AttributeError) as error:
         logger.warning("decoded images in %s are damaged (%s); again", place, error)
         return None
-    return torch.from_numpy(pixels), refused
+    with contextlib.suppress(OSError):  # a folder without the right to write
+        os.utime(place / REFUSED)  # for `_remove_unused`
+    return pixels, refused
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        # Copy on write: writing to the tensor does not change the file.
+        pixels = np.memmap(file, dtype=np.uint8, mode="c", shape=shape)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        # Linux refuses it for more than memory and swap together, because all could be
+        # written to. Read-only pages need no memory; nothing here writes to images.
+        pixels = np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a tensor that cannot be written to
+            return torch.from_numpy(pixels)
+    return torch.from_numpy(pixels)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove decoded images that no run has used for a month, and half-written ones.
+
+    Another set of images is stored as a whole: one new image, another partition or
+    another version of Pillow makes a copy.
+    """
+    for place in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            if place.is_dir():
+                used = max(path.stat().st_mtime for path in (place, *place.iterdir()))
+                if used < time.time() - UNUSED_S:
+                    remove(place)
 
 
 def _store(place: Path, decode: Iterator[DecodedImage]) -> None:

@@ -149,6 +149,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
 def class_folders(folder: Path) -> list[tuple[str, Path]]:
     """Return the class folders in a folder with their classes, sorted by folder name.
 
+    The order is that of composed names: whether a disk spells an accent as a part of
+    its letter or after it must not number the classes.
+
     Returns
     -------
     list of tuple of str and Path
@@ -166,7 +169,10 @@ def class_folders(folder: Path) -> list[tuple[str, Path]]:
             f"{shown(folder)}: {'; '.join(faults)}. Rename or merge the folders",
             f"{len(faults)} names of class folders are not usable",
         )
-    return [(class_name(place.name), place) for place in folders]
+    return [
+        (class_name(place.name), place)
+        for place in sorted(folders, key=lambda folder: _composed(folder.name))
+    ]
 
 
 def name_faults(folders: Sequence[Path]) -> Iterator[str]:
@@ -213,9 +219,13 @@ def _code(character: str) -> str:
     return f"U+{ord(character):04X}"
 
 
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _distinct(name: str) -> str:
     """Return a name in quotes, with its accents' spelling where there are two."""
-    composed = unicodedata.normalize("NFC", name)
+    composed = _composed(name)
     if composed == unicodedata.normalize("NFD", name):
         return f"'{shown(name)}'"
     return f"'{shown(name)}' ({'composed' if name == composed else 'split'} accents)"
@@ -302,7 +312,8 @@ def labelled_images(folders: Iterable[tuple[int, Path]]) -> list[tuple[Path, int
             listed(not_decoded),
             missing_decoder(suffix_of(not_decoded[0].name)),
         )
-    return [(path, label) for label, path in sorted(found)]
+    found.sort(key=lambda image: (image[0], _composed(image[1].name)))
+    return [(path, label) for label, path in found]
 
 
 def images_below(folder: Path) -> int:

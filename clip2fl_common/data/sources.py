@@ -105,12 +105,14 @@ class ArraySource:
 def _scaled(images: torch.Tensor, size: int) -> torch.Tensor:
     """Scale some images at a time: torchvision computes in float32."""
     # Imported here, because the import takes more than a second.
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resize
 
+    mode = InterpolationMode.BICUBIC  # as image files and `clip2fl predict`
     scaled = images.new_empty(len(images), 3, size, size)
     parts = zip(images.split(SCALED_AT_ONCE), scaled.split(SCALED_AT_ONCE), strict=True)
     for few, result in parts:
-        result[:] = resize(few, [size, size], antialias=True)
+        result[:] = resize(few, [size, size], mode, antialias=True)
     return scaled
 
 
@@ -152,17 +154,16 @@ class FileSource:
         """
         self._compare()
         paths = [self.paths[i] for i in indices]
-        pixels: list[npt.NDArray[np.uint8]] = []
+        pixels = np.empty((len(paths), 3, self.image_size, self.image_size), np.uint8)
         refused: dict[int, str] = {}
         for position, decoded in enumerate(self._decode(paths)):
             if isinstance(decoded, Refusal):
                 refused[position] = decoded.reason
             else:
-                pixels.append(decoded)
+                pixels[position - len(refused)] = decoded
         self._check(paths, refused)
-        shape = (len(pixels), 3, self.image_size, self.image_size)
-        stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
-        return self._loaded(indices, paths, refused, torch.from_numpy(stacked))
+        readable = torch.from_numpy(pixels[: len(paths) - len(refused)])
+        return self._loaded(indices, paths, refused, readable)
 
     def open(self, indices: npt.NDArray[np.integer]) -> LoadedImages:
         """Return the images at these indices, decoded once and memory-mapped.
@@ -206,7 +207,8 @@ class FileSource:
         if refused and not self.skip_unreadable:
             raise DatasetError(
                 f"{len(refused)} of {len(paths)} images cannot be read: {named}; "
-                "repair, convert or remove them, or set dataset.skip-unreadable=true",
+                "repair or convert them, or set dataset.skip-unreadable=true, with "
+                "which a run may also be resumed; remove them only before a run",
                 f"{len(refused)} of {len(paths)} images cannot be read",
             )
         if refused:

@@ -219,11 +219,13 @@ class Teacher:
         """Return features [N, d] from disk; compute and store the missing ones."""
         known = self._feature_cache.get(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
-        if missing:
-            computed = compute(missing)
-            self._feature_cache.put([keys[i] for i in missing], computed)
+        # Stored batch by batch: an interruption loses at most one.
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            computed = compute(batch)
+            self._feature_cache.put([keys[i] for i in batch], computed)
             # The first of equal samples counts, as on disk: its last digits may differ.
-            for i, feature in zip(missing, computed, strict=True):
+            for i, feature in zip(batch, computed, strict=True):
                 known.setdefault(keys[i], feature)
         return torch.stack([known[key] for key in keys])
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -194,6 +195,25 @@ def test_disk_without_room_or_rights(
     assert huge.level == "problem" and "make room" in huge.fix
     (tmp_path / "file").write_text("in the way")
     assert preflight.check_disk(tmp_path / "file", 1, 8).level == "problem"
+
+
+def test_what_the_node_has_stored_needs_no_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that filled its cache once can start again."""
+    free = preflight.SPARE_BYTES + 50_000
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    assert preflight.check_disk(tmp_path, 20, 64).level == "problem"
+    for name, size in (
+        ("images/x/pixels.bin", 20 * 3 * 64**2),
+        ("features-1.sqlite", 1),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert preflight.check_disk(tmp_path, 20, 64).level == "problem"  # features
+    (tmp_path / "features-1.sqlite").write_bytes(bytes(20 * preflight.FEATURE_BYTES))
+    assert preflight.check_disk(tmp_path, 20, 64).level == "ok"
 
 
 def certificate(

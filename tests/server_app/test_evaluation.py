@@ -231,6 +231,17 @@ def test_images_are_kept_in_memory_where_they_fit(
     assert all(report == reports[0] for report in reports)
 
 
+def test_drawn_images_are_kept_where_they_fit_and_all_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation, "KEEP_BYTES", 3 * SIZE * SIZE * 8)
+    source = Source([5, 5, 5, 5])
+    central = evaluator(source, max_images=8)
+    for final in (False, False, True, True):
+        central.evaluate(student(), heads(), final)
+    assert source.reads == [8, 20, 20]
+
+
 def test_unreadable_images_are_counted_each_time() -> None:
     """The count is the same if the readable images come from memory."""
     source = Source([9, 5, 12, 6], unreadable=3)

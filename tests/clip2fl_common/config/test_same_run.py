@@ -6,7 +6,7 @@ from clip2fl_common.config.same_run import differences
 from tests.defaults import default_config
 
 # Where results and the site registry lie, what watches the run, how long the server
-# waits and what it keeps: none of it decides what comes out.
+# waits, what it keeps and whether it stops: none of it decides what comes out.
 MAY_CHANGE = {
     "run.dir",
     "run.name",
@@ -14,6 +14,7 @@ MAY_CHANGE = {
     "run.trackers",
     "federation.round-timeout",
     "federation.site-registry",
+    "dataset.skip-unreadable",
     "checkpoint.every",
     "checkpoint.keep",
     "delivery.signing-key",

@@ -17,6 +17,7 @@ from clip2fl_common.data import hugging_face
 from clip2fl_common.data.datasets import (
     DatasetError,
     FileSource,
+    forget_datasets,
     load_dataset,
     partition_indices,
 )
@@ -394,3 +395,20 @@ def test_missing_or_old_package_is_named(
         DatasetError, match=r"datasets 3\.6\.0 may run programs.*4 or n"
     ):
         load_dataset(config(tmp_path / "saved"))
+
+
+def test_splits_that_are_links_are_those_of_their_own_root(tmp_path: Path) -> None:
+    """A search below the root does not enter links."""
+    for n, root in enumerate(("one", "two")):
+        images = made([n] * 3, range(3)), made([10 + n], [0])
+        saved(tmp_path / f"disk {n}", train=images[0], test=images[1])
+        (tmp_path / root).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / root / split).symlink_to(tmp_path / f"disk {n}" / split)
+    for n, root in enumerate(("one", "two")):
+        dataset = load_dataset(config(tmp_path / root))
+        assert grey(dataset.train.load(np.arange(1))) == [n]
+        assert grey(dataset.test.load(np.arange(1))) == [10 + n]
+    saved(tmp_path / "disk 1", train=made([99] * 3, range(3)))
+    forget_datasets()
+    assert grey(load_dataset(config(tmp_path / "two")).train.load(np.arange(1))) == [99]

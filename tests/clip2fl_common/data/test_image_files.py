@@ -5,6 +5,7 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import features
@@ -167,3 +168,21 @@ def test_suffixes_are_lower_case_and_known_to_one_format() -> None:
         *(".avif", ".heic", ".heif"),
     ):
         assert suffix in IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_order_does_not_depend_on_how_a_disk_spells_accents(
+    tmp_path: Path, form: Literal["NFC", "NFD"]
+) -> None:
+    spelled = [
+        unicodedata.normalize(form, name)
+        for name in ("Zebra", "Éclair", "Eule", "äffchen", "apfel", "Ente")
+    ]
+    for name in spelled:
+        (tmp_path / name).mkdir()
+        (tmp_path / spelled[0] / f"{name}.png").touch()
+    expected = ["Ente", "Eule", "Zebra", "apfel", "Éclair", "äffchen"]
+    assert [name for name, _ in class_folders(tmp_path)] == expected
+    images = labelled_images([(0, tmp_path / spelled[0])])
+    found = [unicodedata.normalize("NFC", path.stem) for path, _ in images]
+    assert found == expected

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +66,7 @@ def test_error_says_why_and_what_to_do_and_its_summary_names_nothing(
         assert (
             f"2 of 3 images cannot be read: {folder}/b.tif (it holds floating-point "
             "numbers; convert it to 8 or 16 bit first), "
-            f"{folder}/c\\xe9.png (no image that is known); repair, convert or remove"
+            f"{folder}/c\\xe9.png (no image that is known); repair or convert them"
         ) in str(caught.value)
         assert caught.value.summary == "2 of 3 images cannot be read"
 
@@ -259,6 +262,65 @@ def test_images_in_memory_are_scaled_as_pillow_scales_them_a_few_at_a_time(
     assert loaded.labels.tolist() == chosen.tolist()
     assert loaded.images.shape == (5, 3, size, size)
     for image, n in zip(loaded.images, chosen, strict=True):
-        expected = Image.fromarray(stored[n]).resize((size, size), Image.BILINEAR)
+        expected = Image.fromarray(stored[n]).resize((size, size), Image.BICUBIC)
         pixels = image.permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(pixels - np.asarray(expected, dtype=int)).max() <= 1
+        # Pillow rounds and cuts between rows and columns; bilinear is 8 levels off.
+        assert np.abs(pixels - np.asarray(expected, dtype=int)).mean() < 0.5
+
+
+def test_content_that_kept_its_size_and_date_is_read_again(tmp_path: Path) -> None:
+    """As after moving two files of an archive, or after ``cp -p``."""
+    for name, grey in (("a.bmp", 10), ("b.bmp", 200)):
+        os.utime(picture(tmp_path / name, grey), ns=(10**18, 10**18))
+    images = source(tmp_path, False)
+    assert images.open(np.arange(2)).images[:, 0, 0, 0].tolist() == [10, 200]
+    digests = image_cache.file_digests(images.paths)
+    (tmp_path / "a.bmp").rename(tmp_path / "c")
+    (tmp_path / "b.bmp").rename(tmp_path / "a.bmp")
+    (tmp_path / "c").rename(tmp_path / "b.bmp")
+    assert images.open(np.arange(2)).images[:, 0, 0, 0].tolist() == [200, 10]
+    swapped = image_cache.file_digests(images.paths)
+    assert swapped.tolist() == digests.tolist()[::-1]
+
+
+def test_decoded_images_that_nobody_used_for_a_month_are_removed(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    paths = [picture(tmp_path / f"{n}.png", n) for n in range(4)]
+    images = source(tmp_path, False)
+    kept, old, fresh = (np.array(part) for part in ([0, 1], [2], [3]))
+    images.open(kept)
+    images.open(old)
+    half = own_cache / "images" / ".x.incomplete"
+    half.mkdir()
+    long_ago = time.time() - 31 * 24 * 3600
+    for path in (own_cache / "images").rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    used = images.open(kept).images  # in use again
+    images.open(fresh)
+    stored = [path for path in (own_cache / "images").iterdir() if path.is_dir()]
+    assert len(stored) == 2 and not half.exists()
+    assert used[:, 0, 0, 0].tolist() == [0, 1] and len(paths) == 4
+    assert images.open(old).images[0, 0, 0, 0] == 2
+
+
+def test_images_that_exceed_the_memory_are_mapped_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Linux refuses writable pages for more than memory and swap together."""
+    picture(tmp_path / "a.png", 7)
+    mapped = np.memmap
+    modes = []
+
+    def limited(*args: Any, mode: Any, **kwargs: Any) -> Any:
+        modes.append(mode)
+        if mode == "c":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(*args, mode=mode, **kwargs)
+
+    monkeypatch.setattr(np, "memmap", limited)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = source(tmp_path, False).open(np.arange(1))
+    assert loaded.images.unique().tolist() == [7] and modes == ["c", "r"]
+    assert not caplog.messages

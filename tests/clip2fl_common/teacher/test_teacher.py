@@ -150,6 +150,26 @@ def test_features_are_computed_once(
     assert computed == [2]
 
 
+def test_interrupted_pass_keeps_the_batches_that_are_done(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Teacher.image_features
+    computed: list[int] = []
+
+    def interrupted(self: Teacher, missing: torch.Tensor) -> torch.Tensor:
+        computed.append(len(missing))
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return original(self, missing)
+
+    monkeypatch.setattr(teacher, "batch_size", 4)
+    monkeypatch.setattr(Teacher, "image_features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.cached_image_features(images(10))
+    teacher.cached_image_features(images(10))
+    assert computed == [4, 4, 2, 2]
+
+
 def test_equal_images_keep_the_feature_that_is_stored(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
