@@ -123,7 +123,9 @@ class Method(Strategy):
             LEAST_PARTIES if self.aggregation.secure else 1,
             noisy_gradients=gradients and privacy.gradient_noise_multiplier > 0,
         )
-        self._requests = Requests(setting.clients, self.events)
+        self._requests = Requests(
+            setting.clients, self.events, config.federation.round_timeout
+        )
         secure = self.aggregation.secure
         self.secure = SecureSums(setting, self._requests) if secure else None
         if self.secure is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from logging import INFO, WARNING
+from statistics import median_low
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from strategy.class_gaussians import draw_features, merged_statistics
 from strategy.creff import CLASSIFIER
 from strategy.fedavg import FedAvg
 from strategy.log import log
+from strategy.outliers import QUORUM
 from strategy.retraining import new_classifier, retrain_classifier
 from strategy.setting import Setting
 
@@ -120,7 +122,9 @@ class CCVR(FedAvg):
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
         """Calibrate the classifier on features drawn from the merged statistics."""
         sent = {reply.client: reply.field(self._format) for reply in replies}
-        latest = dict(sorted({**self._latest, **sent}.items()))
+        latest = self._plausible(
+            server_round, dict(sorted({**self._latest, **sent}.items()))
+        )
         merged = merged_statistics(list(latest.values()))
         known = merged.classes.tolist()
         if absent := sorted(set(range(self._format.num_classes)) - set(known)):
@@ -155,7 +159,7 @@ class CCVR(FedAvg):
             num_classes=self._format.num_classes,
         )
         self.book("retraining", started)
-        # Only without aggregation.max-length-ratio can statistics be that large.
+        # Without aggregation.max-length-ratio, or with few clients, they may be huge.
         if not all(torch.isfinite(p).all() for p in classifier.parameters()):
             log(
                 WARNING,
@@ -165,6 +169,30 @@ class CCVR(FedAvg):
             )
             return
         self._latest, self.classifier = latest, classifier
+
+    def _plausible(
+        self, server_round: int, latest: Mapping[int, ClassStatistics]
+    ) -> dict[int, ClassStatistics]:
+        """Return the statistics without those of features that are far too long.
+
+        A round in which few clients replied cannot tell; those of all clients can.
+        """
+        ratio = self.aggregation.max_length_ratio
+        scales = {client: own.feature_scale() for client, own in latest.items()}
+        known = [scale for scale in scales.values() if scale > 0]
+        if ratio == 0 or len(known) < QUORUM:
+            return dict(latest)
+        longest = ratio * median_low(known)
+        if far := [client for client, scale in scales.items() if scale > longest]:
+            log(
+                WARNING,
+                "round %d: left out the class statistics of %s: their features are "
+                "more than aggregation.max-length-ratio = %g times the median",
+                server_round,
+                ", ".join(str(self.clients.label(client)) for client in far),
+                ratio,
+            )
+        return {client: own for client, own in latest.items() if client not in far}
 
     def _projected(self, features: torch.Tensor) -> torch.Tensor:
         """Return narrow features [K, m, D] as wide as the classifier's, [K, m, d].

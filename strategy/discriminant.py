@@ -296,11 +296,14 @@ class Discriminant:
         return ClassMoments(**{name: t.double() for name, t in named.items()})
 
     def _longest(self, found: Sequence[ClassMoments]) -> float:
-        """Return the norm that features may have, by the median of the clients."""
+        """Return the norm that features may have, by the median of the clients.
+
+        The ratio bounds the mean square, of which the scatter is made.
+        """
         ratio = self._aggregation.max_length_ratio
         lengths = sorted(length for own in found if (length := statistic_length(own)))
         if len(lengths) >= QUORUM:
             usual = lengths[(len(lengths) - 1) // 2]
         else:  # too few to outvote one of them; earlier rounds, if there are any
             usual = statistic_length(self.moments)
-        return ratio * usual if ratio > 0 and usual > 0 else math.inf
+        return math.sqrt(ratio) * usual if ratio > 0 and usual > 0 else math.inf

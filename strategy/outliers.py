@@ -33,8 +33,9 @@ ROUNDING = 1.02
 # Error of sums that were sent in float32, relative to the largest entry.
 SUM_ROUNDING = 1e-4
 
-# Name of the entry in the strategy's state.
+# Names of the entries in the strategy's state.
 TYPICAL = "typical-lengths"
+TYPICAL_FEATURES = "typical-features"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def impossible_moments(moments: ClassMoments, images: int) -> str:
     held = count > 0
     if total[~held].any():
         return "class moments have a sum for a class without images"
+    if not held.any() and scatter.any():
+        return "class moments have a scatter without images"
     means = total[held] / count[held, None]
     within = scatter - total[held].T @ means
     # Rounding in float32 is relative to the scatter, from which the means' part is
@@ -195,7 +198,8 @@ class LengthRule:
     median number of images may send an update sqrt(n) times longer.
 
     With fewer than `QUORUM` norms to compare there is no majority. Then an update must
-    not be longer than ``ratio`` times the global model itself.
+    not be longer than ``ratio`` times the global model itself, and features not longer
+    than ``ratio`` times those of the last rounds, if there are any.
 
     Parameters
     ----------
@@ -206,14 +210,20 @@ class LengthRule:
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
         self._typical: list[float] = []
+        self._features: list[float] = []
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the typical norms of the last rounds by name."""
-        return {TYPICAL: torch.tensor(self._typical, dtype=torch.float64)}
+        return {
+            TYPICAL: torch.tensor(self._typical, dtype=torch.float64),
+            TYPICAL_FEATURES: torch.tensor(self._features, dtype=torch.float64),
+        }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore a state that `state` returned."""
         self._typical = state[TYPICAL].tolist()
+        # A checkpoint of an earlier release has none.
+        self._features = state.get(TYPICAL_FEATURES, torch.empty(0)).tolist()
 
     def too_long(self, sizes: Mapping[int, ReplySize], sent: Arrays) -> dict[int, str]:
         """Return the clients whose replies must be dropped, and the reasons.
@@ -241,7 +251,8 @@ class LengthRule:
             model.statistics, median_low([s.statistics for s in sizes.values()])
         )
         scales = [s.features for s in sizes.values() if s.features]
-        features = median_low(scales) if len(scales) >= QUORUM else 0.0
+        kept = self._features or [0.0]
+        features = median_low(scales if len(scales) >= QUORUM else kept)
         reasons: dict[int, str] = {}
         for client, size in sizes.items():
             allowance = min(LARGEST_ALLOWANCE, max(1.0, sqrt(size.images / images)))
@@ -277,6 +288,9 @@ class LengthRule:
         typical = median_low([size.update for size in sizes])
         if typical > 0 and isfinite(typical):
             self._typical = [*self._typical, typical][-REMEMBERED:]
+        scales = [s.features for s in sizes if s.features and isfinite(s.features)]
+        if scales:
+            self._features = [*self._features, median_low(scales)][-REMEMBERED:]
 
 
 def _norm(arrays: Sequence[np.ndarray]) -> float:

@@ -127,7 +127,6 @@ class ReplyCheck:
         Verdicts
         """
         verdicts = Verdicts()
-        measured = lengths.ratio > 0 and not noisy
         found: defaultdict[int, list[tuple[Message, TrainReply, ReplySize]]]
         found = defaultdict(list)
         for message in replies:
@@ -135,7 +134,7 @@ class ReplyCheck:
                 verdicts.note_error(message)
                 continue
             try:
-                reply, size = self._accept(message, measured)
+                reply, size = self._accept(message, not noisy)
             except messages.ReplyError as error:
                 verdicts.dropped.append((message, str(error)))
                 verdicts.diverged += isinstance(error, messages.NotFiniteError)

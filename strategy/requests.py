@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, Metadata, RecordDict
 
 from clip2fl_common import messages
 from clip2fl_common.provenance import code_fingerprint
 from strategy.clients import Clients
 from strategy.events import Events, What
 from strategy.log import log
+
+# Seconds for a reply on its way, besides the time for which it is waited for.
+DELIVERY_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,23 @@ class Requests:
         The run's clients.
     events : Events
         Told which clients are asked, and which do not reply.
+    timeout : float
+        Seconds for which replies are waited for.
 
     Attributes
     ----------
+    lifetime : float
+        Seconds after which Flower forgets a request that has no reply: its default of
+        twelve hours, or longer if replies are waited for longer.
     asked : mapping of int to mapping of int to int
         The clients that each node was asked for, each with the most images that it
         can have.
     """
 
-    def __init__(self, clients: Clients, events: Events) -> None:
+    def __init__(self, clients: Clients, events: Events, timeout: float) -> None:
         self._clients = clients
         self._events = events
+        self.lifetime = max(float(DEFAULT_TTL), timeout + DELIVERY_S)
         self._unused: list[Unused] = []
         self.asked: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self._names: dict[int, str] = {}
@@ -111,7 +120,7 @@ class Requests:
             self.asked[node][client] = self._clients.images_of(client)
             site = f" ({label})" if isinstance(label, str) else ""
             self._names[node] = f"node {node}{site}"
-            request = Message(own, node, message_type)
+            request = Message(own, node, message_type, ttl=self.lifetime)
             requests.append(request)
             self._sent.append((request.metadata, client))
             self._events.note(What.ASKED, label, size=size)

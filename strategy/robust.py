@@ -23,6 +23,9 @@ from strategy.log import log
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
+# Fewer values have none in the middle.
+SMALLEST_TRIMMED = 3
+
 
 def log_rule(rule: Aggregation, drawn: int) -> None:
     """Log how models are combined; warn if the trimmed mean drops no client.
@@ -47,15 +50,25 @@ def log_rule(rule: Aggregation, drawn: int) -> None:
         rule.max_update_norm,
         rule.max_gradient_norm,
     )
-    if rule.rule == "trimmed-mean" and int(rule.trim * drawn) == 0:
+    if rule.rule == "trimmed-mean" and _cut(drawn, rule.trim) == 0:
         log(
             WARNING,
             "aggregation.trim = %g of %d clients a round drops no client: this is "
-            "the unweighted mean; raise it to %g at least",
+            "the unweighted mean; %s",
             rule.trim,
             drawn,
-            1 / drawn,
+            "raise it" if drawn >= SMALLEST_TRIMMED else "three clients are needed",
         )
+
+
+def _cut(values: int, trim: float) -> int:
+    """Return how many of the values are dropped at each end.
+
+    Of three and more it is at least one. Otherwise a reply that is missing would let
+    the extreme values in.
+    """
+    least = 1 if trim > 0 and values >= SMALLEST_TRIMMED else 0
+    return max(least, int(trim * values))
 
 
 def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
@@ -66,13 +79,14 @@ def trimmed_mean(values: npt.NDArray[Any], trim: float) -> npt.NDArray[Any]:
     values : ndarray, shape [n, ...]
         One entry per client.
     trim : float
-        Share of the n values that is dropped at each end, in [0, 0.5).
+        Share of the n values that is dropped at each end, in [0, 0.5); above 0 at
+        least one of three and more.
 
     Returns
     -------
     ndarray, shape [...]
     """
-    cut = int(trim * len(values))
+    cut = _cut(len(values), trim)
     kept = len(values) - cut
     ordered = np.partition(values, (cut, kept - 1), axis=0)
     return np.asarray(np.mean(ordered[cut:kept], axis=0))

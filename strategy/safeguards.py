@@ -134,12 +134,9 @@ class Safeguards:
         if verdicts.good or self.poisoned(verdicts):
             return verdicts
         self._recovery.empty_rounds += 1
-        hopeless = (
-            not self._recovery.succeeded and self._recovery.empty_rounds >= MOST_EMPTY
-        )
         # A sum may fail once for a reason that the next round does not have.
         lasting = not self._clients.come_and_go and not verdicts.lost
-        if hopeless or lasting:
+        if self._hopeless() or lasting:
             raise NoRepliesError(
                 f"round {server_round}: no usable reply from "
                 f"{self._clients.clients_per_round} clients ("
@@ -147,6 +144,11 @@ class Safeguards:
                 + ")"
             )
         return verdicts
+
+    def _hopeless(self) -> bool:
+        """Return whether no round has succeeded, and none is likely to."""
+        recovery = self._recovery
+        return not recovery.succeeded and recovery.empty_rounds >= MOST_EMPTY
 
     def poisoned(self, verdicts: Verdicts) -> bool:
         """Return whether most clients diverged, so the model sent is at fault.
@@ -200,7 +202,9 @@ class Safeguards:
         # A round that kept its model holds the model of an earlier round, its origin.
         origin = int(state.strategy[ORIGIN]) if state else 0
         if state is None or self._recovery.returns[origin] == MOST_RETURNS:
-            if self._clients.come_and_go and self._recovery.succeeded:
+            # One broken site may be all that answered; others may in the next rounds.
+            self._recovery.empty_rounds += 1
+            if self._clients.come_and_go and not self._hopeless():
                 log(WARNING, "%s; there is no earlier model, so it stays", found)
                 return None
             raise NoRepliesError(

@@ -315,6 +315,7 @@ class SecureSums:
                 RecordDict({messages.SECURE: request.record()}),
                 self._nodes[client],
                 f"{MessageType.TRAIN}.{action}",
+                ttl=self._requests.lifetime,
             )
             for client, request in asked.items()
         ]
@@ -423,7 +424,7 @@ class SumCheck:
                 client: self.sums.clients.images_of(client) for client in found.members
             }
             reply = sums.reply_of(found.total, found.parties, images, found.size)
-            size = check.measure(reply, lengths.ratio > 0 and not noisy)
+            size = check.measure(reply, not noisy)
             if too_long := lengths.too_long({reply.client: size}, check.sent):
                 raise messages.ReplyError(f"of the sum: {too_long[reply.client]}")
         except messages.ReplyError as error:

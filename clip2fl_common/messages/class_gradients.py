@@ -28,6 +28,9 @@ from clip2fl_common.messages.arrays import (
 )
 from clip2fl_common.messages.names import GRADIENTS, LARGEST_VALUE
 
+# Largest error of the scalar products of a factor's rows, which half precision rounds.
+ORTHONORMAL_ERROR = 0.05
+
 WireArray = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 _WIRE: dict[Precision, type[np.float32] | type[np.uint16]] = {
     "half": np.uint16,
@@ -244,7 +247,24 @@ def gradients_from_arrays(
                 f"that may reach {float(largest):.1e}, expected {LARGEST_VALUE:.0e} at "
                 "most"
             )
+    ends = ranks.cumsum().tolist()
+    for c, end, rank in zip(classes, ends, ranks.tolist(), strict=True):
+        _check_orthonormal(c, _to_float(right[end - rank : end]))
     return ClassGradients(classes, ranks, weight, left, right, bias)
+
+
+def _check_orthonormal(c: int, right: torch.Tensor) -> None:
+    """Refuse factors [r, d] that the client's code does not make.
+
+    Huge factors whose product cancels would pass every check of its norm, and the
+    honest values would be lost where they are added to it in float32.
+    """
+    error = right @ right.T - torch.eye(len(right))
+    if len(right) and not error.abs().max() <= ORTHONORMAL_ERROR:
+        raise ReplyError(
+            f"array class-gradients.right: the rows of class {c} are not orthonormal, "
+            f"their scalar products are wrong by up to {float(error.abs().max()):.2g}"
+        )
 
 
 def held_classes(record: str, array: Array, num_classes: int) -> list[int]:

@@ -43,6 +43,7 @@ from clip2fl_common.messages.names import (
     AVERAGED_METRICS,
     LARGEST_VALUE,
     METRICS,
+    MOMENTS,
     NUM_EXAMPLES,
     SUMMED_METRICS,
     VARIANCE,
@@ -138,8 +139,10 @@ class SumFormat(VectorFormat):
             values[_part(MODEL, name)] = weight * part
         for field in self._fields:
             arrays = self._field_arrays(field, content.array_records[field.name])
+            # Sums over the images that the bounded weight stands for.
+            share = weight / images if field.name == MOMENTS and images else 1.0
             for name, array in arrays.items():
-                values[_part(field.name, name)] = array
+                values[_part(field.name, name)] = share * array
         return values
 
     def _field_arrays(self, field: ReplyField[object], record: ArrayRecord) -> Values:

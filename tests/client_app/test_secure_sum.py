@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from client_app.own_site import with_own_teacher
@@ -15,6 +16,7 @@ from client_app.secure_store import SecureStore
 from client_app.secure_sum import SecureParty
 from client_app.site_database import LedgerError
 from clip2fl_common import messages
+from clip2fl_common.class_moments import ClassMoments
 from clip2fl_common.config import RunConfig
 from clip2fl_common.messages import Evaluation, TrainRequest
 from clip2fl_common.messages.evaluation_sums import EvaluationSums
@@ -473,6 +475,29 @@ def test_clients_clip_themselves(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             update[name] / exact, update[name].flat[0] / exact.flat[0]
         )
+
+
+def test_moments_are_those_of_the_images_that_count(tmp_path: Path) -> None:
+    """A site with more images than allowed is in no sum that would be refused."""
+    config = run_config(
+        method="fedlda",
+        aggregation__secure=True,
+        aggregation__max_site_images=6,
+        federation__clients_per_round=3,
+    )
+    field = messages.reply_field(messages.MOMENTS, config, 3)
+    assert isinstance(field, messages.ArrayFields)
+    width = field.shapes["scatter"][0]
+    features = torch.randn(9, width, dtype=torch.float64)
+    moments = ClassMoments.of(features, torch.arange(9) % 3, 3).named()
+    reply = trained(1)
+    reply.metric_records[messages.METRICS]["num-examples"] = 9
+    reply[messages.MOMENTS] = field.encode(moments)
+    values = SumFormat(config, SENT, [field]).values_of(reply)
+    assert values["images"] == 6
+    for name, exact in moments.items():
+        found = values[f"{messages.MOMENTS}.{name}"]
+        np.testing.assert_allclose(found, exact.numpy() * 6 / 9, rtol=1e-5, atol=1e-4)
 
 
 def evaluating(folder: Path, number: int) -> SecureParty:

@@ -231,6 +231,28 @@ def test_impossible_statistics_are_dropped_with_their_model(
     assert torch.equal(strategy.classifier.weight, expected.classifier.weight)
 
 
+def test_statistics_of_a_round_of_two_do_not_stay(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    """Two clients cannot tell which of them lies; three can, a round later."""
+    strategy = ccvr(per_round=2)
+    images = images_of(HELD)
+    replies = replies_of(strategy, images)
+    record = replies[0].content.array_records[messages.CLASS_STATISTICS]
+    means = torch.from_numpy(record["means"].numpy().copy()) * 1000
+    record["means"] = messages.state_to_arrays({"m": means})["m"]
+    strategy.aggregate_train(1, replies)
+    liar = strategy.round.clients[0]
+    for server_round in range(2, 30):
+        run_round(strategy, images, server_round)
+        if (
+            liar not in strategy.round.clients
+            and "left out the class" in flower_log.text
+        ):
+            break
+    assert f"left out the class statistics of {liar}" in flower_log.text
+
+
 def test_statistics_that_overflow_change_nothing(
     flower_log: pytest.LogCaptureFixture,
 ) -> None:

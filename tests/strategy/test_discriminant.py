@@ -206,10 +206,39 @@ def test_no_image_has_these_moments() -> None:
         "not symmetric": ClassMoments(good.count, good.total, skew),
         "without images": ClassMoments(none, good.total, good.scatter),
         "of its means": ClassMoments(good.count, good.total, good.scatter / 100),
+        "a scatter without images": ClassMoments(
+            0 * good.count, 0 * good.total, good.scatter
+        ),
         "least of a class -": ClassMoments(-good.count, good.total, good.scatter),
     }
     for words, moments in damaged.items():
         assert words in impossible_moments(moments, 40)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 100.0, 1e6, 1e12])
+@pytest.mark.parametrize("with_images", [True, False])
+def test_no_scatter_spoils_the_head_for_the_rounds_to_come(
+    scale: float, with_images: bool
+) -> None:
+    """One client in four spreads features along the differences of the class means."""
+    images, labels = sample(0, images=160)
+    clients = [ClassMoments.of(images[n::4], labels[n::4], 3) for n in range(4)]
+    means = clients[0].total / clients[0].count[:, None]
+    along = torch.linalg.qr((means - means.mean(0)).T).Q
+    spread = scale * float(clients[3].scatter.trace()) * along @ along.T
+    hostile = ClassMoments(
+        with_images * clients[3].count,
+        with_images * clients[3].total,
+        clients[3].scatter + spread,
+    )
+    strategy = fedlda(head__decay=0.9)
+    round_of(strategy, clients)
+    round_of(strategy, [*clients[:3], hostile], 2)
+    assert strategy.discriminant is not None
+    head = balanced_discriminant(strategy.discriminant.moments)
+    assert head is not None
+    found = (images @ head[0].T + head[1]).argmax(1)
+    assert float((found == labels).double().mean()) > 0.9
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])

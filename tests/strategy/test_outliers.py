@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from client_app.gradients import class_gradients
 from clip2fl_common.class_gradients import ClassGradient
 from strategy.outliers import (
+    TYPICAL_FEATURES,
     LengthRule,
     ReplySize,
     feature_scale,
@@ -122,3 +123,22 @@ def test_gradients_that_no_features_have() -> None:
     assert reason.startswith("the bias gradient of class 4 has the norm 2.2")
     assert feature_scale({0: ClassGradient(weight, 0 * bias)}) == np.inf
     assert feature_scale({0: ClassGradient(0 * weight, 0 * bias)}) == 0.0
+
+
+def test_earlier_rounds_judge_features_where_too_few_clients_send_them() -> None:
+    def with_features(*features: float) -> dict[int, ReplySize]:
+        return {n: ReplySize(100, 1.0, 2.0, scale) for n, scale in enumerate(features)}
+
+    rule = LengthRule(10)
+    assert rule.too_long(with_features(1.0, 1e9), SENT) == {}  # nothing is known
+    rule.remember([*with_features(1.0, 1.2).values(), ReplySize(100, 1.0, 2.0)])
+    later = LengthRule(10)
+    later.load_state(rule.state())
+    for one in (rule, later):
+        dropped = one.too_long(with_features(11.0, 9.0), SENT)
+        assert list(dropped) == [0] and "imply features with" in dropped[0]
+    # A checkpoint of an earlier release knows lengths of updates only.
+    state = rule.state()
+    del state[TYPICAL_FEATURES]
+    later.load_state(state)
+    assert later.too_long(with_features(11.0, 9.0), SENT) == {}

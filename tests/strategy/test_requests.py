@@ -14,7 +14,7 @@ from tests.strategy.messages import client_plan
 def test_dropped_reply_is_its_clients_by_the_id_of_the_request() -> None:
     """Clients 0 and 2 are simulated by one node."""
     told: list[Event] = []
-    requests = Requests(client_plan(), Events(told.append))
+    requests = Requests(client_plan(), Events(told.append), 60.0)
     content = RecordDict({messages.CONFIG: ConfigRecord({messages.ROUND: 1})})
     sent = requests.address(content, [0, 1, 2], MessageType.TRAIN)
     assert [(e.what, e.site) for e in told] == [(What.ASKED, n) for n in (0, 1, 2)]
@@ -34,3 +34,15 @@ def test_dropped_reply_is_its_clients_by_the_id_of_the_request() -> None:
     for number, request in enumerate(sent):
         give_id(request, f"id-{number}")
     assert [drop(n) for n in (0, 1, 2)] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("federation_process")
+@pytest.mark.parametrize(("timeout", "hours"), [(60.0, 12), (24 * 3600.0, 24)])
+def test_request_lives_as_long_as_its_reply_is_waited_for(
+    timeout: float, hours: int
+) -> None:
+    """Flower forgets a request after twelve hours, unless told otherwise."""
+    requests = Requests(client_plan(), Events(), timeout)
+    content = RecordDict({messages.CONFIG: ConfigRecord({messages.ROUND: 1})})
+    (request,) = requests.address(content, [0], MessageType.TRAIN)
+    assert hours * 3600 <= request.metadata.ttl <= hours * 3600 + 600

@@ -20,6 +20,7 @@ from strategy.robust import (
     gradient_norm,
     shorten_gradient,
     shorten_update,
+    trimmed_mean,
 )
 from tests.defaults import run_config
 from tests.strategy.messages import (
@@ -221,13 +222,26 @@ def test_summary_names_rule_and_bounds(flower_log: pytest.LogCaptureFixture) -> 
     assert "Good replies a round needs: 2" in flower_log.text
 
 
-@pytest.mark.parametrize(("clients", "warns"), [(4, True), (5, False)])
+def test_one_of_three_is_trimmed_where_replies_are_missing() -> None:
+    """0.2 of four values is less than one; 1/3 in six digits is less than a third."""
+    for trim, count in ((0.2, 5), (0.2, 4), (0.2, 3), (0.333333, 3), (0.01, 9)):
+        values = np.array([0.0] * (count - 1) + [100.0])
+        assert trimmed_mean(values, trim) == 0
+    assert trimmed_mean(np.array([0.0, 100.0]), 0.2) == 50
+    assert trimmed_mean(np.array([0.0, 0.0, 99.0]), 0.0) == 33
+    values = np.arange(20.0) ** 2
+    for trim in (0.05, 0.1, 0.25, 0.45):
+        expected = slow_rule("trimmed-mean", trim, values.tolist())
+        assert trimmed_mean(values, trim) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("clients", "warns"), [(2, True), (3, False), (4, False)])
 def test_trimmed_mean_that_trims_nobody_warns(
     flower_log: pytest.LogCaptureFixture, clients: int, warns: bool
 ) -> None:
     settings = safeguards(rule="trimmed-mean", trim=0.2)
     made(FedAvg, client_plan(clients, clients), **settings).summary()
-    said = "aggregation.trim = 0.2 of 4 clients a round drops no client"
+    said = "aggregation.trim = 0.2 of 2 clients a round drops no client"
     assert (said in flower_log.text) == warns
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from strategy.outliers import LengthRule
+from strategy.recovery import MOST_EMPTY
 from strategy.replies import Verdicts
-from strategy.safeguards import Safeguards
+from strategy.safeguards import NoRepliesError, Safeguards
 from strategy.site_clients import SiteClients
 from tests.strategy.messages import client_plan
 from tests.strategy.site_nodes import Nodes
@@ -52,3 +53,17 @@ def test_after_going_back_a_sum_has_enough_parties(least: int, expected: int) ->
     guard._recovery.note(1, dict.fromkeys(numbers, 1.0))
     guard._recovery.leave_out(2)
     assert len(numbers) == 3 and len(guard.sample(2)) == expected
+
+
+def test_a_site_that_trains_alone_in_the_first_round_does_not_end_the_run() -> None:
+    """Its GPU may be broken. Five such rounds in a row are a fault of the run."""
+    guard = safeguards(3, min_replies=1)
+    verdicts = Verdicts(diverged=1)
+    for server_round in range(1, MOST_EMPTY):
+        assert guard.poisoned(verdicts)
+        assert guard.go_back(server_round, verdicts, lambda _: None, str) is None
+    with pytest.raises(NoRepliesError, match=r"no earlier model; lower client\.learn"):
+        guard.go_back(MOST_EMPTY, verdicts, lambda _: None, str)
+    simulated = Safeguards(client_plan(), LengthRule(0), 0, 1, noisy_gradients=False)
+    with pytest.raises(NoRepliesError):
+        simulated.go_back(1, verdicts, lambda _: None, str)

@@ -45,8 +45,12 @@ def gradients_of_rank(
         values = torch.randn(*shape, generator=generator)
         return values.bfloat16().float() if precision == "half" else values
 
+    def rows(r: int) -> torch.Tensor:
+        values = torch.linalg.qr(normal(DIM, r)).Q.T
+        return values.bfloat16().float() if precision == "half" else values
+
     return {
-        c: LowRankGradient(normal(CLASSES, r), normal(r, DIM), normal(CLASSES))
+        c: LowRankGradient(normal(CLASSES, r), rows(r), normal(CLASSES))
         if r
         else ClassGradient(normal(CLASSES, DIM), normal(CLASSES))
         for c, r in enumerate(ranks)
@@ -286,7 +290,7 @@ def test_values_that_are_not_finite_are_refused(
 
 def test_factors_whose_product_overflows_are_refused() -> None:
     gradient = LowRankGradient(
-        torch.full((CLASSES, 1), 1e10), torch.full((1, DIM), 1e10), torch.ones(CLASSES)
+        torch.full((CLASSES, 1), 1e12), torch.eye(1, DIM), torch.ones(CLASSES)
     )
     arrays = messages.gradients_to_arrays({0: gradient}, "full")
     with pytest.raises(messages.ReplyError, match="a product that may reach"):
@@ -316,3 +320,30 @@ def test_low_rank_is_taken_only_where_asked_for() -> None:
         messages.ReplyError, match="ranks has values from 0 to 1, expected 0 to 0"
     ):
         messages.gradients_from_arrays(arrays, expected_format("half", min_cosine=1.0))
+
+
+def test_factors_whose_product_cancels_are_refused() -> None:
+    """Its norm is zero, and what is added to it in float32 is lost."""
+    left, right = torch.full((CLASSES, 1), 1e5), torch.eye(1, DIM)
+    gradient = LowRankGradient(
+        torch.cat([left, -left], 1), torch.cat([right, right]), torch.ones(CLASSES)
+    )
+    arrays = messages.gradients_to_arrays({2: gradient}, "full")
+    with pytest.raises(messages.ReplyError, match="class 2 are not orthonormal"):
+        messages.gradients_from_arrays(arrays, expected_format("full"))
+
+
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-8, 1.0, 1e8]))
+@pytest.mark.parametrize("precision", ["half", "full"])
+def test_factors_that_a_client_makes_are_taken(
+    precision: Precision, seed: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ends = [torch.randn(n, 2, generator=generator) for n in (CLASSES, DIM)]
+    dense = ClassGradient(scale * ends[0] @ ends[1].T, torch.ones(CLASSES))
+    coded = encode_gradients({1: dense}, min_cosine=0.99, precision=precision)
+    assert isinstance(coded[1], LowRankGradient)
+    arrays = messages.gradients_to_arrays(coded, precision)
+    assert_same(
+        messages.gradients_from_arrays(arrays, expected_format(precision))[1], coded[1]
+    )
