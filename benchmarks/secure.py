@@ -152,7 +152,7 @@ def measure(what: str, clients: int, classes: int, largest: float) -> list[str]:
         None,
         run="1",
     )
-    requests = Requests(setting.clients, setting.events)
+    requests = Requests(setting.clients, setting.events, 3600.0)
     server, grid = SecureSums(setting, requests), Parties(config)
     started = time.process_time()
     server.agree(1, grid, numbers)

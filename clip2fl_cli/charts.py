@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,8 +24,30 @@ from clip2fl_common.shown import shown
 # Longer names leave no room for the drawing.
 MAX_NAME = 40
 
+# For characters that matplotlib's own font does not have, where they are installed.
+OTHER_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Arial Unicode MS",
+)
+
+
+def _fonts() -> list[str]:
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(font for font in OTHER_FONTS if font in installed)]
+
+
 # matplotlib's type lists every possible key; Any keeps this readable.
 STYLE: Any = {
+    "font.family": _fonts(),
     "font.size": 8.5,
     "text.color": INK.light,
     "axes.labelcolor": MUTED.light,

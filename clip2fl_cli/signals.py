@@ -57,7 +57,7 @@ class NotedSignals:
 
     def __enter__(self) -> "NotedSignals":
         """Install the signal handlers."""
-        for signum in SIGNALS:
+        for signum in _heard():
             self._previous.append((signum, signal.signal(signum, self._note)))
         return self
 
@@ -73,6 +73,12 @@ class NotedSignals:
         elif not self.hurry:
             self.hurry = True
             _say(HURRYING.format(signal.Signals(signum).name))
+
+
+def _heard() -> list[signal.Signals]:
+    """Return the signals to handle: not a hang-up that ``nohup`` has switched off."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [s for s in SIGNALS if not (ignored and s is signal.SIGHUP)]
 
 
 def _say(text: str) -> None:
@@ -92,7 +98,7 @@ def interrupting() -> Iterator[None]:
     def interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(signum)
 
-    previous = [(signum, signal.signal(signum, interrupt)) for signum in SIGNALS]
+    previous = [(signum, signal.signal(signum, interrupt)) for signum in _heard()]
     try:
         yield
     finally:

@@ -80,7 +80,13 @@ def fetch(
     chosen = None if output is None else _chosen(found, name)
     if output is not None and chosen is not None:
         copy_model(chosen, output, key)
-        trust(key)
+        try:
+            trust(key)
+        except OSError as error:
+            console.tell(
+                f"clip2fl: the server's key cannot be remembered ({error}): give "
+                f"predict --public-key {key}"
+            )
     newest = _newest(found)
     if as_json:
         entries = [

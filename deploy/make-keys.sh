@@ -115,8 +115,11 @@ names_of() {
 
 # replace FILE OLD: put a finished file in the place of another, with its owner and mode.
 replace() {
-    chmod --reference="$2" "$1"
-    chown --reference="$2" "$1"
+    local mode owner
+    # GNU's stat, or that of macOS and the BSDs.
+    read -r mode owner < <(stat -c '%a %u:%g' "$2" 2>/dev/null || stat -f '%Lp %u:%g' "$2")
+    chmod "$mode" "$1"
+    chown "$owner" "$1"
     mv -f "$1" "$2"
 }
 

@@ -144,7 +144,12 @@ def refuse_foreign_root(folder: Path) -> None:
 
 
 def give_to(folder: Path, user: int, group: int) -> None:
-    """Let a user own a folder and all that is in it; links are not followed."""
-    for place, folders, files in os.walk(folder):
-        for path in (place, *(os.path.join(place, name) for name in folders + files)):
-            os.chown(path, user, group, follow_symlinks=False)
+    """Let a user own a folder and all that is in it; links are not followed.
+
+    Files are named by their open folder. The node's user could otherwise replace a
+    folder by a link meanwhile, and so get files outside.
+    """
+    for _, folders, files, opened in os.fwalk(folder):
+        os.fchown(opened, user, group)
+        for name in folders + files:
+            os.chown(name, user, group, dir_fd=opened, follow_symlinks=False)

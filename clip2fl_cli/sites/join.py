@@ -444,8 +444,8 @@ def _start(folder: Path, owner: tuple[int, int], wishes: Wishes) -> int:
         path = folder / service.COMPOSE_FILE
         with replacing(path, kit_archive.PUBLIC_MODE) as file:
             file.write(service.compose(found, folder, owner, wishes.image).encode())
-        if os.geteuid() == 0:
-            os.chown(path, *owner)
+            if os.geteuid() == 0:
+                os.fchown(file.fileno(), *owner)
         console.answer(f"docker compose -f {node.shell_line([str(path)])} up -d")
         console.tell("clip2fl: this line starts the node, now and at every boot")
     return 0

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,7 +29,6 @@ from clip2fl_common.files import replacing
 from clip2fl_common.shown import plain, quoted
 from clip2fl_common.site_names import NAME_RULE, is_site_name
 
-FORMAT = 1
 MANIFEST = "kit.json"
 CERTIFICATE = "ca.crt"
 RUN_CONFIG = "run.toml"
@@ -49,6 +48,8 @@ LARGEST_TEXT = 16 * 2**20
 LARGEST_WEIGHTS = 32 * 2**30
 CHUNK = 2**20
 
+# Takes files above 8 GiB and names of any length.
+TAR_FORMAT: Final = tarfile.GNU_FORMAT
 _TEACHER_FILE = re.compile(rf"{TEACHER}/[A-Za-z0-9][A-Za-z0-9._-]{{0,120}}")
 
 
@@ -129,7 +130,7 @@ def archive_name(site: str) -> str:
 
 
 def write_archive(content: Content, path: Path) -> None:
-    """Write a kit that only its owner may read.
+    """Write a kit. One with a key can only be read by its owner.
 
     Raises
     ------
@@ -149,10 +150,10 @@ def write_archive(content: Content, path: Path) -> None:
     text = manifest.model_dump_json(indent=1).encode() + b"\n"
     root = f"{content.site}-kit"
     with (
-        replacing(path, PRIVATE_MODE) as file,
+        replacing(path, PRIVATE_MODE if KEY in files else PUBLIC_MODE) as file,
         # Weights hardly get smaller, so that more effort would only take time.
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        tarfile.open(fileobj=packed, mode="w", format=TAR_FORMAT) as tar,
     ):
         for name, source in {MANIFEST: text, **files}.items():
             member = tarfile.TarInfo(f"{root}/{name}")

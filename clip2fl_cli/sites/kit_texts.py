@@ -78,6 +78,12 @@ def guide(site: str, address: str, *, has_key: bool, needs_teacher: bool) -> str
         "prints its public\nhalf. Have that line run at the server, then give the same "
         "command again."
     )
+    private = f" {kit}" if has_key else ""
+    mounted = (
+        "\n        -v /folder/of/the/teacher:/folder/of/the/teacher:ro \\"
+        if needs_teacher
+        else ""
+    )
     weights = (
         "\nThe run's teacher is not in this kit. Put its weights into a folder of this "
         "machine, and\nname the folder with `--teacher`.\n"
@@ -101,8 +107,8 @@ LOCK=requirements-node.lock` it is `.venv/bin/python -m clip2fl_cli.app`.
 
 With containers only, where `clip2fl` is the image that deploy/Dockerfile builds:
 
-    mkdir -p /etc/clip2fl/sites && chown 10001 /etc/clip2fl/sites
-    docker run --rm -v $PWD:/kit:ro -v /etc/clip2fl/sites:/etc/clip2fl/sites \\
+    mkdir -p /etc/clip2fl/sites && chown 10001 /etc/clip2fl/sites{private}
+    docker run --rm -v $PWD:/kit:ro -v /etc/clip2fl/sites:/etc/clip2fl/sites \\{mounted}
         -v /data/{site}:/data/{site}:ro clip2fl \\
         python -m clip2fl_cli.app site join /kit/{kit} --data /data/{site} \\
         --folder /etc/clip2fl/sites/{site} --start container{teacher}

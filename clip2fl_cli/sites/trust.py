@@ -92,11 +92,11 @@ def take(listed: Path, folder: Path) -> TakenList:
             f"{LEAST_PARTIES}: ask again when all sites are registered"
         )
     path = folder / TRUSTED_SITES
+    owner = folder.stat()
     with replacing(path, kit_archive.PUBLIC_MODE) as file:
         file.write(registry.text().encode())
-    if os.geteuid() == 0:
-        owner = folder.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
+        if os.geteuid() == 0:
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
     return TakenList(
         [
             TrustedSite(site.name, fingerprint(site.key), site.name == own.name)

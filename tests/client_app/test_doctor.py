@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -203,7 +204,7 @@ def test_what_the_node_has_stored_needs_no_more_room(
     """A node that filled its cache once can start again."""
     free = preflight.SPARE_BYTES + 50_000
     usage = SimpleNamespace(free=free)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert preflight.check_disk(tmp_path, 20, 64).level == "problem"
     for name, size in (
         ("images/x/pixels.bin", 20 * 3 * 64**2),

@@ -1,5 +1,6 @@
 """The ends of certificates, and their renewal by deploy/make-keys.sh."""
 
+import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +18,37 @@ from tests.tools import needed_tool
 PARTS = ("superlink/server", "proxy/proxy")
 
 
-def make_keys(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the script; its output is not checked."""
+def make_keys(
+    *arguments: object, tools: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the script, perhaps with other tools; its output is not checked."""
+    path = os.environ["PATH"]
     return subprocess.run(
         [str(ROOT / "deploy" / "make-keys.sh"), *map(str, arguments)],
         capture_output=True,
         text=True,
+        env={**os.environ, "PATH": path if tools is None else f"{tools}:{path}"},
     )
+
+
+# As on macOS: no --reference, and another option of stat.
+BSD = {
+    "chmod": 'case "$1" in --*) exit 64;; esac; exec /bin/chmod "$@"',
+    "chown": 'case "$1" in --*) exit 64;; esac; exec /bin/chown "$@"',
+    "stat": """[ "$1 $2" = "-f %Lp %u:%g" ] || exit 64
+exec /usr/bin/stat -c "%a %u:%g" "$3\"""",
+}
+
+
+@pytest.fixture(params=["gnu", "bsd"])
+def tools(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a folder with tools to use in place of the system's."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, text in BSD.items() if request.param == "bsd" else ():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.fixture
@@ -84,7 +109,7 @@ def test_what_a_part_keeps_to_itself_is_left_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("days", [-1, 20])
 def test_renewed_certificates_keep_names_owner_and_mode(
-    folder: Path, days: int
+    folder: Path, days: int, tools: Path
 ) -> None:
     ca = (folder / "trust" / "ca.crt").read_bytes()
     before = {}
@@ -93,7 +118,7 @@ def test_renewed_certificates_keep_names_owner_and_mode(
         (folder / f"{part}.crt").chmod(0o640)
         key = (folder / f"{part}.key").read_bytes()
         before[part] = (names(certificate(folder, part)), key)
-    done = make_keys("renew", folder)
+    done = make_keys("renew", folder, tools=tools)
     assert done.returncode == 0, done.stderr
     assert not [*endings(folder, datetime.now(UTC))]
     assert (folder / "trust" / "ca.crt").read_bytes() == ca

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 from clip2fl_cli import processes
 from clip2fl_cli.processes import run_processes, stop_all
-from clip2fl_cli.signals import NotedSignals
+from clip2fl_cli.signals import NotedSignals, interrupting
 
 # A child that forgets its environment, as some of Ray's do, and outlives its parent.
 PARENT = """
@@ -93,6 +94,20 @@ def test_second_signal_waits_for_nobody(tmp_path: Path) -> None:
     stop_all(superlink, tmp_path / "home", signals)
     assert time.monotonic() - begun < processes.STOP_SECONDS
     assert run_processes(tmp_path / "home", {superlink.pid}) == []
+
+
+@pytest.mark.parametrize("nohup", [True, False])
+def test_hang_up_that_nohup_has_switched_off_stops_nothing(nohup: bool) -> None:
+    with ExitStack() as later:
+        wanted = signal.SIG_IGN if nohup else signal.SIG_DFL
+        later.callback(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+        signal.signal(signal.SIGHUP, wanted)
+        with NotedSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.first == (None if nohup else signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is wanted
+        with interrupting():
+            assert (signal.getsignal(signal.SIGHUP) is wanted) == nohup
 
 
 def test_processes_that_may_not_be_read_are_passed_over(

@@ -1,5 +1,6 @@
 """A site lists, checks and copies what has arrived, and predicts with nothing else."""
 
+import errno
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from clip2fl import load_model
+from clip2fl_cli import model_keys
 from clip2fl_cli.federation import Federation
 from clip2fl_cli.model_keys import key_file, trusted_keys
 from clip2fl_common.data.datasets import Normalization
@@ -208,6 +210,29 @@ def test_changed_model_is_not_copied(
     line = refused(monkeypatch, capsys, *arguments)
     assert "did not sign" in line and "clip2fl deliver RUN" in line
     assert not output.exists() and not key_file().exists()
+
+
+def test_key_that_cannot_be_remembered_is_told(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """The home of a container may be read-only. The model is there all the same."""
+    site.arrive()
+
+    def refuse(key: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(model_keys, "trust", refuse)
+    output = tmp_path / "out"
+    assert run(monkeypatch, "site", "fetch", output, "--policy", site.policy) == 0
+    said = capsys.readouterr()
+    assert f"clip2fl predict --model {output}" in said.out
+    key = public_key_of(str(site.public))
+    assert f"--public-key {key}" in said.err.replace("\n", " ")
+    own = ("--public-key", key, "--model", output, site.image)
+    assert predicted(monkeypatch, capsys, *own)
 
 
 def test_folder_with_content_stays(

@@ -163,6 +163,21 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
 
 
+def test_teachers_may_have_large_files_with_long_names(tmp_path: Path) -> None:
+    name = f"teacher/{'x' * 121}"
+    files = dict.fromkeys(kit_archive.FILES, b"") | {name: b"weights"}
+    kit_archive.write_archive(
+        kit_archive.Content("a" * 40, "h:1", "1", "", files),
+        tmp_path / "kit.tar.gz",
+    )
+    (tmp_path / "out").mkdir()
+    assert read_archive(tmp_path / "kit.tar.gz", tmp_path / "out").site == "a" * 40
+    assert (tmp_path / "out" / name).read_bytes() == b"weights"
+    member = tarfile.TarInfo("open_clip_model.safetensors")
+    member.size = 10 * 2**30
+    assert member.tobuf(kit_archive.TAR_FORMAT)
+
+
 def test_run_of_the_server_knows_the_registry_and_sites_do_not(
     server: Server,
 ) -> None:
@@ -179,7 +194,7 @@ def test_kit_without_a_key_registers_nothing(
     server: Server, superlink: FakeSuperLink
 ) -> None:
     (path,) = make(server, "north", with_keys=False)
-    assert "key" not in content(path)
+    assert "key" not in content(path) and mode(path) == 0o644
     assert not superlink.keys and not server.registry.exists()
     assert "Have that line run at the server" in content(path)["README.md"].decode()
 
@@ -234,7 +249,9 @@ def test_weights_of_a_local_teacher_are_packed_with_their_fingerprint(
         assert files[f"teacher/{file.name}"] == file.read_bytes()
     (other,) = make(server, "east", settings=run_settings, with_teacher=False)
     assert not any(name.startswith("teacher/") for name in content(other))
-    assert "--teacher /folder" in content(other)["README.md"].decode()
+    guide = content(other)["README.md"].decode()
+    assert "--teacher /folder" in guide
+    assert "-v /folder/of/the/teacher:/folder/of/the/teacher:ro" in guide
     with pytest.raises(KitWishError, match=r"has no open_clip_config\.json"):
         make(server, "west", settings=run_settings, teacher=tmp_path)
     (tmp_path / "weights" / "open_clip_model.safetensors").unlink()

@@ -178,6 +178,20 @@ def test_runs_know_the_registry(compose: dict[str, Any]) -> None:
     assert f'federation.site-registry="{file}"' in services["runner"]["command"][-1]
 
 
+def test_image_takes_named_folders_only() -> None:
+    """A checkout may hold keys, kits, runs and private images."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert not allowed & {"server", "kits", "runs", "data", "photos"}
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (compiled,) = re.findall(r"compileall -q (.*)$", dockerfile, flags=re.M)
+    assert {*compiled.split(), "conf", "pyproject.toml"} <= allowed
+    for name in allowed:
+        assert list(ROOT.glob(name)), name
+
+
 def test_base_image_can_be_pinned(compose: dict[str, Any]) -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     (base,) = re.findall(r"^ARG BASE=(\S+)\nFROM \$\{BASE\}$", dockerfile, flags=re.M)

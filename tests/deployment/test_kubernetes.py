@@ -122,6 +122,8 @@ def test_pods_have_as_few_rights_as_the_compose_file_gives(folder: Path) -> None
         context = pod["securityContext"]
         assert context["runAsNonRoot"] and context["runAsUser"] == 10001
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        # Otherwise each start makes keys in volumes readable for the group.
+        assert context["fsGroupChangePolicy"] == "OnRootMismatch"
     for name, container in containers(folder):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -129,6 +131,27 @@ def test_pods_have_as_few_rights_as_the_compose_file_gives(folder: Path) -> None
             "capabilities": {"drop": ["ALL"]},
         }, name
         assert "memory" in container["resources"]["limits"], name
+
+
+def test_installed_site_takes_over_a_new_kit(tmp_path: Path) -> None:
+    """Runs the command with another `python`, which prints its arguments."""
+    command = dict(containers(KUSTOMIZATIONS[1]))["join"]["command"]
+    assert "/site/site" in command[-1]
+    command = [*command[:-1], command[-1].replace("/site/site", f"{tmp_path}/site")]
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+
+    def arguments() -> list[str]:
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        run = subprocess.run(command, env=path, check=True, capture_output=True)
+        return run.stdout.decode().split()
+
+    first = ["-m", "clip2fl_cli.app", "site", "join", "/kit/kit.tar.gz", "--data=/data"]
+    first += [f"--folder={tmp_path}/site", "--start=none"]
+    assert arguments() == first
+    (tmp_path / "site").mkdir()
+    assert arguments() == [*first, "--update"]
 
 
 @pytest.mark.parametrize("part", ["superlink", "superexec", "proxy"])

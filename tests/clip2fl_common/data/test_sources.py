@@ -262,7 +262,9 @@ def test_images_in_memory_are_scaled_as_pillow_scales_them_a_few_at_a_time(
     assert loaded.labels.tolist() == chosen.tolist()
     assert loaded.images.shape == (5, 3, size, size)
     for image, n in zip(loaded.images, chosen, strict=True):
-        expected = Image.fromarray(stored[n]).resize((size, size), Image.BICUBIC)
+        expected = Image.fromarray(stored[n]).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         pixels = image.permute(1, 2, 0).numpy().astype(int)
         # Pillow rounds and cuts between rows and columns; bilinear is 8 levels off.
         assert np.abs(pixels - np.asarray(expected, dtype=int)).mean() < 0.5
@@ -286,7 +288,8 @@ def test_content_that_kept_its_size_and_date_is_read_again(tmp_path: Path) -> No
 def test_decoded_images_that_nobody_used_for_a_month_are_removed(
     tmp_path: Path, own_cache: Path
 ) -> None:
-    paths = [picture(tmp_path / f"{n}.png", n) for n in range(4)]
+    for n in range(4):
+        picture(tmp_path / f"{n}.png", n)
     images = source(tmp_path, False)
     kept, old, fresh = (np.array(part) for part in ([0, 1], [2], [3]))
     images.open(kept)
@@ -300,7 +303,7 @@ def test_decoded_images_that_nobody_used_for_a_month_are_removed(
     images.open(fresh)
     stored = [path for path in (own_cache / "images").iterdir() if path.is_dir()]
     assert len(stored) == 2 and not half.exists()
-    assert used[:, 0, 0, 0].tolist() == [0, 1] and len(paths) == 4
+    assert used[:, 0, 0, 0].tolist() == [0, 1]
     assert images.open(old).images[0, 0, 0, 0] == 2
 
 
@@ -309,7 +312,7 @@ def test_images_that_exceed_the_memory_are_mapped_to_read(
 ) -> None:
     """Linux refuses writable pages for more than memory and swap together."""
     picture(tmp_path / "a.png", 7)
-    mapped = np.memmap
+    mapped: Any = np.memmap
     modes = []
 
     def limited(*args: Any, mode: Any, **kwargs: Any) -> Any:

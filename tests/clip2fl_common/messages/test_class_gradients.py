@@ -46,7 +46,7 @@ def gradients_of_rank(
         return values.bfloat16().float() if precision == "half" else values
 
     def rows(r: int) -> torch.Tensor:
-        values = torch.linalg.qr(normal(DIM, r)).Q.T
+        values: torch.Tensor = torch.linalg.qr(normal(DIM, r)).Q.T
         return values.bfloat16().float() if precision == "half" else values
 
     return {
