@@ -75,9 +75,5 @@ def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _refuse_without_protection(client: ClientRound) -> None:
     if client.site is None:
         return
-    policy = client.site.policy
-    if policy.min_noise_multiplier > 0 or policy.max_clip_norm is not None:
-        raise SiteRefusal(
-            "the run asks for class statistics, which have neither clipping nor noise, "
-            "and the site's min-noise-multiplier or max-clip-norm requires them"
-        )
+    if reason := client.site.policy.unprotected_statistics():
+        raise SiteRefusal(reason)

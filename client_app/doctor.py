@@ -15,7 +15,7 @@ from typing import cast
 
 from client_app import data_check, preflight
 from client_app.own_site import state_folder, with_own_share, with_own_teacher
-from client_app.policy_check import check_ledger, check_policy, readable_rules
+from client_app.policy_check import check_ledger, check_policy, site_share
 from client_app.preflight import Finding
 from clip2fl_common.config import (
     SITES,
@@ -55,7 +55,9 @@ def findings(
             "ok", "run", "no --run-config: images, device and teacher are not checked"
         )
         return
-    config = with_own_share(config, readable_rules(options.policy).validation_share)
+    asked = config.dataset.validation_share
+    share = site_share(options.site_state, options.policy, asked)
+    config = with_own_share(config, share)
     dataset = config.dataset
     taught = config.method in TEACHER_METHODS
     yield preflight.check_disk(

@@ -48,7 +48,8 @@ def noisy_local_model(
         updates = {name: np.zeros_like(update) for name, update in updates.items()}
     noisy = {}
     for name, update in updates.items():
-        values = sent[name] + update + deviation * noise(update.shape).numpy()
+        # Rounding to the model's numbers comes after the noise: nothing would hide it.
+        values = sent[name] + (update + deviation * noise(update.shape).numpy())
         if name.endswith(VARIANCE):
             values = values.clip(min=0)
         noisy[name] = np.asarray(values, local[name].dtype)

@@ -105,7 +105,7 @@ class OwnSite:
             cost = answer_cost(config, implied_fields(config))
             self.ledger.spend(cost, self.policy, keep=False)
         try:
-            self.ledger.count(run, kind, self.policy)
+            self.ledger.count(run, kind, self.policy, config.dataset.class_names)
             share = self._validation_share(config, kind)
         except LedgerError as error:
             if self.policy.needs_ledger:
@@ -237,10 +237,8 @@ def with_own_teacher(config: RunConfig, folder: Path | None) -> RunConfig:
     return RunConfig.from_run_config({**config.to_flat(), **own})
 
 
-def with_own_share(config: RunConfig, share: float | None) -> RunConfig:
+def with_own_share(config: RunConfig, share: float) -> RunConfig:
     """Return a run's configuration with the site's own share of validation images."""
-    if share is None:
-        return config
     own = {"dataset.validation-share": share}
     return RunConfig.from_run_config({**config.to_flat(), **own})
 

@@ -152,6 +152,29 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def site_share(folder: Path, policy: Path | None, asked: float) -> float:
+    """Return the share of validation images that the node will use.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the site's record; the first run's share is in it.
+    policy : Path or None
+        The site's policy file, whose own share comes first.
+    asked : float
+        The share that the run asks for.
+    """
+    own, ledger = readable_rules(policy).validation_share, SiteLedger(folder)
+    if own is not None:
+        return own
+    try:
+        if ledger.path.exists():
+            return ledger.validation_share(asked, keep=False)
+    except LedgerError:
+        pass  # `check_ledger` tells it
+    return asked
+
+
 def check_ledger(folder: Path, policy: Path | None) -> Finding:
     """Return whether the site can write its record of what it has answered.
 

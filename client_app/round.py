@@ -387,15 +387,20 @@ def _check_code(expected: str) -> None:
 
 
 def _check_sent(request: TrainRequest) -> None:
-    """Raise if the model to begin with, or a classifier, is not finite.
+    """Raise if the model to begin with, or a classifier, is not finite or not float32.
 
     It looks at nothing that depends on images. Where values are not finite, clipping
-    and noise have no meaning.
+    and noise have no meaning. More digits than the model's own could make an update
+    longer where it is rounded.
     """
     tensors = dict(messages.arrays_to_tensors(request.model))
     for head, (weight, bias) in request.heads.items():
         tensors |= {f"{head} weight": weight, f"{head} bias": bias}
     for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.int64):
+            raise FloatingPointError(
+                f"the server's {name} has the type {tensor.dtype}, not float32"
+            )
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(
                 f"the server's {name} has values that are not finite"

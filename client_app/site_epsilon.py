@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from clip2fl_common.config import GRADIENT_METHODS, RunConfig
 from clip2fl_common.epsilon import cost
 from clip2fl_common.head_choice import uses_moments
-from clip2fl_common.messages import GRADIENTS, MOMENTS
+from clip2fl_common.messages import CLASS_STATISTICS, GRADIENTS, MOMENTS
 
 
 def implied_fields(config: RunConfig) -> list[str]:
     """Return what a run's configuration makes clients send beside their models."""
     gradients = [GRADIENTS] if config.method in GRADIENT_METHODS else []
-    return [*gradients, *([MOMENTS] if uses_moments(config) else [])]
+    statistics = [CLASS_STATISTICS] if config.method == "ccvr" else []
+    moments = [MOMENTS] if uses_moments(config) else []
+    return [*gradients, *statistics, *moments]
 
 
 def unprotected(config: RunConfig, fields: Iterable[str]) -> Iterator[str]:

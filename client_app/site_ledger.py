@@ -6,6 +6,7 @@ in one SQLite file, which is safe between processes. The code never repairs the 
 starts a new one in its place, since losing it would reset all budgets.
 """
 
+import hashlib
 import math
 import secrets
 import sqlite3
@@ -35,6 +36,10 @@ CREATE TABLE gradient_image (
 ) WITHOUT ROWID;
 """
 
+# Kind of the rows that have the digest of a list of classes in place of a run.
+CLASSES = "classes"
+RUNS = "SELECT DISTINCT run FROM answered WHERE kind <> ?"
+
 Kind = Literal["query", "train", "evaluate", "finish"]
 
 
@@ -61,7 +66,7 @@ class SiteLedger(SiteDatabase):
     tables = TABLES
     format = FORMAT
 
-    def count(self, run: str, kind: Kind, policy: SitePolicy) -> None:
+    def count(self, run: str, kind: Kind, policy: SitePolicy, classes: str) -> None:
         """Count a request, or refuse it if a budget is used up.
 
         Parameters
@@ -73,6 +78,9 @@ class SiteLedger(SiteDatabase):
             finish a round that was counted is neither.
         policy : SitePolicy
             Gives the most runs, and the most requests of each kind in a run.
+        classes : str
+            The classes that the request names. Any answer tells whether the site holds
+            others, so there may be no more different lists than runs.
 
         Raises
         ------
@@ -84,7 +92,8 @@ class SiteLedger(SiteDatabase):
         if kind == "finish":
             return
         with self._open() as ledger:
-            runs = {row[0] for row in ledger.execute("SELECT run FROM answered")}
+            self._count_classes(ledger, classes, policy)
+            runs = {row[0] for row in ledger.execute(RUNS, (CLASSES,))}
             if (
                 policy.max_runs is not None
                 and run not in runs
@@ -109,11 +118,25 @@ class SiteLedger(SiteDatabase):
                     "REPLACE INTO answered VALUES (?, ?, ?)", (run, kind, times + 1)
                 )
 
+    def _count_classes(
+        self, ledger: sqlite3.Connection, classes: str, policy: SitePolicy
+    ) -> None:
+        digest = hashlib.blake2b(classes.encode(), digest_size=16).hexdigest()
+        query = "SELECT run FROM answered WHERE kind = ?"
+        known = {row[0] for row in ledger.execute(query, (CLASSES,))}
+        if digest in known:
+            return
+        if policy.max_runs is not None and len(known) >= policy.max_runs:
+            raise SiteRefusal(
+                f"the site has answered {len(known)} different lists of classes, and "
+                f"its max-runs is {policy.max_runs}"
+            )
+        ledger.execute("INSERT INTO answered VALUES (?, ?, 0)", (digest, CLASSES))
+
     def runs(self) -> int:
         """Return the number of answered runs."""
         with self._open() as ledger:
-            query = "SELECT COUNT(DISTINCT run) FROM answered"
-            return int(ledger.execute(query).fetchone()[0])
+            return len(ledger.execute(RUNS, (CLASSES,)).fetchall())
 
     def validation_share(self, asked: float, keep: bool) -> float:
         """Return the share of validation images: the first run's share, for all runs.

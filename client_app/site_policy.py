@@ -201,6 +201,8 @@ class SitePolicy:
             )
         yield from self._gradient_violations(config)
         yield from self._secure_violations(config)
+        if config.method == "ccvr" and (reason := self.unprotected_statistics()):
+            yield reason
         noise = config.privacy.model_noise_multiplier
         if noise < self.min_model_noise_multiplier:
             yield (
@@ -217,6 +219,15 @@ class SitePolicy:
             )
         if config.method in TEACHER_METHODS:
             yield from self.teacher_violations(config.teacher)
+
+    def unprotected_statistics(self) -> str:
+        """Return why class statistics must not be sent; empty if they may be."""
+        if self.min_noise_multiplier == 0 and self.max_clip_norm is None:
+            return ""
+        return (
+            "the run asks for class statistics, which have neither clipping nor noise, "
+            "and the site's min-noise-multiplier or max-clip-norm requires them"
+        )
 
     def _gradient_violations(self, config: RunConfig) -> Iterator[str]:
         drawn = config.class_gradients.samples_per_class

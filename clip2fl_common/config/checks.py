@@ -206,10 +206,14 @@ def _not_on_hub(value: str) -> Iterator[str]:
 
 
 def _not_absolute(key: str, value: str) -> Iterator[str]:
+    if re.match("~[^/]", value):
+        # Not looked up: an answer would tell the server which users a site has.
+        yield f"{key} = {shown(value)} names a user's home: write the whole path"
+        return
     try:
         absolute = Path(value).expanduser().is_absolute()
     except RuntimeError:
-        yield f"{key} = {shown(value)} begins with a user without a home folder here"
+        yield f"{key} = {shown(value)}, but this user has no home folder here"
     else:
         if not absolute:
             yield (

@@ -109,4 +109,15 @@ def test_site_that_requires_noise_or_clipping_sends_no_statistics(
     assert "class statistics, which have neither" in refusal(
         ask(folder, config, **rules)
     )
-    works(SiteNode(folder, rules).ask("train", config, reply_fields=[]))
+    # In answer to the first question already, so that nobody waits for this site.
+    assert "class statistics" in refusal(SiteNode(folder, rules).ask("query", config))
+
+
+def test_site_that_bounds_epsilon_refuses_statistics_at_once(folder: Path) -> None:
+    config = ccvr_run(
+        privacy__model_noise_multiplier=1.0, aggregation__max_update_norm=1.0
+    )
+    node = SiteNode(folder, {"max_epsilon": 50.0})
+    assert "class-statistics, to which no noise is added" in refusal(
+        node.ask("query", config)
+    )

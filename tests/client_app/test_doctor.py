@@ -473,6 +473,17 @@ def test_no_policy_is_said_and_an_unusable_one_is_a_problem(
     assert status == 1 and "none training (validation share 0.9)" in report
 
 
+def test_images_are_divided_as_the_first_run_divided_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "data" / "cat" / "a.png")
+    common = ("--data-path", tmp_path / "data", "--site-state", tmp_path / "state")
+    config = run_config(tmp_path)
+    SiteLedger(tmp_path / "state").validation_share(0.9, keep=True)
+    status, report = doctor_says(capsys, *common, "--run-config", config)
+    assert status == 1 and "none training (validation share 0.9)" in report
+
+
 def test_without_a_policy_a_teacher_of_anybodys_is_refused_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -504,7 +515,7 @@ def test_record_of_what_was_answered_is_checked_and_not_begun(
     common = ("--data-path", tmp_path, "--site-state", state)
     status, report = doctor_says(capsys, *common)
     assert status == 0 and "nothing answered yet" in report and not state.exists()
-    SiteLedger(state).count("1", "train", SitePolicy())
+    SiteLedger(state).count("1", "train", SitePolicy(), "cat, owl")
     status, report = doctor_says(capsys, *common)
     assert status == 0 and "1 runs answered so far" in report
     (state / "ledger.sqlite").write_bytes(b"")

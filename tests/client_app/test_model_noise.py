@@ -111,3 +111,19 @@ def test_site_demands_noise_on_its_model(tmp_path: Path) -> None:
         "the run has privacy.model-noise-multiplier = 0.4, and the site's "
         "min-model-noise-multiplier is 0.5"
     )
+
+
+def test_rounding_of_what_was_sent_does_not_make_an_update_longer() -> None:
+    """The server chooses numbers that are a little less than twice the norm apart."""
+    sent = {"weight": np.array([1.5 * 2**23])}
+    distance = float(np.spacing(sent["weight"][0]))
+    longest = 0.51 * distance
+    drawn: dict[int, list[float]] = {1: [], -1: []}
+    for sign, found in drawn.items():
+        local = {"weight": sent["weight"] + sign * distance}
+        noise = seeded_noise(torch.Generator().manual_seed(3))
+        for _ in range(4000):
+            noisy = noisy_local_model(local, sent, longest, 0.5, noise)
+            found.append(float(noisy["weight"][0] - sent["weight"][0]))
+    moved = (np.mean(drawn[1]) - np.mean(drawn[-1])) / longest
+    assert moved == pytest.approx(2, rel=0.05)

@@ -35,7 +35,7 @@ def test_many_at_once_get_no_more_than_is_allowed(tmp_path: Path) -> None:
 
     def ask(_: int) -> bool:
         try:
-            SiteLedger(tmp_path / "state").count("1", "train", policy)
+            SiteLedger(tmp_path / "state").count("1", "train", policy, "cat, owl")
         except SiteRefusal as refusal:
             assert "max-rounds is 30" in str(refusal)
             return False
@@ -129,11 +129,11 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_ledger_is_not_begun_anew(tmp_path: Path, kind: str) -> None:
     ledger = SiteLedger(tmp_path / "state")
     policy = rules(tmp_path, "max-runs = 1")
-    ledger.count("1", "train", policy)
+    ledger.count("1", "train", policy, "cat, owl")
     damage(ledger.path, kind)
     for _ in range(2):
         with pytest.raises(LedgerError, match=r"ledger\.sqlite, cannot be used"):
-            ledger.count("2", "train", policy)
+            ledger.count("2", "train", policy, "cat, owl")
 
 
 @pytest.mark.parametrize(

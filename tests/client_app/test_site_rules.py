@@ -456,6 +456,30 @@ def test_a_query_is_no_run(folder: Path) -> None:
     works(node.ask("train", site_run(), run=2))
 
 
+def test_no_more_lists_of_classes_are_answered_than_runs(folder: Path) -> None:
+    """Each answer, also to a query, tells whether the site holds another class."""
+    node = SiteNode(folder, {"max_runs": 2})
+    known = [*CLASS_NAMES, "ant"]
+    works(node.ask("query", site_run(), run=1))
+    works(node.ask("query", site_run(dataset__class_names=", ".join(known)), run=1))
+    for left_out in CLASS_NAMES:
+        others = ", ".join(name for name in known if name != left_out)
+        for run in (1, 2):
+            reply = node.ask("query", site_run(dataset__class_names=others), run=run)
+            assert "answered 2 different lists of classes" in refusal(reply)
+    works(node.ask("train", site_run(), run=2))
+
+
+def test_model_of_another_type_trains_nothing(folder: Path) -> None:
+    model = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in student().state_dict().items()
+    }
+    arrays = messages.state_to_arrays(model)
+    reply = SiteNode(folder).ask("train", site_run(), model=arrays)
+    assert reply.has_error() and "has the type torch.float64" in str(reply.error)
+
+
 def test_rounds_are_counted_and_asking_again_counts(folder: Path) -> None:
     """Training and evaluation are counted separately, and anew in every run."""
     node = SiteNode(folder, {"max_rounds": 2})

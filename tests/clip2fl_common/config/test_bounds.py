@@ -456,7 +456,8 @@ def test_full_batches_of_small_images_fit() -> None:
             "client.label-weight = 0, but method = 'fedprox' has no teacher",
         ),
         ({"teacher.model": "local-dir:/" + "a" * 256}, "longer than a path can be"),
-        ({"teacher.model": "local-dir:~nobody-x/t"}, "user without a home folder"),
+        ({"teacher.model": "local-dir:~nobody-x/t"}, "names a user's home"),
+        ({"run.dir": "~root/runs"}, "names a user's home: write the whole path"),
     ],
 )
 def test_contradictions(changes: dict[str, Scalar], message: str) -> None:
