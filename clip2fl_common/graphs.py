@@ -84,6 +84,8 @@ class Replayed:
         self._state = list(state)
         self._capture = capture
         self._name = name
+        # By place and type of an input: as long as the largest one so far.
+        self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._recorded: dict[
             tuple[tuple[torch.Size, torch.dtype] | None, ...],
             tuple[tuple[torch.Tensor | None, ...], Callable[[], None]],
@@ -111,7 +113,10 @@ class Replayed:
         self, inputs: tuple[torch.Tensor | None, ...]
     ) -> tuple[tuple[torch.Tensor | None, ...], Callable[[], None]]:
         """Return new buffers, and what runs the step on them; keep the state."""
-        buffers = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
+        buffers = tuple(
+            None if tensor is None else self._copied(place, tensor)
+            for place, tensor in enumerate(inputs)
+        )
         on_buffers = partial(self._step, *buffers)
         before = [tensor.detach().clone() for tensor in self._state]
         replay: Callable[[], None] = on_buffers
@@ -127,6 +132,19 @@ class Replayed:
             for tensor, kept in zip(self._state, before, strict=True):
                 tensor.copy_(kept)
         return buffers, replay
+
+    def _copied(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy in memory that smaller inputs in the same place share.
+
+        Last batches may have any size, and each recording would hold one of its own.
+        """
+        if not tensor.is_contiguous():
+            return tensor.clone()
+        kept = self._buffers.get((place, tensor.dtype))
+        if kept is None or len(kept) < tensor.numel():
+            kept = tensor.new_empty(tensor.numel())
+            self._buffers[place, tensor.dtype] = kept
+        return kept[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def run_directly(step: Callable[[], None]) -> Callable[[], None]:

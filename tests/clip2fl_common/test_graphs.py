@@ -139,3 +139,23 @@ def test_the_values_used_last_are_kept() -> None:
     for key in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, which was used before 1
         assert kept.of(key, lambda key=key: value(key)) == -key  # type: ignore[misc]
     assert made == [1, 2, 3, 2]
+
+
+def test_last_batches_of_all_sizes_share_one_buffer() -> None:
+    """Otherwise each size of a last batch would hold memory of its own for good."""
+    places: dict[int, int] = {}
+
+    def step(values: torch.Tensor) -> None:
+        places[len(values)] = values.untyped_storage().data_ptr()
+        total.add_(values.sum())
+
+    total = torch.zeros(())
+    replayed = Replayed(step, [total], StandInCapture(), "adding")
+    for rows in (8, *range(1, 9)):
+        replayed(torch.full((rows, 3), float(rows)))
+    assert len(places) == 8 and len(set(places.values())) == 1
+    assert total == 3 * (64 + sum(n * n for n in range(1, 9)))
+    strided = torch.arange(6.0).view(2, 3).T  # the layout of an input stays as it is
+    before = float(total)
+    replayed(strided)
+    assert total == before + 15
