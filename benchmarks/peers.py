@@ -224,7 +224,7 @@ def page(found: Mapping[str, Measured], config: RunConfig, repeats: int) -> str:
         f"relative to the round's largest step.\n\n{markdown(header, rows)}\n\n"
         "If other programs used the machine, the ratios of ways that ran in turn mean "
         "more than the seconds. This program's rounds also check replies, evaluate "
-        "the model and write a checkpoint; the other ways do not."
+        "the model on ten images and write a checkpoint; the other ways do not."
     )
     if PFL not in found:
         text += "\n\npfl was not installed, so it was left out (see --pfl-python)."

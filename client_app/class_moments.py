@@ -22,6 +22,7 @@ class MomentSums(ClientPart):
     """Class moments of the global model, of images without augmentation."""
 
     field: ClassVar[str] = MOMENTS
+    protected: ClassVar[bool] = True
 
     def before_training(self, client: ClientRound) -> ArrayRecord:
         """Return the moments, bounded and with noise if privacy asks for it.

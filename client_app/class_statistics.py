@@ -7,7 +7,6 @@ from flwr.app import ArrayRecord
 
 from client_app.narrow_features import narrow_features
 from client_app.part import ClientPart, ClientRound
-from client_app.site_policy import SiteRefusal
 from clip2fl_common.messages import (
     CLASS_STATISTICS,
     ClassStatistics,
@@ -23,14 +22,7 @@ class ClassStatisticsPart(ClientPart):
     field: ClassVar[str] = CLASS_STATISTICS
 
     def before_training(self, client: ClientRound) -> ArrayRecord:
-        """Return the statistics of every class with enough images.
-
-        Raises
-        ------
-        SiteRefusal
-            If the site requires clipping or noise: statistics have neither.
-        """
-        _refuse_without_protection(client)
+        """Return the statistics of every class with enough images."""
         statistics = class_statistics(*narrow_features(client))
         return StatisticsFormat.of(client.config, client.num_classes).encode(statistics)
 
@@ -70,10 +62,3 @@ def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean = features.mean(0)
     centred = features - mean
     return mean, upper_triangle(centred.T @ centred) / max(1, len(features) - 1)
-
-
-def _refuse_without_protection(client: ClientRound) -> None:
-    if client.site is None:
-        return
-    if reason := client.site.policy.unprotected_statistics():
-        raise SiteRefusal(reason)

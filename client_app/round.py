@@ -17,7 +17,7 @@ from client_app.images import (
 from client_app.model_noise import noisy_local_model
 from client_app.optimizers import OptimizerSettings
 from client_app.own_site import OwnSite
-from client_app.part import ClientRound
+from client_app.part import ClientPart, ClientRound
 from client_app.registry import part_for
 from client_app.shared_training import train_or_reuse
 from client_app.site_evaluation import predictions, recalls
@@ -74,16 +74,18 @@ def train_round(
         If the training diverges, or the server's model is not finite.
     OtherCodeError, OtherTeacherError
         If the code or the teacher differs from the server's.
+    SiteRefusal
+        If a rule of the site forbids a field that is asked for.
     """
     _check_code(request.code_fingerprint)
     _check_sent(request)
+    parts = _allowed_parts(request, site)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         client = _prepare(config, request, site)
         views = _views(client)
         teacher_logits = None if views is not None else _distilled_logits(client)
     content = RecordDict()
-    parts = [part_for(name) for name in request.fields]
     # The teacher's features, which all runs share, do not depend on the setting.
     with tensor_cores(config.client.tf32):
         with _timed(seconds, "gradients"):
@@ -177,6 +179,23 @@ def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
         device,
         client.site,
     ).to(device)
+
+
+def _allowed_parts(request: TrainRequest, site: OwnSite | None) -> list[ClientPart]:
+    """Return what computes the fields that are asked for.
+
+    Raises
+    ------
+    SiteRefusal
+        If the site requires clipping or noise, and a part has neither. It is asked for
+        by the request, whatever the configuration says.
+    """
+    parts = [part_for(name) for name in request.fields]
+    for part in parts:
+        if site and not part.protected:
+            if reason := site.policy.unprotected(part.field):
+                raise SiteRefusal(reason)
+    return parts
 
 
 def _views(client: ClientRound) -> ChosenViews | None:

@@ -53,6 +53,7 @@ from clip2fl_common.secure.statements import (
     sums_of,
     transcript,
 )
+from clip2fl_common.site_names import client_number, random_stream
 
 logger = getLogger(__name__)
 
@@ -80,6 +81,8 @@ class SecureParty:
         What it remembers between the exchanges.
     least : int
         Fewest parties in a sum.
+    is_site : bool
+        Whether the party is a site, which has its numbers from its name.
     """
 
     config: RunConfig
@@ -88,6 +91,7 @@ class SecureParty:
     trust: Trust
     store: SecureStore
     least: int
+    is_site: bool = False
 
     @classmethod
     def of(
@@ -140,7 +144,7 @@ class SecureParty:
         assert found is not None  # the site's rules refuse a secure run without keys
         store = SecureStore(site.ledger.path.parent)
         least = max(least, site.policy.min_secure_sites)
-        return cls(config, run, *found, store, least)
+        return cls(config, run, *found, store, least, is_site=True)
 
     def keys(self, request: SecureRequest) -> RecordDict:
         """Return a new, signed public key, and begin the round."""
@@ -221,6 +225,7 @@ class SecureParty:
             raise SecureError(
                 f"round {request.server_round} with keys of round {secure.server_round}"
             )
+        self._check_numbers(request)
         name, directory, own = self._round(secure), secure.directory, self.identity.name
         settings = {
             key: value
@@ -246,6 +251,25 @@ class SecureParty:
         for other, seed in secrets.pairs.items():
             vector.mask(seed, subtract=subtracts(own, other))
         return masked_reply(request.partition, vector)
+
+    def _check_numbers(self, request: TrainRequest) -> None:
+        """Refuse a round or a random stream that the server has made up.
+
+        The parties do not agree on the stream, which differs between them. With two
+        streams for one party, and the same ones for all others, the difference of two
+        sums would be that party's alone.
+        """
+        rounds = self.config.federation.rounds
+        if not 1 <= request.server_round <= rounds:
+            raise SecureError(f"round {request.server_round} of a run of {rounds}")
+        if self.is_site:
+            number = client_number(self.identity.name)
+            expected = (number, random_stream(number))
+            if (request.partition, request.stream) != expected:
+                raise SecureError(
+                    f"number {request.partition} and random stream {request.stream} "
+                    f"are not those of {self.identity.name}"
+                )
 
     def commit(self, request: SecureRequest) -> RecordDict:
         """Sign the set to be summed: one set in each round.

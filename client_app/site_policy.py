@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from client_app.site_epsilon import implied_fields, unprotected
 from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
 from clip2fl_common.head_choice import uses_moments
+from clip2fl_common.messages import CLASS_STATISTICS
 from clip2fl_common.secure.statements import LEAST_PARTIES
 from clip2fl_common.signed_folder import KEY_PATTERN
 
@@ -175,7 +176,9 @@ class SitePolicy:
     def needs_ledger(self) -> bool:
         """Return whether a rule depends on what was answered before."""
         budgets = (self.max_runs, self.max_rounds, self.max_epsilon)
-        return self.fixes_images or any(budget is not None for budget in budgets)
+        # In secure sums all images are divided once, whatever the server asks for.
+        fixed = self.fixes_images or self.identity_key is not None
+        return fixed or any(budget is not None for budget in budgets)
 
     def with_teacher(self, folder: Path | None) -> "SitePolicy":
         """Return these rules, which also allow the site's own folder of the teacher."""
@@ -201,7 +204,7 @@ class SitePolicy:
             )
         yield from self._gradient_violations(config)
         yield from self._secure_violations(config)
-        if config.method == "ccvr" and (reason := self.unprotected_statistics()):
+        if config.method == "ccvr" and (reason := self.unprotected(CLASS_STATISTICS)):
             yield reason
         noise = config.privacy.model_noise_multiplier
         if noise < self.min_model_noise_multiplier:
@@ -220,13 +223,13 @@ class SitePolicy:
         if config.method in TEACHER_METHODS:
             yield from self.teacher_violations(config.teacher)
 
-    def unprotected_statistics(self) -> str:
-        """Return why class statistics must not be sent; empty if they may be."""
+    def unprotected(self, field: str) -> str:
+        """Return why a field without protection must not be sent; empty if it may."""
         if self.min_noise_multiplier == 0 and self.max_clip_norm is None:
             return ""
         return (
-            "the run asks for class statistics, which have neither clipping nor noise, "
-            "and the site's min-noise-multiplier or max-clip-norm requires them"
+            f"the run asks for {field}, which have neither clipping nor noise, and the "
+            "site's min-noise-multiplier or max-clip-norm requires them"
         )
 
     def _gradient_violations(self, config: RunConfig) -> Iterator[str]:

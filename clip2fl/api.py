@@ -73,6 +73,8 @@ class Run:
     def report(self, against: Run | None = None) -> Path:
         """Write ``report.html``, and its pictures as PNG and SVG in ``figures``.
 
+        With ``evaluation.tuning-share`` it shows the held-out test images.
+
         Parameters
         ----------
         against : Run or None
@@ -86,13 +88,17 @@ class Run:
         Raises
         ------
         RunError
-            If the two runs have different classes, or a file of a run is damaged.
+            If the two runs have different classes or held-out images, or a file of a
+            run is damaged.
         OutputError
             If the report cannot be written.
         """
         from clip2fl_cli.report import write_run_report
+        from clip2fl_cli.runs import chosen_images
 
-        return write_run_report(self._read, None if against is None else against._read)
+        runs = [run._read for run in (self, against) if run is not None]
+        chosen = chosen_images(runs)
+        return write_run_report(*(run.on(chosen) for run in runs))
 
 
 @dataclass(frozen=True)

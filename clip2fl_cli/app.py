@@ -190,10 +190,11 @@ def _name_log(path: Path | None) -> None:
 def _report_run(folder: Path) -> None:
     """Write a run's report; without one, the run is complete all the same."""
     from clip2fl_cli.report import write_run_report
-    from clip2fl_cli.runs import FinishedRun
+    from clip2fl_cli.runs import FinishedRun, chosen_images
 
     try:
-        page = write_run_report(FinishedRun.read(folder))
+        run = FinishedRun.read(folder)
+        page = write_run_report(run.on(chosen_images([run])))
     except (ValueError, OSError) as error:
         console.tell(f"clip2fl: no report: {error}", "bold red")
     else:

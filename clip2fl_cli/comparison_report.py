@@ -29,8 +29,8 @@ from clip2fl_cli.sections import (
     confusion_section,
     features_section,
     groups_text,
+    images_text,
     losses_section,
-    part_text,
     rounds_of,
     teacher_text,
 )
@@ -97,7 +97,10 @@ def write_comparison_report(
     ranking = sorted(
         (row for row in rows if row.delivered), key=_balanced_mean, reverse=True
     )
-    best = runs[ranking[0].variant][0]
+    # Means over other seeds are no rank: seeds differ by points.
+    most = max(len(row.seeds) for row in ranking)
+    leading = [row for row in ranking if len(row.seeds) == most]
+    best = runs[leading[0].variant][0]
     every = [run for group in runs.values() for run in group]
     style_of = _styles_of(rows, runs, baseline)
     lines = [
@@ -120,9 +123,10 @@ def write_comparison_report(
         f"{len(every)} {'run' if len(every) == 1 else 'runs'} of {len(runs)} "
         f"{'variant' if len(runs) == 1 else 'variants'}; {teacher_text(every)}. "
         f"Figures of a single run (clients, features, confusion) show {best.name}, "
-        "the first run of the variant with the best balanced accuracy."
+        "the first run of the variant with the best balanced accuracy"
+        + ("." if len(leading) == len(ranking) else " of those with the most seeds.")
     )
-    headline = comparison_headline(ranking, runs, baseline, failures)
+    headline = comparison_headline(leading, runs, baseline, failures)
     return write_page(folder, f"Comparison {name}", headline, lead, sections)
 
 
@@ -162,7 +166,7 @@ def _comparison_results(
         header,
         [*body, *teacher_rows(runs, header)],
     )
-    text = " ".join([*part_text(first), groups_text(first)])
+    text = " ".join([*images_text(first), groups_text(first)])
     picture = _ranking_picture(ranking, runs, baseline, style_of)
     return Section(
         "results", "Results", text, [picture], [table, *_other_classifiers(rows)]

@@ -44,17 +44,11 @@ def principal_plane(
     ndarray or None, shape [C, 2]
         Prototypes in the plane.
     """
-
-    def centred(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-        unit = vectors / np.maximum(lengths, 1e-12)
-        return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
-
-    points = centred(features)
+    points = _centred(features)
     # The class means determine the plane. Otherwise the noise within classes, which
     # fills all dimensions, would determine it.
     kinds = [points.mean(axis=1)]
-    prototypes = None if text_features is None else centred(text_features)
+    prototypes = None if text_features is None else _centred(text_features)
     if prototypes is not None:
         kinds.append(prototypes)
     scaled = [kind / max(np.linalg.norm(kind), 1e-12) for kind in kinds]
@@ -63,6 +57,39 @@ def principal_plane(
     plane = np.zeros((directions.shape[1], 2))
     plane[:, : min(2, len(directions))] = directions[:2].T
     return points @ plane, None if prototypes is None else prototypes @ plane
+
+
+def _centred(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return unit vectors around their mean."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit = vectors / np.maximum(lengths, 1e-12)
+    return np.asarray(unit - unit.reshape(-1, unit.shape[-1]).mean(axis=0))
+
+
+def shares_of_distances(
+    features: npt.NDArray[np.float64], text_features: npt.NDArray[np.float64] | None
+) -> list[float]:
+    """Return how much of the squared distances the principal plane holds.
+
+    Parameters
+    ----------
+    features, text_features : ndarray
+        See `principal_plane`.
+
+    Returns
+    -------
+    list of float
+        Shares in [0, 1]: between the class means, and between the prototypes if there
+        are any.
+    """
+    points, prototypes = principal_plane(features, text_features)
+    pairs = [(_centred(features).mean(axis=1), points.mean(axis=1))]
+    if text_features is not None and prototypes is not None:
+        pairs.append((_centred(text_features), prototypes))
+    return [
+        float(np.square(held).sum() / max(np.square(whole).sum(), 1e-12))
+        for whole, held in pairs
+    ]
 
 
 def clouds(

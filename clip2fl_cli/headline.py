@@ -32,9 +32,10 @@ def run_headline(run: FinishedRun, against: FinishedRun | None = None) -> Headli
     others = {
         f"its teacher {name}, zero-shot": accuracy for name, accuracy in known.items()
     }
+    when = "" if run.rounds[-1]["accuracy"] else f" in {run.last_round}"
     sentence = (
         f"{method_title(run.config['method'])} reaches {final['balanced']:.1f} % "
-        f"balanced{_on_rare(final)}"
+        f"balanced{_on_rare(final)}{when}"
     )
     if known:
         (accuracy, *_) = known.values()
@@ -66,7 +67,7 @@ def comparison_headline(
     Parameters
     ----------
     ranking : sequence of Row
-        What the variants deliver, the best first.
+        What the variants with the most seeds deliver, the best first.
     runs : mapping of str to sequence of FinishedRun
         Each variant's runs.
     baseline : str
@@ -84,9 +85,12 @@ def comparison_headline(
         name: None if spread is None else spread.mean
         for name, spread in best.columns.items()
     }
+    among = ""
+    if len(ranking) < len(runs):
+        among = f" of the {len(ranking)} variants with {len(best.seeds)} seeds"
     sentence = (
-        f"{best.variant} has the highest balanced accuracy: {means['balanced']:.1f} %"
-        f"{_on_rare(means)}"
+        f"{best.variant} has the highest balanced accuracy{among}: "
+        f"{means['balanced']:.1f} %{_on_rare(means)}"
     )
     numbers = [
         Number(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,7 +74,13 @@ def stop_all(
     while superlink.poll() is None or run_processes(home, sessions):
         if signals.hurry or time.monotonic() > end:
             superlink.kill()
-            _send(run_processes(home, sessions), signal.SIGKILL)
+            left = run_processes(home, sessions)
+            _send(left, signal.SIGKILL)
+            # A process that waits for a device or a network disk ends only then.
+            if time.monotonic() > end + STOP_SECONDS:
+                pids = ", ".join(str(process.pid) for process in left)
+                print(f"clip2fl: cannot end the processes {pids}", file=sys.stderr)
+                return
         time.sleep(POLL_SECONDS)
 
 

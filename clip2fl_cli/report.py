@@ -26,12 +26,13 @@ from clip2fl_cli.sections import (
     confusion_section,
     features_section,
     groups_text,
+    images_text,
     losses_section,
-    part_text,
     rounds_of,
     teacher_text,
 )
 from clip2fl_cli.sites_section import sites_section
+from clip2fl_cli.summary import tested_on
 from clip2fl_cli.tables import (
     COLUMNS,
     TITLES,
@@ -121,22 +122,23 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
 
     for head in run.heads:
         name = head_title(head)
-        add(f"{name}, last round", run.final(head), head == run.heads[0])
+        delivered = head == run.heads[0] and run.rounds[-1]["accuracy"]
+        add(f"{name}, {run.last_round}", run.final(head), bool(delivered))
         if len(run.evaluated) > 1:
             means = {column: run.last(head, column) for column in COLUMNS}
             add(f"{name}, mean of {rounds_of([run])}", means, False)
         if run.images is Images.HELD_OUT:
             whole = run.on(Images.ALL).final(head)
-            add(f"{name}, last round, all test images", whole, False)
+            add(f"{name}, {run.last_round}, all test images", whole, False)
     if against is not None:
-        name = f"baseline {method_title(against.config['method'])}, last round"
+        baseline = method_title(against.config["method"])
+        name = f"baseline {baseline}, {against.last_round}"
         add(name, against.final(against.heads[0]), False)
     rows += teacher_rows({"": [run]}, header)
     table = Table(
         "results-table",
         (
-            f"Accuracy in percent on {run.facts['test_images']:,} test images; bold: "
-            "what the run delivers, on all of them."
+            f"Accuracy in percent on {tested_on(run)}; bold: what the run delivers."
             if run.facts["test_images"]
             else "Accuracy in percent on the sites' validation images, mean over the "
             "sites that hold a class; bold: what the run delivers."
@@ -144,7 +146,7 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         header,
         rows,
     )
-    text = " ".join([*part_text(run), groups_text(run), *_privacy_text(run)])
+    text = " ".join([*images_text(run), groups_text(run), *_privacy_text(run)])
     return Section("results", "Results", text, tables=[table])
 
 

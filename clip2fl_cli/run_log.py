@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections import deque
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -83,8 +84,11 @@ class RunLog:
 
     def _begin(self) -> None:
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_"
-        for place in (platformdirs.user_log_dir("clip2fl"), tempfile.gettempdir()):
-            with contextlib.suppress(OSError):
+        folder = partial(platformdirs.user_log_dir, "clip2fl")
+        for place_of in (folder, tempfile.gettempdir):
+            # A user without a home has no folder for logs.
+            with contextlib.suppress(OSError, RuntimeError):
+                place = place_of()
                 Path(place).mkdir(parents=True, exist_ok=True)
                 descriptor, path = tempfile.mkstemp(".log", name, place)
                 self.path, self._file = Path(path), _lines(descriptor)

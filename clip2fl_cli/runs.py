@@ -179,6 +179,13 @@ class FinishedRun:
         """Names of the evaluated classifiers; the delivered one comes first."""
         return list(self.evaluated[-1]["accuracy"])
 
+    @property
+    def last_round(self) -> str:
+        """Name of the last evaluated round, for readers."""
+        if self.rounds[-1]["accuracy"]:
+            return "last round"
+        return f"round {self.evaluated[-1]['round']}, the last that was evaluated"
+
     def final(self, head: str) -> dict[str, Any]:
         """Return a classifier's accuracy in the last evaluated round."""
         accuracy: dict[str, Any] = self.evaluated[-1]["accuracy"][head]

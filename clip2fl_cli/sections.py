@@ -15,7 +15,7 @@ from clip2fl_cli.figures import Curve, Points
 from clip2fl_cli.page import Cell, Picture, Section, Table, TableRow
 from clip2fl_cli.runs import FinishedRun
 from clip2fl_cli.sites_section import confusion_text
-from clip2fl_cli.summary import teachers, tested_on
+from clip2fl_cli.summary import drawn_images, teachers, tested_on
 from clip2fl_cli.tables import LOSSES, matrix_tables
 from clip2fl_cli.wording import head_title, last_rounds, method_title
 
@@ -221,11 +221,18 @@ def features_section(run: FinishedRun) -> Section:
         ),
     )
     drawn = min(feature_plane.MAX_CLOUDS, len(features))
+    shares = feature_plane.shares_of_distances(
+        features, None if text_features is None else text_features.double().numpy()
+    )
     text = (
         f"Each name is at the mean of its class's {features.shape[1]} features, which "
-        f"have {features.shape[2]} dimensions. The plane shows most of the distances "
-        "between the class means"
-        + (" and between the prototypes" if text_features is not None else "")
+        f"have {features.shape[2]} dimensions. The plane holds {shares[0]:.0%} of the "
+        "squared distances between the class means"
+        + (
+            f" and {shares[1]:.0%} of those between the prototypes"
+            if shares[1:]
+            else ""
+        )
         + f". Small points: at most {feature_plane.MAX_POINTS} features of a class, "
         "where they lie inside the drawing."
     )
@@ -272,6 +279,8 @@ def confusion_section(run: FinishedRun) -> Section:
     head = run.heads[0]
     sites = confusion_text(run)
     if f"confusion.{head}" not in run.artifacts:
+        if not run.rounds[-1]["accuracy"]:
+            return _absent("confusion", title, "The last round was not evaluated.")
         return _absent("confusion", title, "" if sites is None else NOT_ALLOWED)
     order = run.by_frequency
     matrix = run.artifacts[f"confusion.{head}"].numpy()[order][:, order]
@@ -329,9 +338,15 @@ def groups_text(run: FinishedRun) -> str:
     return f"Many-, medium- and few-shot classes ({rule}): {named}."
 
 
-def part_text(run: FinishedRun) -> list[str]:
-    """Return a sentence about the test images, if they are a part of all."""
-    return [] if run.whole is None else [f"Accuracy on {tested_on(run)}."]
+def images_text(run: FinishedRun) -> list[str]:
+    """Return sentences about the server's test images, if there is much to say."""
+    said = []
+    if run.whole is not None or drawn_images(run) is not None:
+        said.append(f"Accuracy on {tested_on(run)}.")
+    lost = run.rounds[-1].get("unreadable_images", {}).get("test", 0)
+    if lost and run.facts["test_images"]:
+        said.append(f"{lost} of all test images cannot be read and are left out.")
+    return said
 
 
 def teacher_text(runs: Sequence[FinishedRun]) -> str:

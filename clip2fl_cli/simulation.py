@@ -7,12 +7,13 @@ if the ServerApp failed. This module starts a SuperLink for one run, from an emp
 folder, asks it for the run's final status and stops all processes again.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+from joblib import cpu_count
 
 from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import SimulationError
@@ -132,15 +133,21 @@ def simulate(
     if gpus_per_client is None:
         gpus_per_client = shared_gpus(cpus_per_client, own.device if own else "auto")
     if gpus_per_client and output is not None and own is not None:
-        together = max(1, (os.cpu_count() or 1) // cpus_per_client)
+        together = max(1, cpu_count() // cpus_per_client)
         warning = memory_warning(own, gpus_per_client, together, free_gpu_bytes())
         if warning:
             output.write(f"WARNING :   {warning}\n")
     federation_config = (
-        f"num-supernodes={supernodes or max(2, os.cpu_count() or 1)}"
+        f"num-supernodes={supernodes or max(2, cpu_count())}"
         f" client-resources-num-cpus={cpus_per_client}"
         f" client-resources-num-gpus={gpus_per_client:g}"
     )
+    if ray_address is None:
+        # Ray counts the cores of the machine, not those that this process may use, and
+        # each process for clients takes some hundred MiB.
+        useful = own.federation.clients_per_round * cpus_per_client if own else 2**31
+        cores = max(cpus_per_client, min(cpu_count(), useful))
+        federation_config += f" init-args-num-cpus={cores}"
     deadline = None if timeout is None else time.monotonic() + timeout
     result = RunResult("not-started", "", "")
     with NotedSignals() as signals, private_directory() as directory:
@@ -184,7 +191,7 @@ def shared_gpus(cpus_per_client: int, device: str = "auto") -> float:
     import torch  # takes a second or two
 
     gpus = torch.cuda.device_count()
-    together = max(1, (os.cpu_count() or 1) // cpus_per_client)
+    together = max(1, cpu_count() // cpus_per_client)
     return min(1.0, max(gpus / together, 1 / CLIENTS_PER_GPU)) if gpus else 0.0
 
 

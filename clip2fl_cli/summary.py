@@ -15,12 +15,11 @@ from scipy import stats
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import (
     COLUMNS,
-    LAST_ROUNDS,
     FinishedRun,
     RunError,
     refuse_other_classes,
 )
-from clip2fl_cli.wording import SHARED_TRAINING
+from clip2fl_cli.wording import SHARED_TRAINING, last_rounds
 from clip2fl_common.shown import shown
 
 CONFIDENCE = 0.95
@@ -355,6 +354,7 @@ def markdown(
             )
             + "."
         )
+    averaged = last_rounds(min(len(run.evaluated) for run in every))
     codes = plain(", ".join(sorted({run.facts["code"] for run in every})))
     return f"""# {plain(title)}
 
@@ -362,8 +362,8 @@ Date: {origin.date}. Command:
 
     {shown(origin.command)}
 
-Accuracy in percent on {tested_on(every[0])}, mean of the last
-{LAST_ROUNDS} rounds (± standard deviation over seeds). Groups by {groups["rule"]}:
+Accuracy in percent on {tested_on(every[0])}, mean of
+{averaged} (± standard deviation over seeds). Groups by {groups["rule"]}:
 many = classes {_listed(groups["many"])}, medium = {_listed(groups["medium"])},
 few = {_listed(groups["few"])}.
 Differences: to the delivered classifier of {reference}, in balanced and in few-shot
@@ -382,6 +382,13 @@ Versions: {versions}. Client code: {codes}.
 """
 
 
+def drawn_images(run: FinishedRun) -> int | None:
+    """Return how many test images rounds before the last use; None if they use all."""
+    rounds = (run if run.whole is None else run.whole).evaluated
+    first, last = (line.get("test_images") or 0 for line in (rounds[0], rounds[-1]))
+    return first if 0 < first < last else None
+
+
 def tested_on(run: FinishedRun) -> str:
     """Return the number of test images behind the accuracy of a run's rounds.
 
@@ -396,14 +403,14 @@ def tested_on(run: FinishedRun) -> str:
         For example ``8,000 test images that had no part in choosing settings; balanced
         accuracy on all 10,000 beside them``.
     """
-    final, others = run.facts["test_images"], run.config["evaluation.max-images"]
+    final, others = run.facts["test_images"], drawn_images(run)
     if run.whole is None:
-        if 0 < others < final:
-            return f"{others} test images ({final} after the last round)"
-        return f"{final} test images"
+        if others is not None:
+            return f"{others:,} drawn test images ({final:,} after the last round)"
+        return f"{final:,} test images"
     every = run.whole.facts["test_images"]
     drawn = ""
-    if 0 < others < every:
+    if others is not None:
         drawn = f" (before the last round, those of them among {others:,} drawn images)"
     if run.images is Images.TUNING:
         return f"{final:,} test images on which settings are chosen{drawn}"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import secrets
 import shutil
 import socket
 import subprocess
@@ -274,6 +275,13 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
     variables.pop("RAY_ADDRESS", None)
     if ray_address is not None:
         variables["RAY_ADDRESS"] = ray_address
+    else:
+        # Ray listens on the address of the network otherwise, and runs whatever code
+        # it is sent. With this setting, meant for other systems, its own cluster has
+        # the address 127.0.0.1. A token keeps other users of this machine out.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        variables["RAY_AUTH_MODE"] = "token"
+        variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray gives a worker a minute to import torch and Flower, and then ends the run. A
     # machine with other work may need longer.
     variables.setdefault("RAY_worker_register_timeout_seconds", "600")
@@ -286,7 +294,12 @@ def _variables(directory: Path, ray_address: str | None) -> dict[str, str]:
         FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.25",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         PYTHONUNBUFFERED="1",
+        # Flower's log has characters that not every locale has.
+        PYTHONIOENCODING="utf-8",
     )
+    if cache := variables.get("CLIP2FL_CACHE_DIR"):
+        # Flower's processes work in a folder that is removed with the run.
+        variables["CLIP2FL_CACHE_DIR"] = os.path.abspath(cache)
     return variables
 
 

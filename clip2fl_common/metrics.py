@@ -145,7 +145,9 @@ def confusion_matrix(
 
 
 def accuracy_report(
-    confusion: npt.NDArray[np.int64], groups: ShotGroups
+    confusion: npt.NDArray[np.int64],
+    groups: ShotGroups,
+    class_counts: npt.NDArray[np.int64] | None = None,
 ) -> AccuracyReport:
     """Return the accuracies that a confusion matrix shows.
 
@@ -155,6 +157,10 @@ def accuracy_report(
         As returned by `confusion_matrix`, with at least one test image.
     groups : ShotGroups
         Shot groups of the training data.
+    class_counts : ndarray of int64, shape [C], or None
+        Images of each class in the set from which the test images were drawn, maybe
+        evenly over the classes: the top-1 accuracy is that of the set. None: of the
+        test images themselves.
 
     Returns
     -------
@@ -168,7 +174,18 @@ def accuracy_report(
         for hit, total in zip(correct, per_true_class, strict=True)
     ]
     top1 = 100.0 * float(correct.sum()) / float(per_true_class.sum())
+    if class_counts is not None and not _proportional(class_counts, per_true_class):
+        found = [
+            (count, part)
+            for count, part in zip(class_counts.tolist(), recall, strict=True)
+            if part is not None
+        ]
+        top1 = sum(c * part for c, part in found) / sum(c for c, _ in found)
     return recall_report(recall, groups, top1)
+
+
+def _proportional(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> bool:
+    return bool((one * other.sum() == other * one.sum()).all())
 
 
 def recall_report(

@@ -145,7 +145,7 @@ def final_table(
     rows: Mapping[str, Row],
     groups: ShotGroups,
     class_names: Sequence[str],
-    rounds: int,
+    evaluated: int,
 ) -> str:
     """Return the table printed at the end of a run.
 
@@ -157,8 +157,8 @@ def final_table(
         Which classes are many, medium and few-shot, and by which rule.
     class_names : sequence of str
         Names of the classes.
-    rounds : int
-        Number of rounds of the run.
+    evaluated : int
+        Number of rounds with an accuracy.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def final_table(
     titles = ("top-1", "balanced", "many", "medium", "few")
     width = max((len(name) for name in rows), default=0)
     where = "sites' validation" if groups.rule == "listed" else "test"
-    last = min(LAST_ROUNDS, rounds)
+    last = min(LAST_ROUNDS, evaluated)
     mean = f"mean of the last {last} rounds" if last > 1 else "after one round"
     lines = [
         f"Accuracy on the {where} images, %, {mean}",

@@ -171,9 +171,10 @@ class Evaluator:
             name: self._confusion(truth, predicted)
             for name, predicted in by_head.items()
         }
-        self.parts = self._part_reports(np.concatenate(places), truth, by_head)
+        self.parts = self._part_reports(np.concatenate(places), truth, by_head, final)
+        shares = self._class_counts(final, slice(None))
         return {
-            name: accuracy_report(confusion, self.groups)
+            name: accuracy_report(confusion, self.groups, shares)
             for name, confusion in self.confusion.items()
         }
 
@@ -191,9 +192,9 @@ class Evaluator:
             predictions.append((features @ prototypes.T).argmax(1))
         truth, predicted = torch.cat(labels), torch.cat(predictions)
         self.parts = self._part_reports(
-            np.concatenate(places), truth, {TEACHER_HEAD: predicted}
+            np.concatenate(places), truth, {TEACHER_HEAD: predicted}, final=True
         )
-        return self._report(truth, predicted)
+        return accuracy_report(self._confusion(truth, predicted), self.groups)
 
     def part_sizes(self) -> dict[str, int]:
         """Return the number of test images of each part; empty without a share."""
@@ -207,6 +208,7 @@ class Evaluator:
         places: npt.NDArray[np.int64],
         truth: torch.Tensor,
         by_head: Mapping[str, torch.Tensor],
+        final: bool,
     ) -> dict[str, dict[str, AccuracyReport]]:
         """Return each head's accuracy on the two parts of images at these places."""
         if self.tuning_share == 0:
@@ -214,11 +216,27 @@ class Evaluator:
         tuning = torch.from_numpy(self._for_tuning(places))
         return {
             part: {
-                name: self._report(truth[chosen], predicted[chosen])
+                name: accuracy_report(
+                    self._confusion(truth[chosen], predicted[chosen]),
+                    self.groups,
+                    self._class_counts(final, whole),
+                )
                 for name, predicted in by_head.items()
             }
-            for part, chosen in ((TUNING, tuning), (HELD_OUT, ~tuning))
+            for part, chosen, whole in (
+                (TUNING, tuning, self._tuning),
+                (HELD_OUT, ~tuning, ~self._tuning),
+            )
         }
+
+    def _class_counts(
+        self, final: bool, part: slice | npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64] | None:
+        """Return the images of each class in a part, if drawn images stand for them."""
+        if self.indices(final) is self._all:
+            return None
+        labels = self.dataset.test.labels[part]
+        return np.bincount(labels, minlength=len(self.dataset.class_names))
 
     def _for_tuning(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Return whether each of these test images is for tuning, not held out."""
@@ -232,11 +250,6 @@ class Evaluator:
                 "held out, but both need some; choose another share or more images"
             )
         return tuning
-
-    def _report(
-        self, labels: torch.Tensor, predictions: torch.Tensor
-    ) -> AccuracyReport:
-        return accuracy_report(self._confusion(labels, predictions), self.groups)
 
     def _confusion(
         self, labels: torch.Tensor, predictions: torch.Tensor
@@ -273,5 +286,21 @@ class Evaluator:
             return self._all
         share = -(-self.max_images // classes)
         shuffled = _shuffled(self.dataset.test.labels, self.seed, "evaluation")
-        drawn = [places[:share] for places in shuffled]
+        drawn = [self._first(places, share) for places in shuffled]
         return np.sort(np.concatenate(drawn))
+
+    def _first(
+        self, places: npt.NDArray[np.int64], number: int
+    ) -> npt.NDArray[np.int64]:
+        """Return the first images of a class, with both parts in their proportion.
+
+        Two images or more have both parts: otherwise accuracy on a part would leave
+        out other classes for each seed.
+        """
+        tuning = places[self._tuning[places]]
+        if not len(tuning):
+            return places[:number]
+        held_out = places[~self._tuning[places]]
+        wanted = round(number * len(tuning) / len(places))
+        wanted = min(max(wanted, 1), number - 1) if len(held_out) else number
+        return np.concatenate([tuning[:wanted], held_out[: number - wanted]])

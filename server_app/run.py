@@ -357,7 +357,7 @@ class ServerRun:
             rows,
             self.data.groups,
             self.data.class_names,
-            self.config.federation.rounds,
+            sum(bool(line["accuracy"]) for line in lines),
         )
         print(f"\n{table}\nResults and model: {self.folder.path}", flush=True)
 

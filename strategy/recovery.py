@@ -26,6 +26,7 @@ ORIGIN = "recovery-origin"
 CONTRIBUTORS, LENGTHS = "recovery-clients", "recovery-lengths"
 LEFT_OUT, LEFT_OUT_LENGTHS = "recovery-left-out", "recovery-left-out-lengths"
 SUCCEEDED, RETURNS = "recovery-succeeded", "recovery-returns"
+EMPTY_ROUNDS = "recovery-empty-rounds"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class Recovery:
         absences = self._absent.items()
         return {
             SUCCEEDED: torch.tensor(self.succeeded),
+            EMPTY_ROUNDS: torch.tensor(self.empty_rounds),
             RETURNS: torch.tensor(
                 list(self.returns.items()), dtype=torch.int64
             ).reshape(-1, 2),
@@ -172,6 +174,8 @@ class Recovery:
         """Restore a state that `state` returned."""
         self.origin = int(state[ORIGIN])
         self.succeeded = bool(state[SUCCEEDED])
+        # A checkpoint of an earlier release has none.
+        self.empty_rounds = int(state.get(EMPTY_ROUNDS, 0))
         self.returns = Counter(dict(state[RETURNS].tolist()))
         self._contributors = dict(
             zip(state[CONTRIBUTORS].tolist(), state[LENGTHS].tolist(), strict=True)

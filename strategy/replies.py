@@ -13,6 +13,7 @@ from clip2fl_common.messages import (
     StatisticsFormat,
     TrainReply,
 )
+from strategy.grid import UNKNOWN_ERROR
 from strategy.outliers import (
     LengthRule,
     ReplySize,
@@ -39,6 +40,8 @@ class Verdicts:
         Number of replies dropped because their training diverged.
     unreadable : str
         A client's message about images that it cannot read; empty if there is none.
+    unknown : str
+        A message of Flower about a process that has ended; empty if there is none.
     lost : str
         Why there is no sum, with secure aggregation; empty if there is one.
     masked : int
@@ -50,6 +53,7 @@ class Verdicts:
     dropped: list[tuple[Message, str]] = field(default_factory=list)
     diverged: int = 0
     unreadable: str = ""
+    unknown: str = ""
     lost: str = ""
     masked: int = 0
 
@@ -70,6 +74,8 @@ class Verdicts:
         self.diverged += message.error.code == messages.DIVERGED
         if message.error.code == messages.DATA_ERROR:
             self.unreadable = reason
+        if message.error.code == UNKNOWN_ERROR:
+            self.unknown = reason
 
     def reasons(self, name: Callable[[Message], str]) -> list[str]:
         """Return a line for each dropped reply, with the name of its sender."""

@@ -116,7 +116,8 @@ class Safeguards:
         DatasetError
             If a simulated client's images cannot be read and are not to be skipped.
         NoRepliesError
-            If no reply is usable, and later rounds cannot bring one.
+            If no reply is usable, and later rounds cannot bring one; or if a process of
+            a simulation has ended by itself.
         """
         verdicts = check.judge(replies, self._lengths, noisy=self._noisy)
         for reply, reason in verdicts.dropped:
@@ -125,6 +126,15 @@ class Safeguards:
         # going on does not help. A site may repair its images.
         if verdicts.unreadable and not self._clients.come_and_go:
             raise DatasetError(f"round {server_round}: {verdicts.unreadable}")
+        # Flower goes on with the dead process, which then fails most clients of each
+        # round at once: a run of a few clients, which would look complete.
+        if verdicts.unknown and not self._clients.come_and_go:
+            raise NoRepliesError(
+                f"round {server_round}: a process that trains clients has ended by "
+                f"itself, maybe for want of memory ({verdicts.unknown}); resume the "
+                "run, with more memory or with fewer clients at a time "
+                "(--cpus-per-client)"
+            )
         named = verdicts.reasons(requests.name)
         for reason in named:
             log(WARNING, "round %d: dropped the reply of %s", server_round, reason)

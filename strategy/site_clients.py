@@ -1,6 +1,5 @@
 """Sites: nodes with images of their own. Each is one client, and may come and go."""
 
-import hashlib
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from flwr.serverapp import Grid
 from clip2fl_common import messages
 from clip2fl_common.provenance import differences, versions_here
 from clip2fl_common.randomness import Noise, generator, secret_noise
-from clip2fl_common.site_names import clashing
+from clip2fl_common.site_names import clashing, client_number, random_stream
 from clip2fl_common.site_registry import RegistryError, SiteRegistry
 from strategy.events import Events, What
 from strategy.log import log
@@ -30,8 +29,6 @@ TELL_AGAIN_S = 300.0
 # time that a node does not answer at all, since all sites wait for its answer.
 ASK_AGAIN_S = 30.0
 MOST_PAUSE_S = 900.0
-# A site's number has this many low bits that do not number its random streams.
-_MORE_BITS = 31
 
 
 @dataclass
@@ -192,7 +189,7 @@ class SiteClients:
 
     def stream_of(self, client: int) -> int:
         """Return the number of a site's random streams."""
-        return client >> _MORE_BITS
+        return random_stream(client)
 
     def images_of(self, client: int) -> int:
         """Return the most training images that a site may claim."""
@@ -337,23 +334,3 @@ class SiteClients:
         if other := differences(versions, versions_here()):
             log(WARNING, "site %s has other versions than the server: %s", name, other)
         self.events.note(What.BACK if known else What.JOINED, name, versions=versions)
-
-
-def client_number(name: str) -> int:
-    """Return the number that identifies a site in requests, replies and sums.
-
-    Parameters
-    ----------
-    name : str
-        The site's name.
-
-    Returns
-    -------
-    int
-        A number of 63 bits, the most that Flower's metrics hold. The upper 32 bits
-        give the order of the sites and number their random streams. 32 bits alone
-        would not do: two names would soon share a number and shut one site out.
-    """
-    upper = hashlib.blake2b(name.encode(), digest_size=4).digest()
-    more = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-    return int.from_bytes(upper, "little") << _MORE_BITS | more >> 1

@@ -22,12 +22,12 @@ from clip2fl_common.data.datasets import FileSource, open_site
 from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.messages import TEACHER_FINGERPRINT
 from clip2fl_common.models import build_model
+from clip2fl_common.site_names import client_number
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app.app import main
 from server_app.delivery import load_model
 from server_app.event_file import EventReader
 from strategy.events import Event, What
-from strategy.site_clients import client_number
 from tests.clip2fl_cli.html_page import Page
 from tests.conftest import be_flower
 from tests.defaults import run_config

@@ -154,7 +154,7 @@ def request_digest(content: RecordDict, settings: Mapping[str, object]) -> bytes
             continue
         digest.update(encoded("record", name.encode()))
         if isinstance(record, ArrayRecord):
-            for array_name, array in sorted(record.items()):
+            for array_name, array in record.items():  # their order counts, too
                 facts = (array_name, array.stype, array.dtype, repr(array.shape))
                 parts = (fact.encode() for fact in facts)
                 digest.update(encoded("array", *parts, array.data))

@@ -90,7 +90,9 @@ class SumFormat(VectorFormat):
             IMAGES: Segment((), WIDE),
             METRICS: Segment((len(METRIC_NAMES),), WIDE),
         }
-        for name, values in sent.items():
+        # Not in the order of the message: where a party's numbers lie in the sum would
+        # depend on it, and a server could have other parties' zeros there.
+        for name, values in sorted(sent.items()):
             segments[_part(MODEL, name)] = Segment(values.shape, WIDE)
         for field in fields:
             if isinstance(field, GradientFormat):

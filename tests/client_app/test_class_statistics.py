@@ -106,11 +106,20 @@ def test_site_that_requires_noise_or_clipping_sends_no_statistics(
     config = ccvr_run(
         privacy__gradient_clip_norm=1.0, privacy__gradient_noise_multiplier=0.5
     )
-    assert "class statistics, which have neither" in refusal(
+    assert "class-statistics, which have neither" in refusal(
         ask(folder, config, **rules)
     )
     # In answer to the first question already, so that nobody waits for this site.
-    assert "class statistics" in refusal(SiteNode(folder, rules).ask("query", config))
+    assert "class-statistics" in refusal(SiteNode(folder, rules).ask("query", config))
+    # A request may ask for what the configuration does not say.
+    plain = site_run(
+        method="fedavg",
+        privacy__gradient_clip_norm=1.0,
+        privacy__gradient_noise_multiplier=0.5,
+    )
+    node = SiteNode(folder, rules)
+    asked = node.ask("train", plain, reply_fields=[messages.CLASS_STATISTICS])
+    assert "class-statistics, which have neither" in refusal(asked)
 
 
 def test_site_that_bounds_epsilon_refuses_statistics_at_once(folder: Path) -> None:

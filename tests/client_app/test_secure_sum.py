@@ -30,6 +30,7 @@ from clip2fl_common.messages.sums import SumFormat
 from clip2fl_common.secure.identities import SimulatedKeys
 from clip2fl_common.secure.masks import Vector, subtracts
 from clip2fl_common.secure.statements import EVALUATION, SecureError, SignedKey, sums_of
+from clip2fl_common.site_names import client_number, random_stream
 from tests.defaults import run_config
 
 CONFIG = run_config(
@@ -454,6 +455,37 @@ def test_training_that_diverges_sends_nothing(play: Round) -> None:
 
     with pytest.raises(FloatingPointError):
         play.parties[0].train(content, TrainRequest.parse(content), diverged)
+
+
+@pytest.mark.parametrize("change", [(0, 0), (0, 2**31), (1, 0)])
+def test_site_trains_with_its_own_numbers_only(
+    play: Round, change: tuple[int, int]
+) -> None:
+    """With two streams the difference of two sums would be this site's alone."""
+    play.parties = [
+        replace(party, is_site=number == 0) for number, party in enumerate(play.parties)
+    ]
+    play.keys()
+    content = play.content(0)
+    number = client_number("client-0")
+    config = content.config_records["config"]
+    config["partition-id"] = number + change[0]
+    config["random-stream"] = random_stream(number) + change[1]
+    if change == (0, 0):
+        request = TrainRequest.parse(content)
+        assert play.parties[0].train(content, request, lambda: trained(0))
+        return
+    with refused("are not those of client-0"):
+        play.train(0, content)
+
+
+@pytest.mark.parametrize("number", [0, -1, 10_000, 1 + 5 * 2**32])
+def test_round_that_the_run_does_not_have_is_refused(play: Round, number: int) -> None:
+    """Its number goes into the random numbers."""
+    play.number = number
+    play.keys()
+    with refused(f"round {number} of a run of"):
+        play.train(0)
 
 
 def test_clients_clip_themselves(tmp_path: Path) -> None:

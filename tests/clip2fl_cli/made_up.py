@@ -48,6 +48,7 @@ def write_run(
         "code": "abc",
         "teacher": {"name": "tiny", "zero_shot": accuracy(91.0)},
     }
+    drawn = int(own.get("evaluation.max-images", 0))
     parts = {"tuning": 4.0, "held_out": -1.0}
     if own.get("evaluation.tuning-share", 0) == 0:
         parts = {}
@@ -60,6 +61,7 @@ def write_run(
     lines = [
         {
             "round": n,
+            "test_images": 20 if n == len(values) else min(20, drawn or 20),
             "accuracy": {"fedavg": accuracy(value)},
             "losses": {"client": 1.5},
             "seconds": {"clients": 60.0, "clients-training": 9},

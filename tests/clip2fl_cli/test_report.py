@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from clip2fl import Run
+from clip2fl_cli.app import _report_run
 from clip2fl_cli.colours import (
     DASHES,
     IN_BACKGROUND,
@@ -26,7 +28,12 @@ from clip2fl_cli.colours import (
     styles,
 )
 from clip2fl_cli.comparison_report import write_comparison_report
-from clip2fl_cli.feature_plane import LABEL_HEIGHT, label_shifts, principal_plane
+from clip2fl_cli.feature_plane import (
+    LABEL_HEIGHT,
+    label_shifts,
+    principal_plane,
+    shares_of_distances,
+)
 from clip2fl_cli.figures import Curve, Points, by_class, over_rounds, three_digits
 from clip2fl_cli.report import PROTECTED, write_run_report
 from clip2fl_cli.run_schema import Images, Mechanism
@@ -592,6 +599,7 @@ def test_plane_shows_what_separates_classes() -> None:
     spread = points.std(axis=1).max()
     assert np.linalg.norm(means[0] - means[1]) > 20 * spread
     assert of_text is not None
+    assert shares_of_distances(features, prototypes) == pytest.approx([1, 1], abs=0.02)
     # Two centred prototypes lie on one line: the plane holds their whole distance.
     assert np.linalg.norm(of_text[0] - of_text[1]) == pytest.approx(2**0.5)
 
@@ -729,3 +737,55 @@ def test_seconds_are_never_a_power_of_ten(value: float, text: str) -> None:
 def test_each_privacy_mechanism_has_words() -> None:
     """A report of a run with any account can be written."""
     assert set(PROTECTED) == set(get_args(Mechanism))
+
+
+def test_plane_of_many_directions_holds_little() -> None:
+    """Twenty orthogonal class means: the plane holds two of nineteen directions."""
+    features = np.eye(20)[:, None, :]
+    (share,) = shares_of_distances(features, None)
+    assert share == pytest.approx(2 / 19)
+
+
+def test_variant_of_fewer_seeds_is_not_called_the_best(tmp_path: Path) -> None:
+    """At seed 1, which all have, it is worse than the baseline."""
+    values = {"base": [70.0, 60.0, 61.0], "good": [72.0, 64.0, 65.0], "one": [69.0]}
+    runs = {
+        name: [
+            write_run(tmp_path / f"{name}{seed}", [value], seed=seed)
+            for seed, value in enumerate(found, start=1)
+        ]
+        for name, found in values.items()
+    }
+    page = write_comparison_report(tmp_path, "x", runs, "base").read_text("utf-8")
+    text = page.replace("\xa0", " ")
+    assert "good has the highest balanced accuracy of the 2 variants with 3 seeds" in (
+        text
+    )
+    assert "the best balanced accuracy of those with the most seeds" in text
+
+
+def test_model_that_was_not_evaluated_is_not_said_to_be_what_is_shown(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", [60.0, 70.0, 80.0])
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"accuracy": {}}
+    (run.folder / "metrics.jsonl").write_text(
+        "\n".join([*lines[:-1], json.dumps(last)])
+    )
+    page = write_run_report(FinishedRun.read(run.folder)).read_text("utf-8")
+    text = page.replace("\xa0", " ")
+    assert "in round 2, the last that was evaluated" in text
+    assert "The last round was not evaluated." in text
+
+
+def test_every_way_to_a_runs_report_shows_the_held_out_images(tmp_path: Path) -> None:
+    """Of which `write_run` makes accuracy 1 point lower than on all images."""
+    folder = write_run(tmp_path / "a", [60.0], evaluation__tuning_share=0.2).folder
+    for write in (lambda: _report_run(folder), Run(folder).report):
+        write()
+        text = (folder / "report.html").read_text("utf-8").replace("\xa0", " ")
+        assert "reaches 59.0 % balanced" in text and "teacher 90.0 %" in text
+        (folder / "report.html").unlink()
+    with pytest.raises(RunError, match="other test images are held out"):
+        Run(folder).report(Run(write_run(tmp_path / "b", [50.0]).folder))

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -108,8 +110,7 @@ def toy(tmp_path: Path) -> Path:
 def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Send temporary files to a directory whose name marks what a test started."""
     # Ray's socket paths leave no room for pytest's long names.
-    path = Path("/tmp") / f"t{os.getpid()}"
-    path.mkdir()
+    path = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
     monkeypatch.setenv("TMPDIR", str(path))
     monkeypatch.setattr("tempfile.tempdir", str(path))
     return path
@@ -137,7 +138,8 @@ def test_completed_run(
     toy: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A run gets its configuration and environment, and its log comes back."""
-    monkeypatch.setenv("CLIP2FL_CACHE_DIR", "seven..")
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", "cache")
+    monkeypatch.chdir(tmp_path)
     config = tmp_path / "conf.toml"
     config.write_text('mode = "other"\n[group]\nfactor = 3.0\n', "utf-8")
 
@@ -149,7 +151,42 @@ def test_completed_run(
     lines = result.log.splitlines()
     assert "mode: set" in lines
     assert "factor: 3.0" in lines
-    assert lines.count("client saw: 7") == 3
+    # The absolute path: the run's processes work in a folder of their own.
+    assert lines.count(f"client saw: {len(str(tmp_path / 'cache'))}") == 3
+    assert_nothing_left(private_tmp)
+
+
+@pytest.mark.slow
+def test_simulation_listens_on_the_loopback_only(
+    toy: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray runs whatever code it is sent."""
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(private_tmp))
+    found: set[tuple[str, str]] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    words = [*process.cmdline(), *process.environ().values()]
+                    if any(f"{private_tmp}/" in word for word in words):
+                        found.update(
+                            (process.name(), place.laddr.ip)
+                            for place in process.net_connections("inet")
+                            if place.status == psutil.CONN_LISTEN
+                        )
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        assert simulate(toy, supernodes=3).completed
+    finally:
+        ended.set()
+        looking.join()
+    assert {"raylet", "gcs_server"} <= {name for name, _ in found}
+    own = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert {(name, place) for name, place in found if place not in own} == set()
     assert_nothing_left(private_tmp)
 
 
@@ -519,6 +556,6 @@ def test_gpus_are_shared_among_clients(
 ) -> None:
     monkeypatch.setattr(module, "_has_gpu_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(module, "cpu_count", lambda: cores)
     assert shared_gpus(cpus_per_client) == share
     assert shared_gpus(cpus_per_client, "cpu") == 0

@@ -149,13 +149,13 @@ def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> N
     [
         (0, "on 20 test images,"),
         (30, "on 20 test images,"),
-        (8, "on 8 test images (20 after the last round),"),
+        (8, "on 8 drawn test images (20 after the last round),"),
     ],
 )
 def test_page_says_how_many_images_were_tested(
     tmp_path: Path, most: int, said: str
 ) -> None:
-    run = write_run(tmp_path / "a", [50.0], evaluation__max_images=most)
+    run = write_run(tmp_path / "a", [50.0, 50.0], evaluation__max_images=most)
     assert said in markdown(
         {"plain": [run]}, "plain", "Title", Origin.here("the command")
     )

@@ -100,9 +100,13 @@ def heads() -> dict[str, nn.Linear]:
 
 
 def slow_report(
-    source: Source, indices: Sequence[int], model: ImageClassifier, head: nn.Linear
+    source: Source,
+    indices: Sequence[int],
+    model: ImageClassifier,
+    head: nn.Linear,
+    drawn_from: Sequence[int] | None = None,
 ) -> AccuracyReport:
-    """Evaluate image by image and class by class."""
+    """Evaluate image by image and class by class; drawn images stand for all others."""
     model.eval()
     mean = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     std = torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
@@ -113,8 +117,9 @@ def slow_report(
             predicted = int(head(model.features(x[None]))[0].argmax())
         hits[int(source.labels[i])].append(predicted == source.labels[i])
     recall = [100 * sum(h) / len(h) for h in hits.values()]
+    there = source.labels[list(indices if drawn_from is None else drawn_from)].tolist()
     return AccuracyReport(
-        top1=100 * sum(map(sum, hits.values())) / len(indices),
+        top1=sum(recall[label] for label in there) / len(there),
         balanced=sum(recall) / CLASSES,
         many=recall[0],
         medium=(recall[1] + recall[2]) / 2,
@@ -167,7 +172,7 @@ def test_both_heads_from_one_pass_equal_the_slow_evaluation(
     assert len(used) == (32 if final else 8)
     assert sum(source.reads) == len(used)  # one pass serves both heads
     expected = {
-        name: slow_report(source, used.tolist(), model, head)
+        name: slow_report(source, used.tolist(), model, head, range(32))
         for name, head in classifiers.items()
     }
     assert list(reports) == ["retrained", "fedavg"]
@@ -200,6 +205,35 @@ def test_class_with_too_few_images_gives_all_it_has() -> None:
     source = Source([30, 2, 20, 40])
     drawn = evaluator(source, max_images=20).indices(final=False)
     assert np.bincount(source.labels[drawn]).tolist() == [5, 2, 5, 5]
+
+
+@given(
+    st.lists(st.integers(2, 60), min_size=1, max_size=4),
+    st.integers(2, 20),
+    st.floats(0.05, 0.95),
+    st.integers(0, 99),
+)
+def test_drawn_images_have_both_parts_of_each_class(
+    per_class: list[int], each: int, share: float, seed: int
+) -> None:
+    """For every seed; otherwise accuracy on a part would be of other classes."""
+    source = Source([*per_class, *[40] * (4 - len(per_class))])
+    tuning = tuning_images(source.labels, share)
+    limit = 4 * each
+    if limit >= len(source.labels) or not 0 < tuning.sum() < len(tuning):
+        return
+    central = evaluator(source, max_images=limit, seed=seed, tuning_share=share)
+    drawn = central.indices(final=False)
+    for label in range(4):
+        whole = np.flatnonzero(source.labels == label)
+        own = drawn[source.labels[drawn] == label]
+        assert len(own) == min(each, len(whole))
+        found, there = tuning[own].sum(), tuning[whole].sum()
+        assert (found > 0) == (there > 0)
+        assert (found < len(own)) == (there < len(whole))
+        if 0 < there < len(whole):
+            wanted = len(own) * there / len(whole)
+            assert abs(found - min(max(wanted, 1), len(own) - 1)) <= 0.5
 
 
 @pytest.mark.parametrize("max_images", [0, 22, 1000])
@@ -274,7 +308,7 @@ def test_each_class_gives_its_share(per_class: list[int], share: float) -> None:
 @pytest.mark.parametrize("final", [True, False])
 @pytest.mark.parametrize("seed", [7, 8])
 @pytest.mark.parametrize("block", [1024, 5])
-def test_parts_equal_the_slow_evaluation_and_add_up(
+def test_parts_equal_the_slow_evaluation(
     monkeypatch: pytest.MonkeyPatch, final: bool, seed: int, block: int
 ) -> None:
     """The images for tuning are the same for each seed, in subsets, with files lost."""
@@ -293,13 +327,12 @@ def test_parts_equal_the_slow_evaluation_and_add_up(
     assert list(central.parts) == ["tuning", "held_out"]
     for name, head in classifiers.items():
         for part, indices in of_part.items():
-            expected = slow_report(source, indices, model, head)
+            there = [i for i in range(68) if (i in tuning) == (part == "tuning")]
+            there = indices if final else there
+            expected = slow_report(source, indices, model, head, there)
             assert close(central.parts[part][name], expected)
-        total = sum(
-            len(indices) * (central.parts[part][name].top1 or 0.0)
-            for part, indices in of_part.items()
-        )
-        assert whole[name].top1 == pytest.approx(total / len(used))
+        there = used if final else list(range(68))
+        assert close(whole[name], slow_report(source, used, model, head, there))
 
 
 def test_without_a_share_there_are_no_parts() -> None:

@@ -14,6 +14,7 @@ from strategy.clip2flm import CLIP2FLM
 from strategy.creff import CReFF
 from strategy.fedavg import FedAvg
 from strategy.fedavgm import FedAvgM
+from strategy.fedlda import FedLDA
 from strategy.fedprox import FedProx
 from strategy.setting import Setting
 from tests.defaults import run_config
@@ -48,6 +49,7 @@ def setting(method: str) -> Setting:
         ("creff", CReFF),
         ("fedavg", FedAvg),
         ("fedavgm", FedAvgM),
+        ("fedlda", FedLDA),
         ("fedprox", FedProx),
     ],
 )

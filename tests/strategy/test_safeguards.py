@@ -1,10 +1,14 @@
 """Test when a model counts as bad, and how many clients are left to train then."""
 
 import pytest
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
+from clip2fl_common import messages
+from strategy.events import Events
 from strategy.outliers import LengthRule
 from strategy.recovery import MOST_EMPTY
-from strategy.replies import Verdicts
+from strategy.replies import ReplyCheck, Verdicts
+from strategy.requests import Requests
 from strategy.safeguards import NoRepliesError, Safeguards
 from strategy.site_clients import SiteClients
 from tests.strategy.messages import client_plan
@@ -53,6 +57,25 @@ def test_after_going_back_a_sum_has_enough_parties(least: int, expected: int) ->
     guard._recovery.note(1, dict.fromkeys(numbers, 1.0))
     guard._recovery.leave_out(2)
     assert len(numbers) == 3 and len(guard.sample(2)) == expected
+
+
+@pytest.mark.usefixtures("federation_process")
+@pytest.mark.parametrize("sites", [True, False])
+def test_simulation_ends_when_a_process_that_trains_is_killed(sites: bool) -> None:
+    """Flower would give most clients to the dead process, which fails them at once."""
+    plan = client_plan()
+    guard = Safeguards(plan, LengthRule(0), 0, 1, noisy_gradients=False)
+    guard = safeguards(3) if sites else guard
+    requests = Requests(plan, Events(), 60.0)
+    content = RecordDict({messages.CONFIG: ConfigRecord({messages.ROUND: 1})})
+    asked = requests.address(content, [0, 1], MessageType.TRAIN)
+    replies = [Message(Error(0, "The actor died"), reply_to=asked[0])]
+    check = ReplyCheck({}, requests.asked, [])
+    if sites:
+        assert guard.judge(1, check, replies, requests).dropped
+        return
+    with pytest.raises(NoRepliesError, match=r"has ended by itself.*The actor died"):
+        guard.judge(1, check, replies, requests)
 
 
 def test_a_site_that_trains_alone_in_the_first_round_does_not_end_the_run() -> None:

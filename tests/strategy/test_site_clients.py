@@ -12,10 +12,11 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from clip2fl_common import messages
 from clip2fl_common.messages import training
 from clip2fl_common.provenance import versions_here
+from clip2fl_common.site_names import client_number
 from clip2fl_common.site_registry import RegistryError, Site, SiteRegistry
 from strategy.events import Event, Events, What
 from strategy.grid import AttentiveGrid
-from strategy.site_clients import QUERY_TIMEOUT_S, SiteClients, client_number
+from strategy.site_clients import QUERY_TIMEOUT_S, SiteClients
 from tests.flower_private import give_id
 from tests.strategy.site_nodes import Nodes
 

@@ -237,6 +237,16 @@ def test_malformed_answers_are_refused() -> None:
             read(RecordDict())
 
 
+def test_place_in_the_sum_does_not_depend_on_the_order_of_a_message() -> None:
+    """Another order for one party would put its numbers where others have zeros."""
+    config = run_config(
+        method="fedavg", aggregation__secure=True, federation__clients_per_round=3
+    )
+    one_way = SumFormat(config, SENT, [])
+    other_way = SumFormat(config, dict(reversed(SENT.items())), [])
+    assert list(one_way.segments.items()) == list(other_way.segments.items())
+
+
 def test_digest_of_a_request_ignores_only_what_differs_between_parties() -> None:
     def request(**changes: object) -> RecordDict:
         values = {"partition-id": 1, "random-stream": 2, "server-round": 3} | changes
@@ -253,6 +263,11 @@ def test_digest_of_a_request_ignores_only_what_differs_between_parties() -> None
     assert request_digest(same, {"seed": 1}) == digest
     other = request()
     other.array_records[messages.ARRAYS]["w"] = Array(np.ones((1, 2), np.float32))
+    two = {"v": Array(np.zeros(2, np.float32)), "w": Array(np.ones(2, np.float32))}
+    one_way, other_way = request(), request()
+    one_way[messages.ARRAYS] = ArrayRecord(two)
+    other_way[messages.ARRAYS] = ArrayRecord(dict(reversed(two.items())))
+    assert request_digest(one_way, {}) != request_digest(other_way, {})
     renamed = request()
     renamed["another"] = renamed.array_records.pop(messages.ARRAYS)
     for content, settings in (
