@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import nn
 
 from client_app import registry
@@ -22,6 +24,7 @@ from client_app.gradients import class_gradients
 from client_app.images import training_images
 from client_app.part import ClientPart, ClientRound
 from client_app.round import _teacher
+from client_app.training import train_locally
 from clip2fl_common import messages
 from clip2fl_common.class_gradients import LowRankGradient, row_cosines
 from clip2fl_common.config import RunConfig
@@ -364,6 +367,39 @@ def test_terms_of_the_request_change_the_training() -> None:
         )
     ]
     assert len(set(outcomes)) == len(outcomes)
+
+
+def test_client_distils_from_the_logits_of_open_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eq. 5: logit scale times cosine, for each of the client's images in its order."""
+    given: list[torch.Tensor] = []
+
+    def noted(*arguments: Any, **settings: Any) -> Any:
+        given.append(arguments[3])
+        return train_locally(*arguments, **settings)
+
+    monkeypatch.setattr("client_app.round.train_locally", noted)
+    answer(distilling(), config=CONFIG)
+    dataset = load_dataset(CONFIG.dataset)
+    parts = partition_indices(CONFIG.dataset, CONFIG.partition, CONFIG.seed)
+    teacher = load_teacher("demo")
+    network: Any = teacher.network.model
+    settings = PreprocessCfg(**teacher.network.preprocess)
+    transform: Any = image_transform_v2(settings, is_train=False)
+    prompts = [CONFIG.teacher.prompt.replace("{class}", n) for n in dataset.class_names]
+    pictures = dataset.train.load(parts[1]).images.permute(0, 2, 3, 1).numpy()
+    with torch.no_grad():
+        text = network.encode_text(teacher.network.tokenizer(prompts), normalize=True)
+        expected = [
+            network.logit_scale.exp()
+            * network.encode_image(transform(Image.fromarray(x))[None], normalize=True)
+            @ text.T
+            for x in pictures
+        ]
+    (found,) = given
+    assert len(expected) > 3 and float(found.std(0).min()) > 0.1
+    torch.testing.assert_close(found, torch.cat(expected), atol=5e-3, rtol=0)
 
 
 def test_distillation_is_reported() -> None:

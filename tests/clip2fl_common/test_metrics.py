@@ -10,6 +10,7 @@ from clip2fl_common.metrics import (
     accuracy_report,
     confusion_matrix,
     listed_groups,
+    median_site_reports,
     recall_report,
     shot_groups,
 )
@@ -157,3 +158,32 @@ def test_report_from_accuracies_alone_has_no_top1() -> None:
     assert report.balanced == pytest.approx(50.0)
     assert report.per_class == (50.0, None, 100.0, 0.0)
     assert (report.many, report.medium, report.few) == (50.0, 100.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sites", "balanced", "few", "per_class"),
+    [
+        # One site of three claims 100 % in all.
+        (
+            [{0: 40, 2: 20}, {0: 60, 1: 30}, {0: 100, 1: 100, 2: 100}],
+            *(45, 20),
+            (60, 30, 20),
+        ),
+        # Of two and of four sites the lower one in the middle.
+        ([{0: 40}, {0: 60}], 40, None, (40, None, None)),
+        ([{0: 90}, {0: 10}, {0: 50}, {0: 70, 2: 0}], 35, 0, (50, None, 0)),
+    ],
+)
+def test_median_site_is_the_one_in_the_middle(
+    sites: list[dict[int, float]],
+    balanced: float,
+    few: float | None,
+    per_class: tuple[float | None, ...],
+) -> None:
+    groups = ShotGroups("count", (0,), (1,), (2,))
+    found = median_site_reports([{"fedavg": site} for site in sites], groups)
+    report = found["fedavg"]
+    assert (report.balanced, report.few, report.per_class) == (balanced, few, per_class)
+    # A site without the head has no say.
+    more = [{"fedavg": site} for site in sites] + [{"retrained": {0: 1.0}}]
+    assert median_site_reports(more, groups)["fedavg"] == report

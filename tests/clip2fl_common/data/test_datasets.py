@@ -284,6 +284,52 @@ def test_cifar_that_cannot_be_had_names_the_folder(
         load_dataset(folder_config(tmp_path, name="cifar10"))
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        # The values of the published code.
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+)
+def test_cifar_is_read_as_torchvision_holds_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """A stand-in with pixels that differ by image, row, column and colour."""
+
+    class Stored:
+        base_folder = "stored"
+
+        def __init__(self, root: str, train: bool, download: bool = False) -> None:
+            assert root == str(tmp_path) and not download
+            count = 12 if train else 4
+            self.data = np.random.default_rng(train).integers(
+                0, 256, (count, 32, 32, 3), np.uint8
+            )
+            self.targets = [n % 3 for n in range(count)]
+            self.classes = ["aquarium_fish", "bear", "cat"]
+
+    monkeypatch.setattr(f"torchvision.datasets.{name.upper()}", Stored)
+    changes = {"image_size": 32, "imbalance_factor": 2.0}
+    dataset = load_dataset(folder_config(tmp_path, name=name, **changes))
+    assert dataset.class_names == ("aquarium fish", "bear", "cat")
+    assert (dataset.normalization.mean, dataset.normalization.std) == (mean, std)
+    assert dataset.imbalance_factor == 2.0
+    for source, train in ((dataset.train, True), (dataset.test, False)):
+        stored = Stored(str(tmp_path), train)
+        assert source.labels.dtype == np.int64
+        assert source.labels.tolist() == stored.targets
+        loaded = source.load(np.array([3, 1]))
+        assert loaded.labels.tolist() == [0, 1]
+        for image, n in zip(loaded.images.numpy(), (3, 1), strict=True):
+            for c in range(3):
+                assert (image[c] == stored.data[n, :, :, c]).all()
+
+
 def test_demo_is_long_tailed_and_partitioned_whole() -> None:
     config = run_config()
     parts = partition_indices(config.dataset, config.partition, 7)
