@@ -406,7 +406,7 @@ def _check_code(expected: str) -> None:
 
 
 def _check_sent(request: TrainRequest) -> None:
-    """Raise if the model to begin with, or a classifier, is not finite or not float32.
+    """Raise if the model to begin with, or a classifier, is not finite or no float32.
 
     It looks at nothing that depends on images. Where values are not finite, clipping
     and noise have no meaning. More digits than the model's own could make an update
@@ -417,7 +417,7 @@ def _check_sent(request: TrainRequest) -> None:
         tensors |= {f"{head} weight": weight, f"{head} bias": bias}
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.int64):
-            raise FloatingPointError(
+            raise SiteRefusal(
                 f"the server's {name} has the type {tensor.dtype}, not float32"
             )
         if not torch.isfinite(tensor).all():
