@@ -412,11 +412,12 @@ def _check_sent(request: TrainRequest) -> None:
     and noise have no meaning. More digits than the model's own could make an update
     longer where it is rounded.
     """
-    tensors = dict(messages.arrays_to_tensors(request.model))
+    model = messages.arrays_to_tensors(request.model)
+    tensors = dict(model)
     for head, (weight, bias) in request.heads.items():
         tensors |= {f"{head} weight": weight, f"{head} bias": bias}
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.int64):
+        if name in model and tensor.dtype not in (torch.float32, torch.int64):
             raise SiteRefusal(
                 f"the server's {name} has the type {tensor.dtype}, not float32"
             )
