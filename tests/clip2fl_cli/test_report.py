@@ -757,7 +757,7 @@ def test_variant_of_fewer_seeds_is_not_called_the_best(tmp_path: Path) -> None:
         for name, found in values.items()
     }
     page = write_comparison_report(tmp_path, "x", runs, "base").read_text("utf-8")
-    text = page.replace("\xa0", " ")
+    text = page.replace("&nbsp;", " ")
     assert "good has the highest balanced accuracy of the 2 variants with 3 seeds" in (
         text
     )
@@ -774,7 +774,7 @@ def test_model_that_was_not_evaluated_is_not_said_to_be_what_is_shown(
         "\n".join([*lines[:-1], json.dumps(last)])
     )
     page = write_run_report(FinishedRun.read(run.folder)).read_text("utf-8")
-    text = page.replace("\xa0", " ")
+    text = page.replace("&nbsp;", " ")
     assert "in round 2, the last that was evaluated" in text
     assert "The last round was not evaluated." in text
 
@@ -784,7 +784,7 @@ def test_every_way_to_a_runs_report_shows_the_held_out_images(tmp_path: Path) ->
     folder = write_run(tmp_path / "a", [60.0], evaluation__tuning_share=0.2).folder
     for write in (lambda: _report_run(folder), Run(folder).report):
         write()
-        text = (folder / "report.html").read_text("utf-8").replace("\xa0", " ")
+        text = (folder / "report.html").read_text("utf-8").replace("&nbsp;", " ")
         assert "reaches 59.0 % balanced" in text and "teacher 90.0 %" in text
         (folder / "report.html").unlink()
     with pytest.raises(RunError, match="other test images are held out"):

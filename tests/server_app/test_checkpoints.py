@@ -35,6 +35,7 @@ FREE_KEYS = (
     "run.trackers",
     "federation.round-timeout",
     "federation.site-registry",
+    "dataset.skip-unreadable",
     "checkpoint.every",
     "checkpoint.keep",
     "delivery.signing-key",
