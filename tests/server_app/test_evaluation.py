@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -220,8 +220,7 @@ def test_drawn_images_have_both_parts_of_each_class(
     source = Source([*per_class, *[40] * (4 - len(per_class))])
     tuning = tuning_images(source.labels, share)
     limit = 4 * each
-    if limit >= len(source.labels) or not 0 < tuning.sum() < len(tuning):
-        return
+    assume(limit < len(source.labels) and 0 < tuning.sum() < len(tuning))
     central = evaluator(source, max_images=limit, seed=seed, tuning_share=share)
     drawn = central.indices(final=False)
     for label in range(4):
