@@ -15,7 +15,6 @@ class ClassGradients(ClientPart):
     """Gradients of the server's classifier on features of the global model."""
 
     field: ClassVar[str] = GRADIENTS
-    protected: ClassVar[bool] = True
 
     def before_training(self, client: ClientRound) -> ArrayRecord:
         """Return the class gradients (PAPER, "One round", 2)."""

@@ -6,14 +6,12 @@ from flwr.app import ArrayRecord
 
 from client_app.narrow_features import narrow_features
 from client_app.part import ClientPart, ClientRound
-from client_app.site_policy import SiteRefusal
 from clip2fl_common.class_moments import (
     ClassMoments,
     noise_deviations,
     shorten_rows,
 )
 from clip2fl_common.config import Privacy
-from clip2fl_common.head_choice import uses_moments
 from clip2fl_common.messages import MOMENTS
 from clip2fl_common.randomness import Noise
 
@@ -22,19 +20,9 @@ class MomentSums(ClientPart):
     """Class moments of the global model, of images without augmentation."""
 
     field: ClassVar[str] = MOMENTS
-    protected: ClassVar[bool] = True
 
     def before_training(self, client: ClientRound) -> ArrayRecord:
-        """Return the moments, bounded and with noise if privacy asks for it.
-
-        Raises
-        ------
-        SiteRefusal
-            If the run's configuration asks for no moments. A site's rules are checked
-            against the configuration, so a request must not ask for more.
-        """
-        if not uses_moments(client.config):
-            raise SiteRefusal(f"the run's configuration asks for no {MOMENTS}")
+        """Return the moments, bounded and with noise if privacy asks for it."""
         privacy = client.config.privacy
         moments = _moments(client)
         if privacy.moment_noise_multiplier > 0:

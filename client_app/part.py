@@ -104,15 +104,12 @@ class ClientPart:
     ----------
     field : str
         The field's name in `clip2fl_common.messages.REPLY_FIELDS`, which declares its
-        arrays for server and client.
-    protected : bool
-        Whether the part bounds what an image adds, and adds noise, as the run's
-        configuration says and a site's rules can require. A site with such rules
-        computes no other part.
+        arrays for server and client. A site whose rules require clipping or noise
+        sends only fields with keys for them (`clip2fl_common.protection`), and the part
+        follows these keys.
     """
 
     field: ClassVar[str]
-    protected: ClassVar[bool] = False
 
     def before_training(self, client: ClientRound) -> ArrayRecord | None:
         """Return the field's arrays, computed from the global model."""

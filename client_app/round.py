@@ -20,6 +20,7 @@ from client_app.own_site import OwnSite
 from client_app.part import ClientPart, ClientRound
 from client_app.registry import part_for
 from client_app.shared_training import train_or_reuse
+from client_app.site_epsilon import IMPLIED, implied_fields
 from client_app.site_evaluation import predictions, recalls
 from client_app.site_policy import SiteRefusal
 from client_app.training import (
@@ -79,7 +80,7 @@ def train_round(
     """
     _check_code(request.code_fingerprint)
     _check_sent(request)
-    parts = _allowed_parts(request, site)
+    parts = _allowed_parts(config, request, site)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         client = _prepare(config, request, site)
@@ -181,20 +182,28 @@ def _distilled_logits(client: ClientRound) -> torch.Tensor | None:
     ).to(device)
 
 
-def _allowed_parts(request: TrainRequest, site: OwnSite | None) -> list[ClientPart]:
+def _allowed_parts(
+    config: RunConfig, request: TrainRequest, site: OwnSite | None
+) -> list[ClientPart]:
     """Return what computes the fields that are asked for.
 
     Raises
     ------
     SiteRefusal
-        If the site requires clipping or noise, and a part has neither. It is asked for
-        by the request, whatever the configuration says.
+        If the site requires clipping or noise that a field does not have, or the run's
+        method needs no such field. The site has agreed to the configuration, and the
+        request alone says what is asked for.
     """
     parts = [part_for(name) for name in request.fields]
-    for part in parts:
-        if site and not part.protected:
-            if reason := site.policy.unprotected(part.field):
-                raise SiteRefusal(reason)
+    if site is None:
+        return parts
+    needless = set(IMPLIED).difference(implied_fields(config))
+    for field in request.fields:
+        problems = list(site.policy.field_violations(field, config.privacy))
+        if field in needless:
+            problems.append(f"the run's configuration asks for no {field}")
+        if problems:
+            raise SiteRefusal("; ".join(problems))
     return parts
 
 

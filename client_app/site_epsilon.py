@@ -6,16 +6,21 @@ without noise may reveal an image entirely, so no bound allows it.
 
 from collections.abc import Iterable, Iterator
 
-from clip2fl_common.config import GRADIENT_METHODS, RunConfig
+from clip2fl_common.config import RunConfig
+from clip2fl_common.config.types import GRADIENT_METHODS, STATISTICS_METHODS
 from clip2fl_common.epsilon import cost
 from clip2fl_common.head_choice import uses_moments
 from clip2fl_common.messages import CLASS_STATISTICS, GRADIENTS, MOMENTS
+from clip2fl_common.protection import protection
+
+IMPLIED = (GRADIENTS, CLASS_STATISTICS, MOMENTS)
+"""Fields of which a run's configuration says whether its clients send them."""
 
 
 def implied_fields(config: RunConfig) -> list[str]:
     """Return what a run's configuration makes clients send beside their models."""
     gradients = [GRADIENTS] if config.method in GRADIENT_METHODS else []
-    statistics = [CLASS_STATISTICS] if config.method == "ccvr" else []
+    statistics = [CLASS_STATISTICS] if config.method in STATISTICS_METHODS else []
     moments = [MOMENTS] if uses_moments(config) else []
     return [*gradients, *statistics, *moments]
 
@@ -31,10 +36,9 @@ def unprotected(config: RunConfig, fields: Iterable[str]) -> Iterator[str]:
         What the answer holds beside the model.
     """
     noises = {"model": config.privacy.model_noise_multiplier}
-    known = _noises(config)
     for field in fields:
-        if field in known:
-            name, noises[name] = known[field]
+        if own := protection(field, config.privacy):
+            noises[own.name] = own.noise
         else:
             yield (
                 f"the run asks for {field}, to which no noise is added, and the site "
@@ -63,15 +67,6 @@ def answer_cost(config: RunConfig, fields: Iterable[str]) -> float:
     float
         As `clip2fl_common.epsilon.cost`.
     """
-    noises = _noises(config)
-    own = [noises[field][1] for field in fields]
+    found = [protection(field, config.privacy) for field in fields]
+    own = [part.noise for part in found if part]
     return cost([config.privacy.model_noise_multiplier, *own])
-
-
-def _noises(config: RunConfig) -> dict[str, tuple[str, float]]:
-    """Return the name in keys and the multiplier of the noise on each field."""
-    privacy = config.privacy
-    return {
-        GRADIENTS: ("gradient", privacy.gradient_noise_multiplier),
-        MOMENTS: ("moment", privacy.moment_noise_multiplier),
-    }

@@ -20,9 +20,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from client_app.site_epsilon import implied_fields, unprotected
-from clip2fl_common.config import SITES, TEACHER_METHODS, RunConfig, TeacherConfig
-from clip2fl_common.head_choice import uses_moments
-from clip2fl_common.messages import CLASS_STATISTICS
+from clip2fl_common.config import (
+    SITES,
+    TEACHER_METHODS,
+    Privacy,
+    RunConfig,
+    TeacherConfig,
+)
+from clip2fl_common.messages import GRADIENTS
+from clip2fl_common.protection import protection
 from clip2fl_common.secure.statements import LEAST_PARTIES
 from clip2fl_common.signed_folder import KEY_PATTERN
 
@@ -204,8 +210,6 @@ class SitePolicy:
             )
         yield from self._gradient_violations(config)
         yield from self._secure_violations(config)
-        if config.method == "ccvr" and (reason := self.unprotected(CLASS_STATISTICS)):
-            yield reason
         noise = config.privacy.model_noise_multiplier
         if noise < self.min_model_noise_multiplier:
             yield (
@@ -223,14 +227,35 @@ class SitePolicy:
         if config.method in TEACHER_METHODS:
             yield from self.teacher_violations(config.teacher)
 
-    def unprotected(self, field: str) -> str:
-        """Return why a field without protection must not be sent; empty if it may."""
-        if self.min_noise_multiplier == 0 and self.max_clip_norm is None:
-            return ""
-        return (
-            f"the run asks for {field}, which have neither clipping nor noise, and the "
-            "site's min-noise-multiplier or max-clip-norm requires them"
-        )
+    def field_violations(self, field: str, privacy: Privacy) -> Iterator[str]:
+        """Yield each reason not to send a field, for lack of clipping or noise.
+
+        Parameters
+        ----------
+        field : str
+            Name of a reply field.
+        privacy : Privacy
+            The run's settings of privacy.
+        """
+        required = self.min_noise_multiplier > 0 or self.max_clip_norm is not None
+        own = protection(field, privacy)
+        if own is None:
+            if required:
+                yield (
+                    f"the run asks for {field}, which have neither clipping nor noise, "
+                    "and the site's min-noise-multiplier or max-clip-norm requires them"
+                )
+            return
+        if own.noise < self.min_noise_multiplier:
+            yield (
+                f"the run has privacy.{own.name}-noise-multiplier = {own.noise:g}, and "
+                f"the site's min-noise-multiplier is {self.min_noise_multiplier:g}"
+            )
+        if self.max_clip_norm is not None and not 0 < own.norm <= self.max_clip_norm:
+            yield (
+                f"the run has privacy.{own.name}-clip-norm = {own.norm:g}, and the "
+                f"site's max-clip-norm is {self.max_clip_norm:g}"
+            )
 
     def _gradient_violations(self, config: RunConfig) -> Iterator[str]:
         drawn = config.class_gradients.samples_per_class
@@ -245,13 +270,9 @@ class SitePolicy:
                 f"the run has privacy.min-class-samples = {privacy.min_class_samples}, "
                 f"and the site's gradient-samples is {self.set_size}"
             )
-        yield from self._noise_violations(
-            "gradient", privacy.gradient_noise_multiplier, privacy.gradient_clip_norm
-        )
-        if uses_moments(config):
-            yield from self._noise_violations(
-                "moment", privacy.moment_noise_multiplier, privacy.moment_clip_norm
-            )
+        # Of class gradients always: a request may ask for them, whatever the method.
+        for field in dict.fromkeys((GRADIENTS, *implied_fields(config))):
+            yield from self.field_violations(field, privacy)
 
     def _secure_violations(self, config: RunConfig) -> Iterator[str]:
         if not config.aggregation.secure:
@@ -271,20 +292,6 @@ class SitePolicy:
                 f"the run has federation.clients-per-round = "
                 f"{config.federation.clients_per_round}, and the site's "
                 f"min-secure-sites is {self.min_secure_sites}"
-            )
-
-    def _noise_violations(
-        self, statistic: str, noise: float, norm: float
-    ) -> Iterator[str]:
-        if noise < self.min_noise_multiplier:
-            yield (
-                f"the run has privacy.{statistic}-noise-multiplier = {noise:g}, and "
-                f"the site's min-noise-multiplier is {self.min_noise_multiplier:g}"
-            )
-        if self.max_clip_norm is not None and not 0 < norm <= self.max_clip_norm:
-            yield (
-                f"the run has privacy.{statistic}-clip-norm = {norm:g}, and the site's "
-                f"max-clip-norm is {self.max_clip_norm:g}"
             )
 
     def teacher_violations(

@@ -162,7 +162,8 @@ PROTECTED = {
 def _privacy_text(run: FinishedRun) -> list[str]:
     """Return a sentence about each privacy mechanism with an account."""
     return [
-        f"{PROTECTED[name]}: ({spent['epsilon_total']:.2f}, {spent['delta']:g})-"
+        f"{PROTECTED.get(name, name)}: "
+        f"({spent['epsilon_total']:.2f}, {spent['delta']:g})-"
         f"differential privacy for the client asked most often, "
         f"{spent['epsilon_round']:.2f} a round; see docs/privacy.md for what that "
         "leaves open."

@@ -37,8 +37,6 @@ Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 ClassIndex = Annotated[int, Field(ge=0, lt=MAX_CLASSES)]
 PerClass = Annotated[list[Percent | None], Field(max_length=MAX_CLASSES)]
 
-Mechanism = Literal["class_gradients", "class_moments", "models", "images", "updates"]
-
 _strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
@@ -265,7 +263,7 @@ class Round(BaseModel):
     losses: Annotated[dict[Name, Loss], Field(max_length=100)]
     seconds: Annotated[dict[Name, Seconds], Field(max_length=100)]
     bytes: Bytes
-    privacy: dict[Mechanism, Spent] = {}
+    privacy: Annotated[dict[Name, Spent], Field(max_length=100)] = {}
     unreadable_images: Unreadable | None = None
     # Only runs of sites have names of clients, and the fields after them.
     clients: Annotated[list[Name | Count], Field(max_length=MAX_RUNS)] = []

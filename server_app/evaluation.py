@@ -1,6 +1,7 @@
 """Central evaluation: one pass over the test images evaluates every classifier."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +148,8 @@ class Evaluator:
             these reports, and the reports on parts of the test images.
         """
         network = folded(model.to(self.device))
-        heads = {name: head.to(self.device) for name, head in heads.items()}
+        # Copies: a method's own classifier stays on the method's device.
+        heads = {name: deepcopy(head).to(self.device) for name, head in heads.items()}
         labels: list[torch.Tensor] = []
         places: list[npt.NDArray[np.int64]] = []
 

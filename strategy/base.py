@@ -108,7 +108,9 @@ class Method(Strategy):
         self._noise_bounds = NoiseBounds(config, self.fields)
         self.average = ModelAverage(config.ema.decay)
         gradients = messages.GRADIENTS in self.reply_fields
-        self.ledger = PrivacyLedger.of(self.privacy, gradients, bool(moments))
+        self.ledger = PrivacyLedger.of(
+            self.privacy, [field.name for field in self.fields]
+        )
         self.round = RoundRecord()
         self.earlier: Callable[[int], Earlier | None] = _nothing_kept
         privacy = self.privacy
@@ -175,7 +177,10 @@ class Method(Strategy):
         return mean
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
-        """Use the fields of good replies that only this method asks for."""
+        """Use the fields of good replies that only this method asks for.
+
+        Call ``super()``: in a method with two bases each uses its own fields.
+        """
 
     def objection(self, reply: TrainReply) -> str:
         """Return why a reply must not be used though its arrays are as declared.

@@ -121,6 +121,7 @@ class CCVR(FedAvg):
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
         """Calibrate the classifier on features drawn from the merged statistics."""
+        super().use_replies(server_round, replies)
         sent = {reply.client: reply.field(self._format) for reply in replies}
         latest = self._plausible(
             server_round, dict(sorted({**self._latest, **sent}.items()))

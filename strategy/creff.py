@@ -159,6 +159,7 @@ class CReFF(FedAvg):
 
     def use_replies(self, server_round: int, replies: Sequence[TrainReply]) -> None:
         """Synthesise federated features and re-train the classifier on them."""
+        super().use_replies(server_round, replies)
         classes = len(self.features)
         gradients = combine_class_gradients(
             self._gradients_of(replies), self.aggregation

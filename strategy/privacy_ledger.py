@@ -10,12 +10,13 @@ fixed number of clients a round, and the sample is drawn from a known seed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from clip2fl_common.config import Privacy
 from clip2fl_common.epsilon import cost, epsilon
+from clip2fl_common.protection import protection
 
 # Names of the entries in the strategy's state.
 CLIENTS, TIMES = "privacy-clients", "privacy-times"
@@ -45,22 +46,29 @@ class PrivacyLedger:
         self.keep: Callable[[Mapping[int, int]], None] | None = None
 
     @classmethod
-    def of(
-        cls, privacy: Privacy, class_gradients: bool, class_moments: bool = False
-    ) -> "PrivacyLedger":
-        """Return the ledger of a run, with or without these statistics.
+    def of(cls, privacy: Privacy, fields: Iterable[str] = ()) -> "PrivacyLedger":
+        """Return the ledger of a run whose clients send these fields.
 
         If clients send more than one thing with noise, ``images`` accounts for all of
         them together.
+
+        Parameters
+        ----------
+        privacy : Privacy
+            The run's settings of privacy.
+        fields : iterable of str
+            Names of what replies hold besides model and metrics.
         """
-        gradients = privacy.gradient_noise_multiplier if class_gradients else 0.0
-        moments = privacy.moment_noise_multiplier if class_moments else 0.0
+        statistics = {
+            field.replace("-", "_"): own.noise
+            for field in fields
+            if (own := protection(field, privacy))
+        }
         models = privacy.model_noise_multiplier
-        each = [z for z in (gradients, moments, models) if z > 0]
+        each = [z for z in (*statistics.values(), models) if z > 0]
         return cls(
             {
-                "class_gradients": gradients,
-                "class_moments": moments,
+                **statistics,
                 "models": models,
                 "images": cost(each) ** -0.5 if len(each) > 1 else 0.0,
                 "updates": privacy.update_noise_multiplier,

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from torch import nn
 
 from client_app.app import app
+from client_app.site_epsilon import implied_fields
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, Scalar
 from clip2fl_common.data.demo import CLASS_NAMES
@@ -83,6 +84,8 @@ class SiteNode:
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
                 content[messages.CLASSIFIER] = messages.model_to_arrays(head)
+                if isinstance(config, RunConfig) and (own := implied_fields(config)):
+                    settings = {"reply_fields": own, **settings}
             if classifier is not None:
                 content[messages.CLASSIFIER] = classifier
             content[messages.CONFIG] = ConfigRecord(

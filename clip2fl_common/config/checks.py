@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from clip2fl_common.config.messages import shown
 from clip2fl_common.config.types import (
     GRADIENT_METHODS,
+    METHODS,
     MOMENTUM_METHODS,
     SUMMED_METHODS,
     TEACHER_METHODS,
@@ -284,10 +285,15 @@ def _secure_problems(config: "RunConfig") -> Iterator[str]:
             "sees the clients' sum only, so set aggregation.rule = 'mean'"
         )
     if config.method not in SUMMED_METHODS:
+        reason = (
+            "its server needs the values of each client"
+            if config.method in METHODS
+            else "TRAITS (clip2fl_common/config/types.py) does not say that sums over "
+            "clients are enough for it"
+        )
         yield (
-            f"aggregation.secure = true and method = {config.method!r}: its server "
-            "needs the values of each client; choose one of "
-            f"{', '.join(SUMMED_METHODS)}"
+            f"aggregation.secure = true and method = {config.method!r}: {reason}; "
+            f"choose one of {', '.join(SUMMED_METHODS)}"
         )
     if config.method in GRADIENT_METHODS and config.upload.min_cosine < 1:
         yield (

@@ -37,19 +37,57 @@ ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 
 PLUS = "clip2fl-plus"
 """CLIP2FL with four of this project's extensions, and with defaults of its own."""
-TEACHER_METHODS = ("clip2fl", "clip2flm", PLUS)
-"""Methods whose clients need the teacher; nodes do not import strategies."""
-GRADIENT_METHODS = (*TEACHER_METHODS, "creff")
-"""Methods whose clients send class gradients and whose server re-trains."""
-MOMENTUM_METHODS = ("clip2flm", PLUS, "fedavgm")
-"""Methods with momentum at the server."""
-RETRAINING_METHODS = (*GRADIENT_METHODS, "ccvr")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What nodes and the checks of a configuration must know of a method.
+
+    They do not import strategies, which takes seconds.
+
+    Attributes
+    ----------
+    teacher : bool
+        Whether clients need the teacher.
+    gradients : bool
+        Whether clients send class gradients, to which the server fits features.
+    statistics : bool
+        Whether clients send each class's count, mean and covariance.
+    momentum : bool
+        Whether the server steps with momentum from the clients' mean.
+    sums : bool
+        Whether the server needs only sums over clients, and no client's own values, so
+        that secure aggregation changes nothing.
+    """
+
+    teacher: bool = False
+    gradients: bool = False
+    statistics: bool = False
+    momentum: bool = False
+    sums: bool = False
+
+
+TRAITS = {
+    "clip2fl": Traits(teacher=True, gradients=True, sums=True),
+    "clip2flm": Traits(teacher=True, gradients=True, momentum=True, sums=True),
+    PLUS: Traits(teacher=True, gradients=True, momentum=True, sums=True),
+    "creff": Traits(gradients=True, sums=True),
+    "ccvr": Traits(statistics=True),
+    "fedavg": Traits(sums=True),
+    "fedavgm": Traits(momentum=True, sums=True),
+    "fedlda": Traits(sums=True),
+    "fedprox": Traits(sums=True),
+}
+"""Methods that the schema knows; strategy/registry.py may contain others."""
+METHODS = tuple(TRAITS)
+TEACHER_METHODS = tuple(name for name, own in TRAITS.items() if own.teacher)
+GRADIENT_METHODS = tuple(name for name, own in TRAITS.items() if own.gradients)
+STATISTICS_METHODS = tuple(name for name, own in TRAITS.items() if own.statistics)
+MOMENTUM_METHODS = tuple(name for name, own in TRAITS.items() if own.momentum)
+SUMMED_METHODS = tuple(name for name, own in TRAITS.items() if own.sums)
+RETRAINING_METHODS = (*GRADIENT_METHODS, *STATISTICS_METHODS)
 """Methods whose clients send something for each class they hold, from which the server
 re-trains a classifier."""
-METHODS = (*RETRAINING_METHODS, "fedavg", "fedavgm", "fedlda", "fedprox")
-"""Methods that the schema knows; strategy/registry.py may contain others."""
-SUMMED_METHODS = tuple(name for name in METHODS if name != "ccvr")
-"""Methods whose server needs sums over clients only, and no client's own values."""
 
 
 class ConfigError(ValueError):

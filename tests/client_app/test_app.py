@@ -590,13 +590,3 @@ def test_class_moments_are_sums_over_the_global_models_pooled_output() -> None:
     for name, expected in (("count", count), ("total", total), ("scatter", scatter)):
         found = torch.from_numpy(arrays[name].numpy().copy())
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
-
-
-def test_no_class_moments_are_sent_if_the_configuration_asks_for_none() -> None:
-    """A site's rules on them are checked against the configuration."""
-    message = request(partition=1)
-    wanted = message.content.config_records[messages.CONFIG]
-    wanted[messages.FIELDS] = [messages.MOMENTS]
-    error = answer(message, config=run_config(method="fedavg")).error
-    assert error.code == messages.SITE_REFUSES
-    assert "asks for no class-moments" in str(error.reason)

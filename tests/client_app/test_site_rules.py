@@ -9,14 +9,16 @@ from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from client_app import round as client
+from client_app.site_policy import SitePolicy
 from clip2fl_common import messages
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import FileSource, open_site
 from clip2fl_common.data.demo import CLASS_NAMES
 from clip2fl_common.models import build_model
+from clip2fl_common.protection import PROTECTED_FIELDS
 from clip2fl_common.teacher import load_teacher
 from tests.conftest import be_flower
-from tests.defaults import ROOT
+from tests.defaults import ROOT, run_config
 from tests.site_folders import write_site
 from tests.site_node import (
     DIM,
@@ -164,6 +166,55 @@ NOISY: dict[str, Scalar] = {
     "privacy__gradient_clip_norm": 1.0,
     "privacy__gradient_noise_multiplier": 0.5,
 }
+
+
+@pytest.mark.parametrize(
+    "field", [messages.GRADIENTS, messages.CLASS_STATISTICS, messages.MOMENTS]
+)
+def test_site_sends_only_what_the_configuration_asks_for(
+    folder: Path, field: str
+) -> None:
+    """It has agreed to the configuration; a request could ask for more."""
+    node = SiteNode(folder, {})
+    asked = node.ask("train", site_run(method="fedavg"), reply_fields=[field])
+    assert f"configuration asks for no {field}" in refusal(asked)
+
+
+@pytest.mark.parametrize(
+    ("rules", "privacy", "expected"),
+    [
+        ({}, {}, []),
+        ({"min_noise_multiplier": 0.5}, {}, ["privacy.moment-noise-multiplier = 0"]),
+        ({"max_clip_norm": 2.0}, {}, ["privacy.moment-clip-norm = 0"]),
+        (
+            {"min_noise_multiplier": 0.5, "max_clip_norm": 2.0},
+            {"moment_noise_multiplier": 0.5, "moment_clip_norm": 2.0},
+            [],
+        ),
+    ],
+)
+def test_rules_hold_for_a_field_that_names_its_keys(
+    rules: dict[str, Any],
+    privacy: dict[str, Scalar],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And only for one: without keys nothing says what its noise is."""
+    settings = run_config(
+        **{f"privacy__{key}": value for key, value in privacy.items()}
+    ).privacy
+    policy = SitePolicy(**rules)
+    unknown = list(policy.field_violations("class-sums", settings))
+    assert ["neither clipping nor noise" in text for text in unknown] == (
+        [True] if rules else []
+    )
+    monkeypatch.setitem(PROTECTED_FIELDS, "class-sums", "moment")
+    found = list(policy.field_violations("class-sums", settings))
+    assert [text.partition(",")[0].removeprefix("the run has ") for text in found] == (
+        expected
+    )
+
+
 RULES: list[tuple[dict[str, Any], dict[str, Scalar], dict[str, Scalar], str]] = [
     (
         {"min_class_samples": 4},

@@ -5,7 +5,6 @@ import re
 import shutil
 import statistics
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -36,12 +35,15 @@ from clip2fl_cli.feature_plane import (
 )
 from clip2fl_cli.figures import Curve, Points, by_class, over_rounds, three_digits
 from clip2fl_cli.report import PROTECTED, write_run_report
-from clip2fl_cli.run_schema import Images, Mechanism
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import FinishedRun, RunError
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import defaults
+from clip2fl_common.protection import PROTECTED_FIELDS
+from strategy.privacy_ledger import PrivacyLedger
 from tests.clip2fl_cli.html_page import Page
 from tests.clip2fl_cli.made_up import accuracy, write_run
+from tests.defaults import run_config
 
 SECTIONS = [
     "results",
@@ -735,8 +737,21 @@ def test_seconds_are_never_a_power_of_ten(value: float, text: str) -> None:
 
 
 def test_each_privacy_mechanism_has_words() -> None:
-    """A report of a run with any account can be written."""
-    assert set(PROTECTED) == set(get_args(Mechanism))
+    accounts: set[str] = set()
+    for noise in (
+        "privacy__model_noise_multiplier",
+        "privacy__update_noise_multiplier",
+    ):
+        privacy = run_config(
+            privacy__gradient_clip_norm=1.0,
+            privacy__gradient_noise_multiplier=1.0,
+            privacy__moment_clip_norm=1.0,
+            privacy__moment_noise_multiplier=1.0,
+            aggregation__max_update_norm=1.0,
+            **{noise: 1.0},
+        ).privacy
+        accounts |= PrivacyLedger.of(privacy, PROTECTED_FIELDS).spent().keys()
+    assert accounts == set(PROTECTED)
 
 
 def test_plane_of_many_directions_holds_little() -> None:

@@ -150,12 +150,15 @@ class PlacedHead(nn.Linear):
 def test_heads_come_to_the_device_of_the_features() -> None:
     """Whoever made them: the discriminant is computed on the CPU.
 
-    torch's device without memory stands for a GPU.
+    torch's device without memory stands for a GPU. A method's own classifier stays
+    where it is, or the method's next round would mix two devices.
     """
     source = Source([9, 5, 12, 6])
     central = replace(evaluator(source), device=torch.device("meta"))
-    central.evaluate(student(), {"discriminant": PlacedHead(DIM, CLASSES)}, final=True)
+    head = PlacedHead(DIM, CLASSES)
+    central.evaluate(student(), {"discriminant": head}, final=True)
     assert set(PlacedHead.met) == {("meta", "meta")}
+    assert head.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("final", [True, False])

@@ -1,6 +1,7 @@
 """Test CReFF's round: its requests, its replies and the server's new state."""
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -17,6 +18,7 @@ from clip2fl_common.class_gradients import (
 from clip2fl_common.config import Scalar
 from clip2fl_common.randomness import generator
 from strategy.creff import CReFF
+from strategy.fedavg import FedAvg
 from strategy.retraining import retrain_classifier
 from strategy.synthesis import (
     gradient_matching_loss,
@@ -45,11 +47,12 @@ def creff(
     init: Literal["fresh", "warm"] = "fresh",
     upload: dict[str, Scalar] | None = None,
     final_step: float = 0.0,
+    method: type[CReFF] = CReFF,
 ) -> CReFF:
     """Return a small CReFF."""
     uploads: dict[str, Scalar] = {"upload__precision": "full", **(upload or {})}
     return made(
-        CReFF,
+        method,
         client_plan(clients=3, per_round=3, seed=seed),
         (CLASSES, DIM),
         synthesis__features_per_class=PER_CLASS,
@@ -83,6 +86,26 @@ def round_of(
             zip(requests, gradients(held), strict=True)
         )
     ]
+
+
+def test_second_base_uses_its_replies_too() -> None:
+    class Counting(FedAvg):
+        counted = 0
+
+        def use_replies(
+            self, server_round: int, replies: Sequence[messages.TrainReply]
+        ) -> None:
+            super().use_replies(server_round, replies)
+            self.counted += len(replies)
+
+    class Joined(CReFF, Counting):
+        pass
+
+    strategy = creff(method=Joined)
+    before = strategy.features
+    strategy.aggregate_train(1, round_of(strategy, HELD))
+    assert isinstance(strategy, Joined) and strategy.counted == len(HELD)
+    assert not torch.equal(before, strategy.features)
 
 
 def test_requests_carry_the_classifier() -> None:

@@ -16,6 +16,7 @@ from clip2fl_cli.comparison import Comparison
 from clip2fl_common import messages
 from clip2fl_common.config import ConfigError
 from clip2fl_common.epsilon import epsilon
+from clip2fl_common.messages import GRADIENTS, MOMENTS
 from strategy.clients import SimulatedClients
 from strategy.fedavg import FedAvg
 from strategy.privacy_ledger import PrivacyLedger
@@ -139,7 +140,7 @@ def test_one_client_moves_the_noisy_mean_as_far_as_the_noise_is_made_for() -> No
 
 
 def test_without_noise_nothing_is_claimed_or_kept() -> None:
-    ledger = PrivacyLedger.of(run_config().privacy, class_gradients=True)
+    ledger = PrivacyLedger.of(run_config().privacy, [GRADIENTS])
     ledger.note(1)
     assert ledger.spent() == {}
     assert ledger.state() == {}
@@ -149,8 +150,8 @@ def test_methods_without_class_gradients_claim_nothing_about_them() -> None:
     privacy = run_config(
         privacy__gradient_clip_norm=1.0, privacy__gradient_noise_multiplier=2.0
     ).privacy
-    assert PrivacyLedger.of(privacy, class_gradients=False).spent() == {}
-    ledger = PrivacyLedger.of(privacy, class_gradients=True)
+    assert PrivacyLedger.of(privacy).spent() == {}
+    ledger = PrivacyLedger.of(privacy, [GRADIENTS])
     assert list(ledger.spent()) == ["class_gradients"]
 
 
@@ -162,14 +163,14 @@ def test_image_in_gradients_and_moments_spends_on_both() -> None:
         privacy__moment_clip_norm=1.0,
         privacy__moment_noise_multiplier=4.0,
     ).privacy
-    ledger = PrivacyLedger.of(privacy, class_gradients=True, class_moments=True)
+    ledger = PrivacyLedger.of(privacy, [GRADIENTS, MOMENTS])
     ledger.note(1)
     spent = {name: cost["epsilon_round"] for name, cost in ledger.spent().items()}
     assert spent["class_gradients"] == epsilon(3.0, 1, DELTA)
     assert spent["class_moments"] == epsilon(4.0, 1, DELTA)
     assert spent["images"] == pytest.approx(epsilon(2.4, 1, DELTA))
     assert spent["images"] > max(spent["class_gradients"], spent["class_moments"])
-    alone = PrivacyLedger.of(privacy, class_gradients=False, class_moments=True)
+    alone = PrivacyLedger.of(privacy, [MOMENTS])
     assert list(alone.spent()) == ["class_moments"]
 
 
@@ -316,7 +317,7 @@ def test_ledger_adds_up_all_that_a_client_sends_with_noise() -> None:
         privacy__moment_noise_multiplier=4.0,
         privacy__model_noise_multiplier=12.0,
     )
-    ledger = PrivacyLedger.of(config.privacy, True, True)
+    ledger = PrivacyLedger.of(config.privacy, [GRADIENTS, MOMENTS])
     for _ in range(5):
         ledger.note(1)
     spent = ledger.spent()
@@ -329,6 +330,6 @@ def test_ledger_adds_up_all_that_a_client_sends_with_noise() -> None:
         for name in ("class_gradients", "class_moments", "models")
     )
     # A method without class gradients and moments spends on its models alone.
-    alone = PrivacyLedger.of(config.privacy, False, False)
+    alone = PrivacyLedger.of(config.privacy)
     alone.note(1)
     assert set(alone.spent()) == {"models"}

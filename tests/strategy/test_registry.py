@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from clip2fl_common.config import TEACHER_METHODS, ConfigError
+from clip2fl_common import messages
+from clip2fl_common.config import GRADIENT_METHODS, TEACHER_METHODS, ConfigError
+from clip2fl_common.config.types import METHODS, MOMENTUM_METHODS, STATISTICS_METHODS
 from clip2fl_common.teacher import load_teacher
 from strategy import registry
 from strategy.base import Method
@@ -60,6 +62,11 @@ def test_method_takes_its_settings_from_the_configuration(
     method = registry.method_named(name)
     assert method is expected
     assert method.needs_teacher == (name in TEACHER_METHODS)
+    # What nodes and the checks of the configuration take a method for.
+    assert (messages.GRADIENTS in method.reply_fields) == (name in GRADIENT_METHODS)
+    statistics = messages.CLASS_STATISTICS in method.reply_fields
+    assert statistics == (name in STATISTICS_METHODS)
+    assert issubclass(method, FedAvgM) == (name in MOMENTUM_METHODS)
     strategy = method(chosen)
     assert strategy.clients is chosen.clients
     assert strategy.average.decay == 0.6
@@ -91,8 +98,15 @@ def test_method_takes_its_settings_from_the_configuration(
     assert set(strategy.artifacts()) == wanted.get(expected, set())
 
 
+def test_method_built_on_the_discriminant_needs_one() -> None:
+    """Without it, it would deliver what FedAvg delivers, under another name."""
+    with pytest.raises(ConfigError, match=r"set head.delivered = 'discriminant'"):
+        FedLDA(setting("fedprox"))
+
+
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_each_entry_is_a_method(name: str) -> None:
+    assert name in METHODS
     assert issubclass(registry.method_named(name), Method)
 
 
