@@ -253,15 +253,12 @@ class SecureParty:
         return masked_reply(request.partition, vector)
 
     def _check_numbers(self, request: TrainRequest) -> None:
-        """Refuse a round or a random stream that the server has made up.
+        """Refuse a number or a random stream that the server has made up.
 
         The parties do not agree on the stream, which differs between them. With two
         streams for one party, and the same ones for all others, the difference of two
         sums would be that party's alone.
         """
-        rounds = self.config.federation.rounds
-        if not 1 <= request.server_round <= rounds:
-            raise SecureError(f"round {request.server_round} of a run of {rounds}")
         if self.is_site:
             number = client_number(self.identity.name)
             expected = (number, random_stream(number))
@@ -315,6 +312,13 @@ class SecureParty:
         return reveal_reply(request.partition, revealed)
 
     def _round(self, request: SecureRequest) -> RoundName:
+        """Return the round of a request, which must be one of the run's.
+
+        Begun once, a later round would bar this party from all rounds before it.
+        """
+        rounds = self.config.federation.rounds
+        if not 1 <= request.server_round <= rounds:
+            raise SecureError(f"round {request.server_round} of a run of {rounds}")
         return RoundName(self.run, request.server_round, request.session)
 
 

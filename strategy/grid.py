@@ -133,11 +133,10 @@ class AttentiveGrid(Grid):
             Replies and errors, each with the asked node as its source.
         """
         requests = list(messages)
-        # Flower has no id for a message that it could not send.
-        identifiers: list[str | None] = list(self._grid.push_messages(requests))
+        identifiers = list(self._grid.push_messages(requests))
         replies, waiting = [], {}
         for identifier, request in zip(identifiers, requests, strict=True):
-            if identifier is None:
+            if not identifier:  # Flower has no id for what it could not send
                 replies.append(_error(NOT_SENT, request))
             else:
                 waiting[identifier] = request
@@ -314,9 +313,11 @@ class _Fetching:
         """Return the reply to a request, if there is one.
 
         What cannot be used is no reply. If the node sent it in place of one, the
-        SuperLink has handed the reply over, and has an error for the next poll. But
-        the SuperLink adds to a reply what nodes send to itself. That must not cost the
-        node whose reply is fetched.
+        SuperLink has handed the reply over, and has an error for the next poll.
+
+        Flower's SuperLink adds to a reply what nodes send to itself, and hands each
+        over once: one such message that cannot be read would cost the reply.
+        deploy/superlink.py takes no such messages.
         """
         node = self._nodes[identifier]
         try:
@@ -325,8 +326,7 @@ class _Fetching:
             if identifier not in self.spoiled:
                 log(
                     WARNING,
-                    "a message in place of a reply of node %d, or with it, cannot be "
-                    "read (%s)",
+                    "a message in place of a reply of node %d cannot be read (%s)",
                     node,
                     type(error).__name__,
                 )

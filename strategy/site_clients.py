@@ -28,6 +28,8 @@ TELL_AGAIN_S = 300.0
 # Seconds after which a node that refused to take part is asked again. They double each
 # time that a node does not answer at all, since all sites wait for its answer.
 ASK_AGAIN_S = 30.0
+# Seconds after which a query took long, so that its nodes are asked less often.
+SLOW_QUERY_S = 10.0
 MOST_PAUSE_S = 900.0
 
 
@@ -242,6 +244,7 @@ class SiteClients:
             [Message(RecordDict(), node, MessageType.QUERY) for node in asked],
             timeout=QUERY_TIMEOUT_S,
         )
+        slow = time.monotonic() - now > SLOW_QUERY_S
         now = time.monotonic()  # the query itself may have taken longer than a pause
         reasons = dict.fromkeys(asked, f"no answer in {QUERY_TIMEOUT_S:.0f} s")
         silent = {*asked} - {answer.metadata.src_node_id for answer in answers}
@@ -267,7 +270,8 @@ class SiteClients:
             self._pauses.pop(node, None)
         for node, reason in reasons.items():
             doubled = min(2 * self._pauses.get(node, ASK_AGAIN_S / 2), MOST_PAUSE_S)
-            self._pauses[node] = doubled if node in silent else ASK_AGAIN_S
+            # A round waits for all answers, also for a refusal that comes late.
+            self._pauses[node] = doubled if node in silent or slow else ASK_AGAIN_S
             self._ask_at[node] = now + self._pauses[node]
             log(WARNING, "node %d does not take part: %s", node, reason)
             self.events.note(What.REFUSED, f"node {node}", reason=reason)

@@ -4,11 +4,13 @@ Flower may change these in any release. ``tests/test_flower_private.py`` has a t
 each, which says what breaks when it fails.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 
@@ -136,3 +138,104 @@ def publishable_files(app: Path) -> list[Path]:
     files: list[Path] = publish._collect_file_paths(app)
     publish._validate_files(files)
     return files
+
+
+def fleet_handlers() -> ModuleType:
+    """Return the module in which the SuperLink looks up how to answer nodes."""
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    return fleet_handlers
+
+
+def flower_error() -> type[Exception]:
+    """Return the error with which the SuperLink answers what it does not allow."""
+    from flwr.supercore.error import FlowerError
+
+    return FlowerError
+
+
+class FleetOfTwo:
+    """A SuperLink with two nodes and a running run, without servers and sockets.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder for its database.
+
+    Attributes
+    ----------
+    nodes : tuple of int
+        Ids of the two nodes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
+        from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.superlink.federation import NoOpFederationManager
+
+        database = str(folder / "superlink.db")
+        self._state = LinkStateFactory(
+            database, NoOpFederationManager(), ObjectStoreFactory(database)
+        ).state()
+        first, second = (
+            self._state.create_node("owner", "owner", bytes([number]) * 40, 30.0)
+            for number in (1, 2)
+        )
+        self.nodes = (first, second)
+        for node in self.nodes:
+            self._state.activate_node(node, 60.0)
+        kind = TaskType.SERVER_APP
+        self._run = self._state.create_run(
+            "a/b", "1", "hash", {}, NOOP_FEDERATION_ID, None, "owner", kind
+        )
+        (task,) = self._state.get_tasks(run_ids=[self._run])
+        self._state.claim_task(task.task_id)
+        self._state.activate_task(task.task_id)
+
+    def push(self, node: int, sender: int, receiver: int, reply_to: str) -> None:
+        """Send a message as a node does, by the route of the SuperLink's HTTP server.
+
+        Parameters
+        ----------
+        node : int
+            The node whose key Flower has checked.
+        sender, receiver : int
+            What the message names; 1 is the SuperLink.
+        reply_to : str
+            Id of the message that it replies to; empty for none.
+        """
+        from flwr.app import Metadata
+        from flwr.app.message.message import make_message, remove_content_from_message
+        from flwr.common.serde import message_to_proto
+        from flwr.proto.fleet_pb2 import PushMessagesRequest
+        from flwr.proto.node_pb2 import Node
+        from flwr.supercore.inflatable.inflatable_object import get_object_tree
+        from flwr.superlink.routers.fleet.router import fleet_push_messages
+
+        message = make_message(
+            metadata=Metadata(
+                run_id=self._run,
+                message_id="",
+                src_node_id=sender,
+                dst_node_id=receiver,
+                reply_to_message_id=reply_to,
+                group_id="",
+                created_at=time.time(),
+                ttl=60.0,
+                message_type="train",
+            ),
+            content=RecordDict(),
+        )
+        message.metadata.delivered_at = ""
+        give_id(message, message.object_id)
+        request = PushMessagesRequest(
+            node=Node(node_id=node),
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[get_object_tree(message)],
+        )
+        fleet_push_messages(request, self._state)
+
+    def orders(self, node: int) -> int:
+        """Return the number of messages that wait for a node, and take them."""
+        return len(self._state.get_message_ins(node, limit=None))

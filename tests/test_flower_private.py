@@ -10,13 +10,20 @@ from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
 from clip2fl_cli.sites.registration import KEY_IN_USE
-from deploy.superlink import LOCK_WAIT_MS, wait_for_locks
+from deploy.superlink import (
+    LOCK_WAIT_MS,
+    check_senders,
+    wait_for_locks,
+)
 from tests.checkout import copy_of_checkout
 from tests.flower_private import (
+    FleetOfTwo,
     act_as_flower_process,
     claim,
     code_of_a_key_in_use,
     database_wait_ms,
+    fleet_handlers,
+    flower_error,
     give_id,
     lost_node_error,
     parse_node_config,
@@ -110,6 +117,39 @@ def test_superlink_waits_longer_for_its_database(
     assert database_wait_ms(tmp_path / "plain.db") < LOCK_WAIT_MS
     request.getfixturevalue("patient")
     assert database_wait_ms(tmp_path / "patient.db") == LOCK_WAIT_MS
+
+
+@pytest.fixture
+def checking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check senders as deploy/superlink.py does, until the end of the test."""
+    name = "push_messages"
+    module = fleet_handlers()
+    monkeypatch.setattr(module, name, getattr(module, name))
+    check_senders()
+
+
+def test_flower_lets_a_node_give_orders_to_another(tmp_path: Path) -> None:
+    """Else the check of senders in deploy/superlink.py can go."""
+    fleet = FleetOfTwo(tmp_path)
+    hostile, other = fleet.nodes
+    fleet.push(hostile, sender=1, receiver=other, reply_to="")
+    assert fleet.orders(other) == 1
+
+
+@pytest.mark.usefixtures("checking")
+def test_node_sends_only_replies_in_its_own_name(tmp_path: Path) -> None:
+    """Else a site commands other sites, answers for them, or costs them their reply."""
+    fleet = FleetOfTwo(tmp_path)
+    hostile, other = fleet.nodes
+    for sender, receiver, reply_to, reason in (
+        (1, other, "", "in the name of 1"),
+        (other, 1, "0" * 64, f"in the name of {other}"),
+        (hostile, 1, "", "is no reply"),
+    ):
+        with pytest.raises(flower_error(), match=f"SuperNode {hostile} .*{reason}"):
+            fleet.push(hostile, sender, receiver, reply_to)
+    assert fleet.orders(other) == 0
+    fleet.push(hostile, hostile, 1, reply_to="0" * 64)
 
 
 def test_a_fresh_clone_may_be_published(tmp_path: Path) -> None:

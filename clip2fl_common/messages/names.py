@@ -41,6 +41,9 @@ DIVERGED = 1003  # the received model, or the training on it, is not finite
 # No training makes larger numbers. Sums, squares and products of numbers below stay
 # finite in float32, so no reply can make the server's state infinite or NaN.
 LARGEST_VALUE = 1e12
+# Most seconds that a client may say its work took, 116 days. Sums over 10,000 clients
+# stay readable in the run's files.
+MOST_SECONDS = 1e7
 # Most bytes before an array's values. Numpy needs 128 for the names and shapes here.
 LONGEST_HEADER = 256
 # BatchNorm's variance: its square root is taken, so it must not be negative.

@@ -22,8 +22,8 @@ from clip2fl_common.messages.names import (
     EVALUATION_SECONDS,
     EVALUATION_UNREADABLE,
     IN_CARD,
-    LARGEST_VALUE,
     METRICS,
+    MOST_SECONDS,
     NUM_EXAMPLES,
     PARTITION,
     RECALL,
@@ -255,8 +255,8 @@ def _count(metrics: MetricRecord, name: str) -> int:
 
 def _seconds(metrics: MetricRecord, name: str) -> float:
     value = metrics[name]
-    if not isinstance(value, float) or not 0 <= value <= LARGEST_VALUE:
-        raise ReplyError(f"{name} must be a number from 0")
+    if not isinstance(value, float) or not 0 <= value <= MOST_SECONDS:
+        raise ReplyError(f"{name} must be a number from 0 to {MOST_SECONDS:g}")
     return value
 
 

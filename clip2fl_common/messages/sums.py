@@ -41,9 +41,10 @@ from clip2fl_common.messages.fields import ArrayFields, ReplyField
 from clip2fl_common.messages.names import (
     ARRAYS,
     AVERAGED_METRICS,
+    CLIENT_SECONDS,
     LARGEST_VALUE,
     METRICS,
-    MOMENTS,
+    MOST_SECONDS,
     NUM_EXAMPLES,
     SUMMED_METRICS,
     VARIANCE,
@@ -142,7 +143,8 @@ class SumFormat(VectorFormat):
         for field in self._fields:
             arrays = self._field_arrays(field, content.array_records[field.name])
             # Sums over the images that the bounded weight stands for.
-            share = weight / images if field.name == MOMENTS and images else 1.0
+            of_images = isinstance(field, ArrayFields)
+            share = weight / images if of_images and images else 1.0
             for name, array in arrays.items():
                 values[_part(field.name, name)] = share * array
         return values
@@ -209,7 +211,7 @@ class SumFormat(VectorFormat):
             client=first,
             images=round(images),
             model=model,
-            metrics=_metrics(values[METRICS], images),
+            metrics=_metrics(values[METRICS], images, len(members)),
             upload_bytes=size,
             field_bytes=self._field_bytes,
             fields={
@@ -249,7 +251,9 @@ class SumFormat(VectorFormat):
         }
 
 
-def _metrics(summed: npt.NDArray[np.float64], images: float) -> dict[str, float]:
+def _metrics(
+    summed: npt.NDArray[np.float64], images: float, members: int
+) -> dict[str, float]:
     metrics = dict(zip(METRIC_NAMES, summed.tolist(), strict=True))
     for name in AVERAGED_METRICS:
         metrics[name] /= images
@@ -258,6 +262,8 @@ def _metrics(summed: npt.NDArray[np.float64], images: float) -> dict[str, float]
             raise NotFiniteError(f"metric {name} = {value} is too large")
         if name in SUMMED_METRICS and value < 0:
             raise ReplyError(f"metric {name} = {value} is negative")
+    for name in CLIENT_SECONDS:  # one client's wrong clock must not cost the round
+        metrics[name] = min(metrics[name], members * MOST_SECONDS)
     return metrics
 
 

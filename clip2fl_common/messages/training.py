@@ -28,6 +28,7 @@ from clip2fl_common.messages.names import (
     ARRAYS,
     AVERAGED_METRICS,
     CLASSIFIER,
+    CLIENT_SECONDS,
     CODE_FINGERPRINT,
     CONFIG,
     CONFUSION,
@@ -38,6 +39,7 @@ from clip2fl_common.messages.names import (
     HEAD_RECORDS,
     LARGEST_VALUE,
     METRICS,
+    MOST_SECONDS,
     NUM_EXAMPLES,
     PARTITION,
     PROXIMAL_MU,
@@ -270,10 +272,10 @@ def _check_metrics(metrics: MetricRecord, asked: Mapping[int, int]) -> None:
         least = -LARGEST_VALUE if name in AVERAGED_METRICS else 0
         # A site's number has 63 bits; it is compared with the requested ones below.
         counted = name not in (NUM_EXAMPLES, PARTITION)
-        if counted and not least <= value <= LARGEST_VALUE:
+        most = MOST_SECONDS if name in CLIENT_SECONDS else LARGEST_VALUE
+        if counted and not least <= value <= most:
             raise ReplyError(
-                f"metric {name} = {value}; it must be from {least:g} to "
-                f"{LARGEST_VALUE:g}"
+                f"metric {name} = {value}; it must be from {least:g} to {most:g}"
             )
     partition = metrics[PARTITION]
     if not isinstance(partition, int) or partition not in asked:

@@ -238,6 +238,7 @@ def _surplus_bytes(reply: Message) -> None:
         ),
         (_set("unreadable-images", -1), "unreadable-images = -1; it must be from 0"),
         (_set("seconds-data", 1e300), "seconds-data = 1e+300; it must be from 0 to"),
+        (_set("seconds-data", 1.1e7), "seconds-data = 11000000.0; it must be from 0"),
         (_set("loss", -1e300), "loss = -1e+300; it must be from -1e+12 to 1e+12"),
         (_set("loss", [1]), "metric loss = [1] is not a finite number"),
         (_without_metrics, "records are ['arrays'], expected ['arrays', 'metrics']"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from clip2fl_common import messages
 from clip2fl_common.messages import training
@@ -265,10 +265,11 @@ def test_line_about_missing_sites_is_repeated_only_when_it_changes(
     ]
 
 
+@pytest.mark.parametrize("late", [None, 15.0])
 def test_node_that_never_answers_is_asked_less_and_less(
-    monkeypatch: pytest.MonkeyPatch,
+    late: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sites wait while it is asked."""
+    """All sites wait while it is asked, also where it refuses after seconds."""
     clock = [1000.0]
     monkeypatch.setattr("strategy.site_clients.ASK_AGAIN_S", 30.0)
     monkeypatch.setattr("strategy.site_clients.time.monotonic", lambda: clock[0])
@@ -285,9 +286,15 @@ def test_node_that_never_answers_is_asked_less_and_less(
             if any(reply.metadata.src_node_id == 4 for reply in replies):
                 self.at.append(clock[0])
                 if len(self.at) < 13:
+                    others = [r for r in replies if r.metadata.src_node_id != 4]
+                    if late is not None:
+                        clock[0] += late
+                        (asked,) = [m for m in messages if m.metadata.dst_node_id == 4]
+                        refused = Message(Error(0, "its disk hangs"), reply_to=asked)
+                        return [*others, refused]
                     assert timeout is not None
                     clock[0] += timeout
-                    return [r for r in replies if r.metadata.src_node_id != 4]
+                    return others
             return replies
 
     nodes = Silent({3: "north", 4: "east"})
@@ -295,7 +302,8 @@ def test_node_that_never_answers_is_asked_less_and_less(
     while len(plan.connected()) < 2:
         plan.refresh(nodes)
         clock[0] += 1.0
-    gaps = [b - a - QUERY_TIMEOUT_S for a, b in pairwise(nodes.at)]
+    took = QUERY_TIMEOUT_S if late is None else late
+    gaps = [b - a - took for a, b in pairwise(nodes.at)]
     expected = [30.0, 60.0, 120.0, 240.0, 480.0, *[900.0] * 7]
     # The clock goes on by a second after each refresh.
     assert gaps == pytest.approx(expected, abs=1.0)

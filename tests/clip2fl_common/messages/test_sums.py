@@ -115,6 +115,16 @@ def test_reply_of_a_sum_has_the_means_and_the_sums(precision: str) -> None:
     assert found.field_bytes == gradient_bytes + moments_bytes
 
 
+def test_wrong_clock_of_one_client_leaves_seconds_readable() -> None:
+    """Sums of more would not fit what readers of a run's files take for seconds."""
+    sums = sum_format()
+    replies = [reply(sums, client, {}, 5) for client in range(3)]
+    replies[1].metric_records[messages.METRICS]["seconds-training"] = 1e11
+    found = sums.reply_of(total(sums, replies), 3, {4: 9, 6: 9, 8: 9}, 77)
+    assert found.metrics["seconds-training"] == 3e7
+    assert found.metrics["seconds-data"] == 3
+
+
 def test_absent_classes_look_as_held_ones_do() -> None:
     sums = sum_format()
     everything = {c: gradient(c) for c in range(CLASSES)}
