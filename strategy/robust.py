@@ -1,9 +1,9 @@
 """Combine models or class gradients when some of them may be wrong.
 
-The coordinate-wise median and trimmed mean (Yin et al. 2018) are Flower's code for
-models; here they also serve class gradients. An update that is too long is shortened,
-not dropped (norm thresholding, Sun et al. 2019): honest updates differ in length when
-the clients' data differ, and a shortened update keeps its direction and its weight.
+The coordinate-wise median and trimmed mean (Yin et al. 2018) serve models and class
+gradients. An update that is too long is shortened, not dropped (norm thresholding, Sun
+et al. 2019): honest updates differ in length when the clients' data differ, and a
+shortened update keeps its direction and its weight.
 """
 
 import math
