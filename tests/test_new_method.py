@@ -194,7 +194,7 @@ def run_small(dim: int) -> Any:
 
 
 @pytest.mark.usefixtures("declared")
-@pytest.mark.parametrize("damage", ["shape", "name", "nan"])
+@pytest.mark.parametrize("damage", ["shape", "name", "nan", "negative"])
 def test_declared_field_is_checked(
     damage: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
@@ -219,13 +219,15 @@ def test_declared_field_is_checked(
             shapes["other"] = shapes.pop("sum")
         if seed == 0 and damage == "nan":
             tensors["sum"][0, 0] = torch.nan
+        if seed == 0 and damage == "negative":
+            tensors["count"][0] = -1.0
         reply = train_reply(request, random_model(arrays, seed), 40)
         reply.content["class-sums"] = ArrayFields("class-sums", shapes).encode(tensors)
         replies.append(reply)
     strategy.aggregate_train(1, replies)
     assert strategy.round.clients == [1]
     (line,) = [m for m in flower_log.messages if "dropped the reply" in m]
-    assert "class-sums" in line
+    assert ("negative" if damage == "negative" else "class-sums") in line
 
 
 def test_page_touches_new_files_and_registries_only() -> None:
