@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -214,7 +215,8 @@ def compare(
 ) -> Compared:
     """Run variants over seeds; write their table and report.
 
-    Complete runs are not repeated. Call it from the main thread.
+    Complete runs are not repeated; a warning names those that other code has made.
+    Call it from the main thread.
 
     Parameters
     ----------
@@ -266,6 +268,8 @@ def compare(
     from clip2fl_cli.results import write_results
 
     missing = compared.missing()
+    if warning := compared.other_code():
+        warnings.warn(warning, stacklevel=2)
     there = len(compared.plan) - len(missing)
     with ComparisonProgress(missing, there, Console(stderr=True, quiet=quiet)) as shown:
         failed = list(complete(compared, shown))

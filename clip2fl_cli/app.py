@@ -358,6 +358,8 @@ def compare(
     missing = compared.missing()
     there = len(compared.plan) - len(missing)
     console.tell(f"{compared.name}: {there} of {len(compared.plan)} runs are there")
+    if warning := compared.other_code():
+        console.tell(f"warning: {warning}", "yellow")
     try:
         with ComparisonProgress(missing, there, console.err, verbose) as progress:
             failed = list(comparisons.complete(compared, progress))

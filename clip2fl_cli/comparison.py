@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # A reason fills one cell of a table; the log contains the rest.
 MAX_REASON = 300
+# A warning names no more runs.
+MAX_NAMED = 20
 
 _Seeds = Annotated[list[Seed], Field(min_length=1, max_length=MAX_RUNS)]
 _seeds: TypeAdapter[list[int]] = TypeAdapter(_Seeds, config=ConfigDict(strict=True))
@@ -254,6 +256,29 @@ class Comparison:
             else:
                 missing.append(run)
         return missing
+
+    def other_code(self) -> str:
+        """Return a warning if other code made complete runs, else an empty text."""
+        from clip2fl_cli.runs import FinishedRun, is_complete
+
+        present = _present_code()
+        others = [
+            run.folder.name
+            for run in self.plan
+            if is_complete(run.folder)
+            and FinishedRun.read(run.folder).all_code != present
+        ]
+        if not others:
+            return ""
+        more = len(others) - MAX_NAMED
+        named = shown(", ".join(others[:MAX_NAMED])) + (
+            f" and {more} more" if more > 0 else ""
+        )
+        return (
+            f"other code than the present one made the complete runs {named} in "
+            f"{shown(self.folder)}. They are not repeated: to make them again, remove "
+            "their folders, or choose another folder with --runs"
+        )
 
 
 class Watcher(Protocol):
@@ -466,11 +491,16 @@ def _can_go_on(run: PlannedRun) -> bool:
     # There is no checkpoint, or another program wrote it.
     except (ValueError, KeyError, TypeError, OSError, SafetensorError):
         return False
-    same_code = newest.made_with.get("code") == code_fingerprint(packages=ALL_CODE)
+    same_code = newest.made_with.get("code") == _present_code()
     # Some defaults depend on the number of classes, which the planned run may not know.
     bias = newest.model.get("classifier.bias")
     wanted = run.config if bias is None else run.config.for_classes(len(bias))
     return same_code and not differences(newest.config, wanted.to_flat())
+
+
+def _present_code() -> str:
+    # Read again: in a notebook, files may have changed since the last comparison.
+    return code_fingerprint.__wrapped__(packages=ALL_CODE)
 
 
 def _set_aside(folder: Path) -> None:

@@ -37,7 +37,9 @@ from clip2fl_cli.sections import (
 from clip2fl_cli.summary import (
     Failure,
     Row,
+    code_text,
     difference_text,
+    different_code,
     failed_runs,
     paired_difference,
     summarise,
@@ -166,7 +168,9 @@ def _comparison_results(
         header,
         [*body, *teacher_rows(runs, header)],
     )
-    text = " ".join([*images_text(first), groups_text(first)])
+    every = [run for group in runs.values() for run in group]
+    warning = different_code(every)
+    text = " ".join(filter(None, [*images_text(first), groups_text(first), warning]))
     picture = _ranking_picture(ranking, runs, baseline, style_of)
     return Section(
         "results", "Results", text, [picture], [table, *_other_classifiers(rows)]
@@ -343,7 +347,8 @@ def _comparison_configuration(runs: Mapping[str, Sequence[FinishedRun]]) -> Sect
             folded=True,
         ),
     ]
-    return Section("configuration", "Configuration", "", tables=tables)
+    code = code_text([run for group in runs.values() for run in group])
+    return Section("configuration", "Configuration", code, tables=tables)
 
 
 def _links(runs: Mapping[str, Sequence[FinishedRun]]) -> Section:

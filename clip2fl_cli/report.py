@@ -224,6 +224,7 @@ def _configuration(run: FinishedRun) -> Section:
     facts = [
         *((f"version of {name}", v) for name, v in run.facts["versions"].items()),
         ("client code", run.facts["code"]),
+        ("client and server code", run.all_code),
     ]
     usual = {key: json.dumps(value) for key, value in defaults().items()}
     rows = [(key, json.dumps(value)) for key, value in run.config.items()]
@@ -235,7 +236,7 @@ def _configuration(run: FinishedRun) -> Section:
     return Section(
         "configuration",
         "Configuration",
-        "A run with the same keys and versions gives the same numbers.",
+        "A run with the same keys, code and versions gives the same numbers.",
         tables=[
             text_table(
                 "changed-table",

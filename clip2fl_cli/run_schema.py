@@ -137,6 +137,8 @@ class Facts(BaseModel):
     shot_groups: Groups
     versions: Annotated[dict[Name, Name], Field(max_length=100)]
     code: Name
+    # Optional, since runs of early versions did not name the server's code.
+    all_code: Name | None = None
     shared_training: bool = False
     teacher: Teacher | None = None
 

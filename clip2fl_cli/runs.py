@@ -197,6 +197,11 @@ class FinishedRun:
         return bool(self.facts.get("shared_training"))
 
     @property
+    def all_code(self) -> str:
+        """Fingerprint of the code of client and server; early versions did not tell."""
+        return self.facts.get("all_code") or "unknown"
+
+    @property
     def teacher(self) -> dict[str, Any] | None:
         """Name and zero-shot accuracy of the teacher, or None."""
         return self.facts.get("teacher")

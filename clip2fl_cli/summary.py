@@ -355,7 +355,7 @@ def markdown(
             + "."
         )
     averaged = last_rounds(min(len(run.evaluated) for run in every))
-    codes = plain(", ".join(sorted({run.facts["code"] for run in every})))
+    code = plain(" ".join(filter(None, [code_text(every), different_code(every)])))
     return f"""# {plain(title)}
 
 Date: {origin.date}. Command:
@@ -377,9 +377,35 @@ Per class:
 {class_table(runs)}
 
 Hardware: {plain(origin.hardware)}.
-Versions: {versions}. Client code: {codes}.
+Versions: {versions}. {code}
 {minutes}
 """
+
+
+def code_text(runs: Sequence[FinishedRun]) -> str:
+    """Return the fingerprints of the code that made runs, as a sentence or two."""
+    clients = ", ".join(sorted({run.facts["code"] for run in runs}))
+    # Runs of early versions name the clients' code only.
+    known = sorted({whole for run in runs if (whole := run.facts.get("all_code"))})
+    return f"Client code: {clients}." + (
+        f" Client and server code: {', '.join(known)}." if known else ""
+    )
+
+
+def different_code(runs: Sequence[FinishedRun]) -> str:
+    """Return a warning if different code made the runs, else an empty text."""
+    made: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        made.setdefault((run.all_code, run.facts["code"]), []).append(run.name)
+    if len(made) == 1:
+        return ""
+    groups = "; ".join(
+        f"{code}: {', '.join(names)}" for (code, _), names in made.items()
+    )
+    return (
+        "Different code made these runs, so their differences may come from the code "
+        f"(client and server code {groups})."
+    )
 
 
 def drawn_images(run: FinishedRun) -> int | None:

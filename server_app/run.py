@@ -202,6 +202,7 @@ class ServerRun:
             "test_images": len(self.data.dataset.test.labels),
             "shot_groups": vars(self.data.groups),
             "code": code_fingerprint(),
+            "all_code": code_fingerprint(packages=ALL_CODE),
             "versions": _versions(),
             # Seconds then say little: training may come from another run.
             "shared_training": SHARED_TRAINING_VARIABLE in os.environ,

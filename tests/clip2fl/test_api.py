@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clip2fl_cli.simulation import RunResult
 from clip2fl_common.config import ConfigError, RunConfig
 from clip2fl_common.data.datasets import load_dataset
 from clip2fl_common.partition import long_tail_partition
+from tests.clip2fl_cli.made_up import change_facts
 from tests.defaults import ROOT, default_config, run_config
 from tests.federation import federate
 
@@ -180,6 +182,24 @@ def test_comparison_returns_its_table(
     )
     assert len(asked) == 2
     assert len(clip2fl.Run(found.folder / "plain-seed5").metrics) == 2
+
+
+def test_comparison_warns_of_runs_of_other_code(
+    asked: list[dict[str, Any]], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "c.toml").write_text(
+        'experiment = "demo"\nseeds = [1]\nbaseline = "plain"\n[variants.plain]\n'
+    )
+    compare = partial(
+        clip2fl.compare, tmp_path / "c.toml", tmp_path / "runs", quiet=True, **TINY
+    )
+    for _ in range(2):
+        found = compare()
+    assert not [w for w in recwarn if w.category is UserWarning]
+    change_facts(found.folder / "plain-seed1", all_code="another")
+    with pytest.warns(UserWarning, match="other code .* runs plain-seed1 in"):
+        compare()
+    assert len(asked) == 1
 
 
 def test_model_predicts_on_files_pictures_arrays_and_tensors_alike(

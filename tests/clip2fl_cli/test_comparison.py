@@ -26,7 +26,7 @@ from clip2fl_common.provenance import (
 )
 from server_app.checkpoints import Checkpoint, load_newest, save_checkpoint
 from server_app.run_folder import RunFolder
-from tests.clip2fl_cli.made_up import write_run
+from tests.clip2fl_cli.made_up import change_facts, write_run
 from tests.defaults import ROOT
 
 FILE = """
@@ -183,6 +183,34 @@ def test_complete_runs_are_not_repeated(
         "plain": [1, 2],
         "adjusted": [2],
     }
+
+
+def test_complete_runs_of_other_code_are_named(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    """Those of early versions do not say what code of the server made them."""
+    list(complete(read(file), Watcher()))
+    old, other, same = (run.folder for run in read(file).plan)
+    change_facts(other, all_code="another")
+    change_facts(same, all_code=code_fingerprint(packages=ALL_CODE))
+    assert read(file).missing() == []
+    warning = read(file).other_code()
+    assert f"complete runs {old.name}, {other.name} in {file.parent}" in warning
+    assert "remove their folders" in warning and "--runs" in warning
+    change_facts(old, all_code=code_fingerprint(packages=ALL_CODE))
+    shutil.rmtree(other)
+    assert read(file).other_code() == ""
+
+
+def test_code_that_changes_between_two_comparisons_of_a_notebook_is_seen(
+    file: Path, simulated: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(complete(read(file), Watcher()))
+    for run in read(file).plan:
+        change_facts(run.folder, all_code=code_fingerprint(packages=ALL_CODE))
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#")
+    assert "plain-seed1" in read(file).other_code()
 
 
 def test_interrupted_run_starts_again_beside_its_remains(

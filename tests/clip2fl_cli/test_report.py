@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ from clip2fl_cli.runs import FinishedRun, RunError
 from clip2fl_cli.summary import Failure
 from clip2fl_common.config import defaults
 from clip2fl_common.protection import PROTECTED_FIELDS
+from clip2fl_common.provenance import ALL_CODE, code_fingerprint
 from strategy.privacy_ledger import PrivacyLedger
 from tests.clip2fl_cli.html_page import Page
-from tests.clip2fl_cli.made_up import accuracy, write_run
+from tests.clip2fl_cli.made_up import accuracy, change_facts, write_run
 from tests.defaults import run_config
 
 SECTIONS = [
@@ -189,6 +191,25 @@ def test_configuration_is_whole_and_shows_what_was_changed(
         for key, value in stored.items()
         if value != usual[key] and not key.startswith("run.")
     ]
+
+
+def test_versions_name_the_code_of_client_and_server(
+    run: FinishedRun, page: Page
+) -> None:
+    found = dict(page.tables["versions-table"].texts)
+    assert found["client and server code"] == code_fingerprint(packages=ALL_CODE)
+    assert found["client code"] == code_fingerprint()
+
+
+def test_comparison_report_warns_of_runs_of_different_code(tmp_path: Path) -> None:
+    runs = {name: [write_run(tmp_path / name, [60.0])] for name in ("one", "two")}
+    change_facts(tmp_path / "two", all_code="f00")
+    write = partial(write_comparison_report, tmp_path, "x", baseline="one")
+    assert "Different code" not in write(runs=runs).read_text("utf-8")
+    runs["two"] = [FinishedRun.read(tmp_path / "two")]
+    text = write(runs=runs).read_text("utf-8")
+    assert "(client and server code unknown: one; f00: two)" in text
+    assert "Client and server code: f00." in text
 
 
 def test_headline_has_the_numbers_of_the_last_round(

@@ -144,6 +144,25 @@ def test_page_names_command_and_minutes(runs: dict[str, list[FinishedRun]]) -> N
     assert "trained only once" in shared and "a1 6" not in shared
 
 
+def test_page_warns_of_runs_of_different_code(
+    runs: dict[str, list[FinishedRun]],
+) -> None:
+    def page() -> str:
+        return markdown(runs, "plain", "Title", Origin.here("the command"))
+
+    assert "Client code: abc.\n" in page()  # all runs are of an early version
+    for group in runs.values():
+        for run in group:
+            run.facts["all_code"] = "f00"
+    assert "Client code: abc. Client and server code: f00.\n" in page()
+    runs["better"][1].facts["all_code"] = "ba5"
+    changed = page()
+    assert "Client and server code: ba5, f00. Different code made these" in changed
+    assert "(client and server code f00: a1, a2, b1; ba5: b2)" in changed
+    del runs["plain"][0].facts["all_code"]
+    assert "(client and server code unknown: a1; f00: a2, b1; ba5: b2)" in page()
+
+
 @pytest.mark.parametrize(
     ("most", "said"),
     [

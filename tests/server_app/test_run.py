@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from clip2fl_common.config import Scalar
 from clip2fl_common.data.datasets import load_dataset, partition_indices
 from clip2fl_common.metrics import AccuracyReport
-from clip2fl_common.provenance import SHARED_TRAINING_VARIABLE
+from clip2fl_common.provenance import (
+    ALL_CODE,
+    SHARED_TRAINING_VARIABLE,
+    code_fingerprint,
+)
 from server_app.run import ServerRun
 from strategy.base import Method
 from strategy.clients import SimulatedClients
@@ -87,6 +91,9 @@ def test_config_file_holds_what_the_run_found(tmp_path: Path) -> None:
     )
     assert set(facts["versions"]) == {"python", "flwr", "torch", "numpy"}
     assert facts["shared_training"] is False
+    assert facts["code"] == code_fingerprint()
+    # A change of a method or of the server is a change, too.
+    assert facts["all_code"] == code_fingerprint(packages=ALL_CODE)
 
 
 def test_config_file_tells_of_shared_training(
