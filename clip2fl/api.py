@@ -89,8 +89,8 @@ class Run:
         Raises
         ------
         RunError
-            If the two runs have different classes or held-out images, or a file of a
-            run is damaged.
+            If the two runs have different classes, groups of classes or test images, or
+            a file of a run is damaged.
         OutputError
             If the report cannot be written.
         """

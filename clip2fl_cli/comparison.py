@@ -7,7 +7,7 @@ before.
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from clip2fl_cli.run_schema import (
 )
 from clip2fl_cli.simulation import RunResult, simulate
 from clip2fl_common.config import ConfigError, RunConfig, Scalar
+from clip2fl_common.config.files import parse_overrides
 from clip2fl_common.config.same_run import differences
 from clip2fl_common.project import experiment
 from clip2fl_common.provenance import (
@@ -47,6 +48,33 @@ if TYPE_CHECKING:
 MAX_REASON = 300
 # A warning names no more runs.
 MAX_NAMED = 20
+
+_SEEDS = "write seeds = [...], or give --seed (in Python, seeds=[...])"
+_PLACE = "the comparison's file names its folder, and --runs the parent of that folder"
+# Keys that a comparison sets for each of its runs, and what decides them.
+_OWN_KEYS = {
+    "seed": _SEEDS,
+    "run.dir": _PLACE,
+    "run.name": _PLACE,
+    "run.resume": "the command continues unfinished runs by itself",
+}
+_OTHER_IMAGES = "other test images would be compared"
+# Keys that must be the same in all variants, and what a difference would mean.
+_SAME_KEYS = {
+    "evaluation.tuning-share": "other test images would be held out",
+    "evaluation.max-images": "rounds before the last would use other test images",
+    "dataset.imbalance-factor": "other classes would be the few-shot ones",
+    **dict.fromkeys(
+        (
+            "dataset.name",
+            "dataset.root",
+            "dataset.test-list",
+            "dataset.test-split",
+            "dataset.demo-test-per-class",
+        ),
+        _OTHER_IMAGES,
+    ),
+}
 
 _Seeds = Annotated[list[Seed], Field(min_length=1, max_length=MAX_RUNS)]
 _seeds: TypeAdapter[list[int]] = TypeAdapter(_Seeds, config=ConfigDict(strict=True))
@@ -163,7 +191,8 @@ class Comparison:
         Raises
         ------
         ComparisonError
-            If the file is not as described.
+            If the file is not as described, a setting has no effect in a comparison, or
+            variants would be judged on other test images.
         ConfigError
             If a variant's configuration is not allowed.
         """
@@ -179,12 +208,16 @@ class Comparison:
         run_config = experiment(Path(content.experiment), file.parent)
         # Checked first: an error in these settings is not the fault of a variant.
         general = flat_settings(content.settings, f"{where}: settings")
+        _refuse_own_keys(general, f"{where}: settings")
+        _refuse_own_keys(parse_overrides(overrides), "--set")
+        _refuse_own_keys(settings or {}, "settings")
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in chosen.items():
             named = f"{where}: variants.{shown(variant)}"
             # Merged key by key: a variant that sets another key of client still gets
             # the common client.epochs.
             of_table = flat_settings(_without(table, "seeds"), named)
+            _refuse_own_keys(of_table, named)
             own = {**general, **of_table, **(settings or {})}
             try:
                 config = resolve(run_config, overrides, own)
@@ -422,10 +455,7 @@ def _refuse_other_images(
     of_variant: Mapping[str, Sequence[PlannedRun]], where: str
 ) -> None:
     """Raise if variants would be judged on other images or groups of classes."""
-    for key, consequence in (
-        ("evaluation.tuning-share", "other test images would be held out"),
-        ("dataset.imbalance-factor", "other classes would be the few-shot ones"),
-    ):
+    for key, consequence in _SAME_KEYS.items():
         (first, value), *others = (
             (variant, planned[0].config.to_flat()[key])
             for variant, planned in of_variant.items()
@@ -433,10 +463,20 @@ def _refuse_other_images(
         for variant, other in others:
             if other != value:
                 raise ComparisonError(
-                    f"{where}: {key} is {value} in the variant {shown(first)} and "
-                    f"{other} in {shown(variant)}, so {consequence}: set it for all "
-                    "variants, in [settings] or with --set"
+                    f"{where}: {key} is {short(value)} in the variant {shown(first)} "
+                    f"and {short(other)} in {shown(variant)}, so {consequence}: set it "
+                    "for all variants, in [settings] or with --set"
                 )
+
+
+def _refuse_own_keys(keys: Iterable[str], where: str) -> None:
+    """Raise if settings have a key that the comparison sets for each run."""
+    for key in keys:
+        if key in _OWN_KEYS:
+            raise ComparisonError(
+                f"{where}: {key} has no effect in a comparison, which sets it for each "
+                f"run: {_OWN_KEYS[key]}"
+            )
 
 
 def _checked_seeds(seeds: object, where: str) -> list[int]:

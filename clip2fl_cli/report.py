@@ -16,7 +16,7 @@ from clip2fl_cli.page import (
     write_page,
 )
 from clip2fl_cli.run_schema import Images
-from clip2fl_cli.runs import FinishedRun, refuse_other_classes
+from clip2fl_cli.runs import FinishedRun, refuse_other_tests
 from clip2fl_cli.sections import (
     OWN_KEYS,
     Line,
@@ -68,14 +68,15 @@ def write_run_report(run: FinishedRun, against: FinishedRun | None = None) -> Pa
     Raises
     ------
     RunError
-        If the two runs have different classes, or a file of a run is damaged.
+        If the two runs have different classes, groups of classes or test images, or a
+        file of a run is damaged.
     OutputError
         If the report cannot be written.
     """
     method = method_title(run.config["method"])
     compared = {"run": run.config["method"]}
     if against is not None:
-        refuse_other_classes([run, against])
+        refuse_other_tests([run, against])
         compared["baseline"] = against.config["method"]
     style_of = styles(compared)
     lines = [

@@ -133,6 +133,21 @@ class FinishedRun:
         return tuning if images is Images.TUNING else every - tuning
 
     @property
+    def tested(self) -> dict[str, int]:
+        """Numbers of the test images behind the accuracies, by names for readers."""
+        run = self.whole or self
+        every = int(run.facts["test_images"])
+        # 0 stands for all.
+        drawn = int(run.config["evaluation.max-images"]) or every
+        found = {
+            "test images": every,
+            "test images in rounds before the last": min(drawn, every),
+        }
+        if self.images is not Images.ALL:
+            found[f"{self.images} test images"] = run.part_size(self.images)
+        return found
+
+    @property
     def tuning_share(self) -> float:
         """Share of the test images on which settings are chosen; 0: none."""
         return float(self.config.get("evaluation.tuning-share", 0.0))
@@ -291,6 +306,40 @@ def refuse_other_classes(runs: Sequence[FinishedRun]) -> None:
                 f"({len(run.class_names)} and {len(first.class_names)}): compare runs "
                 "of the same data set"
             )
+
+
+def refuse_other_tests(runs: Sequence[FinishedRun]) -> None:
+    """Raise if runs were judged on other classes, groups of classes or test images.
+
+    The images are not known, but their numbers are: of all test images, of the part
+    that is shown, and of a round before the last.
+
+    Parameters
+    ----------
+    runs : sequence of FinishedRun
+        At least one, all on the same part of their test images.
+
+    Raises
+    ------
+    RunError
+        Names two runs that differ.
+    """
+    refuse_other_classes(runs)
+    first = runs[0]
+    for run in runs:
+        if run.facts["shot_groups"] != first.facts["shot_groups"]:
+            raise RunError(
+                f"{shown(run.folder)} has other many-, medium- and few-shot classes "
+                f"than {shown(first.folder)}: compare runs of the same long tail"
+            )
+        there = first.tested
+        for what, number in run.tested.items():
+            if number != there.get(what):
+                raise RunError(
+                    f"{shown(run.folder)} has {number} {what}, but "
+                    f"{shown(first.folder)} has {there.get(what)}: compare runs with "
+                    "the same test images and the same evaluation.max-images"
+                )
 
 
 def chosen_images(runs: Sequence[FinishedRun], wanted: Images | None = None) -> Images:

@@ -17,7 +17,7 @@ from clip2fl_cli.runs import (
     COLUMNS,
     FinishedRun,
     RunError,
-    refuse_other_classes,
+    refuse_other_tests,
 )
 from clip2fl_cli.wording import SHARED_TRAINING, last_rounds
 from clip2fl_common.shown import shown
@@ -196,17 +196,11 @@ def refuse_unlike(runs: Mapping[str, Sequence[FinishedRun]]) -> None:
     Raises
     ------
     RunError
-        If classes or their many-, medium- and few-shot groups differ, or runs of one
-        variant have different classifiers.
+        If classes, their many-, medium- and few-shot groups or the numbers of test
+        images differ, or runs of one variant have different classifiers.
     """
     every = [run for group in runs.values() for run in group]
-    refuse_other_classes(every)
-    for run in every:
-        if run.facts["shot_groups"] != every[0].facts["shot_groups"]:
-            raise RunError(
-                f"{shown(run.folder)} has other many-, medium- and few-shot classes "
-                f"than {shown(every[0].folder)}: compare runs of the same long tail"
-            )
+    refuse_other_tests(every)
     for group in runs.values():
         for run in group:
             if run.heads != group[0].heads:
@@ -394,14 +388,12 @@ def code_text(runs: Sequence[FinishedRun]) -> str:
 
 def different_code(runs: Sequence[FinishedRun]) -> str:
     """Return a warning if different code made the runs, else an empty text."""
-    made: dict[tuple[str, str], list[str]] = {}
+    made: dict[str, list[str]] = {}
     for run in runs:
-        made.setdefault((run.all_code, run.facts["code"]), []).append(run.name)
+        made.setdefault(run.all_code, []).append(run.name)
     if len(made) == 1:
         return ""
-    groups = "; ".join(
-        f"{code}: {', '.join(names)}" for (code, _), names in made.items()
-    )
+    groups = "; ".join(f"{code}: {', '.join(names)}" for code, names in made.items())
     return (
         "Different code made these runs, so their differences may come from the code "
         f"(client and server code {groups})."

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import clip2fl
-from clip2fl_cli.comparison import PlannedRun
+from clip2fl_cli.comparison import ComparisonError, PlannedRun
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.runs import RunError
 from clip2fl_cli.simulation import RunResult
@@ -135,6 +135,8 @@ def test_comparison_takes_settings_as_a_run_does(
     assert {run.config.teacher.prompt for run in seen} == {prompt}
     with pytest.raises(ConfigError, match=r"run\.trackers = None, but it must be"):
         clip2fl.compare("demo-compare", tmp_path, run={"trackers": None})
+    with pytest.raises(ComparisonError, match=r"settings: seed .* seeds=\[\.\.\.\]"):
+        clip2fl.compare("demo-compare", tmp_path, seed=99)
 
 
 def test_failed_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,10 +364,9 @@ def test_run_that_cannot_start_does_not_stop_the_others(
 def test_missing_images_are_named_before_the_first_run(
     file: Path, simulated: list[dict[str, object]]
 ) -> None:
-    file.write_text(
-        FILE + 'dataset.name = "image-folder"\ndataset.root = "/no/where"\n'
-    )
-    message = "variant adjusted: dataset.root = '/no/where' is not there"
+    images = 'dataset.name = "image-folder"\ndataset.root = "/no/where"\n'
+    file.write_text(FILE.replace("[settings]\n", f"[settings]\n{images}"))
+    message = "variant plain: dataset.root = '/no/where' is not there"
     with pytest.raises(ConfigError, match=message):
         list(complete(read(file), Watcher()))
     assert not simulated
@@ -503,6 +502,60 @@ def test_variants_must_hold_out_the_same_images(file: Path) -> None:
         read(file)
     shared = read(file, "evaluation.tuning-share=0.3")
     assert {run.config.evaluation.tuning_share for run in shared.plan} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("evaluation.max-images = 8", "is 0 in the variant plain and 8 in adjusted"),
+        ("dataset.demo-test-per-class = 8", "is 200 in the variant plain and 8 in adj"),
+        ('dataset.root = "/more"', "is '' in the variant plain and '/more' in adj"),
+        (
+            'dataset.test-list = "/more.csv"',
+            "is '' in the variant plain and '/more",
+        ),
+        (
+            'dataset.test-split = "dev"',
+            "is 'test' in the variant plain and 'dev'",
+        ),
+    ],
+)
+def test_variants_are_judged_on_the_same_images(
+    file: Path, pair: str, said: str
+) -> None:
+    file.write_text(f"{FILE}{pair}\n")
+    with pytest.raises(ComparisonError, match=rf"{pair.split()[0]} {said}.*set it for"):
+        read(file)
+    assert read(file, pair.replace(" = ", "=")).plan
+
+
+def test_variants_may_train_on_other_images(file: Path) -> None:
+    file.write_text(
+        f"{FILE}dataset.demo-train-per-class = 300\npartition.clients = 4\n"
+    )
+    assert {run.config.partition.clients for run in read(file).plan} == {10, 4}
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("seed = 99", r"seed has no effect .* write seeds = \[...\], or give --seed"),
+        ('run.dir = "/elsewhere"', "run.dir has no effect .* --runs"),
+        ('run.name = "x"', "run.name has no effect .* the comparison's file names"),
+        ('run.resume = "/x"', "run.resume has no effect .* continues unfinished runs"),
+    ],
+)
+def test_settings_that_the_comparison_overwrites_are_refused(
+    file: Path, pair: str, said: str
+) -> None:
+    with pytest.raises(ComparisonError, match=f"^--set: {said}"):
+        read(file, pair.replace(" = ", "="))
+    file.write_text(FILE.replace("[settings]", f"[settings]\n{pair}"))
+    with pytest.raises(ComparisonError, match=f"x.toml: settings: {said}"):
+        read(file)
+    file.write_text(f"{FILE}{pair}\n")
+    with pytest.raises(ComparisonError, match=f"variants.adjusted: {said}"):
+        read(file)
 
 
 def test_images_that_no_run_has_are_refused_before_the_first_run(file: Path) -> None:

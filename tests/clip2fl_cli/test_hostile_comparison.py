@@ -10,7 +10,7 @@ import pytest
 
 from clip2fl_cli import comparison as module
 from clip2fl_cli import results
-from clip2fl_cli.comparison import Comparison
+from clip2fl_cli.comparison import Comparison, ComparisonError
 from clip2fl_cli.simulation import RunResult
 from tests.clip2fl_cli.commands import refused, run, tree
 from tests.clip2fl_cli.html_page import Page
@@ -252,7 +252,8 @@ def test_bad_run_configuration_names_file_and_key(
 
 def test_no_variant_goes_on_with_another_run(file: Path) -> None:
     file.write_text(HEAD + PLAIN + 'run.resume = "/elsewhere"\n')
-    assert Comparison.read(file, file.parent).plan[0].config.run.resume == ""
+    with pytest.raises(ComparisonError, match="plain: run.resume has no effect"):
+        Comparison.read(file, file.parent)
 
 
 REASON = r"out of memory |<b>\x1b[2J"

@@ -815,6 +815,27 @@ def test_model_that_was_not_evaluated_is_not_said_to_be_what_is_shown(
     assert "The last round was not evaluated." in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (
+            {"shot_groups": {"rule": "rank", "many": [0], "medium": [], "few": [1]}},
+            "other many-, medium- and few-shot classes",
+        ),
+        ({"test_images": 30}, "has 30 test images, but"),
+    ],
+)
+def test_report_sets_no_run_against_one_of_another_test(
+    tmp_path: Path, facts: dict[str, object], said: str
+) -> None:
+    """Few-shot accuracy would be of other classes, as with another imbalance factor."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [50.0])
+    change_facts(tmp_path / "b", **facts)
+    with pytest.raises(RunError, match=said):
+        Run(tmp_path / "a").report(Run(tmp_path / "b"))
+
+
 def test_every_way_to_a_runs_report_shows_the_held_out_images(tmp_path: Path) -> None:
     """Of which `write_run` makes accuracy 1 point lower than on all images."""
     folder = write_run(tmp_path / "a", [60.0], evaluation__tuning_share=0.2).folder

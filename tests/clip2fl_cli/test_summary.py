@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from clip2fl_cli.summary import (
     summarise,
     teachers,
 )
-from tests.clip2fl_cli.made_up import write_run
+from tests.clip2fl_cli.made_up import change_facts, write_run
 
 # Two-sided 95 % quantiles of Student's t, from a printed table.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -321,6 +322,41 @@ def test_other_groups_are_no_few_shot_difference(
     groups["many"], groups["few"] = groups["few"], groups["many"]
     with pytest.raises(RunError, match="compare runs of the same long tail"):
         refuse_unlike(runs)
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "said"),
+    [
+        ({}, {"test_images": 30}, "has 30 test images, but .*a has 20: compare runs"),
+        (
+            {"evaluation__max_images": 8},
+            {},
+            "has 8 test images in rounds before the last, but .*a has 20: ",
+        ),
+        ({}, {"test_images_held_out": 15}, "has 15 held-out test images, but .* 16: "),
+    ],
+)
+def test_runs_on_other_test_images_are_not_compared(
+    tmp_path: Path, config: dict[str, Any], facts: dict[str, int], said: str
+) -> None:
+    """As of a data set that has grown between two invocations."""
+    write_run(tmp_path / "a", [50.0], evaluation__tuning_share=0.2)
+    write_run(tmp_path / "b", [60.0], evaluation__tuning_share=0.2, **config)
+    change_facts(tmp_path / "b", **facts)
+    runs = [
+        FinishedRun.read(tmp_path / name).on(Images.HELD_OUT) for name in ("a", "b")
+    ]
+    with pytest.raises(RunError, match=said):
+        refuse_unlike({"a": runs[:1], "b": runs[1:]})
+
+
+def test_numbers_of_test_images_that_make_no_difference_are_compared(
+    tmp_path: Path,
+) -> None:
+    """20 of 20 images are all; shares do not matter where all images are shown."""
+    one = write_run(tmp_path / "a", [50.0], evaluation__max_images=20)
+    other = write_run(tmp_path / "b", [50.0], evaluation__tuning_share=0.2)
+    refuse_unlike({"a": [one], "b": [other]})
 
 
 def test_a_teacher_with_two_prompts_has_two_accuracies(
