@@ -23,7 +23,7 @@ from clip2fl_cli.run_schema import (
 )
 from clip2fl_common.provenance import differences
 from clip2fl_common.shown import shown
-from server_app.console import HEAD_TITLES
+from server_app.console import HEAD_TITLES, shows_held_out
 from server_app.event_file import EventReader
 from server_app.file_names import CONFIG, EVENTS, LOG, METRICS, MODEL
 from server_app.folder_lock import in_use
@@ -431,7 +431,10 @@ class RunWatch:
         return curves
 
     def log_tail(self) -> list[str]:
-        """Return the last lines of the run's log, without any without a log.
+        """Return the last lines of the run's log; none without a log.
+
+        With a tuning share, the rows of the table at its end are left out that have
+        accuracy on images that are held out.
 
         Raises
         ------
@@ -448,6 +451,8 @@ class RunWatch:
         lines = text.split("\n")
         # The first one begins anywhere, the last one is being written.
         whole = lines[1 if size > LOG_BYTES else 0 : -1]
+        if self._tuning:
+            whole = [line for line in whole if not shows_held_out(line.rstrip())]
         return [shown(line.expandtabs()) for line in whole[-LOG_LINES:]]
 
     def _read_facts(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 `clip2fl_cli.progress` finds the lines of the rounds in Flower's log by their beginning.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,9 @@ class Progress:
         medians : mapping of str to AccuracyReport or None
             Accuracy of each head at the median site; None without sites.
         tuning : mapping of str to AccuracyReport or None
-            Accuracy of each head on the test images for tuning; None without any.
+            Accuracy of each head on the test images for tuning, shown instead of the
+            accuracy on all: whoever chooses settings must not see the others. None
+            without any.
 
         Returns
         -------
@@ -90,9 +93,10 @@ class Progress:
             f"{HEAD_TITLES[name]} balanced {report.balanced:.1f} %, few-shot "
             + ("-" if report.few is None else f"{report.few:.1f} %")
             + (f", median site {medians[name].balanced:.1f} %" if medians else "")
-            + (f", for tuning {tuning[name].balanced:.1f} %" if tuning else "")
-            for name, report in reports.items()
+            for name, report in (tuning or reports).items()
         )
+        if tuning:
+            accuracy = f"for tuning: {accuracy}"
         trained = "old model kept" if loss is None else f"loss {loss:.3f}"
         if went_back_to is not None:
             trained = f"went back to the model of round {went_back_to}"
@@ -103,6 +107,23 @@ class Progress:
             f"{self._durations[-1]:.1f} s, "
             f"{timedelta(seconds=round(left))} left"
         )
+
+
+FOR_TUNING = ", for tuning"
+"""End of a row's name in the table, if the accuracy is on the images for tuning."""
+_ROW = re.compile(rf"(.*\S)(?:\s+(?:\d+\.\d|-)){{{len(COLUMNS)}}}")
+
+
+def shows_held_out(line: str) -> bool:
+    """Return whether a line is a row of `final_table` with images that are held out.
+
+    Parameters
+    ----------
+    line : str
+        A line of the log of a run with a tuning share.
+    """
+    row = _ROW.fullmatch(line)
+    return row is not None and not row[1].endswith(FOR_TUNING)
 
 
 Row = Mapping[str, float | None]

@@ -37,6 +37,7 @@ from clip2fl_common.teacher import Teacher, load_teacher
 from server_app.checkpoints import ResumeError
 from server_app.console import (
     COLUMNS,
+    FOR_TUNING,
     HEAD_TITLES,
     Progress,
     Row,
@@ -348,7 +349,7 @@ class ServerRun:
             for key, on in (
                 ("accuracy", ""),
                 (f"accuracy_{HELD_OUT}", ", held out"),
-                (f"accuracy_{TUNING}", ", for tuning"),
+                (f"accuracy_{TUNING}", FOR_TUNING),
             )
             for head, row in mean_rows(lines, key).items()
         }

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from clip2fl_cli.live import VANISHED, RunState, RunWatch, SiteState, Status
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.status import sentences, site_rows
+from clip2fl_common.metrics import ShotGroups
+from server_app.console import COLUMNS, Row, final_table
 from server_app.folder_lock import in_use
 from strategy.events import What
 from tests.clip2fl_cli.commands import refused, run
@@ -179,6 +181,33 @@ def test_images_that_are_held_out_stay_unseen(tmp_path: Path) -> None:
     assert status.images is Images.TUNING
     assert status.accuracy["fedavg"].balanced == 14.0
     assert watch.curves()["fedavg"]["balanced"] == [(1, 14.0)]
+
+
+def test_log_tail_leaves_out_what_the_table_tells_of_held_out_images(
+    tmp_path: Path,
+) -> None:
+    rows: dict[str, Row] = {
+        "clip2fl, re-trained head": dict.fromkeys(COLUMNS, 31.5),
+        "clip2fl, re-trained head, held out": {
+            **dict.fromkeys(COLUMNS, 41.5),
+            "few": None,
+        },
+        "clip2fl, re-trained head, for tuning": dict.fromkeys(COLUMNS, 51.5),
+        "teacher zero-shot": dict.fromkeys(COLUMNS, 61.5),
+    }
+    table = final_table(rows, ShotGroups("rank", (0,), (1,), (2,)), ["a", "b", "c"], 9)
+    for share, hidden in ((0.2, True), (0.0, False)):
+        folder = unfinished(tmp_path / str(share), 1, 3, evaluation__tuning_share=share)
+        log = f"round 1/3: 100 clients\n{table}\nResults and model: /x\n"
+        stamped = [f"2026-01-01T00:00:00.000+00:00 {line}" for line in log.splitlines()]
+        (folder / "run.log").write_text("\n".join([*stamped, ""]))
+        watch = RunWatch(folder)
+        watch.look()
+        tail = "\n".join(watch.log_tail())
+        assert "51.5" in tail and "round 1/3: 100 clients" in tail
+        assert "Results and model: /x" in tail and "mean of the last 5 rounds" in tail
+        for number in ("31.5", "41.5", "61.5"):
+            assert (number in tail) is not hidden
 
 
 def test_replaced_metrics_are_read_again(tmp_path: Path) -> None:

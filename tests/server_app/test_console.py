@@ -43,7 +43,11 @@ def test_progress_tells_accuracy_loss_and_time_left(
     tuned = Progress(1).line(
         1, {"fedavg": POOR}, 0.5, clients=2, tuning={"fedavg": GOOD}
     )
-    assert "few-shot 100.0 %, for tuning 61.2 %; loss" in tuned
+    assert "for tuning: model's own head balanced 61.2 %, few-shot 33.3 %; loss" in (
+        tuned
+    )
+    # Whoever chooses settings does not see accuracy on the other images.
+    assert "5.0 %" not in tuned and "100.0 %" not in tuned
     kept = progress.line(300, {"fedavg": POOR}, None, clients=0)
     assert kept.endswith("; old model kept; 15.0 s, 0:00:00 left")
 

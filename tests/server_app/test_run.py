@@ -224,7 +224,7 @@ def test_parts_of_the_test_images_are_recorded(
     assert facts["test_images"] == 60
     assert (facts["test_images_tuning"], facts["test_images_held_out"]) == (20, 40)
     run.close_round(1, clip2fl)
-    assert ", for tuning " in capsys.readouterr().out
+    assert "; for tuning: re-trained head balanced " in capsys.readouterr().out
     run.close_round(2, clip2fl)
     run.close(clip2fl)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
