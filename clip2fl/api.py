@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 if TYPE_CHECKING:
     from clip2fl_cli.holdings import Holdings
     from clip2fl_cli.prediction import Model
+    from clip2fl_cli.run_schema import Images
     from clip2fl_cli.runs import FinishedRun
     from clip2fl_cli.summary import Failure
     from clip2fl_common.config import RunConfig, Scalar
@@ -163,6 +164,8 @@ def run(
         Keys that take precedence over ``config``: ``method="fedavg"``, and groups as
         mappings: ``federation={"rounds": 3, "clients_per_round": 2}``. Write an
         underscore for a key's hyphen. A `Path` may be relative, a string may not.
+        Another method or data set has its own defaults, also if ``config`` is the
+        complete configuration of a run.
 
     Returns
     -------
@@ -171,7 +174,8 @@ def run(
     Raises
     ------
     ConfigError
-        If a key does not exist or a value is not allowed; names each key.
+        If a key does not exist or comes twice, or a value is not allowed; names each
+        key.
     SimulationError
         If the run did not complete; gives the reason.
     KeyboardInterrupt
@@ -254,15 +258,14 @@ def compare(
     from clip2fl_cli.comparison import Comparison, complete
     from clip2fl_cli.flower_command import SimulationError
     from clip2fl_cli.progress import ComparisonProgress
-    from clip2fl_cli.run_schema import Images
     from clip2fl_common.config.files import toml_pair
     from clip2fl_common.project import experiment
 
-    own = dict(_flat(settings))
+    own = _flat(settings)
+    shown_images = _images(images)
     compared = Comparison.read(
         experiment(Path(file)), Path(runs), (), seeds, variants, own
     )
-    shown_images = Images(images) if images else None
     compared.refuse_absent(shown_images)
     # torch is imported from here on, after the checks of the settings.
     from clip2fl_cli.results import write_results
@@ -282,7 +285,7 @@ def compare(
     command += [word for name in variants for word in ("--variant", name)]
     pairs = " ".join(toml_pair(key, value) for key, value in own.items())
     command += ["--set", pairs] if pairs else []
-    command += ["--images", images] if images else []
+    command += ["--images", shown_images] if shown_images else []
     written = write_results(
         compared, finished, shlex.join(command), failed, shown_images
     )
@@ -352,29 +355,103 @@ def load_model(path: PathLike, public_key: PathLike | None = None) -> Model:
     return Model.load(Path(path), None if public_key is None else str(public_key))
 
 
+def _images(name: str | None) -> Images | None:
+    from clip2fl_cli.run_schema import Images
+    from clip2fl_common.config import ConfigError
+    from clip2fl_common.shown import short
+
+    if name is None:
+        return None
+    try:
+        return Images(str(name).replace("_", "-"))
+    except ValueError:
+        raise ConfigError(
+            f"images = {short(name)}, but it must be one of {', '.join(Images)}"
+        ) from None
+
+
 def _resolved(config: Config | None, settings: Mapping[str, object]) -> RunConfig:
     """Return the checked configuration for the arguments of `run`."""
     from clip2fl_cli.configuration import resolve
     from clip2fl_common.config import RunConfig
 
+    changed = _flat(settings)
     file: Path | None = None
     own: dict[str, Scalar] = {}
     if isinstance(config, RunConfig):
-        own = config.to_flat()
+        own = _without_defaults(config.to_flat(), changed)
     elif isinstance(config, Mapping):
-        own = dict(_flat(config))
+        own = _without_defaults(_flat(config), changed)
     elif config is not None:
         file = Path(config)
-    return resolve(file, (), {**own, **dict(_flat(settings))})
+    return resolve(file, (), {**own, **changed})
 
 
-def _flat(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of nested mappings; the values are checked later."""
+def _without_defaults(
+    own: dict[str, Scalar], changed: Mapping[str, Scalar]
+) -> dict[str, Scalar]:
+    """Return a configuration that takes the defaults of a changed method or data set.
+
+    A checked configuration, such as the one of a run, has each default as a value like
+    others. A mapping that lacks some of these keys is written by hand: all of it
+    counts.
+    """
+    from clip2fl_common.config import KEYS
+    from clip2fl_common.config.checks import known_classes
+    from clip2fl_common.config.keys import AUTO, FEW_CLASSES
+
+    chosen = [key for key in KEYS.values() if key.chosen]
+    if not all(key.name in own for key in chosen):
+        return own
+    new = {key for key, value in changed.items() if own.get(key) != value}
+    other_method = "method" in new
+    other_images = any(key.startswith("dataset.") for key in new)
+    known = known_classes(own)
+    sizes = (FEW_CLASSES, FEW_CLASSES + 1) if known is None else (known,)
+    found = dict(own)
+    for key in chosen:
+        concerned = (other_method and key.by_method) or (
+            other_images and key.many_classes is not None
+        )
+        if concerned and own[key.name] in (
+            key.default_of(own.get("method"), classes) for classes in sizes
+        ):
+            found[key.name] = AUTO
+    return found
+
+
+def _flat(table: Mapping[str, object]) -> dict[str, Scalar]:
+    """Return the dotted keys of nested mappings; the values are checked later.
+
+    Raises
+    ------
+    ConfigError
+        If a key has two values, as "a.b" and as "b" of the group "a".
+    """
+    from clip2fl_common.config import ConfigError
+    from clip2fl_common.shown import short, shown
+
+    found: dict[str, Any] = {}
+    for key, value in _pairs(table):
+        if key in found and repr(found[key]) != repr(value):
+            raise ConfigError(
+                f"{shown(key)} is given twice, as {short(found[key])} and as "
+                f"{short(value)}: leave one out"
+            )
+        found[key] = value
+    return found
+
+
+def _pairs(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    import numpy as np
+
     for part, value in table.items():
         key = f"{prefix}{part}".replace("_", "-")
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{key}.")
+            yield from _pairs(value, f"{key}.")
         elif isinstance(value, os.PathLike):
             yield key, os.path.abspath(value)
+        elif isinstance(value, np.generic):
+            yield key, value.item()
         else:
             yield key, value

@@ -1,6 +1,7 @@
 """The partition of the training images among clients, before any training."""
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,13 @@ class Holdings:
         names = dataset.class_names
         return cls(names, class_counts(parts, dataset.train.labels, len(names)))
 
-    def draw(self, file: Path) -> None:
+    def draw(self, file: str | os.PathLike[str]) -> None:
         """Write the heat map; the file's suffix decides its format.
+
+        Parameters
+        ----------
+        file : path
+            Its name ends with one of `FORMATS`.
 
         Raises
         ------
@@ -66,6 +72,7 @@ class Holdings:
         OutputError
             If the file cannot be written; an existing link is replaced.
         """
+        file = Path(file)
         if file.suffix.lower() not in FORMATS:
             raise ValueError(
                 f"--figure {shown(file)}: the name must end with {listed(FORMATS)}"

@@ -7,9 +7,11 @@ if the ServerApp failed. This module starts a SuperLink for one run, from an emp
 folder, asks it for the run's final status and stops all processes again.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TextIO
 
@@ -18,11 +20,13 @@ from joblib import cpu_count
 from clip2fl_cli.app_folder import checked_run_config, write_app_folder
 from clip2fl_cli.flower_command import SimulationError
 from clip2fl_cli.gpu_memory import free_gpu_bytes, memory_warning
+from clip2fl_cli.options import MOST_NODES
 from clip2fl_cli.signals import Interrupted, NotedSignals
 from clip2fl_cli.superlink import own_superlink, private_directory
 from clip2fl_common.config import ConfigError
 from clip2fl_common.config.files import complete_config
 from clip2fl_common.project import PROJECT
+from clip2fl_common.shown import short
 
 CLIENTS_PER_GPU = 4
 """More clients that train at once on a GPU slow each other down and fill its memory."""
@@ -112,13 +116,15 @@ def simulate(
     Raises
     ------
     ConfigError
-        If the run configuration cannot be read or has an unknown key. For this program
-        itself, also if a value is not allowed.
+        If a number of nodes, cores, GPUs or seconds is not allowed, or the run
+        configuration cannot be read or has an unknown key. For this program itself,
+        also if a value is not allowed.
     SimulationError
         If the SuperLink does not start.
     Interrupted
         If SIGINT, SIGTERM or SIGHUP arrived; raised after all processes were stopped.
     """
+    _refuse_odd_numbers(supernodes, cpus_per_client, gpus_per_client, timeout)
     config_text = checked_run_config(
         app, run_config, overrides, resume, images_here=True
     )
@@ -138,7 +144,7 @@ def simulate(
         if warning:
             output.write(f"WARNING :   {warning}\n")
     federation_config = (
-        f"num-supernodes={supernodes or max(2, cpu_count())}"
+        f"num-supernodes={max(2, cpu_count()) if supernodes is None else supernodes}"
         f" client-resources-num-cpus={cpus_per_client}"
         f" client-resources-num-gpus={gpus_per_client:g}"
     )
@@ -169,6 +175,43 @@ def simulate(
     if signals.first is not None:
         raise Interrupted(signals.first)
     return result
+
+
+def _refuse_odd_numbers(
+    nodes: object, cores: object, gpus: object, timeout: object
+) -> None:
+    """Raise if Flower or Ray would misread a number, or fail without naming it."""
+    count = f"a whole number from 1 to {MOST_NODES:,}"
+    for name, value, is_sound, wanted in (
+        ("supernodes", nodes, nodes is None or _is_count(nodes), count),
+        ("cpus_per_client", cores, _is_count(cores), count),
+        (
+            "gpus_per_client",
+            gpus,
+            gpus is None or _is_finite(gpus),
+            "a finite number, at least 0",
+        ),
+        (
+            "timeout",
+            timeout,
+            timeout is None or (_is_finite(timeout) and timeout != 0),
+            "a finite number above 0",
+        ),
+    ):
+        if not is_sound:
+            raise ConfigError(f"{name} = {short(value)}, but it must be {wanted}")
+
+
+def _is_count(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return 1 <= int(value) <= MOST_NODES
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return 0 <= float(value) < math.inf
 
 
 def shared_gpus(cpus_per_client: int, device: str = "auto") -> float:

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import clip2fl
-from clip2fl_cli.comparison import ComparisonError, PlannedRun
+from clip2fl_cli.comparison import Comparison, ComparisonError, PlannedRun
 from clip2fl_cli.flower_command import SimulationError
+from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import RunError
 from clip2fl_cli.simulation import RunResult
-from clip2fl_common.config import ConfigError, RunConfig
+from clip2fl_common.config import ConfigError, RunConfig, defaults
 from clip2fl_common.data.datasets import load_dataset
 from clip2fl_common.partition import long_tail_partition
 from tests.clip2fl_cli.made_up import change_facts
@@ -105,6 +106,121 @@ def test_keywords_win_over_a_configuration_of_any_kind(
     clip2fl.partition(given[kind], client={"epochs": 4}, run={"dir": Path("here")})
     place = {"client.epochs": 4, "run.dir": str(tmp_path / "here")}
     assert seen == [{**default_config(), **keys, **place}]
+
+
+# As docs/clip2fl-plus.md and docs/method.md list them: of CLIP2FL-Plus and of the
+# others; and with more than 50 classes.
+PLUS = {
+    "client.optimizer": ("muon", "sgd"),
+    "client.learning-rate": (0.03, 0.1),
+    "distillation.views": (10, 0),
+    "ema.decay": (0.6, 0.0),
+}
+MANY = {"class-gradients.draws": (2, 5), "retraining.epochs": (30, 300)}
+
+
+@pytest.mark.parametrize("kind", ["configuration", "mapping"])
+def test_another_method_has_its_own_defaults(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(method: str, changed: str, **settings: Any) -> dict[str, Any]:
+        seen: list[dict[str, Any]] = []
+        monkeypatch.setattr(
+            "clip2fl_cli.holdings.Holdings.of",
+            lambda config: seen.append(config.to_flat()),
+        )
+        before = RunConfig.from_run_config(
+            {**defaults(), "method": method, "client.epochs": 9, "ema.decay": 0.3}
+        )
+        config: Any = before if kind == "configuration" else before.to_flat()
+        clip2fl.partition(config, method=changed, **settings)
+        return seen[0]
+
+    for method, changed, which in (
+        ("clip2fl", "clip2fl-plus", 0),
+        ("clip2fl-plus", "fedavg", 1),
+    ):
+        values = found(method, changed)
+        expected = {key: pair[which] for key, pair in PLUS.items()}
+        # These two differed from the defaults before.
+        expected |= {"ema.decay": 0.3, "client.epochs": 9}
+        assert {key: values[key] for key in expected} == expected
+    kept = found("clip2fl", "clip2fl-plus", client={"optimizer": "sgd"})
+    assert (kept["client.optimizer"], kept["client.learning-rate"]) == ("sgd", 0.03)
+    assert found("clip2fl-plus", "clip2fl-plus", seed=1)["client.optimizer"] == "muon"
+
+
+def test_other_images_have_the_defaults_of_their_number_of_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "clip2fl_cli.holdings.Holdings.of", lambda config: seen.append(config.to_flat())
+    )
+    few = RunConfig.from_run_config({**defaults(), "retraining.epochs": 77})
+    clip2fl.partition(few, dataset={"name": "cifar100", "root": Path("images")})
+    (many,) = seen
+    assert many["class-gradients.draws"] == MANY["class-gradients.draws"][0]
+    assert many["retraining.epochs"] == 77
+    clip2fl.partition(many, dataset={"name": "demo", "root": ""})
+    assert seen[1]["class-gradients.draws"] == MANY["class-gradients.draws"][1]
+    clip2fl.partition(many, seed=3)
+    assert seen[2] == {**many, "seed": 3}
+
+
+def test_keys_that_are_written_by_hand_all_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here somebody wants CLIP2FL-Plus with SGD."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("clip2fl_cli.holdings.Holdings.of", seen.append)
+    written = {"method": "clip2fl", "client": {"optimizer": "sgd"}}
+    clip2fl.partition(written, method="clip2fl-plus")
+    assert (seen[0].client.optimizer, seen[0].client.learning_rate) == ("sgd", 0.03)
+
+
+def test_a_key_with_two_values_is_refused() -> None:
+    twice = {"federation.rounds": 3, "federation": {"rounds": 4}}
+    with pytest.raises(
+        ConfigError, match=r"federation\.rounds is given twice, as 3 and"
+    ):
+        clip2fl.partition(twice)
+    with pytest.raises(ConfigError, match=r"client\.batch-size is given twice"):
+        clip2fl.partition(client={"batch_size": 8, "batch-size": 16})
+    same = {"partition.clients": 3, "partition": {"clients": 3}}
+    assert len(clip2fl.partition({**TINY, **same}).counts) == 3
+
+
+def test_values_may_be_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("clip2fl_cli.holdings.Holdings.of", seen.append)
+    clip2fl.partition(
+        seed=np.int64(3), partition={"alpha": np.float32(0.25)}, method=np.str_("creff")
+    )
+    (config,) = seen
+    assert (config.seed, config.partition.alpha, config.method) == (3, 0.25, "creff")
+
+
+def test_images_are_named_with_hyphens_or_underscores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(compared: Comparison, images: Images | None) -> None:
+        pytest.fail(f"accepted {images}")
+
+    monkeypatch.setattr("clip2fl_cli.comparison.Comparison.refuse_absent", refuse)
+    names: tuple[Any, ...] = ("held_out", "held-out")
+    for name in names:
+        with pytest.raises(pytest.fail.Exception, match="accepted held-out"):
+            clip2fl.compare("demo-compare", tmp_path, images=name)
+    wrong: Any = "heldout"
+    with pytest.raises(ConfigError, match="'heldout', .* one of all, held-out, tuning"):
+        clip2fl.compare("demo-compare", tmp_path, images=wrong)
+
+
+def test_heat_map_takes_a_path_as_text(tmp_path: Path) -> None:
+    clip2fl.partition(**TINY).draw(str(tmp_path / "map.png"))
+    with Image.open(tmp_path / "map.png") as drawn:
+        assert drawn.format == "PNG"
 
 
 def test_wrong_settings_are_refused_by_name() -> None:

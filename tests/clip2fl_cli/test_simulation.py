@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ import threading
 import time
 import tomllib
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 import pytest
 
+import clip2fl
 import clip2fl_cli.simulation as module
 from clip2fl_cli.app_folder import checked_run_config
 from clip2fl_cli.flower_command import (
@@ -131,6 +133,29 @@ def assert_nothing_left(path: Path) -> None:
     """Check that neither a process nor a file is left, and remove the directory."""
     assert processes_naming(path) == []
     path.rmdir()  # refuses when something is in it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("supernodes", value) for value in (0, -3, 2.5, "2", True, 100_001)),
+        *(("cpus_per_client", value) for value in (0, -1, "2", None, 1.0)),
+        *(("gpus_per_client", value) for value in (-1, math.nan, math.inf, "1")),
+        *(("timeout", value) for value in (0, -1.0, math.nan, math.inf, "9", True)),
+    ],
+)
+def test_numbers_that_no_simulation_has_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    """Also from Python, where no parser of options has checked them."""
+    monkeypatch.setattr(
+        "clip2fl_cli.simulation.own_superlink", lambda *_: pytest.fail("it started")
+    )
+    numbers: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name} = .*, but it must be a "):
+        simulate(**numbers)
+    with pytest.raises(ConfigError, match=f"^{name} = .*, but it must be a "):
+        clip2fl.run("demo", quiet=True, **numbers)
 
 
 @pytest.mark.slow
