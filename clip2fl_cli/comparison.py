@@ -4,6 +4,7 @@ What reads runs is imported on use: torch takes seconds, and a wrong setting is 
 before.
 """
 
+import operator
 import os
 import shutil
 import unicodedata
@@ -36,7 +37,7 @@ from clip2fl_common.provenance import (
     SHARED_TRAINING_VARIABLE,
     code_fingerprint,
 )
-from clip2fl_common.shown import short, shown
+from clip2fl_common.shown import listed, short, shown
 from server_app.folder_lock import in_use
 from server_app.foreign_files import ForeignFileError, check
 
@@ -140,6 +141,8 @@ class Comparison:
     shares_local_training : bool
         Whether local training is cached until all runs are complete, so that variants
         which differ only at the server train once.
+    folders : tuple of Path
+        Folders of the runs of all variants in the file, even if only some are to run.
     """
 
     name: str
@@ -147,6 +150,7 @@ class Comparison:
     folder: Path
     plan: tuple[PlannedRun, ...]
     shares_local_training: bool = False
+    folders: tuple[Path, ...] = ()
 
     @property
     def local_training(self) -> Path:
@@ -198,6 +202,8 @@ class Comparison:
         """
         content = _parse(file)
         chosen = _chosen(content, variants)
+        none_given = isinstance(seeds, Sequence) and not seeds
+        for_all = None if none_given else _checked_seeds(seeds, "--seed")
         if problem := component_problem(file.stem):
             raise ComparisonError(
                 f"{shown(file)}: its runs go to a folder of its name, but "
@@ -211,6 +217,14 @@ class Comparison:
         _refuse_own_keys(general, f"{where}: settings")
         _refuse_own_keys(parse_overrides(overrides), "--set")
         _refuse_own_keys(settings or {}, "settings")
+        seeds_of = {
+            variant: for_all
+            or _checked_seeds(
+                table.get("seeds", content.seeds),
+                f"{where}: variants.{shown(variant)}.seeds",
+            )
+            for variant, table in content.variants.items()
+        }
         of_variant: dict[str, list[PlannedRun]] = {}
         for variant, table in chosen.items():
             named = f"{where}: variants.{shown(variant)}"
@@ -223,12 +237,9 @@ class Comparison:
                 config = resolve(run_config, overrides, own)
             except ConfigError as error:
                 raise ConfigError(f"{named}: {error}") from None
-            own_seeds = list(seeds) or table.get("seeds", content.seeds)
             of_variant[variant] = [
                 PlannedRun(variant, seed, _placed(config, folder, variant, seed))
-                for seed in _checked_seeds(
-                    own_seeds, "--seed" if seeds else f"{named}.seeds"
-                )
+                for seed in seeds_of[variant]
             ]
         _refuse_other_images(of_variant, where)
         longest = max(map(len, of_variant.values()))
@@ -244,6 +255,11 @@ class Comparison:
             folder,
             tuple(plan),
             content.share_local_training,
+            tuple(
+                folder / _folder_name(variant, seed)
+                for variant, of_file in seeds_of.items()
+                for seed in of_file
+            ),
         )
 
     def refuse_absent(self, images: Images | None) -> None:
@@ -303,14 +319,11 @@ class Comparison:
         ]
         if not others:
             return ""
-        more = len(others) - MAX_NAMED
-        named = shown(", ".join(others[:MAX_NAMED])) + (
-            f" and {more} more" if more > 0 else ""
-        )
         return (
-            f"other code than the present one made the complete runs {named} in "
-            f"{shown(self.folder)}. They are not repeated: to make them again, remove "
-            "their folders, or choose another folder with --runs"
+            "other code than the present one made the complete runs "
+            f"{listed(others, MAX_NAMED)} in {shown(self.folder)}. They are "
+            "not repeated: to make them again, remove their folders, or choose another "
+            "folder with --runs"
         )
 
 
@@ -373,8 +386,19 @@ def complete(comparison: Comparison, watcher: Watcher) -> "Iterator[Failure]":
             lines = (result.details or result.status).strip().splitlines()
             reason = shown(lines[0] if lines else "no reason given")[:MAX_REASON]
             yield Failure(run.variant, run.seed, reason)
-    if not comparison.missing() and comparison.local_training.exists():
-        shutil.rmtree(comparison.local_training)
+    _remove_local_training(comparison)
+
+
+def _remove_local_training(comparison: Comparison) -> None:
+    """Remove the cached local models, unless a run may still need them."""
+    from clip2fl_cli.runs import is_complete
+
+    # Another command may execute other variants or seeds.
+    if all(map(is_complete, comparison.folders)) and not any(
+        map(in_use, comparison.folder.iterdir())
+    ):
+        # Two commands may end at once.
+        shutil.rmtree(comparison.local_training, ignore_errors=True)
 
 
 @contextmanager
@@ -412,7 +436,7 @@ def _parse(file: Path) -> ComparisonFile:
     folders: dict[str, str] = {}
     for variant in content.variants:
         # The longest folder name that the variant may get.
-        if problem := component_problem(f"{variant}-seed{2**32 - 1}"):
+        if problem := component_problem(_folder_name(variant, 2**32 - 1)):
             raise ComparisonError(
                 f"{shown(file)}: the variant {short(variant)} {problem}, but its runs "
                 "go to folders of that name: choose another"
@@ -479,10 +503,13 @@ def _refuse_own_keys(keys: Iterable[str], where: str) -> None:
             )
 
 
-def _checked_seeds(seeds: object, where: str) -> list[int]:
+def _checked_seeds(seeds: Any, where: str) -> list[int]:
     try:
-        found = _seeds.validate_python(seeds)
-    except ValidationError:
+        # NumPy's whole numbers, too; True is none.
+        found = _seeds.validate_python(
+            [s if isinstance(s, bool) else operator.index(s) for s in seeds]
+        )
+    except (ValidationError, TypeError):
         found = []
     if not found or len(set(found)) < len(found):
         raise ComparisonError(
@@ -492,12 +519,16 @@ def _checked_seeds(seeds: object, where: str) -> list[int]:
     return found
 
 
+def _folder_name(variant: str, seed: int) -> str:
+    return f"{variant}-seed{seed}"
+
+
 def _placed(config: RunConfig, folder: Path, variant: str, seed: int) -> RunConfig:
     """Return a variant's configuration for one seed, with its own folder."""
     place: dict[str, Scalar] = {
         "seed": seed,
         "run.dir": str(folder),
-        "run.name": f"{variant}-seed{seed}",
+        "run.name": _folder_name(variant, seed),
         "run.resume": "",
     }
     return RunConfig.from_run_config({**config.to_flat(), **place})

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -165,6 +166,20 @@ def test_seeds_of_the_command_line_win(file: Path) -> None:
     ]
 
 
+def test_seeds_may_be_whole_numbers_of_numpy(file: Path) -> None:
+    for seeds in (np.arange(2), [np.int64(0), 1], (0, 1)):
+        found: Any = seeds
+        plan = read(file, seeds=found).plan
+        assert {run.seed for run in plan} == {0, 1}
+        assert {type(run.seed) for run in plan} == {int}
+
+
+@pytest.mark.parametrize("seeds", [5, "12", [True], [1.0], np.arange(0), [[1]]])
+def test_what_is_no_seed_is_named(file: Path, seeds: Any) -> None:
+    with pytest.raises(ComparisonError, match="--seed = .* different whole numbers"):
+        read(file, seeds=seeds)
+
+
 def test_complete_runs_are_not_repeated(
     file: Path, simulated: list[dict[str, object]]
 ) -> None:
@@ -287,6 +302,28 @@ def test_local_training_is_kept_until_all_runs_are_there(
     list(complete(read(file), Watcher()))
     assert not kept.exists()
     assert SHARED_TRAINING_VARIABLE not in os.environ
+
+
+def test_local_training_is_kept_for_the_variants_that_are_not_chosen(
+    file: Path, simulated: list[dict[str, object]]
+) -> None:
+    file.write_text(
+        FILE.replace("[settings]", "share-local-training = true\n[settings]")
+    )
+    kept = file.parent / "runs" / "x" / "local-training"
+    kept.mkdir(parents=True)
+    some = Comparison.read(file, file.parent / "runs", variants=["plain"])
+    assert list(complete(some, Watcher())) == []
+    assert kept.exists()  # the variant adjusted has no run
+    # Another command, with another seed, uses what is there.
+    other = RunFolder(read(file, seeds=(5,)).plan[0].config, 1)
+    try:
+        list(complete(read(file), Watcher()))
+        assert kept.exists()
+    finally:
+        other.release()
+    list(complete(some, Watcher()))
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize(
