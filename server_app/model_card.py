@@ -223,7 +223,8 @@ def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"**Input.** An {steps['colour']} image: its {steps['crop']}, scaled to "
+        f"**Input.** An {steps['colour']} image, {steps['orientation']}: its "
+        f"{steps['crop']}, scaled to "
         f"{steps['size']} pixels ({steps['interpolation']}). `model.onnx` takes "
         "`pixels` of uint8 [N, 3, height, width] and gives `logits` [N, classes]. "
         "`clip2fl predict --model FOLDER IMAGE` does it all."

@@ -82,6 +82,7 @@ def preprocessing(card: ModelCard) -> dict[str, object]:
     """Return the steps that make an image the input of the ONNX graph."""
     return {
         "colour": "RGB",
+        "orientation": "upright (EXIF)",
         "crop": "centre square",
         "size": card.image_size,
         "interpolation": "bicubic",

@@ -86,6 +86,8 @@ def test_onnx_carries_class_names_and_preprocessing(
     found = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert found["class_names"] == runs["clip2fl"].class_names
     assert found["preprocessing"]["size"] == 32
+    # Cameras turn many photographs by a tag only.
+    assert found["preprocessing"]["orientation"] == "upright (EXIF)"
     assert found["preprocessing"]["type"] == "uint8"
     assert found["provenance"]["method"] == "clip2fl"
     (pixels,) = model.graph.input
