@@ -31,15 +31,14 @@ from clip2fl_cli.sections import (
     groups_text,
     images_text,
     losses_section,
-    rounds_of,
     teacher_text,
 )
 from clip2fl_cli.summary import (
     Failure,
     Row,
+    cautions,
     code_text,
     difference_text,
-    different_code,
     failed_runs,
     paired_difference,
     summarise,
@@ -54,7 +53,7 @@ from clip2fl_cli.tables import (
     teacher_rows,
     text_table,
 )
-from clip2fl_cli.wording import SHARED_TRAINING, head_title
+from clip2fl_cli.wording import SHARED_TRAINING, head_title, last_rounds
 
 # Title of the accuracy on all test images, beside the one on those held out.
 ALL_IMAGES = "balanced, all images"
@@ -159,18 +158,17 @@ def _comparison_results(
         for variant, failed in failed_runs(failures).items()
     ]
     first = next(iter(runs.values()))[0]
+    averaged = last_rounds(run for group in runs.values() for run in group)
     table = Table(
         "results-table",
-        f"Accuracy in percent, mean of {rounds_of([first])} ± standard deviation over "
+        f"Accuracy in percent, mean of {averaged} ± standard deviation over "
         f"seeds. Differences: to what {baseline} delivers, in balanced and in few-shot "
         "accuracy, seed by seed, with their 95 % confidence intervals. Minutes: of a "
         "run. MB up: megabytes that all clients send in a round.",
         header,
         [*body, *teacher_rows(runs, header)],
     )
-    every = [run for group in runs.values() for run in group]
-    warning = different_code(every)
-    text = " ".join(filter(None, [*images_text(first), groups_text(first), warning]))
+    text = " ".join([*images_text(first), groups_text(first), *cautions(runs)])
     picture = _ranking_picture(ranking, runs, baseline, style_of)
     return Section(
         "results", "Results", text, [picture], [table, *_other_classifiers(rows)]

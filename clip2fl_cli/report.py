@@ -28,7 +28,6 @@ from clip2fl_cli.sections import (
     groups_text,
     images_text,
     losses_section,
-    rounds_of,
     teacher_text,
 )
 from clip2fl_cli.sites_section import sites_section
@@ -46,7 +45,7 @@ from clip2fl_cli.tables import (
     teacher_rows,
     text_table,
 )
-from clip2fl_cli.wording import SHARED_TRAINING, head_title, method_title
+from clip2fl_cli.wording import SHARED_TRAINING, head_title, last_rounds, method_title
 from clip2fl_common.config import defaults
 
 
@@ -127,7 +126,7 @@ def _run_results(run: FinishedRun, against: FinishedRun | None) -> Section:
         add(f"{name}, {run.last_round}", run.final(head), bool(delivered))
         if len(run.evaluated) > 1:
             means = {column: run.last(head, column) for column in COLUMNS}
-            add(f"{name}, mean of {rounds_of([run])}", means, False)
+            add(f"{name}, mean of {last_rounds([run])}", means, False)
         if run.images is Images.HELD_OUT:
             whole = run.on(Images.ALL).final(head)
             add(f"{name}, {run.last_round}, all test images", whole, False)

@@ -99,7 +99,7 @@ def accuracy_section(lines: Sequence[Line], table: Table) -> Section:
     picture = Picture(
         "accuracy",
         "Balanced, many-, medium- and few-shot accuracy over the rounds, on the same "
-        f"scale. Balanced, mean of {rounds_of(lines[0].runs)}: {last}.",
+        f"scale. Balanced, mean of {_averaged(lines)}: {last}.",
         figures.over_rounds(
             panels,
             top=min(100.0, 10 * math.ceil(highest / 10 + 0.2)),
@@ -111,9 +111,9 @@ def accuracy_section(lines: Sequence[Line], table: Table) -> Section:
     return Section("accuracy", "Accuracy over rounds", text, [picture], [table])
 
 
-def rounds_of(runs: Sequence[FinishedRun]) -> str:
-    """Return which rounds the mean of the last rounds covers, in words."""
-    return last_rounds(min(len(run.evaluated) for run in runs))
+def _averaged(lines: Sequence[Line]) -> str:
+    """Return which rounds the means of these classifiers cover, in words."""
+    return last_rounds(run for line in lines for run in line.runs)
 
 
 def classes_section(lines: Sequence[Line]) -> Section:
@@ -143,16 +143,15 @@ def classes_section(lines: Sequence[Line]) -> Section:
     ]
     table = Table(
         "classes-table",
-        f"Numbers: mean of {rounds_of(lines[0].runs)}",
+        f"Numbers: mean of {_averaged(lines)}",
         ["class", "training images", *values],
         rows,
         folded=True,
     )
-    text = f"Mean of {rounds_of(lines[0].runs)}. The most frequent class is on top."
+    text = f"Mean of {_averaged(lines)}. The most frequent class is on top."
     if counts is None:
         text = (
-            f"Mean of {rounds_of(lines[0].runs)}, in the order of dataset.class-names. "
-            f"{UNTOLD}"
+            f"Mean of {_averaged(lines)}, in the order of dataset.class-names. {UNTOLD}"
         )
     return Section("classes", "Classes by frequency", text, [picture], [table])
 

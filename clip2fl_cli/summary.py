@@ -348,8 +348,9 @@ def markdown(
             )
             + "."
         )
-    averaged = last_rounds(min(len(run.evaluated) for run in every))
-    code = plain(" ".join(filter(None, [code_text(every), different_code(every)])))
+    averaged = last_rounds(every)
+    code = plain(code_text(every))
+    warnings = "".join(f"\n{plain(text)}" for text in cautions(runs))
     return f"""# {plain(title)}
 
 Date: {origin.date}. Command:
@@ -362,7 +363,7 @@ many = classes {_listed(groups["many"])}, medium = {_listed(groups["medium"])},
 few = {_listed(groups["few"])}.
 Differences: to the delivered classifier of {reference}, in balanced and in few-shot
 accuracy, seed by seed, with their 95 % confidence intervals (Student's t).
-Teacher: {plain(", ".join(teachers(runs))) or "none"}.
+Teacher: {plain(", ".join(teachers(runs))) or "none"}.{warnings}
 
 {main_table(runs, baseline, failures)}
 
@@ -386,18 +387,27 @@ def code_text(runs: Sequence[FinishedRun]) -> str:
     )
 
 
-def different_code(runs: Sequence[FinishedRun]) -> str:
-    """Return a warning if different code made the runs, else an empty text."""
+def cautions(runs: Mapping[str, Sequence[FinishedRun]]) -> list[str]:
+    """Return what else may make the variants differ, as sentences for readers."""
+    found = []
+    lengths = {
+        variant: group[0].config["federation.rounds"] for variant, group in runs.items()
+    }
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{variant} {n}" for variant, n in lengths.items())
+        found.append(f"Variants have different numbers of rounds: {listed}.")
     made: dict[str, list[str]] = {}
-    for run in runs:
+    for run in (run for group in runs.values() for run in group):
         made.setdefault(run.all_code, []).append(run.name)
-    if len(made) == 1:
-        return ""
-    groups = "; ".join(f"{code}: {', '.join(names)}" for code, names in made.items())
-    return (
-        "Different code made these runs, so their differences may come from the code "
-        f"(client and server code {groups})."
-    )
+    if len(made) > 1:
+        listed = "; ".join(
+            f"{code}: {', '.join(names)}" for code, names in made.items()
+        )
+        found.append(
+            "Different code made these runs, so their differences may come from the "
+            f"code (client and server code {listed})."
+        )
+    return found
 
 
 def drawn_images(run: FinishedRun) -> int | None:

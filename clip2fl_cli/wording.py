@@ -1,6 +1,8 @@
 """Words of a report: names that a person reads, and phrases that depend on numbers."""
 
-from clip2fl_cli.runs import LAST_ROUNDS
+from collections.abc import Iterable
+
+from clip2fl_cli.runs import LAST_ROUNDS, FinishedRun
 from clip2fl_common.config.types import PLUS
 from clip2fl_common.metrics import FEDAVG_HEAD
 from server_app.console import HEAD_TITLES
@@ -28,21 +30,24 @@ def head_title(head: str) -> str:
     return _HEADS.get(head, f"{head} head")
 
 
-def last_rounds(evaluated: int) -> str:
-    """Return which rounds a mean of the last rounds covers.
+def last_rounds(runs: Iterable[FinishedRun]) -> str:
+    """Return which rounds the means of the runs' last rounds cover.
 
     Parameters
     ----------
-    evaluated : int
-        Number of rounds with an accuracy, at least one.
+    runs : iterable of FinishedRun
+        At least one.
 
     Returns
     -------
     str
         For example "the last 5 rounds" or, of a short run, "both rounds".
     """
-    if evaluated > LAST_ROUNDS:
-        return f"the last {LAST_ROUNDS} rounds"
-    return {1: "the only round", 2: "both rounds"}.get(
-        evaluated, f"all {evaluated} rounds"
-    )
+    numbers = {len(run.evaluated) for run in runs}
+    fewest, most = min(numbers), max(numbers)
+    if most > LAST_ROUNDS:
+        shorter = ", or all of a shorter run" if fewest < LAST_ROUNDS else ""
+        return f"the last {LAST_ROUNDS} rounds{shorter}"
+    if fewest < most:
+        return "all rounds"
+    return {1: "the only round", 2: "both rounds"}.get(most, f"all {most} rounds")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip2fl_cli.comparison_report import write_comparison_report
 from clip2fl_cli.run_schema import Images
 from clip2fl_cli.runs import FinishedRun, RunError, chosen_images
 from clip2fl_cli.summary import (
@@ -158,10 +159,37 @@ def test_page_warns_of_runs_of_different_code(
     assert "Client code: abc. Client and server code: f00.\n" in page()
     runs["better"][1].facts["all_code"] = "ba5"
     changed = page()
-    assert "Client and server code: ba5, f00. Different code made these" in changed
+    assert "Client and server code: ba5, f00.\n" in changed
+    assert "\nDifferent code made these runs" in changed
     assert "(client and server code f00: a1, a2, b1; ba5: b2)" in changed
     del runs["plain"][0].facts["all_code"]
     assert "(client and server code unknown: a1; f00: a2, b1; ba5: b2)" in page()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ((3, 3), "all 3 rounds"),
+        ((2, 3), "all rounds"),
+        ((5, 30), "the last 5 rounds"),
+        ((3, 30), "the last 5 rounds, or all of a shorter run"),
+        ((30, 3), "the last 5 rounds, or all of a shorter run"),
+        ((30, 31), "the last 5 rounds"),
+    ],
+)
+def test_page_and_report_say_which_rounds_are_averaged(
+    tmp_path: Path, rounds: tuple[int, int], said: str
+) -> None:
+    runs = {
+        name: [write_run(tmp_path / name, [50.0] * n)]
+        for name, n in zip(("one", "two"), rounds, strict=True)
+    }
+    page = markdown(runs, "one", "Title", Origin.here("the command"))
+    report = write_comparison_report(tmp_path, "x", runs, "one").read_text("utf-8")
+    assert f"mean of\n{said} (±" in page
+    assert f"mean of {said} ±" in report.replace("&nbsp;", " ")
+    note = f"different numbers of rounds: one {rounds[0]}, two {rounds[1]}."
+    assert (note in page) is (note in report) is (rounds[0] != rounds[1])
 
 
 @pytest.mark.parametrize(
