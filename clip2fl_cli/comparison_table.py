@@ -28,7 +28,7 @@ from clip2fl_cli.runs import (
     refuse_missing_parts,
 )
 from clip2fl_cli.summary import Failure, Origin
-from clip2fl_cli.tables import gradient_bytes
+from clip2fl_cli.tables import statistics_bytes
 from clip2fl_common.shown import short, shown
 from server_app.foreign_files import (
     MEGABYTE,
@@ -361,7 +361,7 @@ def _cells_of(line: Mapping[str, Any]) -> dict[str, float | None]:
     cells |= {
         "bytes.down": line["bytes"]["down"],
         "bytes.up": line["bytes"]["up"],
-        "bytes.class_gradients": gradient_bytes(line),
+        "bytes.class_gradients": statistics_bytes(line),
     }
     for mechanism, spent in line.get("privacy", {}).items():
         cells |= {

@@ -182,7 +182,7 @@ def _run_costs(run: FinishedRun, style: Style) -> Section:
     traffic = {
         "down, all clients": mean_bytes([run], "down"),
         "up, all clients": mean_bytes([run], "up"),
-        "class gradients in it": mean_bytes([run], "class_gradients"),
+        "statistics in it": mean_bytes([run], "class_gradients"),
     }
     shown = {
         "Seconds of the run, by phase": wall,

@@ -145,19 +145,22 @@ def cost_values(line: Mapping[str, Any]) -> dict[str, Any]:
         **{f"s {phase}": seconds for phase, seconds in line["seconds"].items()},
         "bytes down": line["bytes"]["down"],
         "bytes up": line["bytes"]["up"],
-        "bytes of class gradients": gradient_bytes(line),
+        "bytes of statistics": statistics_bytes(line),
     }
 
 
-def gradient_bytes(line: Mapping[str, Any]) -> int:
-    """Return the bytes of class gradients that all clients sent in a round."""
+def statistics_bytes(line: Mapping[str, Any]) -> int:
+    """Return the bytes of all that clients sent in a round besides models.
+
+    These are class gradients, class moments or both, as the method has them.
+    """
     return sum(line["bytes"].get("class_gradients", []))
 
 
 def mean_bytes(runs: Sequence[FinishedRun], name: str) -> float:
     """Return the mean over rounds and runs."""
     return statistics.fmean(
-        gradient_bytes(line) if name == "class_gradients" else line["bytes"][name]
+        statistics_bytes(line) if name == "class_gradients" else line["bytes"][name]
         for run in runs
         for line in run.rounds
     )

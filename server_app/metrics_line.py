@@ -65,6 +65,7 @@ def metrics_line(
             "down": record.bytes_down,
             "up": sum(record.upload_bytes),
             "per_client": record.upload_bytes,
+            # All statistics; the name is from when class gradients were the only ones.
             "class_gradients": record.gradient_bytes,
         },
         "seconds": {name: round(s, 4) for name, s in seconds.items()},

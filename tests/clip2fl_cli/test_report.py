@@ -122,7 +122,7 @@ def test_run_report_has_every_section_with_the_numbers_of_the_run(
         assert costs.column(f"s {phase}") == expected
     assert costs.column("bytes up") == [exact(line["bytes"]["up"]) for line in lines]
     gradients = [sum(line["bytes"]["class_gradients"]) for line in lines]
-    assert costs.column("bytes of class gradients") == [exact(n) for n in gradients]
+    assert costs.column("bytes of statistics") == [exact(n) for n in gradients]
 
     results = page.tables["results-table"]
     assert results.texts[0][0] == "re-trained head, last round"
