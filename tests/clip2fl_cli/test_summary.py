@@ -22,6 +22,7 @@ from clip2fl_cli.summary import (
     summarise,
     teachers,
 )
+from clip2fl_cli.wording import last_rounds
 from tests.clip2fl_cli.made_up import change_facts, write_run
 
 # Two-sided 95 % quantiles of Student's t, from a printed table.
@@ -177,19 +178,28 @@ def test_page_warns_of_runs_of_different_code(
         ((30, 31), "the last 5 rounds"),
     ],
 )
-def test_page_and_report_say_which_rounds_are_averaged(
+def test_mean_of_the_last_rounds_in_words(
     tmp_path: Path, rounds: tuple[int, int], said: str
 ) -> None:
+    runs = [write_run(tmp_path / str(n), [50.0] * n) for n in set(rounds)]
+    assert last_rounds(runs) == said
+
+
+def test_page_and_report_say_which_rounds_are_averaged(tmp_path: Path) -> None:
+    lengths = {"one": 3, "two": 30}
     runs = {
-        name: [write_run(tmp_path / name, [50.0] * n)]
-        for name, n in zip(("one", "two"), rounds, strict=True)
+        name: [write_run(tmp_path / name, [50.0] * n)] for name, n in lengths.items()
     }
     page = markdown(runs, "one", "Title", Origin.here("the command"))
     report = write_comparison_report(tmp_path, "x", runs, "one").read_text("utf-8")
-    assert f"mean of\n{said} (±" in page
-    assert f"mean of {said} ±" in report.replace("&nbsp;", " ")
-    note = f"different numbers of rounds: one {rounds[0]}, two {rounds[1]}."
-    assert (note in page) is (note in report) is (rounds[0] != rounds[1])
+    assert "mean of\nthe last 5 rounds, or all of a shorter run (±" in page
+    said = "ean of the last 5 rounds, or all of a shorter run"
+    # In results and classes.
+    assert report.replace("&nbsp;", " ").count(said) >= 3
+    note = "Variants have different numbers of rounds: one 3, two 30."
+    assert note in page and note in report
+    same = markdown({"two": runs["two"]}, "two", "Title", Origin.here("the command"))
+    assert "different numbers" not in same and "shorter" not in same
 
 
 @pytest.mark.parametrize(
