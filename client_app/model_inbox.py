@@ -8,6 +8,7 @@ a dot is always complete and as the server signed it.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import getLogger
@@ -25,6 +26,7 @@ from clip2fl_common.messages import (
     ModelOffer,
     ModelState,
 )
+from clip2fl_common.shown import shown
 from clip2fl_common.signed_folder import (
     Manifest,
     SignatureError,
@@ -38,6 +40,8 @@ logger = getLogger(__name__)
 LOCK = ".lock"
 LOCK_TIMEOUT_S = 60.0
 INCOMING = ".incoming-"
+# What `Manifest.name` makes.
+_NAME = re.compile(r".+-[0-9a-f]{12}")
 # Bytes of a request besides its piece and its manifest.
 _REST_BYTES = 2**12
 
@@ -233,6 +237,33 @@ def stored_models(folder: Path, public_key: str) -> list[Manifest]:
             if manifest.name == path.name:
                 found.append(manifest)
     return sorted(found, key=lambda manifest: manifest.made, reverse=True)
+
+
+def refused_models(folder: Path, public_key: str) -> list[tuple[Path, str]]:
+    """Return the folders that have a stored model's name, and hold none, with reasons.
+
+    Without its manifest nobody knows how old such a model is: it may be the newest.
+
+    Parameters
+    ----------
+    folder : Path
+        A site's ``models-folder``; it may be absent.
+    public_key : str
+        The site's ``model-key``.
+    """
+    refused = []
+    for path in sorted(folder.glob("[!.]*")):
+        if not _NAME.fullmatch(path.name):
+            continue
+        try:
+            manifest = read_manifest(path, public_key)
+        except SignatureError as error:
+            refused.append((path, str(error)))
+        else:
+            if manifest.name != path.name:
+                reason = f"{shown(path)} was renamed: it is {manifest.name}"
+                refused.append((path, reason))
+    return refused
 
 
 def _arrived(incoming: Path, manifest: Manifest) -> int:

@@ -67,17 +67,20 @@ def fetch(
 
     The server sends a model over the node's connection, so this command needs no
     network. It compares every byte with what the server signed. Exit status: 0 done;
-    1 nothing has arrived; 2 a model was changed, or wrong usage.
+    1 nothing has arrived; 2 a model was changed, or wrong usage. A model
+    with a changed manifest may be the newest: only --name then copies another one.
     """
-    from client_app.model_inbox import INCOMING
+    from client_app.model_inbox import INCOMING, refused_models
     from clip2fl_cli.model_keys import trust
+    from clip2fl_common.shown import shown
 
     folder, key = _place(policy, models, public_key)
     found = arrived_models(folder, key)
-    if not found:
+    refused = refused_models(folder, key)
+    if not found and not refused:
         console.tell(_nothing(folder, sorted(folder.glob(f"{INCOMING}*"))))
         raise typer.Exit(1)
-    chosen = None if output is None else _chosen(found, name)
+    chosen = None if output is None else _chosen(found, refused, name)
     if output is not None and chosen is not None:
         copy_model(chosen, output, key)
         try:
@@ -87,7 +90,8 @@ def fetch(
                 f"clip2fl: the server's key cannot be remembered ({error}): give "
                 f"predict --public-key {key}"
             )
-    newest = _newest(found)
+    first = next(iter(found), None)
+    newest = None if first is None or first.problem or refused else first
     if as_json:
         entries = [
             {
@@ -101,17 +105,31 @@ def fetch(
             for model in found
         ]
         console.print_json(
-            {"models": entries, "copied": None if output is None else str(output)}
+            {
+                "models": entries,
+                "refused": [
+                    {"name": path.name, "problem": reason} for path, reason in refused
+                ],
+                "copied": None if output is None else str(output),
+            }
         )
     elif output is None:
+        for path, reason in refused:
+            console.answer(f"{shown(path.name)}: {reason}")
         for model in found:
-            console.answer(_line(model, model is newest))
+            console.answer(_line(model, model is first, model is newest))
     else:
         console.answer(f"{output}: clip2fl predict --model {output} IMAGE")
-    if chosen is not None and chosen is not newest and newest is not None:
+    if chosen is None:
+        if refused or any(model.problem for model in found):
+            raise typer.Exit(2)
+        return
+    for _, reason in refused:
+        console.tell(f"clip2fl: {reason}; this model may be newer")
+    if first is not None and chosen is not first:
         console.tell(
             f"{chosen.manifest.name} of {chosen.manifest.made:%Y-%m-%d %H:%M} is older "
-            f"than {newest.manifest.name} of {newest.manifest.made:%Y-%m-%d %H:%M}"
+            f"than {first.manifest.name} of {first.manifest.made:%Y-%m-%d %H:%M}"
         )
 
 
@@ -208,26 +226,33 @@ def _place(
     return Path(folder), key
 
 
-def _chosen(found: list[Arrived], name: str | None) -> Arrived:
+def _chosen(
+    found: list[Arrived], refused: list[tuple[Path, str]], name: str | None
+) -> Arrived:
     from clip2fl_cli.runs import RunError
-    from clip2fl_common.shown import short
+    from clip2fl_common.shown import short, shown
 
+    for path, reason in refused:
+        run = path.name.rpartition("-")[0]
+        if name is None or name in (path.name, run):
+            raise RunError(
+                f"{reason}; it may be the newest model, so nothing is copied: remove "
+                f"{shown(path)}, or ask the server to give clip2fl deliver RUN; --name "
+                "copies another model"
+            )
     if name is None:
         return found[0]
     for model in found:
         if name in (model.manifest.name, model.manifest.run):
             return model
-    known = ", ".join(model.manifest.name for model in found)
+    known = ", ".join(model.manifest.name for model in found) or "none"
     raise RunError(f"no model is called {short(name)}; there are {known}")
 
 
-def _newest(found: list[Arrived]) -> Arrived | None:
-    return next((model for model in found if not model.problem), None)
-
-
-def _line(model: Arrived, newest: bool) -> str:
+def _line(model: Arrived, first: bool, newest: bool) -> str:
     manifest = model.manifest
-    state = model.problem or ("the newest" if newest else "older")
+    latest = "the newest" if newest else "perhaps not the newest"
+    state = model.problem or (latest if first else "older")
     return (
         f"{manifest.name}: {manifest.made:%Y-%m-%d %H:%M} UTC, "
         f"{manifest.size / 1e6:.2f} MB, {state}"

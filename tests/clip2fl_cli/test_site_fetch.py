@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -113,18 +114,83 @@ def test_models_are_listed_with_the_newest_first(
     # Neither what the key has not signed nor a copy under another name is a model.
     (site.models / "stranger").mkdir()
     shutil.copytree(new, site.models / "copy")
-    assert run(monkeypatch, "site", "fetch", "--policy", site.policy) == 0
+    assert run(monkeypatch, "site", "fetch", "--policy", site.policy) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [new.name, old.name, bad.name]
     assert lines[0].endswith("the newest") and lines[1].endswith("older")
     assert "card.json is not the file that the server signed" in lines[2]
     arguments = ("--models", site.models, "--public-key", site.public, "--json")
-    assert run(monkeypatch, "site", "fetch", *arguments) == 0
+    assert run(monkeypatch, "site", "fetch", *arguments) == 2
     answer = json.loads(capsys.readouterr().out)
-    assert answer["copied"] is None
+    assert answer["copied"] is None and answer["refused"] == []
     assert [m["newest"] for m in answer["models"]] == [True, False, False]
     assert [m["problem"] is None for m in answer["models"]] == [True, True, False]
     assert not key_file().exists()
+
+
+def flip_manifest(stored: Path, to: Path) -> None:
+    (stored / "manifest.json").write_bytes(
+        (stored / "manifest.json").read_bytes().replace(b"2026", b"2027", 1)
+    )
+
+
+def remove_signature(stored: Path, to: Path) -> None:
+    (stored / "manifest.sig").unlink()
+
+
+def swap(stored: Path, to: Path) -> None:
+    """Put the older model under the newer one's name."""
+    shutil.rmtree(stored)
+    shutil.copytree(to, stored)
+
+
+@pytest.mark.parametrize("damage", [flip_manifest, remove_signature, swap])
+def test_older_model_does_not_take_the_place_of_a_damaged_one(
+    site: Site,
+    damage: Callable[[Path, Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    new, old = site.arrive(days=1), site.arrive("old")
+    damage(new, old)
+    fetch = ("site", "fetch", "--policy", site.policy)
+    assert run(monkeypatch, *fetch) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [new.name, old.name]
+    assert lines[1].endswith("perhaps not the newest")
+    assert run(monkeypatch, *fetch, "--json") == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert [m["newest"] for m in answer["models"]] == [False]
+    assert [m["name"] for m in answer["refused"]] == [new.name]
+    assert str(site.models) in answer["refused"][0]["problem"]
+
+    output = tmp_path / "out"
+    for name in ((), ("--name", "run"), ("--name", new.name)):
+        line = refused(monkeypatch, capsys, *fetch, output, *name)
+        assert "it may be the newest model" in line and new.name in line
+        assert not output.exists()
+    assert run(monkeypatch, *fetch, output, "--name", "old") == 0
+    assert f"{new.name}" in capsys.readouterr().err
+    assert (output / "manifest.json").is_file()
+
+
+def test_model_alone_without_its_signature_has_arrived(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site.arrive() / "manifest.sig").unlink()
+    assert run(monkeypatch, "site", "fetch", "--policy", site.policy) == 2
+    assert "manifest.sig is missing" in capsys.readouterr().out
+
+
+def test_model_before_a_damaged_one_is_not_the_newest(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, _ = site.arrive(days=1), site.arrive("old")
+    (new / "card.json").write_text("[]")
+    assert run(monkeypatch, "site", "fetch", "--json", "--policy", site.policy) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert [m["newest"] for m in answer["models"]] == [False, False]
 
 
 def test_fetched_model_predicts_until_it_is_changed(
