@@ -117,7 +117,10 @@ def _stored_bytes(folder: Path) -> int:
 
 
 def check_certificate(path: Path, now: datetime) -> Finding:
-    """Check that a file is a CA certificate and is valid now."""
+    """Check that a file is a CA certificate and is valid now.
+
+    A certificate that is not valid yet is a problem of the clock.
+    """
     try:
         certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
@@ -129,9 +132,10 @@ def check_certificate(path: Path, now: datetime) -> Finding:
         )
     end = certificate.not_valid_after_utc
     if now < certificate.not_valid_before_utc:
+        # A machine without a battery for its clock boots in 1970, until NTP sets it.
         return Finding(
             "problem",
-            "certificate",
+            "clock",
             f"{path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d}, and "
             f"this machine's clock says {now:%Y-%m-%d %H:%M}",
             "set the clock (see timedatectl)",

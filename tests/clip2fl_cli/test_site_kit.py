@@ -13,6 +13,7 @@ import tarfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -602,6 +603,26 @@ def test_server_that_is_away_is_tried_again(
     (kit,) = make(server, "north", address="localhost:9")
     assert join(kit, Wishes(photos)) == node.TRY_AGAIN
     assert not started
+
+
+@pytest.mark.parametrize("all_checks", [False, True])
+def test_node_whose_clock_starts_in_1970_is_tried_again(
+    server: Server,
+    photos: Path,
+    reached: list[str],
+    started: list[node.Node],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    all_checks: bool,
+) -> None:
+    """NTP sets the clock seconds after the boot."""
+    (kit,) = make(server, "north")
+    assert join(kit, Wishes(photos)) == 0
+    (found,) = started
+    capfd.readouterr()
+    monkeypatch.setattr(preflight, "now", lambda: datetime(1970, 1, 1, tzinfo=UTC))
+    assert node.check(found, all_checks=all_checks) == node.TRY_AGAIN
+    assert "this machine's clock says 1970-01-01" in capfd.readouterr().out
 
 
 def test_site_without_images_is_refused_before_anything_is_installed(
