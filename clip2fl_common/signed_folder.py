@@ -120,7 +120,8 @@ class Manifest:
     run : str
         Name of the run that made the folder.
     made : datetime
-        When the folder was signed, by the server's clock.
+        When the run ended, by the server's clock. The model of the run that ended last
+        is the newest.
     files : tuple of SignedFile
         All other files, in the order in which they are sent.
     """
@@ -275,7 +276,7 @@ def sign_folder(
     run : str
         Name of the run.
     made : datetime
-        Now, with a time zone.
+        When the run ended, with a time zone.
     names : iterable of str
         Names of the files, in the order in which they are sent.
     key : Ed25519PrivateKey

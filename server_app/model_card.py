@@ -9,11 +9,11 @@ its number of images and its accuracy only if the site's own policy allows that
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from clip2fl_common.messages import RECALL_STEP
 from clip2fl_common.shown import shown
@@ -60,6 +60,14 @@ class _Facts(BaseModel):
     teacher: dict[str, Any] | None = None
 
 
+class _Clock(BaseModel):
+    """The field ``clock`` of a line, which runs of sites have."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    ended: AwareDatetime
+
+
 class _Line(BaseModel):
     """The fields of a line of ``metrics.jsonl`` that the card needs."""
 
@@ -70,6 +78,24 @@ class _Line(BaseModel):
     accuracy: dict[str, dict[str, Any]]
     accuracy_median_site: dict[str, dict[str, Any]] = {}
     privacy: dict[str, dict[str, float]] = {}
+    clock: _Clock | None = None
+
+
+def run_ended(run: Path) -> datetime | None:
+    """Return when a run's last round ended, by the server's clock, or None.
+
+    Parameters
+    ----------
+    run : Path
+        Folder of the complete run.
+
+    Raises
+    ------
+    ForeignFileError
+        If a file of the run's folder is damaged.
+    """
+    clock = _lines(run)[-1].clock
+    return None if clock is None else clock.ended.astimezone(UTC)
 
 
 def model_card(
@@ -86,7 +112,7 @@ def model_card(
     card : ModelCard
         The delivered model's own description.
     made : datetime
-        When the model is signed.
+        When the run ended.
     sites : sequence of ListedSite
         The sites that allow their names and figures.
 
@@ -101,10 +127,7 @@ def model_card(
         If a file of the run's folder is damaged.
     """
     facts = _Facts(**read_json(run / CONFIG, _Facts, _MAX_CONFIG_BYTES))
-    lines = [
-        _Line(**parse_json(line, _Line, shown(run / METRICS)))
-        for line in read_text(run / METRICS, _MAX_METRICS_BYTES).splitlines()
-    ]
+    lines = _lines(run)
     last = lines[-1]
     # The delivered classifier comes first; without a report there is none.
     head = next(iter(last.accuracy), "")
@@ -145,6 +168,13 @@ def model_card(
         },
         "limits": list(_limits(accuracy, names)),
     }
+
+
+def _lines(run: Path) -> list[_Line]:
+    return [
+        _Line(**parse_json(line, _Line, shown(run / METRICS)))
+        for line in read_text(run / METRICS, _MAX_METRICS_BYTES).splitlines()
+    ]
 
 
 def _site_fields(site: ListedSite, names: Sequence[str]) -> dict[str, Any]:
@@ -219,7 +249,7 @@ def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
         f"A {_text(model['architecture'])} for {len(model['class_names'])} classes, "
         f"trained with {_text(training['method'])} in {training['rounds']} rounds by "
         f"{sites['trained']} sites, of which {training['clients_per_round']} were "
-        f"asked in each round. Signed on {_text(card['made'])}."
+        f"asked in each round. The run ended on {_text(card['made'])}."
     )
     yield ""
     yield (

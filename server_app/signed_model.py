@@ -22,7 +22,7 @@ from clip2fl_common.signed_folder import (
 from server_app.delivery import load_model
 from server_app.file_names import DELIVERY, MODEL
 from server_app.foreign_files import opened
-from server_app.model_card import ListedSite, card_text, model_card
+from server_app.model_card import ListedSite, card_text, model_card, run_ended
 from server_app.onnx_model import ONNX_FILE, onnx_bytes
 
 CARD, CARD_TEXT = "card.json", "MODEL_CARD.md"
@@ -66,7 +66,9 @@ def signed_model(
         if any(f.name == MODEL and f.sha256 == digest for f in found.files):
             return found
     network, described = load_model(run / MODEL)
-    name, made = plain_name(run.name), datetime.now(UTC).replace(microsecond=0)
+    # Signing an older run later must not make its model the newest one.
+    made = run_ended(run) or datetime.now(UTC).replace(microsecond=0)
+    name = plain_name(run.name)
     card = model_card(run, name, described, made, sites)
     with replacing_folder(folder) as new:
         (new / CARD).write_text(json.dumps(card, indent=2) + "\n", "utf-8")

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from onnxruntime import InferenceSession
 from clip2fl_cli.prediction import Model
 from clip2fl_common import messages
 from clip2fl_common.config import RunConfig, Scalar
+from clip2fl_common.files import remove
 from clip2fl_common.signed_folder import public_key_of, verify_folder
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app import signed_model
@@ -218,6 +220,25 @@ def test_sites_that_were_away_are_served_later_and_nobody_twice(
         if reply.content.config_records["model-answer"]["state"] == "wanted"
     } == {third}
     assert {r.metadata.message_type for r in grid.replies} == {"query.model"}
+
+
+def test_model_is_as_old_as_its_run_whenever_it_is_signed(made: Federation) -> None:
+    """An older run that is delivered today does not become the newest model."""
+    made.start(made.config(delivery__signing_key=""))
+    metrics = made.run / "metrics.jsonl"
+    line = json.loads(metrics.read_text("utf-8"))
+    line["clock"]["ended"] = "2026-03-01T12:00:00+02:00"
+    metrics.write_text(json.dumps(line) + "\n", "utf-8")
+    made.deliver(delivery__signing_key=str(made.key))
+    ((first,), *_) = made.arrived()
+    manifest = verify_folder(first, made.public)
+    assert manifest.made == datetime(2026, 3, 1, 10, tzinfo=UTC)
+    text = (first / "MODEL_CARD.md").read_text("utf-8")
+    assert "The run ended on 2026-03-01T10:00:00+00:00." in text
+    # Signed again, it is the same folder to a site.
+    remove(made.run / "delivery")
+    made.deliver(delivery__signing_key=str(made.key))
+    assert made.arrived()[0] == [first]
 
 
 def test_registry_keeps_unknown_nodes_out(
