@@ -9,6 +9,7 @@ a dot is always complete and as the server signed it.
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import getLogger
@@ -39,7 +40,9 @@ logger = getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_TIMEOUT_S = 60.0
-INCOMING = ".incoming-"
+INCOMING, REMOVED = ".incoming-", ".removed-"
+# Bytes that stay free: the site's record and log may lie on the same disk.
+SPARE_BYTES = 200 * MIB
 # What `Manifest.name` makes.
 _NAME = re.compile(r".+-[0-9a-f]{12}")
 # Bytes of a request besides its piece and its manifest.
@@ -60,12 +63,15 @@ class ModelInbox:
         The policy's ``max-model-mib``.
     largest_request : float or None
         The policy's ``max-request-mib``.
+    most : int
+        The policy's ``max-models``.
     """
 
     folder: Path
     public_key: str
     largest: float
     largest_request: float | None = None
+    most: int = 8
 
     @classmethod
     def of(cls, node_config: NodeConfig) -> "ModelInbox":
@@ -88,6 +94,7 @@ class ModelInbox:
             policy.model_key,
             policy.max_model_mib,
             policy.max_request_mib,
+            policy.max_models,
         )
 
     def check_request(self, request_bytes: int) -> None:
@@ -138,9 +145,11 @@ class ModelInbox:
             self._forget_incoming()
             note = self._age(manifest)
             return ModelAnswer(ModelState.THERE, manifest.size, room, note)
+        self._check_age(manifest)
         incoming = self.folder / f"{INCOMING}{manifest.name}"
         # At most one model is incomplete, so that pieces cannot fill the disk.
         self._forget_incoming(incoming)
+        self._check_space(incoming, manifest)
         incoming.mkdir(exist_ok=True)
         arrived = _arrived(incoming, manifest)
         if offer.start == arrived and offer.piece:
@@ -163,6 +172,7 @@ class ModelInbox:
         note = self._age(manifest)
         finish_folder(incoming, place)
         logger.info("the model %s has arrived in %s", manifest.name, self.folder)
+        note = "; ".join(filter(None, (note, self._make_room(manifest))))
         return ModelAnswer(ModelState.STORED, arrived, room, note)
 
     @contextlib.contextmanager
@@ -211,8 +221,48 @@ class ModelInbox:
         logger.warning("%s", note)
         return note
 
+    def _check_age(self, manifest: Manifest) -> None:
+        """Refuse a model that is older than all that the site keeps.
+
+        So a replay of old models removes no newer one.
+        """
+        stored = stored_models(self.folder, self.public_key)
+        if len(stored) >= self.most and manifest.made < stored[self.most - 1].made:
+            raise SiteRefusal(
+                f"the site's max-models is {self.most}, and it has as many models of "
+                f"later runs than {manifest.name} of {manifest.made:%Y-%m-%d %H:%M}"
+            )
+
+    def _check_space(self, incoming: Path, manifest: Manifest) -> None:
+        needed = manifest.size - _arrived(incoming, manifest) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            remove(incoming)  # a full disk does not stay full
+            raise SiteRefusal(
+                f"the model needs {needed / MIB:.0f} MiB, and {free / MIB:.0f} are "
+                f"free in {self.folder}: make room",
+                "the site has too little space for the model",
+            )
+
+    def _make_room(self, arrived: Manifest) -> str:
+        """Remove the oldest models beyond the most; return a note, empty if none."""
+        stored = stored_models(self.folder, self.public_key)
+        others = [manifest for manifest in stored if manifest.name != arrived.name]
+        notes = []
+        for old in others[self.most - 1 :]:
+            # A reader finds a whole model or none.
+            removed = self.folder / f"{REMOVED}{old.name}"
+            os.replace(self.folder / old.name, removed)
+            remove(removed)
+            notes.append(f"{old.name} was removed, as max-models is {self.most}")
+            logger.info("%s", notes[-1])
+        return "; ".join(notes)
+
     def _forget_incoming(self, kept: Path | None = None) -> None:
-        for path in self.folder.glob(f"{INCOMING}*"):
+        for path in (
+            *self.folder.glob(f"{INCOMING}*"),
+            *self.folder.glob(f"{REMOVED}*"),
+        ):
             if path != kept:
                 remove(path)
 

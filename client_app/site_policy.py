@@ -149,6 +149,8 @@ class SitePolicy:
     """The server's public key, 64 hexadecimal digits: it must have signed a model."""
     max_model_mib: Size = 1024.0
     """Largest delivered model that the site takes, in MiB."""
+    max_models: Positive = 8
+    """Most delivered models that the site keeps: the oldest make room for others."""
     listed_in_card: bool = False
     """Whether the card of the delivered model, which all sites get, has this site's
     name, number of training images and accuracy."""

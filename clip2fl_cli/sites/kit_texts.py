@@ -33,11 +33,13 @@ POLICY_TEMPLATE = f"""\
 #identity-key = "/absolute/path/of/key"
 #trusted-sites = "/absolute/path/of/sites.json"
 # Folder for models that the server delivers, the server's public key (what clip2fl
-# signing-key prints), the largest model in MiB, and whether its card, which all sites
-# get, may have this site's name and figures (docs/model-delivery.md):
+# signing-key prints), the largest model in MiB, how many models are kept, and whether a
+# card, which all sites get, may have this site's name and figures
+# (docs/model-delivery.md):
 #models-folder = "/absolute/path/of/models"
 #model-key = "{NO_KEY}"
 #max-model-mib = 1024
+#max-models = 8
 #listed-in-card = false
 # Fingerprints of the teachers that may be loaded, and folders with them:
 #teachers = []

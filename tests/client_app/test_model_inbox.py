@@ -1,10 +1,12 @@
 """A site stores what its server signed, piece by piece, and nothing else."""
 
+import dataclasses
 import errno
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +218,63 @@ def test_full_disk_does_not_stay_full(
     assert incoming(inbox) == [] and models(inbox) == []
 
 
+def test_model_that_would_fill_the_disk_is_refused_before_its_first_byte(
+    inbox: ModelInbox, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site's record of its answers may lie on the same disk."""
+    spare = 200 * 2**20
+    free = len(WHOLE) + spare
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: SimpleNamespace(total=2**40, used=0, free=free)
+    )
+    assert send(inbox, manifest, 0, WHOLE[:6]).next == 6
+    free -= 6  # what has arrived is on the disk
+    assert send(inbox, manifest, 6, WHOLE[6:9]).next == 9
+    free -= 4
+    with pytest.raises(SiteRefusal, match="are free in .*: make room") as refusal:
+        send(inbox, manifest, 9, WHOLE[9:])
+    assert refusal.value.sent == "the site has too little space for the model"
+    assert incoming(inbox) == [] and models(inbox) == []
+
+
+def test_older_models_make_room_and_an_old_one_is_refused(
+    inbox: ModelInbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replay of old models neither fills the disk nor removes a newer model."""
+    caplog.set_level("INFO")
+    two = dataclasses.replace(inbox, most=2)
+    days = {d: signed(tmp_path / f"day-{d}", f"day{d}", d) for d in range(1, 6)}
+    for day in (4, 1, 3):
+        answer = send(two, days[day], 0, WHOLE)
+        assert answer.state is ModelState.STORED
+    assert models(two) == sorted([days[4].name, days[3].name])
+    removed = f"{days[1].name} was removed, as max-models is 2"
+    assert answer.note.endswith(f"; {removed}") and "is older than" in answer.note
+    assert removed in caplog.text
+    with pytest.raises(SiteRefusal, match="has as many models of later runs"):
+        send(two, days[2], 0, WHOLE)
+    assert models(two) == sorted([days[4].name, days[3].name])
+    assert send(two, days[5], 0, WHOLE).note.startswith(f"{days[3].name} was removed")
+    assert models(two) == sorted([days[5].name, days[4].name])
+    # With a lower bound, a model between those that are there is too old, too.
+    one = dataclasses.replace(inbox, most=1)
+    between = signed(tmp_path / "between", "between", 4, a=b"other")
+    with pytest.raises(SiteRefusal, match="max-models is 1,"):
+        send(one, between, 0, b"other")
+    assert not list(inbox.folder.glob(".removed-*"))
+
+
+def test_rest_of_a_removed_model_is_cleared(
+    inbox: ModelInbox, manifest: Manifest
+) -> None:
+    """A node may be killed while it removes a model."""
+    rest = inbox.folder / ".removed-old"
+    rest.mkdir(parents=True)
+    (rest / "b.bin").write_bytes(b"x")
+    send(inbox, manifest)
+    assert not rest.exists()
+
+
 def test_link_in_the_way_is_not_followed(
     inbox: ModelInbox, manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -244,6 +303,7 @@ def policy(tmp_path: Path) -> Path:
         (f'model-key = "{"A" * 64}"', "model-key"),
         (f'model-key = "{"a" * 63}"', "model-key"),
         ("max-model-mib = 0", "max-model-mib"),
+        ("max-models = 0", "max-models"),
         ("listed-in-card = 1", "listed-in-card"),
     ],
 )
@@ -257,6 +317,7 @@ def test_rules_for_models_are_off_without_a_policy(policy: Path) -> None:
     policy.write_text("")
     rules = policy_file(policy)
     assert rules.models_folder is None and not rules.listed_in_card
+    assert rules.max_models == 8
 
 
 def test_doctor_finds_a_folder_that_cannot_be_written(
