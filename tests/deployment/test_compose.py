@@ -122,6 +122,8 @@ def test_each_part_has_its_own_keys_and_no_others(compose: dict[str, Any]) -> No
             f"{site}-key": f"/public/{site}",
             "register": f"/public/{site}:ro",
         }
+    # Whoever has the signing key can give all sites any model.
+    assert by_volume["signing-key"] == {"superexec": "/keys/signing"}
     # Everybody may see the CA's certificate, and only the set-up may write it.
     assert {n for n, place in by_volume["trust"].items() if place == "/keys/trust"} == {
         "setup"

@@ -167,6 +167,16 @@ def test_parts_run_the_commands_of_the_compose_file(part: str) -> None:
     assert here == there
 
 
+def test_only_the_superexec_sees_the_key_that_signs_models() -> None:
+    mounted = {
+        name: mount["mountPath"]
+        for name, container in containers(KUSTOMIZATIONS[0])
+        for mount in container["volumeMounts"]
+        if mount["name"] == "signing-key"
+    }
+    assert mounted == {"superexec": "/keys/signing"}
+
+
 def test_keys_are_the_files_that_the_script_makes(tmp_path: Path) -> None:
     needed_tool("openssl")
     server = tmp_path / "server"
