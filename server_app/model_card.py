@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from clip2fl_common.messages import RECALL_STEP
 from clip2fl_common.shown import shown
+from clip2fl_common.teacher import public_name
 from server_app.delivery import ModelCard
 from server_app.file_names import CONFIG, METRICS
 from server_app.foreign_files import MEGABYTE, parse_json, read_json, read_text
@@ -153,7 +154,10 @@ def model_card(
             "seed": facts.config["seed"],
         },
         "teacher": teacher
-        and {"name": teacher["name"], "fingerprint": teacher["fingerprint"]},
+        and {
+            "name": public_name(teacher["name"]),
+            "fingerprint": teacher["fingerprint"],
+        },
         "code": {"commit": facts.commit, "fingerprint": facts.code},
         "versions": facts.versions,
         "sites": {

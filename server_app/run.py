@@ -33,7 +33,7 @@ from clip2fl_common.provenance import (
     code_fingerprint,
 )
 from clip2fl_common.randomness import generator
-from clip2fl_common.teacher import Teacher, load_teacher
+from clip2fl_common.teacher import Teacher, load_teacher, public_name
 from server_app.checkpoints import ResumeError
 from server_app.console import (
     COLUMNS,
@@ -412,7 +412,7 @@ class ServerRun:
                     "seed": config.seed,
                     "round": server_round,
                     "rounds": config.federation.rounds,
-                    "teacher": self.teacher.name if self.teacher else None,
+                    "teacher": public_name(self.teacher.name) if self.teacher else None,
                 },
             ),
         )

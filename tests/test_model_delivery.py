@@ -21,7 +21,7 @@ from clip2fl_common.signed_folder import public_key_of, verify_folder
 from clip2fl_common.site_registry import Site, SiteRegistry
 from server_app import signed_model
 from server_app.app import main
-from server_app.delivery import load_model
+from server_app.delivery import ModelCard, load_model
 from server_app.outbox import DeliveryError
 from server_app.signing import public_key_file
 from strategy import model_delivery
@@ -31,6 +31,7 @@ from tests.flower_private import wire_bytes
 from tests.in_process_grid import InProcessGrid
 from tests.site_folders import write_site
 from tests.test_sites import CLASSES, COUNTS, NAMES
+from tests.tiny_teacher import write_teacher
 
 ORDER_SEED = 3
 Settings = dict[str, Any]
@@ -168,6 +169,37 @@ def test_sites_receive_the_model_and_predict_as_the_server_does(
     with torch.no_grad():
         wanted = model(card.normalization(torch.from_numpy(pixels)))
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_no_delivered_file_has_the_teachers_path(
+    made: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "private-teacher"
+    write_teacher(teacher, seed=0)
+    for node in made.nodes:
+        node["teacher-folders"] = str(teacher)
+    provenance: list[Any] = []
+
+    def onnx(_: object, card: ModelCard) -> bytes:
+        provenance.append(card.provenance)
+        return b"o"
+
+    monkeypatch.setattr(signed_model, "onnx_bytes", onnx)
+    made.start(
+        made.config(
+            method="clip2fl",
+            teacher__model=f"local-dir:{teacher}",
+            synthesis__steps=1,
+            retraining__epochs=1,
+        )
+    )
+    folder = made.run / "delivery"
+    assert json.loads((folder / "card.json").read_text("utf-8"))["teacher"]["name"] == (
+        "local-dir"
+    )
+    for content in (*(f.read_bytes() for f in folder.iterdir()), repr(provenance)):
+        assert "private-teacher" not in str(content)
+    assert provenance[0]["teacher"] == "local-dir"
 
 
 def test_card_lists_only_the_sites_that_allow_it(made: Federation) -> None:

@@ -307,7 +307,7 @@ def _teacher_files(folder: Path) -> list[Path]:
 
 def _for_sites(merged: str) -> str:
     """Return a run's configuration without the keys of the server's own disk."""
-    own = ("run.", "checkpoint.", "federation.site-registry ")
+    own = ("run.", "checkpoint.", "delivery.", "federation.site-registry ")
     lines = [line for line in merged.splitlines(True) if not line.startswith(own)]
     return "".join(lines)
 

@@ -8,3 +8,4 @@ from clip2fl_common.teacher.teacher import OtherTeacherError as OtherTeacherErro
 from clip2fl_common.teacher.teacher import Teacher as Teacher
 from clip2fl_common.teacher.teacher import TeacherError as TeacherError
 from clip2fl_common.teacher.teacher import load_teacher as load_teacher
+from clip2fl_common.teacher.teacher import public_name as public_name

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ from clip2fl_common.teacher.feature_cache import FeatureCache, content_keys, tex
 
 LOCAL_PREFIX = "local-dir:"
 HUB_PREFIX = "hf-hub:"
+# Tags of open_clip's weights; anything else is a file.
+_TAG = re.compile(r"[\w-]+")
 DEMO = "demo"
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -316,6 +319,28 @@ def load_teacher(
         if files:
             note_facts(model, pretrained, files, teacher.network.facts)
     return teacher
+
+
+def public_name(name: str) -> str:
+    """Return a teacher's name without a path of this machine.
+
+    Parameters
+    ----------
+    name : str
+        `Teacher.name`.
+
+    Returns
+    -------
+    str
+        ``local-dir`` for a folder, ``MODEL (own weights)`` for a weight file; names of
+        open_clip and of the hub unchanged.
+    """
+    if name.startswith(LOCAL_PREFIX):
+        return LOCAL_PREFIX.removesuffix(":")
+    model, separator, weights = name.partition(" (")
+    if separator and not _TAG.fullmatch(weights.removesuffix(")")):
+        return f"{model} (own weights)"
+    return name
 
 
 def _load_network(model: str, pretrained: str) -> Network:

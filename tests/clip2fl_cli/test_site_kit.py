@@ -183,12 +183,14 @@ def test_run_of_the_server_knows_the_registry_and_sites_do_not(
     server: Server,
 ) -> None:
     (server.folder / "runs").mkdir()
-    (path,) = make(server, "north", settings=[RUN, 'run.name="first"'])
+    key = f'delivery.signing-key="{server.folder}/signing.key"'
+    (path,) = make(server, "north", settings=[RUN, 'run.name="first"', key])
     run_config = tomllib.loads((path.parent / "run.toml").read_text("utf-8"))
     assert run_config["federation"]["site-registry"] == str(server.registry)
     assert run_config["run"] == {"name": "first", "dir": str(server.folder / "runs")}
     assert str(server.folder) not in content(path)["run.toml"].decode()
-    assert "run" not in tomllib.loads(content(path)["run.toml"].decode())
+    of_site = tomllib.loads(content(path)["run.toml"].decode())
+    assert "run" not in of_site and "delivery" not in of_site
 
 
 def test_kit_without_a_key_registers_nothing(

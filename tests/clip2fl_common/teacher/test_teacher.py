@@ -20,7 +20,13 @@ from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
 from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
-from clip2fl_common.teacher import Network, Teacher, TeacherError, load_teacher
+from clip2fl_common.teacher import (
+    Network,
+    Teacher,
+    TeacherError,
+    load_teacher,
+    public_name,
+)
 from clip2fl_common.teacher import teacher as teachers
 from clip2fl_common.teacher.demo import DATA_PATH, weight_paths
 from clip2fl_common.teacher.facts import known_facts, note_facts
@@ -367,6 +373,25 @@ def test_damaged_facts_are_noted_again(teacher: Teacher, text: str) -> None:
     assert known_facts("demo", "") is None
     assert load_teacher("demo").fingerprint == teacher.fingerprint
     assert known_facts("demo", "") == teacher.network.facts
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("demo", "demo"),
+        ("ViT-B/32 (laion2b_s34b_b79k)", "ViT-B/32 (laion2b_s34b_b79k)"),
+        ("ViT-B-32 (metaclip-400m)", "ViT-B-32 (metaclip-400m)"),
+        ("hf-hub:org/model", "hf-hub:org/model"),
+        ("local-dir:/srv/ann/teacher", "local-dir"),
+        ("local-dir:/srv/a (b)/teacher", "local-dir"),
+        ("ViT-B-32 (/srv/ann/weights.pt)", "ViT-B-32 (own weights)"),
+        ("ViT-B-32 (/srv/a (b)/w)", "ViT-B-32 (own weights)"),
+        ("ViT-B-32 (~ann/weights)", "ViT-B-32 (own weights)"),
+        ("ViT-B-32 (ann.pt)", "ViT-B-32 (own weights)"),
+    ],
+)
+def test_public_name_has_no_path(name: str, public: str) -> None:
+    assert public_name(name) == public
 
 
 def test_client_of_another_checkout_refuses() -> None:
