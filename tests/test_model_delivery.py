@@ -188,6 +188,7 @@ def test_no_delivered_file_has_the_teachers_path(
     made.start(
         made.config(
             method="clip2fl",
+            model__feature_dim=512,
             teacher__model=f"local-dir:{teacher}",
             synthesis__steps=1,
             retraining__epochs=1,
