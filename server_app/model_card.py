@@ -3,11 +3,11 @@
 It is made from a run's ``config.json`` and ``metrics.jsonl``, which describe the run
 whether it has just ended or ended long ago. Every site gets it. So it names a site,
 its number of images and its accuracy only if the site's own policy allows that
-(``listed-in-card``).
+(``listed-in-card``), and gives no mean from which an unlisted site's accuracy follows.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from clip2fl_common.messages import RECALL_STEP
+from clip2fl_common.metrics import listed_groups, recall_report
+from clip2fl_common.secure.statements import LEAST_PARTIES
 from clip2fl_common.shown import shown
 from clip2fl_common.teacher import public_name
 from server_app.delivery import ModelCard
@@ -69,6 +71,38 @@ class _Clock(BaseModel):
     ended: AwareDatetime
 
 
+class _Report(BaseModel):
+    """The accuracy of a head at a site."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    per_class: list[float | None]
+
+
+class _Evaluation(BaseModel):
+    """What a site has reported."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    accuracy: dict[str, _Report]
+
+
+class _Site(BaseModel):
+    """The fields of a site in a line."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    evaluation: _Evaluation | None = None
+
+
+class _Summed(BaseModel):
+    """What a secure sum tells of its sites."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sites_by_class: list[int] = []
+
+
 class _Line(BaseModel):
     """The fields of a line of ``metrics.jsonl`` that the card needs."""
 
@@ -80,6 +114,8 @@ class _Line(BaseModel):
     accuracy_median_site: dict[str, dict[str, Any]] = {}
     privacy: dict[str, dict[str, float]] = {}
     clock: _Clock | None = None
+    sites: dict[str, _Site] = {}
+    summed_evaluation: _Summed | None = None
 
 
 def run_ended(run: Path) -> datetime | None:
@@ -100,7 +136,11 @@ def run_ended(run: Path) -> datetime | None:
 
 
 def model_card(
-    run: Path, name: str, card: ModelCard, made: datetime, sites: Sequence[ListedSite]
+    run: Path,
+    name: str,
+    card: ModelCard,
+    made: datetime,
+    sites: Sequence[ListedSite] | None,
 ) -> dict[str, Any]:
     """Return the content of ``card.json``.
 
@@ -114,8 +154,8 @@ def model_card(
         The delivered model's own description.
     made : datetime
         When the run ended.
-    sites : sequence of ListedSite
-        The sites that allow their names and figures.
+    sites : sequence of ListedSite or None
+        The sites that allow their names and figures; None: they are not known.
 
     Returns
     -------
@@ -133,6 +173,8 @@ def model_card(
     # The delivered classifier comes first; without a report there is none.
     head = next(iter(last.accuracy), "")
     accuracy, median = last.accuracy.get(head), last.accuracy_median_site.get(head)
+    reporting = _Reporting(last, head, {site.name for site in sites or ()})
+    given = None if accuracy is None else reporting.given(accuracy["per_class"])
     part = {client for line in lines for client in line.clients}
     names = card.class_names
     teacher = facts.teacher
@@ -162,15 +204,19 @@ def model_card(
         "versions": facts.versions,
         "sites": {
             "trained": len(part),
-            "listed": [_site_fields(site, names) for site in sites],
+            "listed": (
+                None if sites is None else [_site_fields(site, names) for site in sites]
+            ),
         },
-        "accuracy": None if accuracy is None else _accuracy_fields(accuracy, names),
-        "accuracy_median_site": None if median is None else median["balanced"],
+        "accuracy": None if given is None else _accuracy_fields(given, names),
+        "accuracy_median_site": (
+            median["balanced"] if median and reporting.tells_no_site() else None
+        ),
         "privacy": {
             mechanism: {"epsilon": spent["epsilon_total"], "delta": spent["delta"]}
             for mechanism, spent in last.privacy.items()
         },
-        "limits": list(_limits(accuracy, names)),
+        "limits": list(_limits(accuracy, given, names)),
     }
 
 
@@ -191,20 +237,77 @@ def _site_fields(site: ListedSite, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+class _Reporting:
+    """Which sites have reported an accuracy, and which means tell no single site's.
+
+    A mean is given if the card lists all its sites, or if at least `LEAST_PARTIES` of
+    them are not listed: subtracting the listed sites' accuracies, and even an unlisted
+    site's own, then leaves a sum over several sites.
+    """
+
+    def __init__(self, line: _Line, head: str, listed: Set[str]) -> None:
+        self._listed = listed
+        self._reports = {
+            name: site.evaluation.accuracy[head].per_class
+            for name, site in line.sites.items()
+            if site.evaluation is not None and head in site.evaluation.accuracy
+        }
+        summed = line.summed_evaluation
+        # The card lists no accuracy of a site in a secure sum.
+        self._summed = None if summed is None else summed.sites_by_class
+
+    def given(self, means: Sequence[float | None]) -> list[float | None]:
+        """Return the mean of each class; None for one that is not given."""
+        return [
+            value if value is not None and self._tells_no_site(c) else None
+            for c, value in enumerate(means)
+        ]
+
+    def tells_no_site(self) -> bool:
+        """Return whether a figure over all classes may be given."""
+        return self._hides(self._reporting(slice(None)))
+
+    def _tells_no_site(self, c: int) -> bool:
+        if self._summed is not None:
+            return sum(self._summed[c : c + 1]) >= LEAST_PARTIES
+        return self._hides(self._reporting(slice(c, c + 1)))
+
+    def _reporting(self, classes: slice) -> set[str]:
+        return {
+            name
+            for name, own in self._reports.items()
+            if any(value is not None for value in own[classes])
+        }
+
+    def _hides(self, sites: Set[str]) -> bool:
+        others = len(sites - self._listed)
+        return others >= LEAST_PARTIES or (others == 0 and len(sites) > 0)
+
+
 def _accuracy_fields(
-    accuracy: Mapping[str, Any], names: Sequence[str]
+    given: Sequence[float | None], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the mean over sites; class names may repeat, so classes are a list."""
+    """Return the means over sites; class names may repeat, so classes are a list."""
+    known = any(value is not None for value in given)
+    # Runs of sites group the classes as they are listed.
+    report = recall_report(given, listed_groups(len(given))) if known else None
     return {
-        **{part: accuracy[part] for part in ("balanced", "many", "medium", "few")},
+        **{
+            part: getattr(report, part, None)
+            for part in ("balanced", "many", "medium", "few")
+        },
         "per_class": [
             {"class": name, "accuracy": value}
-            for name, value in zip(names, accuracy["per_class"], strict=True)
+            for name, value in zip(names, given, strict=True)
         ],
     }
 
 
-def _limits(accuracy: Mapping[str, Any] | None, names: Sequence[str]) -> Iterator[str]:
+def _limits(
+    accuracy: Mapping[str, Any] | None,
+    given: Sequence[float | None] | None,
+    names: Sequence[str],
+) -> Iterator[str]:
     yield (
         "The model knows only the classes above, and gives one of them for any image. "
         "Images of other kinds, cameras or places than the sites' may give wrong "
@@ -219,16 +322,22 @@ def _limits(accuracy: Mapping[str, Any] | None, names: Sequence[str]) -> Iterato
         "validation images of a class, its accuracy is uncertain."
     )
     yield "The probabilities are not calibrated."
-    if accuracy is None:
+    if accuracy is None or given is None:
         yield "No site has reported an accuracy."
         return
-    unknown = [
-        name
-        for name, value in zip(names, accuracy["per_class"], strict=True)
-        if value is None
-    ]
+    unknown, hidden = [], []
+    for name, reported, mean in zip(names, accuracy["per_class"], given, strict=True):
+        if reported is None:
+            unknown.append(name)
+        elif mean is None:
+            hidden.append(name)
     if unknown:
         yield f"No site has reported an accuracy for: {', '.join(unknown)}."
+    if hidden:
+        yield (
+            "The mean is not given, as it would tell the accuracy of a site that this "
+            f"card does not list, for: {', '.join(hidden)}."
+        )
 
 
 def card_text(card: Mapping[str, Any]) -> str:
@@ -310,7 +419,8 @@ def _accuracy_lines(card: Mapping[str, Any]) -> Iterator[str]:
     found = card["accuracy"]
     yield (
         "In percent: for each class the mean over the sites that have validation "
-        "images of it, each site with the same weight. *Balanced* is the mean over "
+        "images of it, each site with the same weight. A mean from which the accuracy "
+        "of an unlisted site would follow is not given. *Balanced* is the mean over "
         "classes; *many*, *medium* and *few* are the means over frequent, medium and "
         "rare classes."
     )
@@ -326,10 +436,15 @@ def _accuracy_lines(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _site_lines(sites: Mapping[str, Any]) -> Iterator[str]:
-    listed = sites["listed"]
+    listed, trained = (
+        sites["listed"],
+        f"{sites['trained']} sites have trained the model.",
+    )
+    if listed is None:
+        yield f"{trained} Which of them allow this card to list them is not known."
+        return
     yield (
-        f"{sites['trained']} sites have trained the model. "
-        f"{len(listed)} allow this card to list them"
+        f"{trained} {len(listed)} allow this card to list them"
         + (":" if listed else " (`listed-in-card` in their policies).")
     )
     if not listed:

@@ -1,11 +1,13 @@
 """Sign a run's model and send it to the sites: at the run's end, or later."""
 
+import os
 from logging import getLogger
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from clip2fl_common.config import SITES, RunConfig
+from clip2fl_common.shown import shown
 from clip2fl_common.site_registry import SiteRegistry
 from server_app.file_names import CONFIG, DELIVERY, MODEL
 from server_app.foreign_files import MEGABYTE, ForeignFileError, read_json
@@ -112,6 +114,12 @@ def deliver_run(grid: AttentiveGrid, config: RunConfig) -> None:
     key = config.delivery.signing_key or str(own.get(_KEY, ""))
     if not key:
         raise DeliveryError(f"{run} was run without {_KEY}: give one (--signing-key)")
+    # A new key, made for a typing error, would replace the right signature.
+    if not os.path.lexists(Path(key).expanduser()):
+        raise DeliveryError(
+            f"there is no signing key {shown(key)}: correct its name; clip2fl "
+            "signing-key makes one"
+        )
     registry = config.federation.site_registry or str(own.get(_REGISTRY, ""))
     if not _deliver(grid, run, key, registry).have:
         raise DeliveryError(
@@ -137,7 +145,7 @@ def _deliver(
 ) -> Delivered:
     known = SiteRegistry.read(Path(registry).expanduser()) if registry else None
     print("delivery: the model is signed and offered to the sites", flush=True)
-    manifest = signed_model(run, signing_key(Path(key).expanduser()), sites or ())
+    manifest = signed_model(run, signing_key(Path(key).expanduser()), sites)
     delivered = deliver_model(grid, run / DELIVERY, manifest, known)
     for line in delivered.lines(manifest.name):
         print(line, flush=True)

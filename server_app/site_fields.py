@@ -34,7 +34,8 @@ def site_fields(
     -------
     dict
         ``sites`` by name, in the order of the names; ``summed_evaluation`` with the
-        number of sites and images in a secure sum, else None; ``unused_replies`` with
+        number of sites, of images and of sites that evaluate each class in a secure
+        sum, else None; ``unused_replies`` with
         site, kind of request and reason; ``clock`` with the time of the round's end and
         its seconds; ``unreadable_images`` with the number in the sites' validation
         images.
@@ -56,7 +57,11 @@ def site_fields(
         "summed_evaluation": (
             None
             if record.summed is None
-            else {"sites": len(record.summed.sites), "images": record.summed.images}
+            else {
+                "sites": len(record.summed.sites),
+                "images": record.summed.images,
+                "sites_by_class": list(record.summed.held),
+            }
         ),
         "clock": {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,7 +2,9 @@
 
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,7 @@ from server_app import signed_model
 from server_app.app import main
 from server_app.delivery import ModelCard, load_model
 from server_app.outbox import DeliveryError
-from server_app.signing import public_key_file
+from server_app.signing import public_key_file, signing_key
 from strategy import model_delivery
 from tests.conftest import be_flower
 from tests.defaults import run_config
@@ -216,10 +218,18 @@ def test_card_lists_only_the_sites_that_allow_it(made: Federation) -> None:
     assert set(listed["per_class"]) <= set(COUNTS[1])
     values = listed["per_class"].values()
     assert listed["balanced"] == pytest.approx(sum(values) / len(values))
-    accuracy = json.loads(line)["accuracy"]["fedavg"]
-    assert [c["accuracy"] for c in card["accuracy"]["per_class"]] == (
-        accuracy["per_class"]
-    )
+    # Two other sites: a mean with theirs would tell each the other's accuracy.
+    reported = json.loads(line)["sites"]
+    per_class = [
+        site["evaluation"]["accuracy"]["fedavg"]["per_class"]
+        for site in reported.values()
+    ]
+    own = [{c for c, x in enumerate(one) if x is not None} for one in per_class]
+    alone = own[0] - own[1] - own[2]
+    assert sorted(reported) == ["east", "north", "west"]
+    for c, given in enumerate(card["accuracy"]["per_class"]):
+        assert (given["accuracy"] is not None) == (c in alone)
+    assert card["accuracy_median_site"] is None
     config = json.loads((made.run / "config.json").read_text("utf-8"))
     assert card["code"]["fingerprint"] == config["code"]
     assert card["versions"] == config["versions"]
@@ -392,6 +402,61 @@ def _simulation(made: Federation) -> None:
     facts = json.loads(path.read_text("utf-8"))
     facts["config"]["dataset.name"] = "demo"
     path.write_text(json.dumps(facts))
+
+
+def test_missing_signing_key_replaces_no_signature(made: Federation) -> None:
+    """A typing error would make a new key, and sites would refuse the model."""
+    made.start(made.config())
+    before = {p: p.read_bytes() for p in (made.run / "delivery").iterdir()}
+    wrong = made.key.with_name("singing.key")
+    with pytest.raises(DeliveryError, match=f"there is no signing key {wrong}"):
+        made.deliver(delivery__signing_key=str(wrong))
+    assert not wrong.exists()
+    assert {p: p.read_bytes() for p in (made.run / "delivery").iterdir()} == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_key_keeps_the_sites_that_the_card_lists(
+    made: Federation, damaged: bool
+) -> None:
+    """Only the end of the run knows which sites allow it."""
+    made.nodes[1]["listed-in-card"] = True
+    made.start(made.config(federation__clients_per_round=3))
+    file = made.run / "delivery" / "card.json"
+    card = json.loads(file.read_text("utf-8"))
+    assert [site["name"] for site in card["sites"]["listed"]] == ["east"]
+    if damaged:
+        file.write_text(file.read_text("utf-8").replace("east", "west"), "utf-8")
+    other = made.key.with_name("other.key")
+    public = public_key_of(str(public_key_file(other)))
+    for node in made.nodes:
+        node["model-key"] = public
+    made.deliver(delivery__signing_key=str(other))
+    verify_folder(made.run / "delivery", public)
+    again = json.loads(file.read_text("utf-8"))
+    assert again["sites"]["listed"] == (None if damaged else card["sites"]["listed"])
+
+
+def test_two_deliveries_at_once_sign_one_after_the_other(
+    made: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.start(made.config(delivery__signing_key=""))
+    key = signing_key(made.key)
+    exported, active = [], []
+
+    def slowly(*_: object) -> bytes:
+        active.append(1)
+        exported.append(len(active))
+        time.sleep(0.3)
+        active.pop()
+        return b"o"
+
+    monkeypatch.setattr(signed_model, "onnx_bytes", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: signed_model.signed_model(made.run, key), "ab"))
+    assert exported == [1]  # the second one found the first one's folder
+    assert found[0] == found[1]
+    assert verify_folder(made.run / "delivery", made.public) == found[0]
 
 
 @pytest.mark.parametrize(

@@ -239,8 +239,17 @@ def test_accuracies_are_summed_and_no_sites_own_is_told(sites: Sites) -> None:
     assert secure[0]["accuracy"] == plain[0]["accuracy"] != {}
     for line, told in zip(secure, plain, strict=True):
         assert line["sites"] == {} and "accuracy_median_site" not in line
-        images = [site["evaluation"]["images"] for site in told["sites"].values()]
-        assert line["summed_evaluation"] == {"sites": 4, "images": sum(images)}
+        reports = [site["evaluation"] for site in told["sites"].values()]
+        images = [report["images"] for report in reports]
+        by_class = zip(
+            *(next(iter(r["accuracy"].values()))["per_class"] for r in reports),
+            strict=True,
+        )
+        assert line["summed_evaluation"] == {
+            "sites": 4,
+            "images": sum(images),
+            "sites_by_class": [sum(x is not None for x in own) for own in by_class],
+        }
         assert told["summed_evaluation"] is None and sum(images) > 0
     artifacts = load_file(sites.folder / "secure" / "artifacts.safetensors")
     (matrix,) = [v for name, v in artifacts.items() if name.startswith("confusion")]

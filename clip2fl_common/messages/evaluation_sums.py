@@ -32,6 +32,8 @@ class SummedEvaluation:
         Number of images that they evaluated.
     unreadable : int
         Number of validation images that were skipped as unreadable.
+    held : tuple of int, length C
+        Number of sites that evaluate each class.
     recalls : dict of str to list of float or None
         Mean accuracy over the sites that evaluate a class, in percent, by head; None
         for a class that no site evaluates.
@@ -43,6 +45,7 @@ class SummedEvaluation:
     sites: tuple[str, ...]
     images: int
     unreadable: int
+    held: tuple[int, ...]
     recalls: dict[str, list[float | None]]
     confusion: npt.NDArray[np.int64] | None = None
 
@@ -117,6 +120,7 @@ class EvaluationSums(VectorFormat):
             sites=tuple(sites),
             images=images,
             unreadable=unreadable,
+            held=tuple(held.tolist()),
             recalls={
                 head: self._means(values[_of(head)], held, head) for head in self._heads
             },

@@ -29,6 +29,14 @@ ACCURACY = {
 }
 
 
+def reports(per_class: dict[str, list[float | None]]) -> dict[str, Any]:
+    """Return what the last line says of sites with these accuracies."""
+    return {
+        name: {"evaluation": {"accuracy": {"retrained": {"per_class": own}}}}
+        for name, own in per_class.items()
+    }
+
+
 def write_run(folder: Path, last: dict[str, Any]) -> Path:
     """Write the two files of a run of two rounds."""
     folder.mkdir()
@@ -66,6 +74,9 @@ def card(tmp_path: Path) -> dict[str, Any]:
             "updates": {"epsilon_round": 1.0, "epsilon_total": 3.25, "delta": 1e-5}
         },
     }
+    last["sites"] = reports(
+        {"b": [70, 40, None], "c": [60, 30, None], "d": [80, 50, None]}
+    )
     sites = [ListedSite("north", 1234, {0: 80, 2: 30}), ListedSite("west", None, {})]
     return model_card(write_run(tmp_path / "run", last), "run", CARD, MADE, sites)
 
@@ -123,6 +134,91 @@ def test_text_has_the_same_figures_and_no_foreign_markup(card: dict[str, Any]) -
     assert not re.search(r"(?<!\\)<b>|(?<!\\)\[x(?<!\\)\]", text)
     assert all(line.count("|") - line.count("\\|") in (0, 3, 4)
                for line in text.splitlines())  # fmt: skip
+
+
+FOUR: dict[str, list[float | None]] = {
+    "a": [80, 10, None],
+    "b": [60, 20, 50],
+    "c": [40, 30, None],
+    "d": [20, None, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("sites", "listed", "given", "balanced"),
+    [
+        # The third class is one site's own.
+        ("abcd", "", [50, 20, None], 35),
+        # Listed: the mean would tell what is left.
+        ("abcd", "a", [50, None, None], 50),
+        ("abcd", "ab", [None, None, 50], 50),
+        ("abcd", "abcd", [50, 20, 50], 40),
+        ("abcd", "abc", [None, 20, 50], 35),
+        ("ab", "a", [None, None, None], None),
+        ("ab", "", [None, None, None], None),
+        ("b", "b", [60, 20, 50], 130 / 3),
+    ],
+)
+def test_no_mean_tells_the_accuracy_of_an_unlisted_site(
+    tmp_path: Path,
+    sites: str,
+    listed: str,
+    given: list[float | None],
+    balanced: float | None,
+) -> None:
+    own = {name: FOUR[name] for name in sites}
+    columns = [[x for x in c if x is not None] for c in zip(*own.values(), strict=True)]
+    means = [sum(column) / len(column) if column else None for column in columns]
+    accuracy = {**ACCURACY, "per_class": means}
+    last = {
+        "accuracy": {"retrained": accuracy},
+        "accuracy_median_site": {"retrained": {**accuracy, "balanced": 33.0}},
+        "sites": reports(own),
+    }
+    folder = write_run(tmp_path / "run", last)
+    named = [ListedSite(name, 1, {}) for name in listed]
+    card = model_card(folder, "run", CARD, MADE, named)
+    assert [c["accuracy"] for c in card["accuracy"]["per_class"]] == given
+    assert card["accuracy"]["balanced"] == (balanced and pytest.approx(balanced))
+    assert card["accuracy"]["few"] == given[2]
+    others = len(set(sites) - set(listed))
+    assert card["accuracy_median_site"] == (33.0 if others in (0, 3, 4) else None)
+    hidden = [
+        name
+        for name, mean, shown in zip(CLASSES, means, given, strict=True)
+        if mean is not None and shown is None
+    ]
+    limits = [text for text in card["limits"] if "does not list" in text]
+    assert len(limits) == bool(hidden)
+    assert all(text.endswith(f"for: {', '.join(hidden)}.") for text in limits)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_class_of_few_sites_in_a_secure_sum_is_not_given(
+    tmp_path: Path, known: bool
+) -> None:
+    by_class = {"sites_by_class": [3, 2, 0]} if known else {}
+    last = {
+        "accuracy": {"retrained": ACCURACY},
+        "sites": {},
+        "summed_evaluation": {"sites": 3, "images": 60, **by_class},
+    }
+    folder = write_run(tmp_path / "run", last)
+    card = model_card(folder, "run", CARD, MADE, ())
+    assert [c["accuracy"] for c in card["accuracy"]["per_class"]] == [
+        *(70.0 if known else None, None, None)
+    ]
+
+
+def test_card_without_its_earlier_one_says_that_listed_sites_are_not_known(
+    tmp_path: Path,
+) -> None:
+    card = model_card(
+        write_run(tmp_path / "run", {"accuracy": {}}), "r", CARD, MADE, None
+    )
+    assert card["sites"] == {"trained": 3, "listed": None}
+    text = card_text(card)
+    assert "Which of them allow this card to list them is not known." in text
 
 
 def test_card_of_a_run_without_teacher_accuracy_and_noise(tmp_path: Path) -> None:
