@@ -121,16 +121,19 @@ def model(message: Message, context: Context) -> Message:
 
     The answer says nothing about the site's images, so no budget counts it.
     """
-    try:
-        with names_kept_here(context.node_config):
-            inbox = ModelInbox.of(context.node_config)
-            inbox.check_request(messages.message_bytes(message.content))
-            name = _site_name(context)
-            answer = inbox.take(messages.ModelOffer.parse(message.content))
-            return Message(replace(answer, site=name).content(), reply_to=message)
-    except SiteRefusal as refusal:
-        logger.error("run %d, model: %s", context.run_id, refusal)
-        return Message(Error(messages.SITE_REFUSES, refusal.sent), reply_to=message)
+    with logging_to_site(context.node_config, context.run_id, "model", None):
+        try:
+            with names_kept_here(context.node_config):
+                inbox = ModelInbox.of(context.node_config)
+                inbox.check_request(messages.message_bytes(message.content))
+                name = _site_name(context)
+                answer = inbox.take(messages.ModelOffer.parse(message.content))
+                logger.info("%s, %.2f MB are here", answer.state, answer.next / 1e6)
+                return Message(replace(answer, site=name).content(), reply_to=message)
+        except SiteRefusal as refusal:
+            logger.error("refused: %s", refusal)
+            error = Error(messages.SITE_REFUSES, refusal.sent)
+            return Message(error, reply_to=message)
 
 
 def _exchange(

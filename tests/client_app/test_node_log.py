@@ -4,20 +4,26 @@ import logging
 import re
 import stat
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context, Message, RecordDict
 
 from client_app import node_log
+from client_app.app import app
 from client_app.node_log import SharedFile
 from clip2fl_common import messages
+from clip2fl_common.signed_folder import public_text, sign_folder
 from tests.conftest import be_flower
 from tests.site_folders import write_site
 from tests.site_node import SiteNode, refusal, site_run, works
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|WARNING|ERROR) "
-    r"run (\d+) (query|train|evaluate)(?: round (\d+))?: (.+)"
+    r"run (\d+) (query|train|evaluate|model)(?: round (\d+))?: (.+)"
 )
 
 
@@ -61,6 +67,38 @@ def test_log_has_run_round_losses_and_seconds(tmp_path: Path, folder: Path) -> N
     assert f"training {metrics['seconds-training']:.1f} s" in told
     assert re.search(r"balanced accuracy: fedavg \d+\.\d %", found[5][4])
     assert stat.S_IMODE((state / "node.log").stat().st_mode) == 0o600
+
+
+def test_log_says_which_model_has_arrived_and_why_one_was_refused(
+    tmp_path: Path, folder: Path
+) -> None:
+    key, made = Ed25519PrivateKey.generate(), datetime(2026, 11, 27, tzinfo=UTC)
+    (tmp_path / "signed").mkdir()
+    (tmp_path / "signed" / "b.bin").write_bytes(b"x" * 30_000)
+    manifest = sign_folder(tmp_path / "signed", "run", made, ["b.bin"], key)
+    node = {
+        "data-path": str(folder),
+        "site-state": str(tmp_path / "state"),
+        "models-folder": str(tmp_path / "models"),
+        "model-key": public_text(key.public_key()),
+    }
+
+    def offer(start: int, piece: bytes, signature: bytes = manifest.signature) -> None:
+        offered = messages.ModelOffer(manifest.content, signature, start, piece)
+        message = Message(offered.content(), 42, "query.model")
+        app(message, Context(7, 42, cast(Any, node), RecordDict(), {}))
+
+    offer(0, b"x" * 10_000)
+    offer(10_000, b"x" * 20_000)
+    offer(0, b"", bytes(64))
+    found = lines(tmp_path / "state" / "node.log")
+    assert all(line[1:4] == ("7", "model", "") for line in found)
+    assert [(line[0], line[4].partition(" is not the")[0]) for line in found] == [
+        ("INFO", "wanted, 0.01 MB are here"),
+        ("INFO", f"the model {manifest.name} has arrived in {tmp_path}/models"),
+        ("INFO", "stored, 0.03 MB are here"),
+        ("ERROR", "refused: the site refuses the model: manifest.sig"),
+    ]
 
 
 def test_reasons_with_names_stay_in_the_sites_own_log(
