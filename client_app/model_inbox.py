@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from client_app.own_site import MIB, check_size
 from client_app.site_policy import NodeConfig, SiteRefusal, is_real_site, site_policy
-from clip2fl_common.files import finish_folder, remove
+from clip2fl_common.files import INCOMPLETE, finish_folder, remove
 from clip2fl_common.messages import (
     MIN_PIECE_BYTES,
     PIECE_BYTES,
@@ -160,6 +160,9 @@ class ModelInbox:
                 raise
         if arrived < manifest.size:
             return ModelAnswer(ModelState.WANTED, arrived, room)
+        # A node that is killed while it writes the manifest leaves half of it.
+        for rest in incoming.glob(f".*{INCOMPLETE}"):
+            remove(rest)
         try:
             manifest.verify_files(incoming)
         except SignatureError as error:

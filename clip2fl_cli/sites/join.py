@@ -113,6 +113,8 @@ def join(kit: Path, wishes: Wishes) -> int:
     owner = _owner(wishes)
     digest = _checked_fingerprint(kit, wishes.fingerprint)
     manifest = kit_archive.read_manifest(kit)
+    if wishes.start is Start.SYSTEMD:
+        service.unit_name(manifest.site)  # refuses a name before anything is installed
     folder = _folder(manifest.site, owner, wishes)
     if wishes.start is Start.FOREGROUND:
         refuse_foreign_root(folder)
@@ -439,26 +441,30 @@ def _start(folder: Path, owner: tuple[int, int], wishes: Wishes) -> int:
     if wishes.start is Start.FOREGROUND:
         node.run(found, None)
     elif wishes.start is Start.SYSTEMD:
-        _start_systemd(found.site, folder, owner[0])
+        _start_systemd(found, folder, owner[0])
     elif wishes.start is Start.CONTAINER:
         path = folder / service.COMPOSE_FILE
         with replacing(path, kit_archive.PUBLIC_MODE) as file:
             file.write(service.compose(found, folder, owner, wishes.image).encode())
             if os.geteuid() == 0:
                 os.fchown(file.fileno(), *owner)
-        console.answer(f"docker compose -f {node.shell_line([str(path)])} up -d")
+        # The same compose.yaml may stand for another kit, which a running node lacks.
+        again = " --force-recreate" if wishes.update else ""
+        command = f"docker compose -f {node.shell_line([str(path)])} up -d{again}"
+        console.answer(command)
         console.tell("clip2fl: this line starts the node, now and at every boot")
     return 0
 
 
-def _start_systemd(site: str, folder: Path, user: int) -> None:
+def _start_systemd(found: node.Node, folder: Path, user: int) -> None:
     """Install and start a unit; without root or systemd, write it and say how."""
-    name = service.unit_name(site)
+    name = service.unit_name(found.site)
     try:
         account = pwd.getpwuid(user).pw_name
     except KeyError:
         account = str(user)
-    text = service.unit(site, folder, account).encode()
+    mounts = [found.data, *([found.teacher] if found.teacher else [])]
+    text = service.unit(found.site, folder, account, mounts).encode()
     if os.geteuid() == 0 and Path("/run/systemd/system").is_dir():
         with replacing(service.UNIT_FOLDER / name, kit_archive.PUBLIC_MODE) as file:
             file.write(text)

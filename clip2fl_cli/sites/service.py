@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from clip2fl_cli.sites.node import NOTHING_HELPS, Node
 from clip2fl_common.provenance import PACKAGE_ROOT
 
 UNIT_FOLDER = Path("/etc/systemd/system")
+SERVER_PARTS = ("proxy", "superexec", "superlink")
+"""The server has units of these names (deploy/systemd)."""
 COMPOSE_FILE = "compose.yaml"
 # Of the image that deploy/Dockerfile builds: the health check asks there.
 NODE_PORT = 9094
@@ -24,11 +27,22 @@ class ServiceError(ValueError):
 
 
 def unit_name(site: str) -> str:
-    """Return the name of a site's systemd unit."""
+    """Return the name of a site's systemd unit.
+
+    Raises
+    ------
+    ServiceError
+        If a part of the server has a unit of this name.
+    """
+    if site in SERVER_PARTS:
+        raise ServiceError(
+            f"clip2fl-{site}.service is the unit of the server's own {site}: register "
+            "the site under another name, or start it otherwise (--start)"
+        )
     return f"clip2fl-{site}.service"
 
 
-def unit(site: str, folder: Path, user: str) -> str:
+def unit(site: str, folder: Path, user: str, mounts: Sequence[Path] = ()) -> str:
     """Return a systemd unit that runs a site's node.
 
     Parameters
@@ -39,6 +53,8 @@ def unit(site: str, folder: Path, user: str) -> str:
         The site's folder.
     user : str
         The user who owns the folder.
+    mounts : sequence of Path
+        Paths that may lie on a network share, which is mounted before the node starts.
 
     Raises
     ------
@@ -52,13 +68,16 @@ def unit(site: str, folder: Path, user: str) -> str:
                 "of letters, digits and /._+,:@=-"
             )
     cache = folder / CACHE
+    # The unit works without a path that systemd would misread.
+    shares = " ".join(filter(_PLAIN_PATH.fullmatch, map(str, mounts)))
+    requires = f"RequiresMountsFor={shares}\n" if shares else ""
     return f"""\
 # Written by clip2fl site join.
 [Unit]
 Description=CLIP2FL node {site}
 After=network-online.target
 Wants=network-online.target
-
+{requires}
 [Service]
 User={user}
 WorkingDirectory={PACKAGE_ROOT}

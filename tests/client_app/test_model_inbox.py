@@ -275,6 +275,22 @@ def test_rest_of_a_removed_model_is_cleared(
     assert not rest.exists()
 
 
+def test_model_survives_a_kill_while_its_manifest_is_written(
+    inbox: ModelInbox, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("client_app.model_inbox.write_manifest", kill)
+    with pytest.raises(KeyboardInterrupt):
+        send(inbox, manifest, 0, WHOLE)
+    monkeypatch.undo()
+    (incoming(inbox)[0] / ".manifest.json.incomplete").write_bytes(b"{")
+    answer = send(inbox, manifest)
+    assert (answer.state, answer.next) == (ModelState.STORED, len(WHOLE))
+    verify_folder(inbox.folder / manifest.name, PUBLIC)
+
+
 def test_link_in_the_way_is_not_followed(
     inbox: ModelInbox, manifest: Manifest, tmp_path: Path
 ) -> None:

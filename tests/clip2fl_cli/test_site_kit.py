@@ -861,6 +861,8 @@ def test_systemd_unit_does_not_start_again_what_somebody_must_mend(
     (start,) = [line for line in lines if line.startswith("ExecStart=")]
     assert start.endswith(f" -m clip2fl_cli.app site start {site}")
     assert f"ReadWritePaths={site}/cache {site}/state" in lines
+    # A share with the images is mounted before the node looks for them.
+    assert f"RequiresMountsFor={photos}" in lines[: lines.index("[Service]")]
     told = capsys.readouterr().out
     assert "systemctl enable --now clip2fl-north.service" in told
     if verify := find_tool("systemd-analyze"):
@@ -870,6 +872,25 @@ def test_systemd_unit_does_not_start_again_what_somebody_must_mend(
     odd = service.ServiceError
     with pytest.raises(odd, match="systemd would misread"):
         service.unit("north", Path("/srv/a b"), "clip2fl")
+    mounts = [Path("/mnt/photos"), Path("/mnt/a b"), Path("/mnt/teacher")]
+    text = service.unit("north", site, "clip2fl", mounts)
+    assert "\nRequiresMountsFor=/mnt/photos /mnt/teacher\n" in text
+    assert "RequiresMountsFor" not in service.unit("north", site, "x", mounts[1:2])
+
+
+def test_site_does_not_replace_a_unit_of_the_server(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    units = (ROOT / "deploy" / "systemd").glob("clip2fl-*.service")
+    parts = {path.stem.removeprefix("clip2fl-") for path in units}
+    assert parts == set(service.SERVER_PARTS)
+    (kit,) = make(server, "proxy")
+    wishes = Wishes(photos, tmp_path / "site", Start.SYSTEMD, str(os.geteuid()))
+    with pytest.raises(
+        service.ServiceError, match="the unit of the server's own proxy"
+    ):
+        join(kit, wishes)
+    assert not (tmp_path / "site").exists()
 
 
 _is_dir = Path.is_dir
@@ -903,7 +924,12 @@ def test_compose_file_binds_the_sites_folders_only(
     assert made["read_only"] is True and made["cap_drop"] == ["ALL"]
     assert made["command"][-4:] == ["--hold", "--port", "9094", place]
     assert made["environment"]["HF_HOME"] == f"{place}/cache/huggingface"
-    assert f"docker compose -f '{site}/compose.yaml' up -d" in capsys.readouterr().out
+    command = f"docker compose -f '{site}/compose.yaml' up -d"
+    assert command in capsys.readouterr().out.splitlines()
+    # The compose file does not tell one kit from another.
+    assert join(kit, Wishes(photos, site, Start.CONTAINER, own, update=True)) == 0
+    assert f"{command} --force-recreate" in capsys.readouterr().out.splitlines()
+    assert (site / "compose.yaml").read_text() == text
 
 
 def test_root_gives_the_folder_to_the_nodes_user(
