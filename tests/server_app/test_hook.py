@@ -5,7 +5,9 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 
 import pytest
 
@@ -94,16 +96,18 @@ def test_command_that_hangs_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The child would hold the pipe open, and the run does not wait for it."""
-    monkeypatch.setattr(module, "COMMAND_S", 0.5)
+    monkeypatch.setattr(module, "COMMAND_S", 3.0)
     pid = tmp_path / "pid"
-    monkeypatch.setenv(VARIABLE, f"sh -c 'sleep 600 & echo $! > {pid}; wait'")
-    called = Hook.of_environment(tmp_path)
-    assert called is not None
-    started = time.monotonic()
+    script = ["sh", "-c", 'sleep 600 & echo $! > "$0"; wait', str(pid)]
+    called = hook(monkeypatch, shlex.join(script), tmp_path)
     Events(called).note(What.AWAY, "a")
-    assert time.monotonic() - started < 0.4
+    assert called._events.unfinished_tasks  # the run did not wait
+    while called._events.unfinished_tasks and not (
+        pid.exists() and pid.read_text("utf-8").strip()
+    ):
+        time.sleep(0.02)
     called.close()
-    assert "took more than 0.5 s" in caplog.text
+    assert "took more than 3 s" in caplog.text
     child = int(pid.read_text())
     for _ in range(100):
         try:
@@ -122,13 +126,24 @@ def test_end_of_a_run_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "END_S", 0.2)
-    monkeypatch.setattr(module, "COMMAND_S", 3.0)
+    monkeypatch.setattr(module, "COMMAND_S", 0.5)
     called = hook(monkeypatch, "sleep 600", tmp_path)
-    for _ in range(module.WAITING + 10):
-        Events(called).note(What.AWAY, "a")
-    started = time.monotonic()
-    called.close()
-    assert 0.1 < time.monotonic() - started < 2
+    try:
+        for _ in range(module.WAITING + 10):
+            Events(called).note(What.AWAY, "a")
+        started = time.monotonic()
+        called.close()
+        # All the commands together would take 50 s.
+        assert 0.1 < time.monotonic() - started < 10
+    finally:
+        # The thread would start commands during later tests.
+        with suppress(Empty):
+            while True:
+                called._events.get_nowait()
+                called._events.task_done()
+        monkeypatch.setattr(module, "END_S", 10.0)
+        called.close()
+    assert not called._events.unfinished_tasks
 
 
 @pytest.mark.usefixtures("federation_process")
