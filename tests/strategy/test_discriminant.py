@@ -193,6 +193,41 @@ def test_noise_never_makes_an_infinite_head(seed: int, images: int) -> None:
     assert all(tensor.isfinite().all() and tensor.abs().max() < 1e4 for tensor in head)
 
 
+def test_noisy_moments_give_the_head_of_a_computation_in_numpy() -> None:
+    """Class 3 has fewer images than two deviations of the noise on its count.
+
+    Of the covariance's eigenvalues, one is negative, and one is positive but below the
+    spectral radius of the noise on the scatter.
+    """
+    deviations = 0.6, 1.0, 9.0
+    random, width = np.random.default_rng(5), 5
+    count, seen = np.array([40.0, 25.0, 9.0, 1.1]), [0, 1, 2]
+    total = count[:, None] * random.normal(0, 3, (4, width))
+    means = total[seen] / count[seen, None]
+    turn = np.linalg.qr(random.normal(size=(width, width)))[0]
+    within = turn @ np.diag([3.0, 1.5, 0.7, 0.1, -0.4]) @ turn.T
+    lopsided = random.normal(size=(width, width))
+    scatter = 74 * within + total[seen].T @ means + lopsided - lopsided.T
+    v, u = np.linalg.eigh(within)
+    v = np.maximum(v, 9 * np.sqrt(2 * width) / 74)
+    assert len(set(v)) == 4  # two of five are raised to the same value
+    v = v + 1e-3 * v.mean()
+    rows = means @ (u / v) @ u.T
+    moments = ClassMoments(*map(torch.from_numpy, (count, total, scatter)))
+    head = balanced_discriminant(moments, deviations)
+    assert head is not None
+    weight, bias = (tensor.numpy() for tensor in head)
+    np.testing.assert_allclose(weight[seen], rows, rtol=1e-8)
+    np.testing.assert_allclose(bias[seen], -(rows * means).sum(1) / 2, rtol=1e-8)
+    np.testing.assert_allclose(weight[3], rows.mean(0), rtol=1e-8)
+    np.testing.assert_allclose(bias[3], bias[seen].mean() - 10, rtol=1e-8)
+    everywhere = torch.from_numpy(random.normal(0, 100, (1000, width)))
+    assert set(logits(head, everywhere).argmax(1)) == {0, 1, 2}
+    # At two deviations exactly 1.1 is more than enough.
+    lower = balanced_discriminant(moments, (0.5, 1.0, 9.0))
+    assert 3 in logits(lower, everywhere).argmax(1)
+
+
 def test_no_image_has_these_moments() -> None:
     good = moments_of(0)
     assert impossible_moments(good, 40) == ""
