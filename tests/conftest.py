@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,19 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.flower_private import act_as_flower_process
+from clip2fl_cli.proxies import direct_here
+
+# Jupyter and some CI services force colours, which are in the output that tests read.
+# Rich and Typer look at some of these when they are imported.
+for forced in (
+    *("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+):
+    os.environ.pop(forced, None)
+# A test's own servers are on this machine.
+os.environ.update(direct_here(os.environ))
+
+from tests.flower_private import act_as_flower_process  # noqa: E402
 
 # The tensors are small: more threads cost time, and sums then depend on the machine.
 torch.set_num_threads(1)

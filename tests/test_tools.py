@@ -1,5 +1,6 @@
 """A missing program skips a test on a person's machine and fails it under CI."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,9 @@ def test_program_is_found_on_the_path(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert needed_tool("some-tool") == str(tool)
+
+
+def test_environment_forces_no_colours_and_no_proxy_for_this_machine() -> None:
+    assert not {"FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS"} & set(os.environ)
+    for name in ("NO_PROXY", "no_proxy"):
+        assert {"127.0.0.1", "localhost"} <= set(os.environ[name].split(","))
