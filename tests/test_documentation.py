@@ -11,6 +11,7 @@ import pytest
 
 from clip2fl_common.config.files import merge_run_config
 from tests.defaults import ROOT
+from tests.tools import needed_tool
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = re.compile(
@@ -48,8 +49,9 @@ def check_python(arguments: list[str]) -> None:
 
 def check_make(arguments: list[str]) -> None:
     """Targets of the Makefile."""
+    make = needed_tool("make")
     for target in arguments:
-        printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True)
+        printed = subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True)
         assert printed.returncode == 0, printed.stderr
 
 

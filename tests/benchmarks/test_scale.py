@@ -22,6 +22,7 @@ from benchmarks.scale import (
     whole_round,
 )
 from benchmarks.uploads import as_a_hundred, rows_of
+from tests.tools import need_package
 
 SMALL = replace(
     Shape(),
@@ -93,7 +94,7 @@ def test_steps_and_means_take_time(rank: int) -> None:
 
 
 def test_picture_shows_both_growths(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    need_package("matplotlib")
     measured = {
         (kind, size): ([float(size), 1.0, 9.0], 0.5)
         for size in (10, 100)

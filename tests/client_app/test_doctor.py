@@ -28,6 +28,7 @@ from client_app.preflight import Finding
 from client_app.site_ledger import SiteLedger
 from client_app.site_policy import SitePolicy
 from tests.defaults import ROOT
+from tests.tools import needed_tool
 
 NOW = datetime(2030, 6, 1, tzinfo=UTC)
 # A picture of 8000x6000 pixels takes 144 MB as RGB and 192 MB as CMYK.
@@ -274,11 +275,12 @@ def test_no_certificate(tmp_path: Path) -> None:
 
 
 def test_keys(tmp_path: Path) -> None:
+    keygen = needed_tool("ssh-keygen")
     for kind, level in (("ecdsa", "ok"), ("ed25519", "problem")):
         path = tmp_path / kind
         bits = ["-b", "384"] if kind == "ecdsa" else []
         subprocess.run(
-            ["ssh-keygen", "-q", "-t", kind, *bits, "-N", "", "-f", path], check=True
+            [keygen, "-q", "-t", kind, *bits, "-N", "", "-f", path], check=True
         )
         assert preflight.check_key(path).level == level
     (tmp_path / "ecdsa").chmod(0o644)
@@ -364,6 +366,7 @@ def test_server_is_reached_through_the_proxy_of_the_environment(
         threading.Thread(target=tunnel, args=(proxy, port, asked), daemon=True).start()
         address = f"http://user:secret@127.0.0.1:{proxy.getsockname()[1]}"
         monkeypatch.setenv("HTTPS_PROXY", address)
+        monkeypatch.delenv("https_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         found = check("localhost", port, crt)

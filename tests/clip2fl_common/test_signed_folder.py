@@ -30,7 +30,7 @@ from clip2fl_common.signed_folder import (
     sign_folder,
     verify_folder,
 )
-from tests.tools import find_tool
+from tests.tools import needed_tool
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = public_text(KEY.public_key())
@@ -77,9 +77,7 @@ def test_manifest_lists_every_file_with_its_digest(signed: Path) -> None:
 
 def test_openssl_accepts_the_signature(signed: Path, tmp_path: Path) -> None:
     """Anybody can check a folder without this program."""
-    openssl = find_tool("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
+    openssl = needed_tool("openssl")
     public = KEY.public_key().public_bytes(
         Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
     )

@@ -23,6 +23,7 @@ import pytest
 
 from deploy.install import install, read_lock, split
 from tests.defaults import ROOT
+from tests.tools import needed_tool
 
 # What `make install` names torch's pair by; a CPU index adds "+cpu" to versions.
 TORCH = "9.1.0"
@@ -368,7 +369,7 @@ def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ours = ("MAKE", "MFLAGS", "LOCK", "TORCH_INDEX")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return subprocess.run(
-        ["make", *arguments],
+        [needed_tool("make"), *arguments],
         cwd=checkout,
         env=environment,
         capture_output=True,

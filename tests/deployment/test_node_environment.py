@@ -17,7 +17,7 @@ from tests.deployment.stack import Machine, Stack, wait_for
 from tests.deployment.test_install import Index
 from tests.site_folders import write_site
 from tests.test_locks import NODE, versions
-from tests.tools import cannot_run
+from tests.tools import cannot_run, needed_tool
 
 # Imports each module of the two packages that a node has.
 IMPORTS = """
@@ -56,7 +56,7 @@ def make_install(checkout: Path, *arguments: str) -> str:
     Packages that uv has in its cache are not downloaded again.
     """
     done = subprocess.run(
-        ["make", "install", f"PYTHON={sys.executable}", *arguments],
+        [needed_tool("make"), "install", f"PYTHON={sys.executable}", *arguments],
         cwd=checkout,
         env=variables(),
         stdout=subprocess.PIPE,

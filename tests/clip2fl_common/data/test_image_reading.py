@@ -191,8 +191,23 @@ def read_as_ever(path: Path, size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(small).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "ppm", "gif"])
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"]
+# Formats that lack some of these modes.
+LACKING = {
+    "jpg": {"P", "RGBA", "LA"},
+    "png": {"CMYK"},
+    "webp": set(),
+    "tif": set(),
+    "bmp": {"LA", "CMYK"},
+    "ppm": {"P", "LA", "CMYK"},
+    "gif": {"CMYK"},
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(f, m) for f, lacking in LACKING.items() for m in MODES if m not in lacking],
+)
 def test_ordinary_images_keep_their_pixels(
     tmp_path: Path, suffix: str, mode: str
 ) -> None:
@@ -200,10 +215,7 @@ def test_ordinary_images_keep_their_pixels(
     if suffix != "tif":
         exif[ExifTags.Base.Orientation] = 8
     path = tmp_path / f"x.{suffix}"
-    try:
-        noise().convert(mode).save(path, exif=exif)
-    except (OSError, ValueError):
-        pytest.skip("the format has no such mode")
+    noise().convert(mode).save(path, exif=exif)
     for size in (16, 40, 60):
         np.testing.assert_array_equal(read_image(path, size), read_as_ever(path, size))
 
