@@ -100,16 +100,17 @@ def test_start_waits_for_the_superlink_but_not_for_a_better_configuration(
 
 def test_flower_itself_says_so_when_nobody_listens(tmp_path: Path) -> None:
     """The installed Flower answers in the same way as the scripted answers above."""
+    shutil.copy(certifi.where(), tmp_path / "ca.crt")
+    write_app_folder(PROJECT, tmp_path / "app")
+    (tmp_path / "run.toml").write_text("seed = 8\n")
+    # Bound, so that no other program listens there meanwhile.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    shutil.copy(certifi.where(), tmp_path / "ca.crt")
-    federation = Federation(address, tmp_path / "ca.crt", tmp_path, 0)
-    assert not federation._is_there()
-    write_app_folder(PROJECT, tmp_path / "app")
-    (tmp_path / "run.toml").write_text("seed = 8\n")
-    with pytest.raises(SimulationError, match="SuperLink is unavailable"):
-        federation.start(tmp_path / "app", tmp_path / "run.toml")
+        federation = Federation(address, tmp_path / "ca.crt", tmp_path, 0)
+        assert not federation._is_there()
+        with pytest.raises(SimulationError, match="SuperLink is unavailable"):
+            federation.start(tmp_path / "app", tmp_path / "run.toml")
 
 
 def test_exit_status_tells_how_the_run_ended(

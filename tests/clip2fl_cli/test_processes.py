@@ -20,11 +20,10 @@ from clip2fl_cli.signals import NotedSignals, interrupting
 PARENT = """
 import os, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={"PATH": ""})
-print("started", flush=True)
 time.sleep(0 if sys.argv[2] == "leaves" else 600)
 """
-QUIET = "import time; time.sleep(600)"
-STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+QUIET = "import time; print('ready', flush=True); time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(15, signal.SIG_IGN); {QUIET}"
 
 
 @pytest.fixture
@@ -32,7 +31,10 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Return a process of another run, in its own session."""
     environment = {**os.environ, "FLWR_HOME": str(tmp_path / "other" / "home")}
     process = subprocess.Popen(
-        [sys.executable, "-c", QUIET], env=environment, start_new_session=True
+        [sys.executable, "-c", QUIET],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     yield process
     process.kill()
@@ -40,7 +42,7 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def start(home: Path, child: str, parent: str) -> subprocess.Popen[bytes]:
-    """Start a substitute for the SuperLink, and wait until its child runs."""
+    """Start a substitute for the SuperLink, and wait until its child is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, child, parent],
         env={**os.environ, "FLWR_HOME": str(home)},
@@ -48,7 +50,7 @@ def start(home: Path, child: str, parent: str) -> subprocess.Popen[bytes]:
         start_new_session=True,
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    assert process.stdout.readline() == b"ready\n"
     return process
 
 
@@ -67,7 +69,6 @@ def test_all_of_a_run_is_found_and_ended(
     monkeypatch.setattr(processes, "STOP_SECONDS", 1.0)
     home = tmp_path / "home"
     superlink = start(home, child, "stays")
-    time.sleep(0.5)  # the stubborn one's import of signal
     assert commands(run_processes(home, set())) == {PARENT, child}
     stop_all(superlink, home, NotedSignals())
     assert superlink.wait() == -signal.SIGTERM
@@ -87,7 +88,6 @@ def test_orphan_without_the_mark_is_found_by_its_session(tmp_path: Path) -> None
 
 def test_second_signal_waits_for_nobody(tmp_path: Path) -> None:
     superlink = start(tmp_path / "home", STUBBORN, "stays")
-    time.sleep(0.5)
     signals = NotedSignals()
     signals.hurry = True
     begun = time.monotonic()
