@@ -1,5 +1,7 @@
 """Real, tiny runs for the command's tests."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,14 @@ def user_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "user-logs"
     monkeypatch.setattr("platformdirs.user_log_dir", lambda *_: str(folder))
     return folder
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Return a folder whose path is short and has no blank, whatever TMPDIR is."""
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -71,9 +71,12 @@ def says(
 
 
 def test_what_hinders_a_server_is_said_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "server"
+    folder = short_folder / "server"
     monkeypatch.setattr(module.shutil, "which", lambda *_, **__: None)  # type: ignore[attr-defined]
     line = says(monkeypatch, capsys, folder)
     assert "nginx is not installed: apt-get install nginx-light" in line
@@ -114,9 +117,11 @@ def test_second_signal_kills_the_parts(tmp_path: Path) -> None:
         with module._Parts(Serving(tmp_path, [], 9092, 8000)) as parts:
             parts.start("proxy", [sys.executable, "-c", f"{deaf}; time.sleep(600)"])
             log = tmp_path / "logs" / "proxy.log"
-            while "on" not in log.read_text("utf-8"):
-                time.sleep(0.05)
             (process,) = parts._processes.values()
+            end = time.monotonic() + 60
+            while "on" not in log.read_text("utf-8"):
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.05)
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             began = time.monotonic()
     assert process.poll() == -signal.SIGKILL

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tomllib
@@ -109,13 +108,14 @@ def toy(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Send temporary files to a directory whose name marks what a test started."""
-    # Ray's socket paths leave no room for pytest's long names.
-    path = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
-    monkeypatch.setenv("TMPDIR", str(path))
-    monkeypatch.setattr("tempfile.tempdir", str(path))
-    return path
+def private_tmp(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Send temporary files to a directory whose name marks what a test started.
+
+    Ray's socket paths leave no room for pytest's long names.
+    """
+    monkeypatch.setenv("TMPDIR", str(short_folder))
+    monkeypatch.setattr("tempfile.tempdir", str(short_folder))
+    return short_folder
 
 
 def processes_naming(path: Path) -> list[str]:

@@ -845,13 +845,13 @@ def test_packed_teacher_is_the_sites_own(
 def test_systemd_unit_does_not_start_again_what_somebody_must_mend(
     server: Server,
     photos: Path,
-    tmp_path: Path,
+    short_folder: Path,
     reached: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (kit,) = make(server, "north")
-    site = tmp_path / "site"
+    site = short_folder / "site"
     monkeypatch.setattr(Path, "is_dir", no_systemd)
     own = str(os.geteuid())
     assert join(kit, Wishes(photos, site, Start.SYSTEMD, own)) == 0
