@@ -1,6 +1,7 @@
 """Data sets load the right images; errors name the faulty folder or file."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -342,3 +343,31 @@ def test_demo_is_long_tailed_and_partitioned_whole() -> None:
 def test_client_without_images_is_refused() -> None:
     with pytest.raises(PartitionError, match=r"partition\.clients = 500.*78"):
         partition_indices(run_config().dataset, Partition(clients=500), 7)
+
+
+# As torchvision's reference models have them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_demo_is_normalised_as_imagenet() -> None:
+    found = load_dataset(run_config().dataset).normalization
+    assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_imagenet_lt_has_the_thousand_class_names_and_the_normalisation(
+    tmp_path: Path,
+) -> None:
+    """Delivered models predict these names, in this order."""
+    write_images(tmp_path, {"n": 1})
+    lines = [f"n/0.png {label}\n" for label in range(1000)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    dataset = load_dataset(list_config(tmp_path))
+    names = dataset.class_names
+    assert (len(names), len(set(names))) == (1000, 998)
+    assert [names[n] for n in (0, 134, 517, 999)] == [
+        *("tench", "crane bird", "construction crane", "toilet paper")
+    ]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    assert digest.startswith("571ae1c583b4be7d")
+    found = dataset.normalization
+    assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)

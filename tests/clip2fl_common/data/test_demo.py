@@ -50,6 +50,32 @@ def test_images_are_a_function_of_their_number(label: int) -> None:
     np.testing.assert_array_equal(whole[PREFIX:], later)
 
 
+# Mean over the first 64 images of each class.
+MEANS = {
+    "train": [
+        *(86.629, 80.949, 86.997, 85.846, 82.314),
+        *(82.777, 80.867, 77.056, 82.793, 76.791),
+    ],
+    "test": [
+        *(83.497, 78.919, 80.285, 85.613, 78.922),
+        *(84.001, 81.433, 78.887, 84.628, 81.388),
+    ],
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_are_those_of_all_measurements(split: Split) -> None:
+    """Figures in benchmarks/results hold for these images."""
+    found = [draw_images(split, label, 64).mean() for label in range(10)]
+    assert found == pytest.approx(MEANS[split], abs=0.05)
+
+
+def test_first_test_image_is_that_of_all_measurements() -> None:
+    red = draw_images("test", 0, 1)[0][0, ::8, ::8].astype(int)
+    expected = [[34, 47, 77, 43], [17, 255, 73, 56], [17, 38, 35, 55], [0, 36, 42, 24]]
+    np.testing.assert_allclose(red, expected, atol=1)
+
+
 def test_no_image_occurs_twice() -> None:
     """Splits and classes are disjoint."""
     images = [
