@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 
 from clip2fl_cli.sites.keys import fingerprint, public_key
 from clip2fl_cli.sites.registration import Server
@@ -339,6 +340,9 @@ def test_each_part_of_the_server_gets_keys_of_its_own(tmp_path: Path) -> None:
         assert verify(ca, proxy, "-verify_ip", address)
     # Whoever takes the SuperLink's key cannot stand in for the proxy, and so on.
     superlink = made["superlink/server.crt"]
+    for path in (proxy, superlink):
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+        assert (found.not_valid_after_utc - found.not_valid_before_utc).days == 825
     assert verify(ca, superlink, "-verify_hostname", "superlink")
     assert not verify(ca, superlink, "-verify_hostname", "fl.example.org")
     assert not verify(ca, proxy, "-verify_hostname", "superlink")

@@ -64,6 +64,15 @@ def test_earlier_rounds_stand_in_for_a_majority() -> None:
     assert LengthRule(10).too_long(sizes(2.0), SENT) == {}
 
 
+def test_medians_of_the_last_five_rounds_count() -> None:
+    """The lower median of 1 to 5 and the long update is 3; with 50 it would be 4."""
+    rule = LengthRule(10)
+    for typical in (50.0, 1.0, 2.0, 3.0, 4.0, 5.0):
+        rule.remember(list(sizes(typical).values()))
+    assert rule.too_long(sizes(29.9), SENT) == {}
+    assert list(rule.too_long(sizes(30.1), SENT)) == [0]
+
+
 def test_more_images_may_move_further_and_a_claim_helps_to_ten_times_at_most() -> None:
     rule = LengthRule(10)
     others = sizes(1.0, 1.0, 1.0, 1.0)
@@ -74,9 +83,11 @@ def test_more_images_may_move_further_and_a_claim_helps_to_ten_times_at_most() -
         assert list(rule.too_long(above, SENT)) == [9]
 
 
-def test_statistics_have_a_bound_of_their_own() -> None:
-    found = sizes(1.0, 1.0, 1.0) | {3: ReplySize(100, 1.0, 1e6)}
-    assert list(LengthRule(10).too_long(found, SENT)) == [3]
+def test_statistics_have_a_bound_ten_times_as_wide() -> None:
+    """The median of their norms is 2, so the bound is 10 * 10 * 2."""
+    for norm, dropped in ((199.9, []), (200.1, [3])):
+        found = sizes(1.0, 1.0, 1.0) | {3: ReplySize(100, 1.0, norm)}
+        assert list(LengthRule(10).too_long(found, SENT)) == dropped
 
 
 def test_ratio_of_zero_switches_it_off() -> None:

@@ -7,7 +7,7 @@ from flwr.app import Error, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip2fl_common.messages import error_reason
+from clip2fl_common.messages import DATA_ERROR, DIVERGED, SITE_REFUSES, error_reason
 from tests.flower_private import act_as_flower_process
 
 
@@ -46,3 +46,8 @@ def test_any_reason_is_one_short_line(reason: str) -> None:
     for text in (reason, f"<class 'client_app.x.Y'>:<'{reason}'>"):
         found = error_reason(failed(text))
         assert found.isprintable() and len(found) <= 310
+
+
+def test_codes_are_the_documented_numbers() -> None:
+    """Nodes and servers of other releases send and expect them."""
+    assert (DATA_ERROR, SITE_REFUSES, DIVERGED) == (1001, 1002, 1003)
