@@ -43,6 +43,7 @@ def test_notebook_has_the_form_that_applications_read() -> None:
 
 def test_notebook_is_stored_without_outputs() -> None:
     """Outputs hold paths and times of one machine, and each run would change them."""
+    assert cells()
     for cell in cells():
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
