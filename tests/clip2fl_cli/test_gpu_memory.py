@@ -19,7 +19,7 @@ from clip2fl_cli.gpu_memory import (
 from clip2fl_common.models import ImageClassifier
 from tests.defaults import run_config
 
-PAPER: dict[str, Any] = {"model__name": "resnet8"}
+PAPER: dict[str, Any] = {"model__name": "resnet8", "device": "auto"}
 MANY_CLASSES: dict[str, Any] = {
     "dataset__name": "imagenet-lt",
     "dataset__root": "/images",
@@ -98,7 +98,7 @@ def test_share_lets_exactly_so_many_train(fitting: int) -> None:
 def test_nothing_is_said_without_a_gpu() -> None:
     assert memory_warning(run_config(**PAPER), 0.0, 16, 1) == ""
     assert memory_warning(run_config(**PAPER), 0.25, 16, None) == ""
-    assert memory_warning(run_config(**PAPER, device="cpu"), 0.25, 16, 1) == ""
+    assert memory_warning(run_config(**{**PAPER, "device": "cpu"}), 0.25, 16, 1) == ""
 
 
 def test_fullest_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
