@@ -324,45 +324,98 @@ def test_tampered_confusion_matrices_are_dropped() -> None:
             parsed(matrix, images, name)
 
 
+# Records of class statistics in a train reply, with the shapes of their arrays. Each
+# is one entry a class, or one of all images, however many images there are. H stands
+# for the number of the site's classes.
+H = -1
+STATISTICS: dict[str, dict[str, tuple[int, ...]]] = {
+    "class-gradients": {
+        **{"classes": (H,), "ranks": (H,), "bias": (H, 10)},
+        # Ten classes are few: each gradient is sent whole.
+        **{"weight": (H, 10, 512), "left": (0, 10), "right": (0, 512)},
+    },
+    "class-statistics": {
+        **{"classes": (H,), "counts": (H,), "means": (H, 64)},
+        "covariances": (H, 64 * 65 // 2),
+    },
+    "class-moments": {"count": (10,), "total": (10, 64), "scatter": (64, 64)},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "delivered", "records", "heads"),
+    [
+        ("clip2fl", "method", ["class-gradients"], ["retrained", "fedavg", "teacher"]),
+        ("ccvr", "method", ["class-statistics"], ["retrained", "fedavg"]),
+        ("fedlda", "method", ["class-moments"], ["discriminant", "fedavg"]),
+        ("fedavg", "method", [], ["fedavg"]),
+        (
+            "creff",
+            "discriminant",
+            ["class-gradients", "class-moments"],
+            ["discriminant", "retrained", "fedavg"],
+        ),
+    ],
+)
 def test_only_what_was_agreed_leaves_a_site(
-    tmp_path: Path, folders: list[Path]
+    tmp_path: Path,
+    folders: list[Path],
+    method: str,
+    delivered: str,
+    records: list[str],
+    heads: list[str],
 ) -> None:
     """Reads every message as it goes over the wire."""
-    grid = federate(tmp_path / "run", folders)
-    shapes = {
+    grid = federate(
+        tmp_path / "run",
+        folders,
+        method=method,
+        head__delivered=delivered,
+        rules={"north": {"send-confusion-matrix": True}},
+    )
+    models = {
         name: tuple(tensor.shape)
         for name, tensor in build_model("resnet8-slim", 10, 512).state_dict().items()
         if tensor.is_floating_point()
     }
-    kinds = set()
+    kinds: list[str] = []
+    names: dict[int, str] = {}
+    matrices = []
     for reply in grid.replies:
-        kind = reply.metadata.message_type
-        kinds.add(kind)
+        kind, node = reply.metadata.message_type, reply.metadata.src_node_id
+        if kind not in kinds[-1:]:
+            kinds.append(kind)
         content = reply.content
         if kind == "query":
             assert set(content) == {"config"}
-            assert set(content.config_records["config"]) == {"site", "versions"}
+            values = content.config_records["config"]
+            assert set(values) == {"site", "versions"}
+            names[node] = str(values["site"])
         elif kind == "evaluate":
+            if "confusion" in content:
+                matrices.append((len(kinds), names[node]))
+                (matrix,) = content.array_records.pop("confusion").values()
+                assert matrix.numpy().shape == (10, 10)
             assert set(content) == {"metrics"}
-            values = content.metric_records["metrics"]
-            heads = {"recall-retrained", "recall-fedavg", "recall-teacher"}
+            found = content.metric_records["metrics"]
+            recalls = {f"recall-{head}" for head in heads}
             counted = {"num-examples", "classes", "unreadable-images"}
-            assert set(values) == counted | {"seconds-evaluation"} | heads
-            for head in heads:
+            assert set(found) == counted | {"seconds-evaluation"} | recalls
+            for recall in recalls:
                 # Steps of 5 %: neither counts nor fractions that tell them.
-                assert {v % 5 for v in cast(list[int], values[head])} == {0}
+                assert {v % 5 for v in cast(list[int], found[recall])} == {0}
         else:
-            assert kind == "train"
-            assert set(content) == {"arrays", "class-gradients", "metrics"}
+            assert set(content) == {"arrays", "metrics", *records}
             arrays = content.array_records["arrays"]
-            assert {n: tuple(a.shape) for n, a in arrays.items()} == shapes
-            gradients = content.array_records["class-gradients"]
-            assert set(gradients) == {
-                *("classes", "ranks", "weight", "left", "right", "bias")
-            }
-            # One gradient a class, however many images there are.
-            held = len(gradients["classes"].numpy())
-            assert gradients["weight"].numpy().shape == (held, 10, 512)
+            assert {n: tuple(a.shape) for n, a in arrays.items()} == models
+            for record in records:
+                sent = content.array_records[record]
+                shapes = {n: tuple(a.shape) for n, a in sent.items()}
+                held = shapes.get("classes", (0,))[0]
+                assert shapes == {
+                    n: tuple(held if size == H else size for size in shape)
+                    for n, shape in STATISTICS[record].items()
+                }
             assert set(content.metric_records["metrics"]) == {
                 "partition-id",
                 "num-examples",
@@ -376,7 +429,9 @@ def test_only_what_was_agreed_leaves_a_site(
         wire = wire_bytes(reply)
         for private in (b"private-", str(tmp_path).encode(), b".png"):
             assert private not in wire
-    assert kinds == {"query", "train", "evaluate"}
+    assert kinds == ["query", *["train", "evaluate"] * 2]
+    # Only in the last round, and only from the site whose policy allows it.
+    assert matrices == [(len(kinds), "north")]
 
 
 @pytest.mark.parametrize(
