@@ -1,6 +1,6 @@
 """CLIP2FL: CReFF guided by a vision-language model (Shi et al., AAAI 2024)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 from typing import ClassVar
 
@@ -9,9 +9,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
+from clip2fl_common.config import ConfigError
+from clip2fl_common.shown import listed
 from strategy.creff import CReFF
 from strategy.log import log
 from strategy.setting import Setting
+
+# Text features with a greater cosine are the same but for the last digits.
+SAME_COSINE = 1 - 1e-6
+# Classes to compare with all others at a time.
+ROWS = 1024
+# Groups of such classes that a message names.
+SHOWN_GROUPS = 5
 
 
 class CLIP2FL(CReFF):
@@ -32,6 +41,8 @@ class CLIP2FL(CReFF):
     ------
     ValueError
         If the teacher's embedding and the student's features differ in width.
+    ConfigError
+        If the teacher tells no class from all others.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -45,6 +56,7 @@ class CLIP2FL(CReFF):
                 f"model.feature-dim = {self.shape[2]}, but the teacher's embedding has "
                 f"{text_features.shape[1]} dimensions; set model.feature-dim to that"
             )
+        _check_distinct(text_features, setting.class_names, setting.teacher.name)
         self._text_features = text_features.to(self.device)
         self.teacher_fingerprint = setting.teacher.fingerprint
         self.distillation = setting.config.distillation
@@ -109,3 +121,39 @@ class CLIP2FL(CReFF):
         """Ask sites to evaluate the teacher too, for comparison."""
         config[messages.TEACHER_FINGERPRINT] = self.teacher_fingerprint
         return super().configure_evaluate(server_round, arrays, config, grid)
+
+
+def _check_distinct(
+    text_features: torch.Tensor, class_names: Sequence[str], teacher: str
+) -> None:
+    """Refuse a teacher to which all classes are the same; warn if some are.
+
+    The demo's teacher takes all words that it does not know for one. Many tokenizers
+    know no capital letters, so that "Cat" is "cat".
+    """
+    unit = text_features.double()
+    first = torch.cat(
+        [(rows @ unit.T > SAME_COSINE).byte().argmax(1) for rows in unit.split(ROWS)]
+    )
+    # Class names by the first class that has the same text feature.
+    same: dict[int, list[str]] = {}
+    for place, name in zip(first.tolist(), class_names, strict=True):
+        same.setdefault(place, []).append(name)
+    groups = [names for names in same.values() if len(names) > 1]
+    alike = "; ".join(listed(names) for names in groups[:SHOWN_GROUPS])
+    alike += "; ..." * (len(groups) > SHOWN_GROUPS)
+    if groups and len(groups) == len(same):
+        raise ConfigError(
+            f"the teacher {teacher} tells no class from all others, as it has the same "
+            f"text feature for {alike}: set teacher.model to a teacher that knows "
+            "these names, or change the names or teacher.prompt (docs/teachers.md)"
+        )
+    if groups:
+        log(
+            WARNING,
+            "the teacher %s does not tell these classes apart, as it has the same text "
+            "feature for them: %s. Change their names, or set teacher.model to a "
+            "teacher that knows them (docs/teachers.md)",
+            teacher,
+            alike,
+        )

@@ -87,6 +87,7 @@ class FakeTeacher:
 
     prototypes: torch.Tensor
     fingerprint: str = "fingerprint-of-the-teacher"
+    name: str = "tiny"
 
     def text_features(self, names: Sequence[str]) -> torch.Tensor:
         """Return the prototypes."""

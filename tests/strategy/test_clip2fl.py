@@ -1,5 +1,6 @@
 """Test that CLIP2FL adds two terms to CReFF, and that each can be switched off."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from clip2fl_common import messages
-from clip2fl_common.config import Scalar
+from clip2fl_common.config import ConfigError, Scalar
 from clip2fl_common.randomness import generator
+from clip2fl_common.teacher import load_teacher
 from strategy.clip2fl import CLIP2FL
 from strategy.creff import CReFF
 from strategy.retraining import retrain_classifier
@@ -26,6 +28,7 @@ from tests.strategy.messages import (
     random_gradients,
     random_model,
     safeguards,
+    setting,
     train_reply,
 )
 
@@ -198,6 +201,48 @@ def test_teacher_of_another_width_is_refused() -> None:
         r"set model\.feature-dim to that",
     ):
         strategies(text_features=torch.ones(CLASSES, 8))
+
+
+def with_names(*names: str) -> CLIP2FL:
+    """Return CLIP2FL of these classes, with the demo's teacher."""
+    chosen = setting(client_plan(), (len(names), 512))
+    return CLIP2FL(replace(chosen, class_names=names, teacher=load_teacher("demo")))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("cat", "dog", "ship"), "tells no class from all others"),
+        (("cat", "dog", "ship"), "for cat, dog, ship: set teacher.model"),
+        # To the demo's teacher a foreign word is its number of tokens.
+        (("cat", "dog", "nevus", "fire truck"), "for cat, dog; nevus, fire truck:"),
+        (("Star", "star"), "for Star, star:"),
+    ],
+)
+def test_teacher_that_knows_no_class_is_refused(
+    names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        with_names(*names)
+    assert message in str(refused.value)
+
+
+def test_classes_that_the_teacher_does_not_tell_apart_are_named(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    with_names("star", "cat", "Star", "ring", "dog")
+    (warning,) = (line for line in flower_log.messages if "tell" in line)
+    assert warning.startswith(
+        "the teacher demo does not tell these classes apart, as it has the same text "
+        "feature for them: star, Star; cat, dog. Change their names"
+    )
+
+
+def test_classes_that_the_teacher_tells_apart_are_no_warning(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    with_names("star", "ring", "small red circle", "cat")
+    assert "apart" not in flower_log.text
 
 
 def test_summary_names_every_setting(flower_log: pytest.LogCaptureFixture) -> None:
