@@ -36,6 +36,7 @@ from clip2fl_common.files import (
     replacing_folder,
     replacing_private,
 )
+from clip2fl_common.shown import shown
 
 logger = getLogger(__name__)
 
@@ -71,7 +72,10 @@ DecodedImage: TypeAlias = npt.NDArray[np.uint8] | Refusal
 
 
 class _PassingError(Exception):
-    """A file could not be read for the moment, so nothing of the set is kept."""
+    """A file could not be read for the moment, so nothing of the set is kept.
+
+    The message names it, and says why.
+    """
 
 
 def _decoder(size: int) -> str:
@@ -114,9 +118,13 @@ def decoded_images(
         with FileLock(f"{place}.lock", mode=FILE_MODE):
             stored = _map(place, len(paths), size)
             if stored is None:
-                _store(place, _while_same(decode, paths, size, key))
+                _store(place, _lasting(decode, paths, size, key))
                 stored = _map(place, len(paths), size)
-    except _PassingError:
+    except _PassingError as error:
+        logger.warning(
+            "decoded images are not kept, so that they are decoded in every round: %s",
+            error,
+        )
         return None  # decoding the images again reports the unreadable files
     except OSError as error:
         logger.warning(
@@ -161,8 +169,9 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
             found.append(_file_digest(path))
         except OSError as error:
             found.append(NO_DIGEST)
-            # Readable tomorrow, say; a file that is missing has another key then.
-            passing |= error.errno is not None and os.path.exists(path)
+            # Readable tomorrow, say; a file that is missing, or that the system does
+            # not let us read, has another key then.
+            passing |= error.errno is not None and os.access(path, os.R_OK)
     digests = np.asarray(found, dtype=np.uint64)
     # A file that changed or vanished meanwhile may not have this digest tomorrow.
     if passing or cache_key(paths, "digests") != key:
@@ -238,7 +247,8 @@ def cache_key(paths: Sequence[Path], purpose: str) -> str:
     """Return a name for what is made from files: other sizes or times, another name.
 
     The inode's change time tells of new content that kept the time of the old one, as
-    after ``cp -p`` or ``mv``.
+    after ``cp -p`` or ``mv``. It does not tell of a user that joins a group, so that a
+    file has another name once it may be read.
     """
     digest = hashlib.blake2b(purpose.encode(), digest_size=16)
     for path in paths:
@@ -247,21 +257,27 @@ def cache_key(paths: Sequence[Path], purpose: str) -> str:
             facts = path.stat()
             times = f"{facts.st_mtime_ns}\0{facts.st_ctime_ns}"
             digest.update(f"\0{facts.st_size}\0{times}".encode())
+            if not os.access(path, os.R_OK):
+                digest.update(b"\0denied")
         except OSError:
             digest.update(b"\0missing")
     return digest.hexdigest()
 
 
-def _while_same(
+def _lasting(
     decode: Iterator[DecodedImage], paths: Sequence[Path], size: int, key: str
 ) -> Iterator[DecodedImage]:
-    """Yield decoded images; raise at the end if a file changed or vanished meanwhile.
+    """Yield decoded images; raise if one cannot be read for the moment.
 
-    They would otherwise be kept as those of the files as they were before.
+    Raise at the end if a file changed or vanished meanwhile: its pixels would otherwise
+    be kept as those of the file as it was before.
     """
-    yield from decode
+    for path, decoded in zip(paths, decode, strict=True):
+        if isinstance(decoded, Refusal) and not decoded.lasting:
+            raise _PassingError(f"{shown(path)}: {decoded.reason}")
+        yield decoded
     if cache_key(paths, _decoder(size)) != key:
-        raise _PassingError
+        raise _PassingError("files changed while they were read")
 
 
 def _map(
@@ -325,8 +341,6 @@ def _store(place: Path, decode: Iterator[DecodedImage]) -> None:
                 if not isinstance(decoded, Refusal):
                     file.write(np.ascontiguousarray(decoded).tobytes())
                     continue
-                if not decoded.lasting:
-                    raise _PassingError
                 refused[position] = decoded.reason
         with replacing_private(folder / REFUSED) as file:
             file.write(json.dumps(refused).encode())

@@ -78,8 +78,8 @@ class UnreadableImageError(ValueError):
     reason : str
         The reason and the remedy, without names from the disk.
     lasting : bool
-        Whether the reason is the file's content. Otherwise it is the system, and
-        another attempt may succeed with the same file.
+        Whether the reason is the file's content or permissions. Otherwise it is the
+        system, and another attempt may succeed with the same file.
     """
 
     def __init__(self, path: Path, reason: str, lasting: bool = True):
@@ -151,9 +151,9 @@ def read_picture(path: Path, size: int) -> Picture:
     # Pillow raises nearly every type of error for damaged files.
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        raise UnreadableImageError(
-            path, _reason(path, error), lasting=code in _LASTING
-        ) from error
+        # The right to read a file is a part of the cache's key, as the file's size is.
+        lasting = code in _LASTING or not os.access(path, os.R_OK)
+        raise UnreadableImageError(path, _reason(path, error), lasting) from error
 
 
 def pixel_limit(format: str | None, bytes_per_pixel: float = 0) -> int:

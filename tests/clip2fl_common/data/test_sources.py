@@ -102,9 +102,12 @@ def test_several_pictures_in_files_are_said_once(
 
 
 def test_file_that_cannot_be_read_today_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    own_cache: Path,
 ) -> None:
-    """New permissions change neither size nor date of a file."""
+    """As of a network drive; the system then still says that the file may be read."""
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     images = source(tmp_path, True)
@@ -124,10 +127,48 @@ def test_file_that_cannot_be_read_today_is_tried_again(
         patched.setattr(image_cache, "open_regular", denied)
         assert len(images.open(np.arange(2)).labels) == 1
         before = image_cache.file_digests(images.paths)
+    (line,) = (line for line in caplog.messages if "every round" in line)
+    assert line.endswith(f"every round: {tmp_path}/b.png: Permission denied")
     assert not list((own_cache / "images").glob("*/*"))
     assert len(images.open(np.arange(2)).labels) == 2
     after = image_cache.file_digests(images.paths)
     assert (before == after).tolist() == [True, False]
+
+
+def test_image_that_may_not_be_read_does_not_keep_others_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the user joins a group later, which changes no time of the file."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png", ord(name))
+    images = source(tmp_path, True)
+    allowed, read = os.access, []
+
+    def denied(path: Path) -> BoundedReader:
+        read.append(path.name)
+        if path.name == "b.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_regular(path)
+
+    with monkeypatch.context() as patched:
+        # Root, as which tests may run, may read everything.
+        patched.setattr(
+            os,
+            "access",
+            lambda path, mode: path.name != "b.png" and allowed(path, mode),
+        )
+        for place in (image_reading, image_cache):
+            patched.setattr(place, "open_regular", denied)
+        before = [images.open(np.arange(3)).left_out for _ in range(2)]
+        digests = [image_cache.file_digests(images.paths) for _ in range(2)]
+    assert before == [(1,), (1,)]
+    assert digests[0].tolist() == digests[1].tolist()
+    # Once for the pixels and once for the digests.
+    assert sorted(read) == [f"{name}.png" for name in "aabbcc"]
+    assert not [line for line in caplog.messages if "every round" in line]
+    assert len(images.open(np.arange(3)).labels) == 3
+    after = image_cache.file_digests(images.paths)
+    assert (digests[0] == after).tolist() == [True, False, True]
 
 
 def folder_config(root: Path) -> Dataset:
