@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from clip2fl_common.devices import tensor_cores
 from clip2fl_common.teacher.demo import DATA_PATH, load_demo_model, weight_paths
 from clip2fl_common.teacher.facts import TeacherFacts, known_facts, note_facts
 from clip2fl_common.teacher.feature_cache import FeatureCache, content_keys, text_keys
@@ -167,15 +168,13 @@ class Teacher:
         )
 
     def _encode(self, texts: list[str]) -> torch.Tensor:
-        chunks = [
-            self._model.encode_text(
-                self.network.tokenizer(texts[start : start + self.batch_size]).to(
-                    self._device
-                )
-            )
-            for start in range(0, len(texts), self.batch_size)
-        ]
-        return functional.normalize(torch.cat(chunks).float(), dim=1).cpu()
+        return self._unit_features(
+            self._model.encode_text,
+            (
+                self.network.tokenizer(texts[start : start + self.batch_size])
+                for start in range(0, len(texts), self.batch_size)
+            ),
+        )
 
     @torch.no_grad()
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -191,11 +190,29 @@ class Teacher:
         Tensor of float32, shape [N, d]
             Unit features, on the CPU.
         """
-        chunks = [
-            self._model.encode_image(self.preprocess(chunk.to(self._device)))
-            for chunk in images.split(self.batch_size)
-        ]
-        return functional.normalize(torch.cat(chunks).float(), dim=1).cpu()
+        return self._unit_features(
+            lambda pixels: self._model.encode_image(self.preprocess(pixels)),
+            iter(images.split(self.batch_size)),
+        )
+
+    def _unit_features(
+        self,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        chunks: Iterator[torch.Tensor],
+    ) -> torch.Tensor:
+        """Return unit features [N, d] on the CPU; chunks have at most a batch's size.
+
+        Features are stored, and read by other processes and devices. So all passes have
+        the same number of samples, on which the last digits depend, and none is rounded
+        to TF32. A chunk that is too small is filled with copies of its first sample.
+        """
+        features = []
+        with tensor_cores("off"):
+            for chunk in chunks:
+                fill = chunk[:1].expand(self.batch_size - len(chunk), *chunk.shape[1:])
+                whole = torch.cat([chunk, fill]).to(self._device)
+                features.append(encode(whole)[: len(chunk)].float())
+        return functional.normalize(torch.cat(features), dim=1).cpu()
 
     def cached_image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Return the images' features, from the disk if they are there.

@@ -18,6 +18,7 @@ from torch import nn
 
 from client_app.round import _check_code, _check_teacher
 from clip2fl_common.data import demo
+from clip2fl_common.devices import tensor_cores, tf32_state
 from clip2fl_common.files import cache_dir
 from clip2fl_common.provenance import code_fingerprint
 from clip2fl_common.teacher import (
@@ -154,6 +155,40 @@ def test_features_are_computed_once(
     assert computed == []
     assert torch.equal(teacher.cached_image_features(batch)[:4], first)
     assert computed == [2]
+
+
+def test_feature_does_not_depend_on_what_else_is_computed(teacher: Teacher) -> None:
+    """To the last digit, which the number of samples in a pass changes."""
+    batch = images(70)
+    whole = teacher.image_features(batch)
+    for count in (1, 2, 7):
+        few = teacher.image_features(batch[20 : 20 + count])
+        assert torch.equal(few, whole[20 : 20 + count])
+    teacher.cached_image_features(batch[:69])
+    assert torch.equal(teacher.cached_image_features(batch), whole)
+    names = ["star", "ring", "small red circle"]
+    apart = torch.cat([teacher.text_features([name]) for name in names])
+    assert torch.equal(apart, teacher._encode([f"a photo of a {n}" for n in names]))
+
+
+def test_features_are_computed_without_tf32(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch lets a GPU round the factors of convolutions, unless it is told not to."""
+    states = []
+    for name in ("encode_image", "encode_text"):
+        original = getattr(teacher._model, name)
+
+        def watched(*given: Any, original: Any = original) -> Any:
+            states.append(tf32_state())
+            return original(*given)
+
+        monkeypatch.setattr(teacher._model, name, watched)
+    with tensor_cores("all"):
+        teacher.image_features(images(1))
+        teacher.text_features(["star"])
+        assert tf32_state() == (True, True)
+    assert states == [(False, False)] * 2
 
 
 def test_interrupted_pass_keeps_the_batches_that_are_done(
