@@ -193,7 +193,7 @@ def read_as_ever(path: Path, size: int) -> npt.NDArray[np.uint8]:
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"]
 # Formats that lack some of these modes.
-LACKING = {
+LACKING: dict[str, set[str]] = {
     "jpg": {"P", "RGBA", "LA"},
     "png": {"CMYK"},
     "webp": set(),
