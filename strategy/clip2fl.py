@@ -9,7 +9,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from clip2fl_common import messages
-from clip2fl_common.config import ConfigError
 from clip2fl_common.shown import listed
 from strategy.creff import CReFF
 from strategy.log import log
@@ -41,8 +40,6 @@ class CLIP2FL(CReFF):
     ------
     ValueError
         If the teacher's embedding and the student's features differ in width.
-    ConfigError
-        If the teacher tells no class from all others.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -56,7 +53,7 @@ class CLIP2FL(CReFF):
                 f"model.feature-dim = {self.shape[2]}, but the teacher's embedding has "
                 f"{text_features.shape[1]} dimensions; set model.feature-dim to that"
             )
-        _check_distinct(text_features, setting.class_names, setting.teacher.name)
+        _warn_of_equal(text_features, setting.class_names, setting.teacher.name)
         self._text_features = text_features.to(self.device)
         self.teacher_fingerprint = setting.teacher.fingerprint
         self.distillation = setting.config.distillation
@@ -123,10 +120,10 @@ class CLIP2FL(CReFF):
         return super().configure_evaluate(server_round, arrays, config, grid)
 
 
-def _check_distinct(
+def _warn_of_equal(
     text_features: torch.Tensor, class_names: Sequence[str], teacher: str
 ) -> None:
-    """Refuse a teacher to which all classes are the same; warn if some are.
+    """Warn of a teacher to which classes are the same.
 
     The demo's teacher takes all words that it does not know for one. Many tokenizers
     know no capital letters, so that "Cat" is "cat".
@@ -142,18 +139,13 @@ def _check_distinct(
     groups = [names for names in same.values() if len(names) > 1]
     alike = "; ".join(listed(names) for names in groups[:SHOWN_GROUPS])
     alike += "; ..." * (len(groups) > SHOWN_GROUPS)
-    if groups and len(groups) == len(same):
-        raise ConfigError(
-            f"the teacher {teacher} tells no class from all others, as it has the same "
-            f"text feature for {alike}: set teacher.model to a teacher that knows "
-            "these names, or change the names or teacher.prompt (docs/teachers.md)"
-        )
     if groups:
         log(
             WARNING,
             "the teacher %s does not tell these classes apart, as it has the same text "
-            "feature for them: %s. Change their names, or set teacher.model to a "
+            "feature for them: %s.%s Change their names, or set teacher.model to a "
             "teacher that knows them (docs/teachers.md)",
             teacher,
             alike,
+            " It teaches nothing of any class." if len(groups) == len(same) else "",
         )

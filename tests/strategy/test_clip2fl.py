@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from clip2fl_common import messages
-from clip2fl_common.config import ConfigError, Scalar
+from clip2fl_common.config import Scalar
 from clip2fl_common.randomness import generator
 from clip2fl_common.teacher import load_teacher
 from strategy.clip2fl import CLIP2FL
@@ -210,21 +210,20 @@ def with_names(*names: str) -> CLIP2FL:
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "alike"),
     [
-        (("cat", "dog", "ship"), "tells no class from all others"),
-        (("cat", "dog", "ship"), "for cat, dog, ship: set teacher.model"),
+        (("cat", "dog", "ship"), "cat, dog, ship"),
         # To the demo's teacher a foreign word is its number of tokens.
-        (("cat", "dog", "nevus", "fire truck"), "for cat, dog; nevus, fire truck:"),
-        (("Star", "star"), "for Star, star:"),
+        (("cat", "dog", "nevus", "fire truck"), "cat, dog; nevus, fire truck"),
+        (("Star", "star"), "Star, star"),
     ],
 )
-def test_teacher_that_knows_no_class_is_refused(
-    names: tuple[str, ...], message: str
+def test_teacher_that_knows_no_class_teaches_nothing_and_says_so(
+    names: tuple[str, ...], alike: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ConfigError) as refused:
-        with_names(*names)
-    assert message in str(refused.value)
+    with_names(*names)
+    (warning,) = (line for line in flower_log.messages if "tell" in line)
+    assert f"for them: {alike}. It teaches nothing of any class." in warning
 
 
 def test_classes_that_the_teacher_does_not_tell_apart_are_named(
