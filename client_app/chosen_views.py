@@ -21,6 +21,9 @@ log = getLogger("flwr")
 # A pass over views that takes longer is logged, and its progress once a minute.
 LONG_S = 10.0
 LOG_EVERY_S = 60.0
+# Bytes of pictures that are made before the teacher looks at them. A round with no more
+# keeps them for the training.
+KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class ChosenViews:
         The teacher's logits of the views, on the images' device.
     mixing : Mixing or None
         What is mixed into them.
+    pictures : Tensor of uint8, shape [V, 3, H, W], or None
+        The views, on the device of the images' pixels. None where they are so large
+        that each batch makes them again.
     """
 
     images: PixelImages
@@ -74,6 +80,7 @@ class ChosenViews:
     rows: torch.Tensor
     logits: torch.Tensor
     mixing: Mixing | None = None
+    pictures: torch.Tensor | None = None
 
     def batch(
         self, epoch: int, indices: torch.Tensor
@@ -94,9 +101,12 @@ class ChosenViews:
         """
         rows = self.rows[epoch, indices]
         images = self.images
-        pictures = _pictures(
-            images, self.recipe, self.places, self.numbers, self.mixing, rows
-        )
+        if self.pictures is None:
+            pictures = _pictures(
+                images, self.recipe, self.places, self.numbers, self.mixing, rows
+            )
+        else:
+            pictures = self.pictures[rows.to(self.pictures.device)]
         normalised = images.normalize(pictures.to(images.device))
         return normalised, self.logits[rows.to(self.logits.device)]
 
@@ -167,15 +177,34 @@ def choose_views(
     mixing = (
         None if recipe.mix == "none" else _mixing(images, keys, places, views, recipe)
     )
-    # In batches that do not depend on what is stored, so that the last digits do not.
-    logits = []
     progress = _Progress(teacher.name, len(different))
-    for batch in torch.arange(len(different)).split(teacher.batch_size):
-        features = teacher.cached_image_features(
-            _pictures(images, recipe, places, numbers, mixing, batch)
-        )
-        logits.append(teacher.logit_scale * features @ prototypes.T)
-        progress.note(int(batch[-1]) + 1)
+
+    def seen(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pictures in these rows, and the teacher's features of them."""
+        pictures = images.pixels.new_empty(len(rows), *images.pixels.shape[1:])
+        for part, made in zip(
+            rows.split(teacher.batch_size),
+            pictures.split(teacher.batch_size),
+            strict=True,
+        ):
+            made[:] = _pictures(images, recipe, places, numbers, mixing, part)
+
+        def missing(at: list[int]) -> torch.Tensor:
+            progress.note(int(rows[at[0]]))
+            return pictures[at]
+
+        return pictures, teacher.cached_features(content_keys(pictures), missing)
+
+    batch_bytes = images.pixels[:1].nbytes * teacher.batch_size
+    at_once = max(1, KEPT_BYTES // batch_bytes) * teacher.batch_size
+    logits = []
+    for rows_at_once in torch.arange(len(different)).split(at_once):
+        pictures, features = seen(rows_at_once)
+        # In batches that do not depend on the memory, so that the last digits do not.
+        logits += [
+            teacher.logit_scale * part @ prototypes.T
+            for part in features.split(teacher.batch_size)
+        ]
     return ChosenViews(
         images,
         recipe,
@@ -184,6 +213,7 @@ def choose_views(
         rows,
         torch.cat(logits).to(images.device),
         mixing,
+        pictures if len(different) <= at_once else None,
     )
 
 
@@ -224,14 +254,17 @@ class _Progress:
     def __init__(self, teacher: str, total: int) -> None:
         self._teacher, self._total = teacher, total
         self._started = self._logged = 0.0
-        self._first = 0
+        self._first = self._batches = 0
         self._announced = False
 
     def note(self, done: int) -> None:
-        """Log an estimate once two batches are done, and the progress each minute."""
+        """Log an estimate before the third batch, and the progress each minute.
+
+        The first batch may load the teacher, so that it tells too much.
+        """
         now = time.monotonic()
-        if not self._first:
-            # The first batch may load the teacher, so that it tells too much.
+        self._batches += 1
+        if self._batches <= 2:
             self._started, self._first = now, done
             return
         left = self._total - done

@@ -130,13 +130,11 @@ def _resized_crop(pixels: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     # Shares of the image's sides: the corner, and the way from there.
     x = ((1 - wide) * numbers[:, 2])[:, None] + columns * wide[:, None]
     y = ((1 - high) * numbers[:, 3])[:, None] + rows * high[:, None]
+    x, y = ((2 * place - 1).to(pixels.device, torch.float32) for place in (x, y))
     shape = len(pixels), height, width
     grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], 3)
     return functional.grid_sample(
-        pixels.float(),
-        (2 * grid - 1).to(pixels.device, torch.float32),
-        padding_mode="border",
-        align_corners=False,
+        pixels.float(), grid, padding_mode="border", align_corners=False
     )
 
 

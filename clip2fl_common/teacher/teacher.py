@@ -227,11 +227,29 @@ class Teacher:
         Tensor of float32, shape [N, d]
             Equal to `image_features`; missing features are computed and stored.
         """
-        if not len(images):
+        return self.cached_features(content_keys(images), lambda at: images[at])
+
+    def cached_features(
+        self, keys: list[bytes], pictures: Callable[[list[int]], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return pictures' features, from the disk if they are there.
+
+        Parameters
+        ----------
+        keys : list of bytes, length N
+            The pictures' keys (`content_keys`).
+        pictures : callable
+            Returns the pictures at these places, uint8 [n, 3, H, W]. It is called
+            before each pass of the teacher, with places that have no stored features.
+
+        Returns
+        -------
+        Tensor of float32, shape [N, d]
+            As `cached_image_features`.
+        """
+        if not keys:
             return torch.empty(0, self.text_features(["anything"]).shape[1])
-        return self._cached(
-            content_keys(images), lambda at: self.image_features(images[at])
-        )
+        return self._cached(keys, lambda at: self.image_features(pictures(at)))
 
     def _cached(
         self, keys: list[bytes], compute: Callable[[list[int]], torch.Tensor]
