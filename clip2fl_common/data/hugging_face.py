@@ -22,11 +22,12 @@ from filelock import FileLock
 
 from clip2fl_common.config import HUB_NAME
 from clip2fl_common.config import Dataset as DatasetConfig
-from clip2fl_common.data.image_cache import cache_key
+from clip2fl_common.data.image_cache import cache_key, note_use, remove_unused
 from clip2fl_common.data.image_files import (
     DatasetError,
     class_name,
     is_folder,
+    look_into,
     name_fault,
     without_joiners,
 )
@@ -103,8 +104,10 @@ def unpacked(config: DatasetConfig) -> Unpacked:
         private_folder(place.parent)
         # Several clients may start at once; only one of them unpacks.
         with FileLock(f"{place}.lock", mode=FILE_MODE):
+            note_use(place / NAMES)
             if not (place / NAMES).exists():
                 _unpack(config, place)
+            remove_unused(place.parent, NAMES)
         names = json.loads((place / NAMES).read_text("utf-8"))
     except OSError as error:
         raise DatasetError(
@@ -125,7 +128,9 @@ def _key(config: DatasetConfig) -> str:
         return cache_key([], json.dumps([*purpose, config.root]))
     root = Path(config.root).expanduser()
     if not is_folder(root):
-        raise DatasetError(f"dataset.root = {shown(root)} is not a folder")
+        raise DatasetError(
+            f"dataset.root = {shown(root)} is not a folder that this user can see"
+        )
     # Not by a search below the root, which would not enter folders that are links.
     folders = [place for place, _ in _train_folders(config)] + [
         root / config.test_split
@@ -144,7 +149,7 @@ def _train_folders(config: DatasetConfig) -> list[tuple[Path, str]]:
     root = Path(config.root).expanduser()
     clients = sorted(
         (int(number[1]), place)
-        for place in root.iterdir()
+        for place in look_into(root).folders
         if (number := _PARTITION.fullmatch(place.name))
     )
     return [(place, str(number)) for number, place in clients] or [

@@ -44,7 +44,7 @@ logger = getLogger(__name__)
 PIECE = 2**20
 PIXELS = "pixels.bin"
 REFUSED = "refused.json"
-# Seconds without use after which decoded images are removed.
+# Seconds without use after which what is made from images is removed.
 UNUSED_S = 30 * 24 * 3600
 # Version of the decoding; raise the number if the decoding changes.
 DECODER = 2
@@ -114,7 +114,7 @@ def decoded_images(
         key = cache_key(paths, _decoder(size))
         place = folder / key
         private_folder(folder)
-        _remove_unused(folder)
+        remove_unused(folder, REFUSED)
         with FileLock(f"{place}.lock", mode=FILE_MODE):
             stored = _map(place, len(paths), size)
             if stored is None:
@@ -159,6 +159,7 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     try:
         kept: npt.NDArray[np.uint64] = np.load(place)
         if kept.shape == (len(paths),):
+            note_use(place)
             return kept
     except (OSError, ValueError, EOFError):
         pass  # absent or damaged
@@ -179,6 +180,7 @@ def file_digests(paths: Sequence[Path]) -> npt.NDArray[np.uint64]:
     try:
         with replacing_private(place) as file:
             np.save(file, digests)
+        remove_unused(place.parent)
     except OSError as error:
         logger.warning(
             "cannot keep the images' digests in %s (%s); the files are read in every "
@@ -296,8 +298,7 @@ def _map(
     except (ValueError, EOFError, AttributeError) as error:
         logger.warning("decoded images in %s are damaged (%s); again", place, error)
         return None
-    with contextlib.suppress(OSError):  # a folder without the right to write
-        os.utime(place / REFUSED)  # for `_remove_unused`
+    note_use(place / REFUSED)
     return pixels, refused
 
 
@@ -317,18 +318,34 @@ def _mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(pixels)
 
 
-def _remove_unused(folder: Path) -> None:
-    """Remove decoded images that no run has used for a month, and half-written ones.
+def remove_unused(folder: Path, marker: str = "") -> None:
+    """Remove what no run has used for a month, and what is half-written.
 
-    Another set of images is stored as a whole: one new image, another partition or
-    another version of Pillow makes a copy.
+    Each set of images is stored as a whole: one new image, another partition or another
+    version of Pillow makes a copy.
+
+    Parameters
+    ----------
+    folder : Path
+        A folder of the cache. Locks in it stay.
+    marker : str
+        For sets that are folders: the file in each that `note_use` is called with.
     """
     for place in folder.iterdir():
+        if place.suffix == ".lock":  # another process may hold it
+            continue
         with contextlib.suppress(OSError):  # another process may remove it, too
-            if place.is_dir():
-                used = max(path.stat().st_mtime for path in (place, *place.iterdir()))
-                if used < time.time() - UNUSED_S:
-                    remove(place)
+            used = place.stat().st_mtime
+            if marker and (place / marker).exists():  # not if it is half-written
+                used = max(used, (place / marker).stat().st_mtime)
+            if used < time.time() - UNUSED_S:
+                remove(place)
+
+
+def note_use(file: Path) -> None:
+    """Note that a file of the cache, or the folder that it is in, is in use."""
+    with contextlib.suppress(OSError):  # a folder without the right to write
+        os.utime(file)
 
 
 def _store(place: Path, decode: Iterator[DecodedImage]) -> None:

@@ -1,9 +1,12 @@
 """Hugging Face data sets, made here and saved, become files once, and then data."""
 
+import errno
 import io
 import json
+import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,41 @@ def test_changed_folder_is_unpacked_again(tmp_path: Path) -> None:
     load_dataset(run_config().dataset)
     saved(root, train=made([1, 2, 3], [0, 1, 2]))
     assert load_dataset(config(root)).train.labels.tolist() == [0, 1, 2]
+
+
+def test_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root, as which tests may run, may list every folder."""
+    (tmp_path / "saved").mkdir()
+
+    def denied(folder: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(DatasetError, match=r"saved cannot be listed \(Permission deni"):
+        load_dataset(config(tmp_path / "saved"))
+
+
+def test_images_that_nobody_used_for_a_month_are_removed(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    roots = [small(tmp_path / name) for name in "abc"]
+
+    def opened(root: Path) -> Path:
+        load_dataset(run_config().dataset)  # a process keeps the last data set
+        source = load_dataset(config(root)).train
+        assert isinstance(source, FileSource)
+        return source.paths[0].parent
+
+    used, old = opened(roots[0]), opened(roots[1])
+    long_ago = time.time() - 31 * 24 * 3600
+    for path in (own_cache / "hugging-face").rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    assert opened(roots[0]) == used  # in use again
+    assert used.is_dir() and not old.exists()
+    assert opened(roots[2]).is_dir() and used.is_dir()
 
 
 def test_partitions_of_flwr_datasets_are_natural_clients(tmp_path: Path) -> None:

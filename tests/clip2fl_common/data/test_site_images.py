@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -130,6 +131,25 @@ def test_digests_are_kept_until_a_file_changes(
     os.utime(paths[1], ns=(1, 1))
     changed = file_digests(paths) != first
     assert changed.tolist() == [False, True, False]
+
+
+def test_digests_that_nobody_used_for_a_month_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP2FL_CACHE_DIR", str(tmp_path / "cache"))
+    write(tmp_path / "dog", 3)
+    used, old, fresh = ([path] for path in sorted((tmp_path / "dog").iterdir()))
+    file_digests(used)
+    file_digests(old)
+    kept = list((tmp_path / "cache" / "digests").iterdir())
+    long_ago = time.time() - 31 * 24 * 3600
+    for path in kept:
+        os.utime(path, (long_ago, long_ago))
+    file_digests(used)  # in use again
+    file_digests(fresh)
+    assert len(kept) == 2
+    assert len(list((tmp_path / "cache" / "digests").iterdir())) == 2
+    assert [path.exists() for path in kept].count(True) == 1
 
 
 def test_file_that_cannot_be_read_is_trained_on_and_so_reported(tmp_path: Path) -> None:
