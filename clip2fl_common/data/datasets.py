@@ -68,9 +68,24 @@ class Normalization:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise uint8 images [N, 3, H, W]; return them as float."""
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        # On a CPU it costs nothing, and an export to ONNX must have tensors of its own.
+        place = _copied if images.device.type == "cpu" else _kept
+        mean, std = place(self.mean, self.std, images.device)
         return (images.float() / 255 - mean) / std
+
+
+def _copied(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both on a device, shape [3, 1, 1]."""
+    # Training may use them later, and so no tensors of the inference mode.
+    with torch.inference_mode(False):
+        moved = torch.tensor((mean, std), device=device)[:, :, None, None]
+        return moved[0], moved[1]
+
+
+# Each copy to a GPU waits until the GPU has nothing to do.
+_kept = lru_cache(maxsize=16)(_copied)
 
 
 CIFAR10_NORMALIZATION = Normalization(
@@ -354,8 +369,8 @@ def _of_tables(
 def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     if not is_folder(folder):
         raise DatasetError(
-            f"{shown(folder)} is not a folder; dataset.root must hold "
-            "train/<class>/<image> and test/<class>/<image>"
+            f"{shown(folder)} is not a folder that this user can see; dataset.root "
+            "must hold train/<class>/<image> and test/<class>/<image>"
         )
     folders = class_folders(folder)
     if not folders:
@@ -480,7 +495,9 @@ def _site_dataset(
 def _imagenet_lt(config: DatasetConfig) -> ImageDataset:
     root = Path(config.root).expanduser()
     if not is_folder(root):
-        raise DatasetError(f"dataset.root = {root} is not a folder")
+        raise DatasetError(
+            f"dataset.root = {shown(root)} is not a folder that this user can see"
+        )
     train = _listed_source(root, Path(config.train_list).expanduser(), config)
     test = _listed_source(root, Path(config.test_list).expanduser(), config)
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from clip2fl_common.data.datasets import (
     FileSource,
     ImageSource,
     LoadedImages,
+    Normalization,
     load_dataset,
     partition_indices,
     read_image,
@@ -66,7 +68,7 @@ def test_image_folder(tmp_path: Path) -> None:
     ("tree", "message"),
     [
         ({"train": 0}, "train has no class folders"),
-        ({"val/a": 1}, "train is not a folder.*train/<class>/<image>"),
+        ({"val/a": 1}, "train is not a folder that this user can see.*train/<class>"),
         ({"train/a": 2, "test/a": 1}, "has 1 class .*at least two"),
         ({**TREE, "train/eel": 0}, "class 'eel' would be held by nobody"),
         ({**TREE, "test/eel": 1}, "folders that .* has not: eel; known .*big_cat, dog"),
@@ -77,6 +79,27 @@ def test_bad_folders_are_named(
 ) -> None:
     with pytest.raises(DatasetError, match=message):
         load_dataset(folder_config(write_images(tmp_path, tree)))
+
+
+def test_normalization_is_by_channel_and_copied_to_a_device_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy waits until a GPU has nothing to do."""
+    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).to(torch.uint8)
+    normalization = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    found = normalization(images)
+    for channel, (mean, std) in enumerate([(0.1, 0.4), (0.2, 0.5), (0.3, 0.6)]):
+        expected = (images[:, channel].double() / 255 - mean) / std
+        torch.testing.assert_close(found[:, channel].double(), expected)
+    with torch.inference_mode():
+        normalization(images.to("meta"))
+    again = pickle.loads(pickle.dumps(normalization))
+    assert again == normalization and hash(again) == hash(normalization)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied again"))
+    # Training is possible where the copy was made in the inference mode.
+    pixels = images.to("meta", torch.float32).requires_grad_()
+    again(pixels).sum().backward()
+    assert pixels.grad is not None
 
 
 def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
