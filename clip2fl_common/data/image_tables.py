@@ -7,7 +7,8 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from logging import getLogger
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from clip2fl_common.data.image_files import (
@@ -19,6 +20,8 @@ from clip2fl_common.data.image_files import (
 from clip2fl_common.data.regular_files import open_regular
 from clip2fl_common.limits import MAX_NAME_LENGTH
 from clip2fl_common.shown import listed, shown
+
+logger = getLogger(__name__)
 
 # Digits of a class number, far beyond the classes of any data set.
 MAX_DIGITS = 9
@@ -89,8 +92,8 @@ def read_table(file: Path, columns: Columns) -> Table:
     Raises
     ------
     DatasetError
-        If the file cannot be read, lacks a column or is empty, or an entry has no path
-        or no class; names the line.
+        If the file cannot be read, lacks a column, has it twice or is empty, an entry
+        has no path or no class, or a file has two classes; names the line.
     """
     parquet = file.suffix.lower() == ".parquet"
     rows = _parquet_rows(file, columns) if parquet else _csv_rows(file)
@@ -107,7 +110,31 @@ def read_table(file: Path, columns: Columns) -> Table:
         ) from None
     if not table.entries:
         raise DatasetError(f"the list {shown(file)} has no image")
+    _check_repeats(table)
     return table
+
+
+def _check_repeats(table: Table) -> None:
+    """Refuse a file with two classes; warn of files that are listed again."""
+    first: dict[str, Entry] = {}
+    repeats: list[Entry] = []
+    for entry in table.entries:
+        other = first.setdefault(str(PurePath(entry.path)), entry)
+        if class_name(other.label) != class_name(entry.label):
+            raise DatasetError(
+                f"{table.at(entry.row)}: '{shown(entry.path)}' has the class "
+                f"'{shown(entry.label)}', and '{shown(other.label)}' in an earlier one "
+                f"({other.row}); a file has one class"
+            )
+        if other is not entry:
+            repeats.append(entry)
+    if repeats:
+        logger.warning(
+            "%s lists %d of its files again, so that they count more than others: %s",
+            shown(table.file),
+            len(repeats),
+            listed(f"{entry.path} ({entry.row})" for entry in repeats),
+        )
 
 
 def _check_columns(file: Path, names: Sequence[str], columns: Columns) -> None:
@@ -117,6 +144,12 @@ def _check_columns(file: Path, names: Sequence[str], columns: Columns) -> None:
                 f"{shown(file)} has no column '{shown(wanted)}'; its columns are "
                 f"{listed(names, most=20)}. Name the columns with "
                 "dataset.image-column and dataset.label-column"
+            )
+    for wanted in (columns.path, columns.label, columns.client):
+        if names.count(wanted) > 1:
+            raise DatasetError(
+                f"{shown(file)} has {names.count(wanted)} columns '{shown(wanted)}'; "
+                "rename or remove all but one"
             )
 
 

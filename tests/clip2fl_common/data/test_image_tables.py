@@ -126,6 +126,12 @@ def test_paths_of_any_bytes_are_kept(tmp_path: Path) -> None:
     [
         ("path;label\na;b\n", r"train\.csv has no column 'path'.*are path;label\."),
         ("path,kind\na,b\n", r"no column 'label'.*path, kind.*dataset\.label-column"),
+        ("path,label,label\na,b,c\n", r"train\.csv has 2 columns 'label'; rename"),
+        ("client,path,label,client\n1,a,b,2\n", r"has 2 columns 'client'"),
+        (
+            "path,label\na/0.png,cat\nb,dog\na/./0.png,fox\n",
+            r"line 4: 'a/\./0\.png' has the class 'fox', and 'cat' in an earl",
+        ),
         ("path,label\na,b\n\nc\n", r"train\.csv, line 4: expected 2 values, found 1"),
         ("path,label\na,b\nc, \n", r"line 3: the path, the class or the client is mi"),
         ("path,label\n ,b\n", r"line 2: the path, the class"),
@@ -142,6 +148,20 @@ def test_paths_of_any_bytes_are_kept(tmp_path: Path) -> None:
 def test_bad_lists_are_named(tmp_path: Path, train: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         load(tmp_path, train)
+
+
+def test_file_that_is_listed_again_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "list.csv").write_text(TRAIN)
+    read_table(tmp_path / "list.csv", COLUMNS)
+    assert not caplog.messages
+    # The class in another spelling, and another client.
+    (tmp_path / "list.csv").write_text(TRAIN + "a/0.png,big cat,11\n")
+    assert len(read_table(tmp_path / "list.csv", COLUMNS).entries) == 4
+    (message,) = caplog.messages
+    assert "list.csv lists 1 of its files again" in message
+    assert message.endswith(": a/0.png (5)")
 
 
 @pytest.mark.parametrize(
