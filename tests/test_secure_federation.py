@@ -433,7 +433,7 @@ def test_sums_that_no_machine_was_tried_with_are_refused_at_the_start(
     method = method_named(name)
     plan, shape = client_plan(4, 4), (classes, 512)
     prototypes = torch.eye(classes, 512) if method.needs_teacher else None
-    changes = {"aggregation__secure": True}
+    changes: dict[str, Scalar] = {"method": name, "aggregation__secure": True}
     if not refused:
         made(method, plan, shape, prototypes, **changes)
         return
