@@ -32,6 +32,9 @@ HUB_PREFIX = "hf-hub:"
 # Tags of open_clip's weights; anything else is a file.
 _TAG = re.compile(r"[\w-]+")
 DEMO = "demo"
+# A pass with fewer samples than `Teacher.batch_size` is filled up to this number. The
+# size of a batch may be a million, which must not take memory for a single image.
+MOST_FILLED = 256
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -206,10 +209,12 @@ class Teacher:
         the same number of samples, on which the last digits depend, and none is rounded
         to TF32. A chunk that is too small is filled with copies of its first sample.
         """
+        filled = min(self.batch_size, MOST_FILLED)
         features = []
         with tensor_cores("off"):
             for chunk in chunks:
-                fill = chunk[:1].expand(self.batch_size - len(chunk), *chunk.shape[1:])
+                missing = max(filled - len(chunk), 0)
+                fill = chunk[:1].expand(missing, *chunk.shape[1:])
                 whole = torch.cat([chunk, fill]).to(self._device)
                 features.append(encode(whole)[: len(chunk)].float())
         return functional.normalize(torch.cat(features), dim=1).cpu()

@@ -258,11 +258,11 @@ def test_each_view_is_made_once_and_looked_up_at_once_if_a_round_fits_the_memory
     images, texts = images_of(drawn(13)), prototypes(teacher)
     recipe = ViewRecipe(5, "resized-crop", 4, mix)
     made, looked_up = [], []
-    original, get = chosen_views.make_views, FeatureCache.get
+    get = FeatureCache.get
 
     def counted(pixels: torch.Tensor, *given: Any) -> torch.Tensor:
         made.append(len(pixels))
-        return original(pixels, *given)
+        return make_views(pixels, *given)
 
     def watched(self: FeatureCache, keys: Sequence[bytes]) -> Any:
         looked_up.append(len(keys))

@@ -171,6 +171,24 @@ def test_feature_does_not_depend_on_what_else_is_computed(teacher: Teacher) -> N
     assert torch.equal(apart, teacher._encode([f"a photo of a {n}" for n in names]))
 
 
+def test_large_batch_takes_no_memory_for_a_few_images(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may ask a site for batches of a million."""
+    passes = []
+    original = teacher._model.encode_image
+
+    def watched(pixels: torch.Tensor) -> Any:
+        passes.append(len(pixels))
+        return original(pixels)
+
+    monkeypatch.setattr(teacher._model, "encode_image", watched)
+    monkeypatch.setattr(teacher, "batch_size", 1_000_000)
+    assert teacher.image_features(images(2)).shape == (2, 512)
+    assert teacher.image_features(images(300)).shape == (300, 512)
+    assert passes == [256, 300]
+
+
 def test_features_are_computed_without_tf32(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
