@@ -282,13 +282,7 @@ def stored_models(folder: Path, public_key: str) -> list[Manifest]:
     public_key : str
         The site's ``model-key``.
     """
-    found = []
-    for path in sorted(folder.glob("[!.]*")):
-        with contextlib.suppress(SignatureError):
-            manifest = read_manifest(path, public_key)
-            # A copy under another name is not what the site stored.
-            if manifest.name == path.name:
-                found.append(manifest)
+    found = [m for _, m in _folders(folder, public_key) if isinstance(m, Manifest)]
     return sorted(found, key=lambda manifest: manifest.made, reverse=True)
 
 
@@ -304,19 +298,24 @@ def refused_models(folder: Path, public_key: str) -> list[tuple[Path, str]]:
     public_key : str
         The site's ``model-key``.
     """
-    refused = []
+    return [
+        (path, reason)
+        for path, reason in _folders(folder, public_key)
+        if isinstance(reason, str) and _NAME.fullmatch(path.name)
+    ]
+
+
+def _folders(folder: Path, public_key: str) -> Iterator[tuple[Path, Manifest | str]]:
+    """Yield each complete folder with its manifest, or why it is no stored model."""
     for path in sorted(folder.glob("[!.]*")):
-        if not _NAME.fullmatch(path.name):
-            continue
         try:
             manifest = read_manifest(path, public_key)
         except SignatureError as error:
-            refused.append((path, str(error)))
-        else:
-            if manifest.name != path.name:
-                reason = f"{shown(path)} was renamed: it is {manifest.name}"
-                refused.append((path, reason))
-    return refused
+            yield path, str(error)
+            continue
+        # A copy under another name is not what the site stored.
+        renamed = f"{shown(path)} was renamed: it is {manifest.name}"
+        yield path, manifest if manifest.name == path.name else renamed
 
 
 def _arrived(incoming: Path, manifest: Manifest) -> int:
