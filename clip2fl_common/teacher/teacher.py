@@ -214,7 +214,11 @@ class Teacher:
         with tensor_cores("off"):
             for chunk in chunks:
                 missing = max(filled - len(chunk), 0)
-                fill = chunk[:1].expand(missing, *chunk.shape[1:])
+                # No images at all have features too, of the shape [0, d].
+                first = (
+                    chunk[:1] if len(chunk) else chunk.new_zeros(1, *chunk.shape[1:])
+                )
+                fill = first.expand(missing, *chunk.shape[1:])
                 whole = torch.cat([chunk, fill]).to(self._device)
                 features.append(encode(whole)[: len(chunk)].float())
         return functional.normalize(torch.cat(features), dim=1).cpu()

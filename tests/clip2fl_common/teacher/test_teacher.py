@@ -171,6 +171,11 @@ def test_feature_does_not_depend_on_what_else_is_computed(teacher: Teacher) -> N
     assert torch.equal(apart, teacher._encode([f"a photo of a {n}" for n in names]))
 
 
+def test_no_images_have_no_features(teacher: Teacher) -> None:
+    width = teacher.text_features(["star"]).shape[1]
+    assert teacher.image_features(images(1)[:0]).shape == (0, width)
+
+
 def test_large_batch_takes_no_memory_for_a_few_images(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
